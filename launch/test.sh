@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Sets up .venv, then runs every check: ruff, the fast tests, the slow tests.
+#
+#   bash launch/test.sh          everything
+#   bash launch/test.sh --fast   without the slow tests
+#
+# PYTHON=/path/to/python chooses the interpreter of a new .venv.
+# Tests run on the CPU unless JAX_PLATFORMS is set.
+set -euo pipefail
+
+fast_only=0
+for arg in "$@"; do
+  case "$arg" in
+    --fast) fast_only=1 ;;
+    -h | --help)
+      printf 'usage: bash launch/test.sh [--fast]\n'
+      exit 0
+      ;;
+    *)
+      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast]\n' "$arg" >&2
+      exit 2
+      ;;
+  esac
+done
+
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+export JAX_PLATFORMS="${JAX_PLATFORMS-cpu}"
+
+# Runs one part and prints how long it took. The first failing part ends the script.
+part() {
+  local name="$1" started=$SECONDS rc=0
+  shift
+  say "== $name"
+  "$@" || rc=$?
+  if ((rc != 0)); then
+    say "== $name FAILED (exit $rc) after $((SECONDS - started)) s" >&2
+    exit "$rc"
+  fi
+  say "== $name: $((SECONDS - started)) s"
+}
+
+# The last part of a run: pytest's own summary line, which has the time, is to be the last output.
+last_part() {
+  say "== $1 (the last part; $SECONDS s so far)"
+  shift
+  exec "$@"
+}
+
+part "set-up" setup_venv test
+part "ruff check" "$VENV_PYTHON" -m ruff check .
+part "ruff format" "$VENV_PYTHON" -m ruff format --check .
+
+fast=("$VENV_PYTHON" -m pytest -m "not slow")
+slow=("$VENV_PYTHON" -m pytest -m slow)
+
+if ((fast_only)); then
+  last_part "fast tests" "${fast[@]}"
+fi
+# Without this look, 'nothing is marked slow' and 'the slow tests were not found' would be
+# the same exit code 5 of pytest; now that code is a failure wherever it comes up.
+if ! grep -rqE --include='*.py' 'mark\.slow\b' tests; then
+  say "nothing in tests/ is marked slow: the fast tests are all"
+  last_part "fast tests" "${fast[@]}"
+fi
+part "fast tests" "${fast[@]}"
+last_part "slow tests" "${slow[@]}"

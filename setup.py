@@ -1,0 +1,64 @@
+"""Packaging of sf_jax. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_README = Path(__file__).resolve().parent / "README.md"
+
+INSTALL_REQUIRES = [
+    "jax>=0.10",
+    "flax>=0.12.1",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.30",
+    "chex>=0.1.90",
+    "ml_collections>=1.0",
+    "tensorflow-datasets>=4.9.8",
+    "grain>=0.2.12",
+    "array_record>=0.8",
+    "absl-py>=2.1",
+    "numpy>=2.0",
+    "scikit-learn>=1.5",
+    "safetensors>=0.5",
+    "imageio>=2.34",
+    "imageio-ffmpeg>=0.5",
+    "pillow>=10.3",
+    "matplotlib>=3.9",
+    "tqdm>=4.66",
+]
+
+EXTRAS_REQUIRE = {
+    # CUDA 12 wheels run on older drivers too; CUDA 13 is there for those who want it.
+    "cuda": ["jax[cuda12]>=0.10"],
+    "cuda13": ["jax[cuda13]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    # Only for reading .pt/.pth checkpoints; nothing else imports torch.
+    "convert": ["torch>=2.4"],
+    # ruff is capped because its formatting style changes between minor versions.
+    "test": ["pytest>=8.0", "ruff>=0.17,<0.18"],
+    "logs": ["tensorboardX>=2.6.2", "wandb>=0.18"],
+}
+
+setup(
+    name="sf_jax",
+    version="0.1.0",
+    description="Self Forcing (arXiv 2506.08009): autoregressive video diffusion in JAX/Flax",
+    long_description=_README.read_text(encoding="utf-8") if _README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["sf_jax", "sf_jax.*", "configs"]),
+    package_data={"sf_jax": ["assets/*"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,1 @@
+"""The flow-matching noise schedule and the solvers that integrate it."""

@@ -1,0 +1,1 @@
+"""Networks and frozen codecs; this layer imports nothing else of the package."""

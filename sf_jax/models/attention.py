@@ -1,0 +1,222 @@
+"""Attention patterns and the attention itself.
+
+A pattern says, in whole frames and statically, which keys each group of queries sees. The keys of one call are its
+*own* (those of the tokens being processed) and, optionally, *context* (those in a cache). All patterns of Self Forcing
+(bidirectional, block-causal, teacher-forcing, cached, replay) are values of one type and run through one function,
+which slices instead of masking, so blocks that are masked are never computed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Range = tuple[int, int]
+# Logits of one query block, in elements: above this the queries are processed in blocks, one after the other.
+MAX_LOGITS = 1 << 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Query frames [start, stop) of the own tokens, and the frame ranges of own and context keys that they see."""
+
+    queries: Range
+    own: tuple[Range, ...]
+    context: tuple[Range, ...] = ()
+
+
+Pattern = tuple[Group, ...]
+
+
+def chunk_bounds(chunks: Sequence[int]) -> list[Range]:
+    """Frame ranges of consecutive chunks: `(1, 3, 3)` gives `[(0, 1), (1, 4), (4, 7)]`."""
+    stops = np.cumsum(chunks).tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def split_chunks(frames: int, chunk: int, first_frame_alone: bool = False) -> tuple[int, ...]:
+    """Splits `frames` latent frames into chunks, the first optionally a single frame (image-to-video models).
+
+    Raises:
+      ValueError: if the frames cannot be split so.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}: it must be at least 1 latent frame")
+    rest = frames - 1 if first_frame_alone else frames
+    if frames < 1 or rest % chunk:
+        wanted = f"1 + a multiple of {chunk}" if first_frame_alone else f"a multiple of {chunk}"
+        raise ValueError(f"frames is {frames}: with chunk={chunk} it must be {wanted}")
+    return ((1,) if first_frame_alone else ()) + (chunk,) * (rest // chunk)
+
+
+def visible_past(start: int, stop: int, window: int | None, sink: int) -> tuple[Range, ...]:
+    """Frames before `start` that the chunk [start, stop) sees: the sink and the newest ones in its window.
+
+    The window counts the chunk itself and the sink, as in the official rolling cache: once more than `window` frames
+    exist, a chunk sees the first `sink` frames and the newest `window - sink`.
+    """
+    oldest = 0 if window is None else max(0, stop - (window - sink))
+    if window is None or oldest <= sink:
+        ranges = [(0, start)]
+    else:
+        ranges = [(0, min(sink, start)), (oldest, start)]
+    return tuple(r for r in ranges if r[0] < r[1])
+
+
+def check_window(window: int | None, sink: int, chunks: Sequence[int]) -> None:
+    """Refuses windows that cannot hold a chunk and the sink."""
+    if window is None:
+        if sink:
+            raise ValueError(f"sink is {sink} but window is None: a sink needs a window")
+        return
+    if sink < 0 or window < max(chunks) + sink:
+        raise ValueError(
+            f"window is {window} frames: it must be at least chunk + sink = {max(chunks)} + {sink} and sink >= 0"
+        )
+
+
+def bidirectional(frames: int) -> Pattern:
+    """Every frame sees every frame."""
+    return (Group((0, frames), ((0, frames),)),)
+
+
+def block_causal(chunks: Sequence[int], window: int | None = None, sink: int = 0) -> Pattern:
+    """Each chunk sees itself and the chunks before it (official `_prepare_blockwise_causal_attn_mask` and `_i2v`)."""
+    check_window(window, sink, chunks)
+    return tuple(
+        Group((start, stop), _merge((*visible_past(start, stop, window, sink), (start, stop))))
+        for start, stop in chunk_bounds(chunks)
+    )
+
+
+def teacher_forcing(chunks: Sequence[int], window: int | None = None, sink: int = 0) -> Pattern:
+    """Own tokens are the clean frames, then the noisy ones (official `_prepare_teacher_forcing_mask`).
+
+    A noisy chunk sees itself and the clean chunks before it; a clean chunk sees clean chunks up to itself.
+    """
+    check_window(window, sink, chunks)
+    total = sum(chunks)
+    noisy = tuple(
+        Group(
+            (total + start, total + stop),
+            (*visible_past(start, stop, window, sink), (total + start, total + stop)),
+        )
+        for start, stop in chunk_bounds(chunks)
+    )
+    return block_causal(chunks, window, sink) + noisy
+
+
+def replay(
+    chunks: Sequence[int],
+    first: int = 0,
+    window: int | None = None,
+    sink: int = 0,
+    context_frames: int | None = None,
+) -> Pattern:
+    """Chunks `first:` in parallel, each seeing itself and the *context* (clean) frames of the chunks before it.
+
+    Args:
+      chunks: sizes of all chunks of the video.
+      first: index of the first chunk that is processed; own frame 0 is its first frame.
+      window: as in `visible_past`.
+      sink: as in `visible_past`.
+      context_frames: how many frames the context holds; None means all.
+    """
+    check_window(window, sink, chunks)
+    bounds = chunk_bounds(chunks)
+    offset = bounds[first][0]
+    groups = []
+    for start, stop in bounds[first:]:
+        own = (start - offset, stop - offset)
+        past = visible_past(start, stop, window, sink)
+        if context_frames is not None and any(r[1] > context_frames for r in past):
+            raise ValueError(f"the context holds {context_frames} frames, chunk [{start}, {stop}) needs {past}")
+        groups.append(Group(own, (own,), past))
+    return tuple(groups)
+
+
+def cached(frames: int, context_frames: int) -> Pattern:
+    """`frames` new frames see themselves and the whole cache; which of its slots are valid is a run-time mask."""
+    context = ((0, context_frames),) if context_frames else ()
+    return (Group((0, frames), ((0, frames),), context),)
+
+
+def frame_mask(pattern: Pattern, own_frames: int, context_frames: int = 0) -> np.ndarray:
+    """The pattern as bool [own_frames, context_frames + own_frames], True where a query frame sees a key frame."""
+    mask = np.zeros((own_frames, context_frames + own_frames), bool)
+    for group in pattern:
+        rows = slice(*group.queries)
+        for start, stop in group.context:
+            mask[rows, start:stop] = True
+        for start, stop in group.own:
+            mask[rows, context_frames + start : context_frames + stop] = True
+    return mask
+
+
+def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """Joins neighbouring ranges, so that they are read in one slice."""
+    merged: list[Range] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def attend(
+    q: jax.Array,
+    segments: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]],
+    max_logits: int = MAX_LOGITS,
+) -> jax.Array:
+    """Softmax attention of `q` over the keys of several segments together.
+
+    Logits and softmax are float32. The queries are processed in blocks once the logits exceed `max_logits` elements,
+    each block recomputed in the backward pass, so nothing of size T x T is kept.
+
+    Args:
+      q: [B, T, N, D] queries, any float dtype.
+      segments: (k [B, S, N, D], v [B, S, N, D], mask bool [S] or None) each; at least one key must be visible.
+      max_logits: largest number of logits held at once.
+
+    Returns:
+      [B, T, N, D], dtype of `q`.
+    """
+    batch, length, heads, dim = q.shape
+    q = (q * dim**-0.5).transpose(0, 2, 1, 3)
+    segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask) for k, v, mask in segments)
+    keys = sum(k.shape[-1] for k, _, _ in segments)
+    blocks = -(-batch * heads * length * keys // max_logits)
+    if blocks == 1:
+        return _attend_block(q, segments).transpose(0, 2, 1, 3)
+    size = -(-length // min(blocks, length))
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, -length % size), (0, 0)))
+    padded = padded.reshape(batch, heads, -1, size, dim).transpose(2, 0, 1, 3, 4)
+    out = jax.lax.map(jax.checkpoint(lambda block: _attend_block(block, segments)), padded)
+    return _unblock(out)[:, :length]
+
+
+def _unblock(out: jax.Array) -> jax.Array:
+    """[blocks, B, N, size, D] to [B, blocks*size, N, D]."""
+    blocks, batch, heads, size, dim = out.shape
+    return out.transpose(1, 0, 3, 2, 4).reshape(batch, blocks * size, heads, dim)
+
+
+def _attend_block(q, segments):
+    """Attention of one block of queries [B, N, T, D]; normalised after the product with the values."""
+    logits = []
+    for k, _, mask in segments:
+        part = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+        logits.append(part if mask is None else jnp.where(mask, part, -1e30))
+    top = logits[0].max(-1, keepdims=True)
+    for part in logits[1:]:
+        top = jnp.maximum(top, part.max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    total, out = 0.0, 0.0
+    for part, (_, v, _) in zip(logits, segments, strict=True):
+        weights = jnp.exp(part - top)
+        total = total + weights.sum(-1, keepdims=True)
+        out = out + jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).astype(q.dtype)

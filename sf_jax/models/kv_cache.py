@@ -1,0 +1,107 @@
+"""The key/value cache of a causal video transformer: an explicit pytree of fixed shape.
+
+Keys are stored without rotary embedding and rotated when they are read. With a window the cache is a ring: the first
+`sink` frames stay for ever, and a new frame overwrites the oldest of the others; nothing is ever shifted.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of past clean frames, for all layers.
+
+    Attributes:
+      k: [L, B, capacity*tokens, N, D], keys without rotary embedding.
+      v: [L, B, capacity*tokens, N, D].
+      frames: int32 [capacity], which frame each slot holds; -1 where it is empty.
+      sink: number of first frames that are never overwritten (static).
+    """
+
+    k: jax.Array
+    v: jax.Array
+    frames: jax.Array
+    sink: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def capacity(self) -> int:
+        """Frames that fit."""
+        return self.frames.shape[0]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one frame."""
+        return self.k.shape[2] // max(self.capacity, 1)
+
+
+def init_cache(
+    layers: int,
+    batch: int,
+    capacity: int,
+    tokens_per_frame: int,
+    heads: int,
+    head_dim: int,
+    dtype: jnp.dtype = jnp.float32,
+    sink: int = 0,
+) -> KVCache:
+    """An empty cache of `capacity` frames (see `KVCache` for the shapes)."""
+    if not 0 <= sink <= capacity:
+        raise ValueError(f"sink is {sink} frames: it must be between 0 and the cache's capacity of {capacity} frames")
+    shape = (layers, batch, capacity * tokens_per_frame, heads, head_dim)
+    return KVCache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        frames=jnp.full((capacity,), -1, jnp.int32),
+        sink=sink,
+    )
+
+
+def capacity_for(total_frames: int, chunk: int, window: int | None) -> int:
+    """Frames of past context that a rollout must keep: all of them, or what a window leaves beside a chunk."""
+    return total_frames if window is None else min(total_frames, window - chunk)
+
+
+def check_capacity(cache: KVCache, frames: int, window: int | None) -> None:
+    """Refuses, before anything runs, a rollout whose frames would overwrite each other in a cache without window."""
+    if window is None and frames > cache.capacity:
+        raise ValueError(
+            f"the cache holds {cache.capacity} frames but the rollout has {frames}: "
+            f"make the cache larger (capacity >= {frames}) or set a window"
+        )
+
+
+def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array | int) -> KVCache:
+    """Writes the frames [start, start + n) of `k`, `v` [L, B, n*tokens, N, D]; `start` may be traced."""
+    tokens = cache.tokens_per_frame
+    if not cache.capacity:
+        return cache
+    ring = cache.capacity - cache.sink
+    keys, values, frames = cache.k, cache.v, cache.frames
+    for i in range(k.shape[2] // tokens):
+        frame = jnp.asarray(start, jnp.int32) + i
+        if ring:
+            slot = jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring)
+        else:
+            slot = jnp.minimum(frame, cache.sink - 1)
+        part = slice(i * tokens, (i + 1) * tokens)
+
+        def put(old, new, slot=slot, frame=frame):
+            at = (0, 0, slot * tokens, 0, 0)
+            if not ring:  # a sink without a ring: later frames are dropped
+                kept = jax.lax.dynamic_slice(old, at, (*old.shape[:2], tokens, *old.shape[3:]))
+                new = jnp.where(frame < cache.sink, new, kept)
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+
+        keys, values = put(keys, k[:, :, part]), put(values, v[:, :, part])
+        frames = frames.at[slot].set(frame if ring else jnp.where(frame < cache.sink, frame, frames[slot]))
+    return cache.replace(k=keys, v=values, frames=frames)
+
+
+def visible(cache: KVCache, start: jax.Array | int, stop: jax.Array | int, window: int | None) -> jax.Array:
+    """Bool [capacity]: the slots that the chunk [start, stop) sees; the run-time form of `attention.visible_past`."""
+    past = (cache.frames >= 0) & (cache.frames < start)
+    if window is None:
+        return past
+    return past & ((cache.frames < cache.sink) | (cache.frames >= stop - (window - cache.sink)))

@@ -1,0 +1,88 @@
+"""Layers shared by the transformers: normalisation with a cheap backward pass, and the time embedding."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Layer normalisation over the last axis without scale or shift, in float32; dtype of `x` out.
+
+    The backward pass is written out: autodiff's is several times slower on CPUs.
+    """
+    return _layer_norm_forward(x, eps)[0]
+
+
+def _layer_norm_forward(x, eps):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    normed = centred * inverse
+    return normed.astype(x.dtype), (normed, inverse)
+
+
+def _layer_norm_backward(eps, saved, grad):
+    normed, inverse = saved
+    wide = grad.astype(jnp.float32)
+    projected = (wide * normed).mean(-1, keepdims=True)
+    out = inverse * (wide - wide.mean(-1, keepdims=True) - normed * projected)
+    return (out.astype(grad.dtype),)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with learned scale and shift (official `norm3`)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., C]; dtype of `x` out."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over all heads' channels together (official `WanRMSNorm`)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., C] in float32; dtype of `x` out."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+def time_features(t: jax.Array, dim: int) -> jax.Array:
+    """Sinusoidal features of timesteps (official `sinusoidal_embedding_1d`, which is float64 there).
+
+    Whole and fractional part of `t` are multiplied apart, with the frequency split in two, so that the angle of
+    t = 1000 is as exact in float32 as that of t = 1.
+
+    Args:
+      t: float [...], timesteps in [0, 1024).
+      dim: even number of features.
+
+    Returns:
+      float32 [..., dim]: cosines, then sines.
+    """
+    turns = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim // 2)) / (2 * np.pi)
+    scale = 2.0 ** (12 - np.ceil(np.log2(turns)))
+    high = np.floor(turns * scale) / scale  # 12 bits: times a 10-bit whole number it is exact in float32
+    low = (turns - high).astype(np.float32)
+    t = t.astype(jnp.float32)[..., None]
+    whole = jnp.floor(t)
+    coarse = whole * high.astype(np.float32)
+    angle = (coarse - jnp.floor(coarse)) + whole * low + (t - whole) * turns.astype(np.float32)
+    angle = 2 * np.pi * (angle - jnp.floor(angle))
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

@@ -1,0 +1,71 @@
+"""Rotary position embedding over frames, rows and columns, as in Wan2.1.
+
+Source: official `rope_params`, `rope_apply` and `causal_rope_apply` (wan/modules/model.py, causal_model.py).
+Pairs of neighbouring channels are rotated; a head's `D/2` pairs are split between the frame, row and column axes.
+The tables are made in float64 by numpy and stored as float32, so no precision is lost to large angles.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The official code has 1024 rows and truncates beyond; positions above `MAX_FRAMES` are refused by `rollout.py`.
+MAX_FRAMES = 1024
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Returns how many of the `head_dim / 2` channel pairs rotate with (frame, row, column)."""
+    pairs = head_dim // 2
+    return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+
+@functools.lru_cache(maxsize=64)
+def _angles(length: int, pairs: int) -> np.ndarray:
+    """Angles [length, pairs] in radians, float64, of one axis with `pairs` rotated pairs."""
+    frequencies = 10000.0 ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
+    return np.outer(np.arange(length, dtype=np.float64), frequencies)
+
+
+def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: int) -> jax.Array:
+    """Rotations of the tokens of some frames.
+
+    Args:
+      frames: int [F], frame positions (concrete or traced); each must be in [0, MAX_FRAMES).
+      grid: token rows and columns (h, w) of a frame.
+      head_dim: channels D of one attention head, even.
+
+    Returns:
+      float32 [2, F*h*w, D/2]: cosine and sine for each token and channel pair.
+    """
+    f_pairs, h_pairs, w_pairs = axis_pairs(head_dim)
+    h, w = grid
+    if isinstance(frames, np.ndarray):
+        frame_angles = _angles(MAX_FRAMES, f_pairs)[frames]
+        by_frame = np.stack([np.cos(frame_angles), np.sin(frame_angles)]).astype(np.float32)
+    else:
+        angles = _angles(MAX_FRAMES, f_pairs)
+        table = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+        by_frame = jnp.take(jnp.asarray(table), frames, axis=1)
+    count = by_frame.shape[1]
+
+    def axis(length, pairs):
+        angles = _angles(length, pairs)
+        return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+    parts = [
+        jnp.broadcast_to(by_frame[:, :, None, None], (2, count, h, w, f_pairs)),
+        jnp.broadcast_to(axis(h, h_pairs)[:, None, :, None], (2, count, h, w, h_pairs)),
+        jnp.broadcast_to(axis(w, w_pairs)[:, None, None], (2, count, h, w, w_pairs)),
+    ]
+    return jnp.concatenate(parts, axis=-1).reshape(2, count * h * w, head_dim // 2)
+
+
+def rotate(x: jax.Array, rotations: jax.Array) -> jax.Array:
+    """Rotates the channel pairs of `x` [B, T, N, D] by `rotations` [2, T, D/2], in float32; dtype of `x` out."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = rotations[0][:, None], rotations[1][:, None]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

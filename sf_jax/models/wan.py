@@ -1,0 +1,369 @@
+"""The Wan2.1 video diffusion transformer, for every size and every attention pattern.
+
+Source: official `WanModel` (wan/modules/model.py) and `CausalWanModel` (wan/modules/causal_model.py). Teacher and
+critic (bidirectional) and student (causal) are the same network; only the `Layout` they are called with differs. It
+predicts the flow, `noise - clean`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sf_jax.models import attention, rope
+from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.layers import LayerNorm, RMSNorm, layer_norm, time_features
+
+REMAT_POLICIES = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the transformer.
+
+    Attributes:
+      dim: channels of the residual stream.
+      ffn_dim: hidden channels of the feed-forward layers.
+      num_heads: attention heads; `dim / num_heads` must be even.
+      num_layers: transformer blocks.
+      text_dim: channels of the prompt embeddings.
+      text_len: rows of the prompt embeddings (zero after the text's end; they are attended to all the same).
+      freq_dim: sinusoidal features of the timestep.
+      channels: latent channels C, in and out.
+      patch: latent (frames, rows, columns) of one token; frames must be 1.
+      eps: epsilon of all norms.
+      dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are float32 always.
+      remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
+    """
+
+    dim: int = 128
+    ffn_dim: int = 512
+    num_heads: int = 4
+    num_layers: int = 4
+    text_dim: int = 64
+    text_len: int = 10
+    freq_dim: int = 64
+    channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        """Refuses sizes that the network cannot have."""
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim is {self.dim}, num_heads {self.num_heads}: dim / num_heads must be an even number")
+        if self.patch[0] != 1:
+            raise ValueError(f"patch is {self.patch}: its first entry (frames) must be 1")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}: it must be one of {', '.join(REMAT_POLICIES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}: it must be float32 or bfloat16")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of a latent frame.
+
+        Raises:
+          ValueError: if the latent is no multiple of the patch.
+        """
+        if height % self.patch[1] or width % self.patch[2]:
+            raise ValueError(f"latent size is {height}x{width}: it must be a multiple of the patch {self.patch[1:]}")
+        return height // self.patch[1], width // self.patch[2]
+
+
+def wan_1_3b(**changes) -> WanConfig:
+    """Wan2.1-T2V-1.3B."""
+    base = WanConfig(
+        dim=1536,
+        ffn_dim=8960,
+        num_heads=12,
+        num_layers=30,
+        text_dim=4096,
+        text_len=512,
+        freq_dim=256,
+        remat="block",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def wan_14b(**changes) -> WanConfig:
+    """Wan2.1-T2V-14B."""
+    return wan_1_3b(**{"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, **changes})
+
+
+@flax.struct.dataclass
+class KeysValues:
+    """Keys (without rotary embedding) and values [L, B, T, N, D] of all layers."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@flax.struct.dataclass
+class Layout:
+    """Where the tokens of one call are in the video, and what they may see.
+
+    Attributes:
+      frames: int [F], positions of the own frames (numpy where static).
+      context_frames: int [S], positions of the context's frames, or None without context.
+      context_mask: bool [S] of usable context frames, or None where all are.
+      pattern: which own and context frames each query frame sees (static).
+      straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
+        their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
+    """
+
+    frames: jax.Array | np.ndarray
+    context_frames: jax.Array | np.ndarray | None = None
+    context_mask: jax.Array | None = None
+    pattern: attention.Pattern = flax.struct.field(pytree_node=False, default=())
+    straight_through: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def bidirectional_layout(frames: int) -> Layout:
+    """All frames see all frames: teacher and critic."""
+    return Layout(frames=np.arange(frames), pattern=attention.bidirectional(frames))
+
+
+@flax.struct.dataclass
+class _Shared:
+    """What all blocks of one call share."""
+
+    modulation: jax.Array
+    own_rotation: jax.Array
+    context_rotation: jax.Array | None
+    context_mask: jax.Array | None
+    pattern: attention.Pattern = flax.struct.field(pytree_node=False)
+    tokens: int = flax.struct.field(pytree_node=False)
+    straight_through: int | None = flax.struct.field(pytree_node=False)
+    return_kv: bool = flax.struct.field(pytree_node=False)
+
+
+def _dense(config: WanConfig, features: int, name: str | None = None) -> nn.Dense:
+    return nn.Dense(features, dtype=jnp.dtype(config.dtype), kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+
+class Attention(nn.Module):
+    """Projections of one attention layer; queries and keys are RMS-normalised over all heads."""
+
+    config: WanConfig
+
+    def setup(self):
+        """Declares the layers."""
+        dim, eps = self.config.dim, self.config.eps
+        self.q, self.k, self.v, self.o = (_dense(self.config, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(eps), RMSNorm(eps)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """[B, T, dim] to [B, T, N, D]."""
+        return self._heads(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, dim] to keys and values [B, T, N, D]."""
+        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def output(self, x: jax.Array) -> jax.Array:
+        """[B, T, N, D] to [B, T, dim]."""
+        return self.o(x.reshape(*x.shape[:2], -1))
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+
+
+class Block(nn.Module):
+    """One block: self-attention, cross-attention to the prompt, feed-forward (official `WanAttentionBlock`)."""
+
+    config: WanConfig
+
+    def setup(self):
+        """Declares the layers."""
+        config = self.config
+        self.self_attn, self.cross_attn = Attention(config), Attention(config)
+        self.norm3 = LayerNorm(config.eps)
+        self.ffn_in, self.ffn_out = _dense(config, config.ffn_dim), _dense(config, config.dim)
+        self.modulation = self.param("modulation", nn.initializers.normal(config.dim**-0.5), (1, 6, config.dim))
+
+    def text_kv(self, carry: None, text: jax.Array) -> tuple[None, KeysValues]:
+        """Cross-attention keys and values [B, S, N, D] of the projected prompt [B, S, dim]."""
+        return carry, KeysValues(*self.cross_attn.keys_values(text))
+
+    def __call__(
+        self, x: jax.Array, text: KeysValues, context: KeysValues | None, shared: _Shared
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Runs the block on `x` [B, T, dim]; also returns the own keys and values if asked for."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
+        frames = x.shape[1] // shared.tokens
+
+        def by_frame(a, operation):
+            split = a.reshape(a.shape[0], frames, shared.tokens, -1).astype(jnp.float32)
+            return operation(split).reshape(a.shape).astype(a.dtype)
+
+        def modulated(a, shift, scale):
+            return by_frame(layer_norm(a, self.config.eps), lambda s: s * (1 + scale[:, :, None]) + shift[:, :, None])
+
+        h = modulated(x, shift1, scale1)
+        q = self.self_attn.queries(h)
+        k, v = self.self_attn.keys_values(h)
+        y = self.self_attn.output(_pattern_attention(q, k, v, context, shared))
+        x = x + by_frame(y, lambda s: s * gate1[:, :, None])
+        q = self.cross_attn.queries(self.norm3(x))
+        x = x + self.cross_attn.output(attention.attend(q, [(text.k, text.v, None)]))
+        y = self.ffn_out(nn.gelu(self.ffn_in(modulated(x, shift2, scale2)), approximate=True))
+        x = x + by_frame(y, lambda s: s * gate2[:, :, None])
+        return x, KeysValues(k, v) if shared.return_kv else None
+
+
+def _pattern_attention(q, k, v, context, shared):
+    """Self-attention [B, T, N, D] of the groups of the pattern, over own and context frames."""
+    tokens = shared.tokens
+    own_k = rope.rotate(k, shared.own_rotation)
+    q = rope.rotate(q, shared.own_rotation)
+    mask = None if shared.context_mask is None else jnp.repeat(shared.context_mask, tokens)
+    if context is not None:
+        context_k, context_v = context.k.astype(k.dtype), context.v.astype(v.dtype)
+        if shared.straight_through is not None:
+            context_k = _straight_through(context_k, k, shared.straight_through * tokens)
+            context_v = _straight_through(context_v, v, shared.straight_through * tokens)
+        context_k = rope.rotate(context_k, shared.context_rotation)
+    outputs = []
+    for group in shared.pattern:
+        segments = []
+        for start, stop in group.context:
+            part = slice(start * tokens, stop * tokens)
+            segments.append((context_k[:, part], context_v[:, part], None if mask is None else mask[part]))
+        for start, stop in group.own:
+            part = slice(start * tokens, stop * tokens)
+            segments.append((own_k[:, part], v[:, part], None))
+        start, stop = group.queries
+        outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _straight_through(context, own, start):
+    """The context's values with the gradient of `own`, whose first token is token `start` of the context."""
+    count = min(own.shape[1], context.shape[1] - start)
+    own = own[:, :count]
+    fixed = jax.lax.stop_gradient(context)
+    # Not `own + (fixed - own)`: that rounds, and the values must be those of the clean pass.
+    passed = fixed[:, start : start + count] + (own - jax.lax.stop_gradient(own))
+    return jnp.concatenate([fixed[:, :start], passed, fixed[:, start + count :]], axis=1)
+
+
+class WanTransformer(nn.Module):
+    """The network; parameters of the blocks are stacked along a leading layer axis."""
+
+    config: WanConfig
+
+    def setup(self):
+        """Declares the layers."""
+        config = self.config
+        self.patch_embedding = _dense(config, config.dim)
+        self.text_in, self.text_out = _dense(config, config.dim), _dense(config, config.dim)
+        wide = dataclasses.replace(config, dtype="float32")
+        self.time_in, self.time_out = _dense(wide, config.dim), _dense(wide, config.dim)
+        self.time_projection = _dense(wide, 6 * config.dim)
+        self.head_modulation = self.param(
+            "head_modulation", nn.initializers.normal(config.dim**-0.5), (1, 2, config.dim)
+        )
+        outputs = config.channels * int(np.prod(config.patch))
+        self.head = nn.Dense(outputs, dtype=jnp.dtype(config.dtype), kernel_init=nn.initializers.zeros)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False, methods=["__call__"])
+        layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.num_layers}
+        self.blocks = nn.scan(
+            block,
+            methods={
+                "__call__": {**layers, "in_axes": (0, 0, nn.broadcast)},
+                "text_kv": {**layers, "in_axes": nn.broadcast},
+            },
+        )(config)
+
+    def encode_text(self, text: jax.Array) -> KeysValues:
+        """Cross-attention keys and values [L, B, S, N, D] of prompt embeddings [B, S, text_dim]; once per prompt."""
+        if text.shape[-1] != self.config.text_dim:
+            raise ValueError(f"prompt embeddings have {text.shape[-1]} channels, text_dim is {self.config.text_dim}")
+        text = self.text_out(nn.gelu(self.text_in(text.astype(self.config.dtype)), approximate=True))
+        return self.blocks.text_kv(None, text)[1]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        text: jax.Array | KeysValues,
+        layout: Layout,
+        context: KeysValues | KVCache | None = None,
+        return_kv: bool = False,
+    ) -> jax.Array | tuple[jax.Array, KeysValues]:
+        """Predicts the flow.
+
+        Args:
+          x: [B, F, H, W, C] noisy latent frames.
+          t: float [B, F] or [B, 1] timesteps in [0, 1000].
+          text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
+          layout: positions and attention pattern.
+          context: keys and values of other frames, as `layout` describes them.
+          return_kv: also return the own keys (without rotary embedding) and values.
+
+        Returns:
+          float32 flow [B, F, H, W, C]; with `return_kv` also KeysValues [L, B, F*tokens, N, D].
+        """
+        config = self.config
+        if x.shape[-1] != config.channels:
+            raise ValueError(f"latents have {x.shape[-1]} channels (last axis), the model has {config.channels}")
+        if not isinstance(text, KeysValues):
+            text = self.encode_text(text)
+        batch, frames, height, width, _ = x.shape
+        grid = config.grid(height, width)
+        features = self.time_out(nn.silu(self.time_in(time_features(t, config.freq_dim))))
+        modulation = self.time_projection(nn.silu(features)).reshape(*t.shape, 6, config.dim)
+        rotation = rope.rotation(layout.frames, grid, config.head_dim)
+        context_rotation = None
+        if context is not None:
+            context = KeysValues(context.k, context.v)
+            context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
+        shared = _Shared(
+            modulation=modulation,
+            own_rotation=rotation,
+            context_rotation=context_rotation,
+            context_mask=layout.context_mask,
+            pattern=layout.pattern,
+            tokens=grid[0] * grid[1],
+            straight_through=layout.straight_through,
+            return_kv=return_kv,
+        )
+        h, kv = self.blocks(
+            self.patch_embedding(_patchify(x.astype(config.dtype), config.patch)), text, context, shared
+        )
+        shift, scale = jnp.moveaxis(self.head_modulation[:, None] + features[:, :, None], 2, 0)
+        h = layer_norm(h, config.eps).reshape(batch, frames, -1, config.dim).astype(jnp.float32)
+        h = (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(config.dtype)
+        flow = _unpatchify(self.head(h).astype(jnp.float32), grid, config)
+        return (flow, kv) if return_kv else flow
+
+
+def _patchify(x, patch):
+    """[B, F, H, W, C] to tokens [B, F*h*w, ph*pw*C]."""
+    batch, frames, height, width, channels = x.shape
+    h, w = height // patch[1], width // patch[2]
+    x = x.reshape(batch, frames, h, patch[1], w, patch[2], channels).transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(batch, frames * h * w, -1)
+
+
+def _unpatchify(x, grid, config):
+    """Tokens [B, F, h*w, ph*pw*C] to [B, F, H, W, C]."""
+    batch, frames = x.shape[:2]
+    (h, w), (_, ph, pw) = grid, config.patch
+    x = x.reshape(batch, frames, h, w, ph, pw, config.channels).transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(batch, frames, h * ph, w * pw, config.channels)

@@ -1,0 +1,37 @@
+"""Score identity distillation, the student's loss; the critic's is that of DMD.
+
+Source: paper, Section 3.3; official `SiD` (model/sid.py); SiD (arXiv 2404.04057).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sf_jax.models.wan import WanTransformer
+from sf_jax.objectives.scores import ScoreConfig, predict_clean, predict_guided, video_mean
+
+
+def generator_loss(
+    video: jax.Array,
+    teacher: tuple[WanTransformer, dict],
+    critic: tuple[WanTransformer, dict],
+    text: jax.Array,
+    negative: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    config: ScoreConfig,
+) -> tuple[jax.Array, dict]:
+    """The student's SiD loss; the gradient runs through both score networks into `video` (not into their parameters).
+
+    Arguments as in `dmd.generator_loss`; `config.sid_alpha` weighs the second term.
+
+    Returns:
+      Scalar loss and an empty aux.
+    """
+    noisy = config.student_schedule.add_noise(video, noise, t)
+    frozen_teacher, frozen_critic = (jax.lax.stop_gradient(net[1]) for net in (teacher, critic))
+    schedule = config.score_schedule
+    fake = predict_clean(critic[0], frozen_critic, schedule, noisy, t, text)
+    real = predict_guided(teacher[0], frozen_teacher, schedule, noisy, t, text, negative, config.guidance)
+    loss = (real - fake) * ((real - video) - config.sid_alpha * (real - fake))
+    loss = loss / jax.lax.stop_gradient(video_mean(jnp.abs(video - real)))
+    return jnp.nan_to_num(loss, posinf=0.0, neginf=0.0).mean(), {}

@@ -1,0 +1,394 @@
+"""Self Forcing's rollout: the student generates a video chunk by chunk with the cache it will use at inference.
+
+Source: paper, Algorithm 1 (training) and 2 (inference); official `SelfForcingTrainingPipeline` and
+`CausalInferencePipeline`. `generate_chunk` is the one piece of code that both use; `rollout` scans it over the
+chunks without gradient, and `replay` then recomputes the exit step of all chunks in parallel, which is where the gradient
+is taken. `rollout(..., differentiate=...)` differentiates through the scan instead: slower, and what the tests compare with.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
+from sf_jax.models import attention, kv_cache
+from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.rope import MAX_FRAMES
+from sf_jax.models.wan import KeysValues, Layout, WanTransformer
+
+# draw(kind, chunk, step, shape) -> standard normal noise; kind is "renoise" or "context".
+Draw = Callable[[str, Any, Any, tuple[int, ...]], jax.Array]
+
+CACHE_GRADIENTS = ("stop", "straight_through")
+CONTEXT_NOISES = ("exact", "official", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How the student generates.
+
+    Attributes:
+      steps: denoising steps on the even scale, descending from 1000.
+      warp: whether the steps are table entries counted on the even scale (official `warp_denoising_step`).
+      shift: shift of the student's schedule.
+      chunk: latent frames generated together.
+      first_frame_alone: whether the first frame is a chunk of its own (official `independent_first_frame`).
+      window: latent frames seen at once, sink and current chunk included; None for all.
+      sink: first latent frames that stay visible.
+      context_timestep: timestep of the clean pass that writes a finished chunk to the cache.
+      context_noise: noise added to the chunk for that pass: "exact" (sigma = context_timestep / 1000, so none at 0),
+        "official" (the nearest table entry, as the official training does: sigma 0.005 at 0), or "none" (whatever the
+        timestep, as the official inference does).
+    """
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    warp: bool = True
+    shift: float = 5.0
+    chunk: int = 3
+    first_frame_alone: bool = False
+    window: int | None = None
+    sink: int = 0
+    context_timestep: float = 0.0
+    context_noise: str = "exact"
+
+    def __post_init__(self):
+        """Refuses values that no rollout can have."""
+        if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True) or self.steps[-1] <= 0:
+            raise ValueError(f"steps is {self.steps}: it must descend strictly and end above 0")
+        if self.steps[0] > TRAIN_STEPS:
+            raise ValueError(f"steps is {self.steps}: its first entry must be at most {TRAIN_STEPS}")
+        if self.context_noise not in CONTEXT_NOISES:
+            raise ValueError(f"context_noise is {self.context_noise!r}: it must be one of {', '.join(CONTEXT_NOISES)}")
+        attention.check_window(self.window, self.sink, (self.chunk,))
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        """The student's schedule."""
+        return FlowSchedule(self.shift)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The denoising timesteps that the network is told."""
+        return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
+
+    def chunks(self, frames: int, initial_frames: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Chunk sizes of the given initial latents and of the `frames` new ones."""
+        alone = self.first_frame_alone
+        given = attention.split_chunks(initial_frames, self.chunk, alone) if initial_frames else ()
+        return given, attention.split_chunks(frames, self.chunk, alone and not initial_frames)
+
+
+@flax.struct.dataclass
+class Rollout:
+    """What a rollout leaves for the replay.
+
+    Attributes:
+      video: [B, F, H, W, C] clean latents, initial frames included.
+      exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
+      exits: int32 [chunks], exit step of each new chunk.
+      cache: clean keys and values of all frames.
+      initial_frames: number of given frames at the start (static).
+    """
+
+    video: jax.Array
+    exit_inputs: jax.Array
+    exits: jax.Array
+    cache: KVCache
+    initial_frames: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def key_draw(key: jax.Array, examples: jax.Array) -> Draw:
+    """Noise that depends on the key, the example's global index, the chunk and the step, and on nothing else.
+
+    Args:
+      key: PRNG key of this rollout.
+      examples: int32 [B], global indices of the examples, so that numbers do not depend on how the batch is split.
+    """
+
+    def draw(kind, chunk, step, shape):
+        base = jax.random.fold_in(jax.random.fold_in(key, 2 * step + (kind == "context")), chunk)
+        return example_noise(base, examples, shape)
+
+    return draw
+
+
+def example_noise(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal float32 `shape` [B, ...], each example drawn from its own key."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
+
+
+def empty_cache(
+    model: WanTransformer,
+    config: RolloutConfig,
+    batch: int,
+    frames: int,
+    height: int,
+    width: int,
+    full: bool = False,
+) -> KVCache:
+    """A cache for `frames` latent frames in all; with a window, a ring of what the window needs (unless `full`)."""
+    grid = model.config.grid(height, width)
+    capacity = kv_cache.capacity_for(frames, config.chunk, None if full else config.window)
+    dtype = jnp.dtype(model.config.dtype)
+    heads, head_dim = model.config.num_heads, model.config.head_dim
+    # A full cache never evicts, so it needs no sink of its own; visibility still honours it.
+    sink = min(config.sink, capacity)
+    return kv_cache.init_cache(
+        model.config.num_layers, batch, capacity, grid[0] * grid[1], heads, head_dim, dtype, sink
+    )
+
+
+def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, size: int) -> Layout:
+    """Positions and visible cache slots of the chunk [start, start + size)."""
+    return Layout(
+        frames=jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32),
+        context_frames=jnp.maximum(cache.frames, 0),
+        context_mask=kv_cache.visible(cache, start, start + size, config.window),
+        pattern=attention.cached(size, cache.capacity),
+    )
+
+
+def _predict(model, config, params, x, t, text, layout, cache):
+    """Clean prediction and own keys/values at timestep `t` (scalar) for one chunk."""
+    t = jnp.full((x.shape[0], 1), t, jnp.float32)
+    flow, kv = model.apply({"params": params}, x, t, text, layout, cache, return_kv=True)
+    return config.schedule.to_clean(flow, x, t), kv
+
+
+def write_chunk(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    text: KeysValues,
+    cache: KVCache,
+    clean: jax.Array,
+    start: jax.Array | int,
+    t: float = 0.0,
+) -> tuple[KVCache, KeysValues]:
+    """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and writes it to the cache."""
+    layout = chunk_layout(cache, config, start, clean.shape[1])
+    _, kv = _predict(model, config, params, clean, t, text, layout, cache)
+    return kv_cache.write(cache, kv.k, kv.v, start), kv
+
+
+def _context_input(config, clean, draw, chunk):
+    """The finished chunk as the clean pass sees it."""
+    if config.context_noise == "none" or (config.context_noise == "exact" and config.context_timestep == 0):
+        return clean
+    noise = draw("context", chunk, 0, clean.shape)
+    if config.context_noise == "official":
+        return config.schedule.add_noise(clean, noise, jnp.float32(config.context_timestep))
+    sigma = config.context_timestep / TRAIN_STEPS
+    return (1 - sigma) * clean + sigma * noise
+
+
+def generate_chunk(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    text: KeysValues,
+    cache: KVCache,
+    noise: jax.Array,
+    start: jax.Array | int,
+    chunk: jax.Array | int,
+    exit_step: jax.Array | int,
+    draw: Draw,
+    differentiate: str | None = None,
+    live: jax.Array | bool = True,
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Generates one chunk and writes it to the cache.
+
+    Args:
+      model: the student.
+      config: how to generate.
+      params: the student's parameters.
+      text: prompt keys and values, from `encode_text`.
+      cache: clean keys and values of the frames before.
+      noise: [B, n, H, W, C] initial noise of the chunk.
+      start: first frame of the chunk; may be traced.
+      chunk: index of the chunk, for `draw`; may be traced.
+      exit_step: index of the denoising step whose prediction is the result; may be traced.
+      draw: source of noise.
+      differentiate: None, or the `cache_gradient` of differentiating through the scan.
+      live: with `differentiate`, whether this chunk takes a gradient.
+
+    Returns:
+      The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
+    """
+    frozen, frozen_text = jax.lax.stop_gradient((params, text))
+    timesteps = jnp.asarray(config.timesteps, jnp.float32)
+    layout = chunk_layout(cache, config, start, noise.shape[1])
+    past = jax.lax.stop_gradient(cache)
+
+    def denoise(step, x):
+        clean, _ = _predict(model, config, frozen, x, timesteps[step], frozen_text, layout, past)
+        return config.schedule.add_noise(clean, draw("renoise", chunk, step, x.shape), timesteps[step + 1])
+
+    x = jax.lax.stop_gradient(jax.lax.fori_loop(0, exit_step, denoise, noise))
+    if differentiate is None:
+        clean, _ = _predict(model, config, frozen, x, timesteps[exit_step], frozen_text, layout, past)
+    else:
+        seen = cache if differentiate == "straight_through" else past
+        clean, noisy_kv = _predict(model, config, params, x, timesteps[exit_step], text, layout, seen)
+        clean = jnp.where(live, clean, jax.lax.stop_gradient(clean))
+    context = _context_input(config, jax.lax.stop_gradient(clean), draw, chunk)
+    written, kv = write_chunk(model, config, frozen, frozen_text, past, context, start, config.context_timestep)
+    if differentiate == "straight_through":
+
+        def pass_gradient(value, noisy):
+            return value + jnp.where(live, noisy - jax.lax.stop_gradient(noisy), 0)
+
+        kv = jax.tree.map(pass_gradient, jax.lax.stop_gradient(kv), noisy_kv)
+        written = kv_cache.write(cache, kv.k, kv.v, start)
+    return written, clean, x
+
+
+def rollout(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    text: jax.Array | KeysValues,
+    noise: jax.Array,
+    exits: jax.Array | int,
+    draw: Draw,
+    initial: jax.Array | None = None,
+    full_cache: bool = True,
+    differentiate: str | None = None,
+    first_live: int = 0,
+) -> Rollout:
+    """Generates a video chunk by chunk (paper, Algorithm 1 without its gradient; Algorithm 2 at the last exit step).
+
+    No gradient flows unless `differentiate` says so; use `replay` to get one.
+
+    Args:
+      model: the student.
+      config: how to generate.
+      params: the student's parameters.
+      text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
+      noise: [B, F, H, W, C] initial noise.
+      exits: int, or int32 [chunks]: exit step of every chunk, in [0, len(config.steps)); may be traced.
+      draw: source of noise, see `key_draw`.
+      initial: [B, I, H, W, C] clean latents to continue from.
+      full_cache: keep all frames in the cache (what `replay` needs) even if a window would need fewer.
+      differentiate: "stop" or "straight_through" to differentiate through the scan (the tests' oracle).
+      first_live: with `differentiate`, index of the first new chunk that takes a gradient.
+
+    Raises:
+      ValueError: if the frames are no multiple of the chunk, or more than the position table holds.
+    """
+    if differentiate not in (None, *CACHE_GRADIENTS):
+        raise ValueError(f"differentiate is {differentiate!r}: it must be None or one of {', '.join(CACHE_GRADIENTS)}")
+    batch, frames, height, width, _ = noise.shape
+    start = 0 if initial is None else initial.shape[1]
+    given, chunks = config.chunks(frames, start)
+    if start + frames > MAX_FRAMES:
+        raise ValueError(f"frames is {start + frames}: positions are tabulated for {MAX_FRAMES} latent frames")
+    if not isinstance(text, KeysValues):
+        text = model.apply({"params": params}, text, method="encode_text")
+    cache = empty_cache(model, config, batch, start + frames, height, width, full_cache)
+    kv_cache.check_capacity(cache, start + frames, config.window)
+    frozen, frozen_text = jax.lax.stop_gradient((params, text))
+    for first, last in attention.chunk_bounds(given) if given else ():
+        cache, _ = write_chunk(model, config, frozen, frozen_text, cache, initial[:, first:last], first)
+    exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
+
+    def step(cache, noise, chunk, first, exit_step):
+        live = True if first_live == 0 else jnp.asarray(chunk) >= first_live
+        return generate_chunk(
+            model, config, params, text, cache, noise, first, chunk, exit_step, draw, differentiate, live
+        )
+
+    videos, inputs = ([] if initial is None else [initial]), []
+    alone = 0
+    if chunks[0] != config.chunk:  # the first frame of its own has another shape than the scanned chunks
+        cache, clean, exit_input = step(cache, noise[:, : chunks[0]], 0, start, exits[0])
+        videos.append(clean)
+        inputs.append(exit_input)
+        alone = 1
+    count = len(chunks) - alone
+    if count:
+        rest = noise[:, alone * chunks[0] :].reshape(batch, count, config.chunk, height, width, -1)
+        index = jnp.arange(count, dtype=jnp.int32)
+        starts = start + alone * chunks[0] + index * config.chunk
+
+        def body(cache, xs):
+            cache, clean, exit_input = step(cache, *xs)
+            return cache, (clean, exit_input)
+
+        xs = (jnp.moveaxis(rest, 1, 0), index + alone, starts, exits[alone:])
+        cache, scanned = jax.lax.scan(body, cache, xs)
+        clean, exit_input = (jnp.moveaxis(a, 0, 1).reshape(batch, -1, *a.shape[3:]) for a in scanned)
+        videos.append(clean)
+        inputs.append(exit_input)
+    video, exit_inputs = (jnp.concatenate(parts, axis=1) for parts in (videos, inputs))
+    return Rollout(video=video, exit_inputs=exit_inputs, exits=exits, cache=cache, initial_frames=start)
+
+
+def replay(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    text: jax.Array | KeysValues,
+    past: Rollout,
+    cache_gradient: str = "stop",
+    first_live: int = 0,
+) -> jax.Array:
+    """Recomputes the exit step of all chunks in parallel; differentiable in `params` and `text`.
+
+    Chunk i sees itself (noisy, at its exit step) and the clean keys and values of the chunks before it, as in the
+    rollout, so the result has the rollout's values and the gradient of the paper's Algorithm 1.
+
+    Args:
+      model: the student.
+      config: how the rollout was generated.
+      params: the student's parameters.
+      text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
+      past: the rollout, made with `full_cache`.
+      cache_gradient: "stop" (context keys and values are constants; the paper's Algorithm 1) or "straight_through"
+        (their gradient goes to the keys and values of the earlier chunk's exit step, as in the official code).
+      first_live: index of the first new chunk that takes a gradient; chunks before it come from the rollout.
+
+    Returns:
+      [B, F, H, W, C] clean latents, given and earlier frames included (without gradient).
+    """
+    if cache_gradient not in CACHE_GRADIENTS:
+        raise ValueError(f"cache_gradient is {cache_gradient!r}: it must be one of {', '.join(CACHE_GRADIENTS)}")
+    total = past.video.shape[1]
+    if past.cache.capacity < total:
+        raise ValueError(
+            f"the cache holds {past.cache.capacity} of {total} frames: make the rollout with full_cache=True"
+        )
+    given, chunks = config.chunks(past.exit_inputs.shape[1], past.initial_frames)
+    first = len(given) + first_live
+    offset = sum((given + chunks)[:first])
+    new_offset = offset - past.initial_frames
+    timesteps = jnp.asarray(config.timesteps, jnp.float32)[past.exits]
+    t = jnp.repeat(timesteps, np.asarray(chunks), total_repeat_length=sum(chunks))[None, new_offset:]
+    x = jax.lax.stop_gradient(past.exit_inputs[:, new_offset:])
+    t = jnp.broadcast_to(t, x.shape[:2])
+    layout = Layout(
+        frames=np.arange(offset, total),
+        context_frames=np.arange(total),
+        pattern=attention.replay(given + chunks, first, config.window, config.sink, total),
+        straight_through=offset if cache_gradient == "straight_through" else None,
+    )
+    context = jax.lax.stop_gradient(KeysValues(past.cache.k, past.cache.v))
+    flow = model.apply({"params": params}, x, t, text, layout, context)
+    clean = config.schedule.to_clean(flow, x, t)
+    return jnp.concatenate([jax.lax.stop_gradient(past.video[:, :offset]), clean], axis=1)
+
+
+def exit_range(config: RolloutConfig, exit_step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Even-scale timesteps (from, to) between which the exit step denoises; `to` is 0 after the last step.
+
+    Source: official `denoised_timestep_from` and `denoised_timestep_to`.
+    """
+    table = TRAIN_STEPS - config.schedule.index(jnp.asarray(config.timesteps))
+    table = jnp.append(table, 0)
+    return table[exit_step], table[jnp.asarray(exit_step) + 1]

@@ -1,0 +1,1 @@
+"""Readers, writers and name maps of weight files."""

@@ -1,0 +1,1 @@
+"""Comparison with recorded numbers of the official code: `python -m tests.goldens DIR`."""

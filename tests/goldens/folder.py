@@ -1,0 +1,182 @@
+"""Reads a folder of recorded numbers: sizes, weights, arrays, draws, gradients."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from sf_jax.models.wan import WanConfig, WanTransformer, bidirectional_layout
+from sf_jax.weights import official
+
+OUTPUT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One compared quantity; `error` None means that the case could not be run, with the reason in `note`."""
+
+    name: str
+    error: float | None
+    tolerance: float = OUTPUT_TOLERANCE
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within tolerance (NaN is not)."""
+        return self.error is not None and self.error <= self.tolerance
+
+
+def relative(ours, reference) -> float:
+    """Relative L2 error in float64."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    if ours.shape != reference.shape:
+        raise ValueError(f"shape {ours.shape} against {reference.shape}")
+    return float(np.linalg.norm(ours - reference) / max(np.linalg.norm(reference), 1e-30))
+
+
+def channels_last(x) -> np.ndarray:
+    """[..., C, H, W] to [..., H, W, C]."""
+    return np.moveaxis(np.asarray(x), -3, -1)
+
+
+class Folder:
+    """One folder of goldens."""
+
+    def __init__(self, path):
+        """Reads `config.json`; arrays are read when asked for."""
+        self.path = pathlib.Path(path)
+        self.config = json.loads((self.path / "config.json").read_text())
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds this file."""
+        return (self.path / name).exists()
+
+    def arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict]:
+        """Arrays and meta data of an npz file."""
+        with np.load(self.path / name) as archive:
+            arrays = {key: archive[key] for key in archive.files if key != "meta_json"}
+            return arrays, json.loads(str(archive["meta_json"]))
+
+    def model(self, role: str) -> WanTransformer:
+        """The network of a role: generator, fake or real."""
+        c = self.config
+        return WanTransformer(
+            WanConfig(
+                dim=c["dim"],
+                ffn_dim=c["ffn_dim"],
+                num_heads=c["num_heads"],
+                num_layers=c["num_layers"][role],
+                text_dim=c["text_dim"],
+                text_len=c["text_len"],
+                freq_dim=c["freq_dim"],
+                channels=c["in_dim"],
+                patch=tuple(c["patch"]),
+                eps=c["eps"],
+            )
+        )
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of a frame."""
+        return self.config["latent_height"] // self.config["patch"][1], (
+            self.config["latent_width"] // self.config["patch"][2]
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.grid[0] * self.grid[1]
+
+    def shapes(self, role: str):
+        """Parameter shapes of a role."""
+        model, c = self.model(role), self.config
+        latents = jnp.zeros((1, 1, c["latent_height"], c["latent_width"], c["in_dim"]))
+        text = jnp.zeros((1, c["text_len"], c["text_dim"]))
+        init = functools.partial(model.init, layout=bidirectional_layout(1))
+        return jax.eval_shape(init, jax.random.key(0), latents, jnp.zeros((1, 1)), text)["params"]
+
+    def load(self, role: str) -> tuple[WanTransformer, dict]:
+        """The network of a role and its parameters."""
+        model = self.model(role)
+        tensors = load_file(self.path / f"weights_{role}.safetensors")
+        return model, official.from_official(tensors, model.config, self.shapes(role))
+
+    def compare_gradients(self, name: str, file: str, role: str, gradients: dict) -> list[Result]:
+        """Compares a tree of gradients with recorded ones: the worst parameter, and those without gradient."""
+        ours = official.to_official(jax.device_get(gradients), self.model(role).config)
+        worst, worst_name, compared = 0.0, "", set()
+        with safe_open(self.path / file, "np") as stored:
+            meta = stored.metadata() or {}
+            without = json.loads(meta.get("none_grads", "[]"))
+            strided = set(json.loads(meta.get("strided", "[]")))
+            step = int(meta.get("row_step", "1"))
+            for key in stored.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                parameter = key.removesuffix("#proj")
+                compared.add(parameter)
+                if parameter not in ours:
+                    continue
+                ours_full = np.asarray(ours[parameter], np.float64)
+                if key.endswith("#proj"):
+                    flat = ours_full.reshape(ours_full.shape[0], -1)
+                    value = np.cos(np.arange(1, flat.shape[0] + 1, dtype=np.float64)) @ flat
+                else:
+                    value = ours_full[::step] if parameter in strided else ours_full
+                error = relative(value, stored.get_tensor(key).reshape(value.shape))
+                if error > worst:
+                    worst, worst_name = error, key
+        results = [Result(name, worst, GRADIENT_TOLERANCE, f"worst of {len(compared)} parameters: {worst_name}")]
+        if without:
+            largest = max(float(np.abs(ours[parameter]).max()) for parameter in without if parameter in ours)
+            results.append(Result(f"{name}, parameters without gradient", largest, 0.0, f"{len(without)} parameters"))
+        left = sorted(set(ours) - compared - set(without))
+        if left and step > 0 and "rel0" not in file:
+            results.append(Result(f"{name}, completeness", float("nan"), 0.0, f"no recorded gradient of {left[:3]}"))
+        return results
+
+
+def recorded_blocks(arrays: dict, prefix: str, exits: list[int], first: int) -> list[tuple[list, np.ndarray]]:
+    """Splits recorded `randn_like` draws into (renoise draws, context draw) of each block.
+
+    Args:
+      arrays: the arrays of a file.
+      prefix: prefix of the case, possibly empty.
+      exits: exit step of each block.
+      first: number of the first draw of the rollout.
+    """
+    blocks, number = [], first
+    for exit_step in exits:
+        draws = [channels_last(arrays[f"{prefix}draw{number + i:02d}_randn_like"])[None] for i in range(exit_step + 1)]
+        blocks.append((draws[:-1], draws[-1]))
+        number += exit_step + 1
+    return blocks
+
+
+def recorded_draw(blocks):
+    """A `rollout.Draw` that returns recorded noise; blocks of another size than the last come first."""
+    size = blocks[-1][1].shape[1]
+    scanned = [block for block in blocks if block[1].shape[1] == size]
+    offset = len(blocks) - len(scanned)
+    steps = max((len(renoise) for renoise, _ in blocks), default=0)
+
+    def padded(renoise, like):
+        return np.stack([*renoise, *[np.zeros_like(like)] * (max(steps, 1) - len(renoise))])
+
+    renoise_all = jnp.asarray(np.stack([padded(r, c) for r, c in scanned]))
+    context_all = jnp.asarray(np.stack([c for _, c in scanned]))
+
+    def draw(kind, chunk, step, shape):
+        if isinstance(chunk, int) and chunk < offset:
+            renoise, context = blocks[chunk]
+            out = context if kind == "context" else jnp.asarray(padded(renoise, context))[step]
+        else:
+            out = context_all[chunk - offset] if kind == "context" else renoise_all[chunk - offset, step]
+        return jnp.asarray(out).reshape(shape)
+
+    return draw
