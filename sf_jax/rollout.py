@@ -1,9 +1,10 @@
 """Self Forcing's rollout: the student generates a video chunk by chunk with the cache it will use at inference.
 
 Source: paper, Algorithm 1 (training) and 2 (inference); official `SelfForcingTrainingPipeline` and
-`CausalInferencePipeline`. `generate_chunk` is the one piece of code that both use; `rollout` scans it over the
-chunks without gradient, and `replay` then recomputes the exit step of all chunks in parallel, which is where the gradient
-is taken. `rollout(..., differentiate=...)` differentiates through the scan instead: slower, and what the tests compare with.
+`CausalInferencePipeline`. `generate_chunk` is the one piece of code that both use; `rollout` scans it over the chunks
+without gradient, and `replay` then recomputes the exit step of all chunks in parallel, which is where the gradient
+is taken. `rollout(..., differentiate=...)` differentiates through the scan instead: slower, and what the tests compare
+with.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ def to_uint8(pixels: jax.Array | np.ndarray) -> jax.Array:
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchCodec:
-    """Patchwise PCA with channels scaled to zero mean and unit variance over the fitted frames.
+    """Patchwise PCA; the latents have zero mean and, averaged over channels, unit variance over the fitted frames.
 
     Encodes every frame by itself, so the causal video interface costs nothing (temporal factor 1).
 
@@ -102,13 +102,19 @@ class PatchCodec:
         Path(path).write_bytes(safetensors.numpy.save(tensors))
 
 
-def fit(frames: np.ndarray, *, spatial_factor: int = 6, channels: int = 12) -> tuple[PatchCodec, float]:
+def fit(
+    frames: np.ndarray, *, spatial_factor: int = 6, channels: int = 12, whitening: float = 0.5
+) -> tuple[PatchCodec, float]:
     """Fits the codec by PCA of the patches.
+
+    The latents' variance is 1 on average. Fully whitened (1.0), the faintest detail would weigh as much in a diffusion
+    loss as the coarse shape; not at all (0.0), detail would drown in the schedule's smallest noise.
 
     Args:
       frames: Training frames, uint8 [N, h, w, 1].
       spatial_factor: The patch side p in pixels.
       channels: The number of components kept.
+      whitening: How far the channels' variances are evened out, in [0, 1].
 
     Returns:
       The codec, and the share of the patches' variance that its components explain, in [0, 1].
@@ -127,10 +133,13 @@ def fit(frames: np.ndarray, *, spatial_factor: int = 6, channels: int = 12) -> t
     # The sign of an eigenvector is arbitrary: fix it, so that refitting gives the same constants.
     largest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(channels), largest])[:, None]
+    deviations = np.sqrt(variances[:channels])
+    scale = deviations**whitening
+    scale *= np.sqrt(np.mean(np.square(deviations / scale)))
     codec = PatchCodec(
         mean=mean.astype(np.float32),
         components=components.astype(np.float32),
-        scale=np.sqrt(variances[:channels]).astype(np.float32),
+        scale=scale.astype(np.float32),
         spatial_factor=spatial_factor,
     )
     return codec, float(variances[:channels].sum() / variances.sum())

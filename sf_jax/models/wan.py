@@ -15,7 +15,7 @@ import numpy as np
 
 from sf_jax.models import attention, rope
 from sf_jax.models.kv_cache import KVCache
-from sf_jax.models.layers import LayerNorm, RMSNorm, layer_norm, time_features
+from sf_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm, time_features
 
 REMAT_POLICIES = {
     "none": None,
@@ -150,8 +150,8 @@ class _Shared:
     return_kv: bool = flax.struct.field(pytree_node=False)
 
 
-def _dense(config: WanConfig, features: int, name: str | None = None) -> nn.Dense:
-    return nn.Dense(features, dtype=jnp.dtype(config.dtype), kernel_init=nn.initializers.xavier_uniform(), name=name)
+def _dense(config: WanConfig, features: int) -> Linear:
+    return Linear(features, config.dtype)
 
 
 class Attention(nn.Module):
@@ -277,7 +277,7 @@ class WanTransformer(nn.Module):
             "head_modulation", nn.initializers.normal(config.dim**-0.5), (1, 2, config.dim)
         )
         outputs = config.channels * int(np.prod(config.patch))
-        self.head = nn.Dense(outputs, dtype=jnp.dtype(config.dtype), kernel_init=nn.initializers.zeros)
+        self.head = Linear(outputs, config.dtype, nn.initializers.zeros)
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False, methods=["__call__"])
@@ -351,6 +351,18 @@ class WanTransformer(nn.Module):
         h = (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(config.dtype)
         flow = _unpatchify(self.head(h).astype(jnp.float32), grid, config)
         return (flow, kv) if return_kv else flow
+
+
+def init_params(config: WanConfig, key: jax.Array) -> dict:
+    """Random parameters; they do not depend on any size of the videos."""
+    latents = jnp.zeros((1, 1, *config.patch[1:], config.channels))
+    text = jnp.zeros((1, config.text_len, config.text_dim))
+    return WanTransformer(config).init(key, latents, jnp.zeros((1, 1)), text, bidirectional_layout(1))["params"]
+
+
+def param_shapes(config: WanConfig) -> dict:
+    """Shapes and types of the parameters."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def _patchify(x, patch):

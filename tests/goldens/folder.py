@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from sf_jax.models.wan import WanConfig, WanTransformer, bidirectional_layout
+from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 from sf_jax.weights import official
 
 OUTPUT_TOLERANCE = 1e-5
@@ -94,19 +94,11 @@ class Folder:
         """Tokens of a frame."""
         return self.grid[0] * self.grid[1]
 
-    def shapes(self, role: str):
-        """Parameter shapes of a role."""
-        model, c = self.model(role), self.config
-        latents = jnp.zeros((1, 1, c["latent_height"], c["latent_width"], c["in_dim"]))
-        text = jnp.zeros((1, c["text_len"], c["text_dim"]))
-        init = functools.partial(model.init, layout=bidirectional_layout(1))
-        return jax.eval_shape(init, jax.random.key(0), latents, jnp.zeros((1, 1)), text)["params"]
-
     def load(self, role: str) -> tuple[WanTransformer, dict]:
         """The network of a role and its parameters."""
         model = self.model(role)
         tensors = load_file(self.path / f"weights_{role}.safetensors")
-        return model, official.from_official(tensors, model.config, self.shapes(role))
+        return model, official.from_official(tensors, model.config, param_shapes(model.config))
 
     def compare_gradients(self, name: str, file: str, role: str, gradients: dict) -> list[Result]:
         """Compares a tree of gradients with recorded ones: the worst parameter, and those without gradient."""

@@ -1,0 +1,298 @@
+"""Typed configuration: the one place where `ml_collections` becomes frozen dataclasses. Unknown keys are refused."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+
+import ml_collections
+
+from sf_jax.models.wan import WanConfig
+from sf_jax.objectives.scores import ScoreConfig
+from sf_jax.rollout import CACHE_GRADIENTS, RolloutConfig
+
+STAGES = ("teacher", "init", "distill")
+OPTIMIZERS = ("adamw", "muon")
+OBJECTIVES = ("dmd", "sid")
+DECAYS = ("constant", "cosine")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+
+
+def _at_least(config, low: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {low}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser.
+
+    Attributes:
+      name: "adamw", or "muon" (Muon for matrices, AdamW for the rest; optax.contrib).
+      lr: peak learning rate.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      weight_decay: decoupled weight decay.
+      clip: largest global gradient norm.
+      warmup: steps of linear warm-up.
+      decay: "constant", or "cosine" to zero at the last step.
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-6
+    beta1: float = 0.0
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 10.0
+    warmup: int = 0
+    decay: str = "constant"
+
+    def __post_init__(self):
+        """Refuses values that no optimiser can have."""
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.decay", self.decay, DECAYS)
+        _at_least(self, 0, "lr", "weight_decay", "warmup", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of the trained weights: `decay` per update, from update `start` on."""
+
+    decay: float = 0.99
+    start: int = 200
+
+    def __post_init__(self):
+        """Refuses decays that never forget."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay is {self.decay}: it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one axis may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OdeConfig:
+    """ODE pairs for the student's initialisation.
+
+    Attributes:
+      pairs: how many trajectories to generate.
+      solver_steps: Euler steps of the teacher; a multiple of `1000 / step spacing`, so that every rollout step is hit.
+      guidance: the teacher's guidance scale.
+      dir: where they are kept; None is a folder inside the workdir.
+    """
+
+    pairs: int = 1024
+    solver_steps: int = 24
+    guidance: float = 2.0
+    dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+      name: "digits" (the embedded moving digits) or "wan" (prompt embeddings and latents of Wan2.1).
+      dir: where the dataset is built.
+      frames: latent frames of a training video.
+      height: latent rows.
+      width: latent columns.
+      text_dropout: share of captions replaced by the empty prompt.
+    """
+
+    name: str = "digits"
+    dir: str = "data"
+    frames: int = 12
+    height: int = 4
+    width: int = 4
+    text_dropout: float = 0.1
+
+    def __post_init__(self):
+        """Refuses sizes that no video has."""
+        _one_of("data.name", self.name, ("digits", "wan"))
+        _at_least(self, 1, "frames", "height", "width")
+        if not 0 <= self.text_dropout <= 1:
+            raise ValueError(f"data.text_dropout is {self.text_dropout}: it must be in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on.
+
+    Attributes:
+      stage: "teacher" (flow matching on videos), "init" (regression on the teacher's ODE pairs) or "distill" (Self
+        Forcing).
+      objective: the distribution-matching loss of "distill".
+      seed: seed of every random number of the run.
+      steps: iterations; in "distill" each is a critic update, every `generator_every`-th also a student update.
+      batch_size: videos of an update, over all devices.
+      generator_every: critic updates per student update.
+      cache_gradient: what of the gradient crosses a chunk, see `rollout.replay`.
+      model: sizes of the trained network.
+      teacher: sizes of the teacher; None is `model`.
+      critic: sizes of the critic; None is `model`.
+      teacher_weights: file of the teacher's weights; "shipped" is the package's own; None only where none is needed.
+      critic_weights: file that the critic starts from; None is the teacher's weights.
+      init_weights: file that the trained network starts from; None is random ("teacher"), or the teacher's weights.
+      rollout: how the student generates.
+      score: how teacher and critic are asked.
+      optimizer: of the trained network.
+      critic_optimizer: of the critic.
+      ema: of the trained network.
+      ode: ODE pairs of "init".
+      data: dataset and sizes.
+      mesh: devices.
+      frozen_dtype: type in which frozen networks are kept.
+      log_every: iterations between log lines.
+      checkpoint_every: iterations between checkpoints.
+      keep_checkpoints: how many are kept.
+    """
+
+    stage: str = "distill"
+    objective: str = "dmd"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32
+    generator_every: int = 5
+    cache_gradient: str = "stop"
+    model: WanConfig = WanConfig()
+    teacher: WanConfig | None = None
+    critic: WanConfig | None = None
+    teacher_weights: str | None = None
+    critic_weights: str | None = None
+    init_weights: str | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    score: ScoreConfig = ScoreConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic_optimizer: OptimizerConfig = OptimizerConfig(lr=4e-7)
+    ema: EmaConfig = EmaConfig()
+    ode: OdeConfig = OdeConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    frozen_dtype: str = "float32"
+    log_every: int = 20
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        """Refuses combinations that cannot run."""
+        _one_of("stage", self.stage, STAGES)
+        _one_of("objective", self.objective, OBJECTIVES)
+        _one_of("cache_gradient", self.cache_gradient, CACHE_GRADIENTS)
+        _one_of("frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
+        _at_least(
+            self, 1, "steps", "batch_size", "generator_every", "log_every", "checkpoint_every", "keep_checkpoints"
+        )
+        self.rollout.chunks(self.data.frames)
+        self.model.grid(self.data.height, self.data.width)
+        if self.stage != "teacher" and self.teacher_weights is None and self.data.name == "digits":
+            raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give a file or 'shipped'")
+        if self.stage == "init" and any(self.ode.solver_steps * s % 1000 for s in self.rollout.steps):
+            raise ValueError(
+                f"ode.solver_steps is {self.ode.solver_steps}: it must hit every step of rollout.steps "
+                f"{self.rollout.steps}"
+            )
+
+    @property
+    def teacher_model(self) -> WanConfig:
+        """Sizes of the teacher."""
+        return self.teacher or self.model
+
+    @property
+    def critic_model(self) -> WanConfig:
+        """Sizes of the critic."""
+        return self.critic or self.model
+
+
+def from_dict(values: Mapping, kind: type = TrainConfig, where: str = ""):
+    """Builds a config dataclass from a (possibly nested) mapping such as an `ml_collections.ConfigDict`.
+
+    Raises:
+      ValueError: on an unknown key (with the closest known one), a wrong type, or a value that the dataclass refuses.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
+    out = {}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {where}{close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"unknown config key {where}{key}{hint}")
+        out[key] = _convert(values[key], hints[key], f"{where}{key}")
+    return kind(**out)
+
+
+def _convert(value, hint, where):
+    """Converts one value to the type that the dataclass declares."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if types.NoneType in options:
+            return None
+        raise ValueError(f"{where} is None: it must be {getattr(hint, '__name__', hint)}")
+    kind = next(option for option in options if option is not types.NoneType)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ValueError(f"{where} is {value!r}: it must be a group of fields of {kind.__name__}")
+        return from_dict(value, kind, f"{where}.")
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{where} is {value!r}: it must be a sequence")
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where} is {value!r}: it must be of type {kind.__name__}")
+    return value
+
+
+def config_dict(values: Mapping) -> ml_collections.ConfigDict:
+    """A full `ConfigDict` from the fields that a config file sets: the command line can then set every field."""
+
+    def fill(config):
+        hints = typing.get_type_hints(type(config))
+        out = ml_collections.ConfigDict()
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                out[field.name] = fill(value)
+            elif value is None:
+                kind = next(k for k in typing.get_args(hints[field.name]) if k is not types.NoneType)
+                kind = ml_collections.ConfigDict if dataclasses.is_dataclass(kind) else kind
+                out[field.name] = ml_collections.config_dict.placeholder(kind)
+            else:
+                out[field.name] = value
+        return out
+
+    return fill(from_dict(values))
+
+
+def to_dict(config) -> dict:
+    """A config as plain nested dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def difference(old: Mapping, new: Mapping, where: str = "") -> list[str]:
+    """Fields that differ between two configs in dict form, as lines `field: old -> new`."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += difference(a, b, f"{where}{key}.")
+        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            lines.append(f"{where}{key}: {a!r} -> {b!r}")
+    return lines

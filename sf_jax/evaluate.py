@@ -1,0 +1,150 @@
+"""Compares models of moving digits with each other and with real clips.
+
+  python -m sf_jax.evaluate --checkpoint=before.safetensors,after.safetensors --names=before,after --out=DIR
+
+Without --checkpoint it evaluates the shipped student; --train_judge=FILE trains another judge instead.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from absl import app, flags, logging
+
+from sf_jax.evaluation import judge as judging
+from sf_jax.evaluation import metrics, report
+from sf_jax.inference import video_io
+
+REAL = "real clips"
+
+
+class Pipe(Protocol):
+    """What is evaluated. Attribute `max_frames`: the only length it makes, or None for any."""
+
+    max_frames: int | None
+
+    def generate(self, prompts: list[str], frames: int, seed: int, first_index: int = 0) -> np.ndarray:
+        """Makes the videos of B prompts, uint8 [B, frames, 24, 24, 1]."""
+
+
+def generate(pipe: Pipe, name: str, prompts: Sequence[str], frames: int, seed: int, batch: int) -> np.ndarray:
+    """Makes all videos in batches of one size, so that a model is compiled once; prints the progress."""
+    videos, begun = [], time.monotonic()
+    for first in range(0, len(prompts), batch):
+        part = list(prompts[first : first + batch])
+        padded = part + [prompts[0]] * (batch - len(part))
+        videos.append(pipe.generate(padded, frames, seed, first_index=first)[: len(part)])
+        done, spent = first + len(part), time.monotonic() - begun
+        left = math.ceil(spent / done * (len(prompts) - done))
+        print(f"{name}: {done}/{len(prompts)} videos of {frames} frames, {left} s left", flush=True)
+    return np.concatenate(videos)
+
+
+def evaluate(
+    pipes: Mapping[str, Pipe],
+    out: str | Path,
+    *,
+    frames: int = 48,
+    train_frames: int | None = 12,
+    num_samples: int = 256,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> tuple[report.Report, list[Path]]:
+    """Evaluates models on the same prompts and writes the report.
+
+    Args:
+      pipes: By name.
+      out: Folder for the report.
+      frames: Length of the videos; a pipe with `max_frames` makes that many instead.
+      train_frames: Length the models were trained on, for the plot.
+      num_samples: Videos of each model.
+      seed: Seed of the models' noise and of the real clips.
+      batch_size: Videos made at once.
+
+    Returns:
+      The report and the paths written; raises ValueError if an argument is out of range.
+    """
+    out, judge = video_io.check_writable(out), judging.load()
+    prompts, kinds, targets = metrics.choose_prompts(num_samples)
+    lengths = {name: pipe.max_frames or frames for name, pipe in pipes.items()}
+    lengths[REAL] = max(lengths.values(), default=frames)
+    for length in lengths.values():
+        metrics.quarters(length)  # Refuses what is too short before anything long begins.
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 or more")
+    # The reference and the ceiling are different draws, or the ceiling's distance would be zero.
+    real, ceiling = (metrics.real_clips(kinds, lengths[REAL], 2 * seed + i) for i in range(2))
+    references, figures, paths = {}, {}, []
+    for name, length in lengths.items():
+        if length not in references:
+            references[length] = metrics.reference(real[:, :length], targets, judge)
+        if name == REAL:
+            videos = ceiling[:, :length]
+        else:
+            videos = generate(pipes[name], name, prompts, length, seed, min(batch_size, num_samples))
+        figures[name] = metrics.measure(videos, targets, judge, references[length])
+        paths.append(report.write_sheet(out, name, videos, prompts))
+    outcome = report.Report({"num_samples": num_samples, "seed": seed}, figures, train_frames)
+    return outcome, [*report.write_report(out, outcome), *paths]
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the command line; not on import, where the flags would clash with other commands'."""
+    number = flags.DEFINE_integer
+    flags.DEFINE_list("checkpoint", [], "Weights, or student or teacher for the shipped ones", flag_values=values)
+    flags.DEFINE_list("names", [], "Names of the checkpoints in the report", flag_values=values)
+    number("frames", 48, "Frames of each video; a teacher makes its own number", flag_values=values)
+    number("train_frames", 12, "Frames trained on, marked in the plot", flag_values=values)
+    number("num_samples", 256, "Videos of each model", flag_values=values)
+    number("batch_size", 64, "Videos made at once", flag_values=values)
+    number("seed", 0, "Seed of the noise and of the real clips", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("guidance", None, "Guidance scale of the teachers", flag_values=values)
+    flags.DEFINE_string("out", "evaluation", "Folder for the report", flag_values=values)
+    flags.DEFINE_string("train_judge", None, "Only train a judge and write it here", flag_values=values)
+
+
+def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
+    """Loads the checkpoints of the command line, by name."""
+    from sf_jax.inference.pipeline import load_pipeline  # Training a judge needs no models.
+
+    paths = values.checkpoint or ["student"]
+    names = values.names or [Path(path).stem for path in paths]
+    if len(names) != len(paths) or len({*names, REAL}) <= len(names):
+        raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")
+    pipes = {name: load_pipeline(path) for name, path in zip(names, paths, strict=True)}
+    for name, path in zip(names, paths, strict=True):
+        pipes[name].check_frames(pipes[name].max_frames or values.frames)
+        if values.guidance is not None and pipes[name].max_frames:  # Only teachers take guidance.
+            pipes[name] = load_pipeline(path, values.guidance)
+    return pipes
+
+
+def run(values: flags.FlagValues) -> list[Path]:
+    """Does what the command line says; returns the paths written."""
+    if values.train_judge is not None:
+        return [judging.make(values.train_judge, values.seed)]
+    numbers = ("frames", "train_frames", "num_samples", "batch_size", "seed")
+    outcome, paths = evaluate(load_pipes(values), values.out, **{name: values[name].value for name in numbers})
+    print(report.table(outcome))
+    return paths
+
+
+def main(arguments: list[str]) -> None:
+    """Command line: see the module's docstring."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        paths = run(flags.FLAGS)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("wrote", *paths, sep="\n  ")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

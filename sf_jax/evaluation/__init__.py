@@ -1,0 +1,1 @@
+"""A judge of generated clips, figures computed with it, and their report."""

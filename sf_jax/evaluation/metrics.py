@@ -1,0 +1,286 @@
+"""Prompts for an evaluation, real clips of the same, and figures on the clips that a model generates.
+
+Per frame, figure i is that of the window of frames i to i + WINDOW - 1. Per quarter, only the windows
+that lie wholly within the quarter count, so that with four times the training length the first quarter
+is what a model was trained on and the others are what it extrapolates.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from sf_jax.data import moving_digits
+from sf_jax.evaluation.judge import WINDOW, Judge, Opinion
+
+QUARTERS = 4
+MIN_FRAMES = QUARTERS * WINDOW
+SAMPLES_PER_PROMPT = 4
+_KINDS = (10, len(moving_digits.DIRECTIONS), len(moving_digits.SPEEDS))
+_NUM_KINDS = math.prod(_KINDS)
+_STRIDE = 61  # Coprime to the number of kinds; of all such, the one with which any first few are best balanced.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Targets:
+    """What N videos should show.
+
+    Attributes:
+      digit: int64 [N].
+      direction: Index into moving_digits.DIRECTIONS, int64 [N].
+      prompt: Which samples are of the same prompt, int64 [N].
+    """
+
+    digit: np.ndarray
+    direction: np.ndarray
+    prompt: np.ndarray
+
+    def __post_init__(self):
+        for name in ("direction", "prompt"):
+            if np.shape(getattr(self, name)) != np.shape(self.digit):
+                got = np.shape(getattr(self, name))
+                raise ValueError(f"Targets.{name}: got shape {got}, allowed: {np.shape(self.digit)}")
+
+    def __len__(self) -> int:
+        return len(self.digit)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """What the figures are compared with: real clips with the same targets.
+
+    Attributes:
+      features: The judge's features, float32 [N, F - WINDOW + 1, 64].
+      spread: See `diversity`.
+      brightness: Mean pixel, 0 to 255.
+      motion: Mean absolute difference of consecutive frames, 0 to 255.
+    """
+
+    features: np.ndarray
+    spread: float
+    brightness: float
+    motion: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Figures of one model.
+
+    Attributes:
+      frames: Length of the videos, F.
+      samples: Number of the videos.
+      digit: Share of the windows whose digit is the prompt's.
+      direction: Share of the windows whose direction is the prompt's.
+      joint: Share of the windows where both are.
+      digit_per_frame: The same for each first frame of a window, F - WINDOW + 1 values.
+      direction_per_frame: As above.
+      joint_per_frame: As above.
+      joint_per_quarter: The same for the windows within each quarter.
+      frechet_per_quarter: Frechet distance of the features to those of real clips, each
+        quarter. It depends on the number of videos: compare it with that of other real clips.
+      diversity: Distance between samples of the same prompt, relative to real clips; 1 is ideal, 0 is
+        one and the same sample.
+      saturation: Share of the pixels at 255.
+      brightness: Mean pixel relative to real clips; 1 is ideal.
+      brightness_per_quarter: The same for each quarter, which shows drift.
+      motion: Mean absolute frame difference relative to real clips; 1 is ideal, 0 is a frozen picture.
+      motion_per_quarter: The same for each quarter.
+    """
+
+    frames: int
+    samples: int
+    digit: float
+    direction: float
+    joint: float
+    digit_per_frame: tuple[float, ...]
+    direction_per_frame: tuple[float, ...]
+    joint_per_frame: tuple[float, ...]
+    joint_per_quarter: tuple[float, ...]
+    frechet_per_quarter: tuple[float, ...]
+    diversity: float
+    saturation: float
+    brightness: float
+    brightness_per_quarter: tuple[float, ...]
+    motion: float
+    motion_per_quarter: tuple[float, ...]
+
+
+def choose_prompts(num_samples: int) -> tuple[list[str], np.ndarray, Targets]:
+    """Chooses prompts balanced over digits, directions and speeds, each for several samples.
+
+    Args:
+      num_samples: N; for multiples of 64 directions and speeds are equally frequent, of 640 digits too.
+
+    Returns:
+      The N prompts, the kind of each (index into digits x directions x speeds) and the targets.
+    """
+    if num_samples < SAMPLES_PER_PROMPT:
+        raise ValueError(f"num_samples: got {num_samples}, allowed: {SAMPLES_PER_PROMPT} or more")
+    prompt = np.arange(num_samples) % math.ceil(num_samples / SAMPLES_PER_PROMPT)
+    kinds = prompt * _STRIDE % _NUM_KINDS
+    digit, direction, speed = np.unravel_index(kinds, _KINDS)
+    captions = [moving_digits.caption(*kind) for kind in zip(*map(np.ndarray.tolist, (digit, direction, speed)))]
+    return captions, kinds, Targets(digit, direction, prompt)
+
+
+def real_clips(kinds: np.ndarray, frames: int, seed: int) -> np.ndarray:
+    """Renders clips of the `test` scans that show given kinds; uint8 [N, frames, 24, 24, 1]."""
+    rounds = int(np.bincount(kinds).max())
+    plan = moving_digits.plan_clips("test", rounds * _NUM_KINDS, seed=seed)
+    planned = np.ravel_multi_index((plan.digit, plan.direction, plan.speed), _KINDS)
+    stock = [np.flatnonzero(planned == kind).tolist() for kind in range(_NUM_KINDS)]
+    clips = plan[np.array([stock[kind].pop() for kind in kinds])]
+    scans, _ = moving_digits.load_scans()
+    return moving_digits.render(scans[clips.scan], moving_digits.trajectory(clips.start, clips.velocity, frames))
+
+
+def quarters(frames: int) -> list[tuple[slice, slice]]:
+    """Divides a video into quarters.
+
+    Args:
+      frames: F.
+
+    Returns:
+      For each quarter the slice of its frames, and the slice of the windows wholly within it.
+
+    Raises:
+      ValueError: A quarter would be shorter than a window.
+    """
+    if frames < MIN_FRAMES:
+        raise ValueError(f"frames: got {frames}, allowed: {MIN_FRAMES} or more")
+    ends = [frames * i // QUARTERS for i in range(QUARTERS + 1)]
+    return [(slice(a, b), slice(a, b - WINDOW + 1)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def correctness(opinion: Opinion, targets: Targets) -> dict[str, np.ndarray]:
+    """Compares opinions with what was asked for.
+
+    Args:
+      opinion: Of N videos with W windows, [N, W, ...].
+      targets: Of the N videos.
+
+    Returns:
+      "digit", "direction" and "joint" (both right at once): bool [N, W].
+    """
+    if len(opinion.digit) != len(targets):
+        raise ValueError(f"targets: got {len(targets)}, allowed: one for each of {len(opinion.digit)} videos")
+    digit = opinion.digit.argmax(axis=-1) == targets.digit[:, None]
+    direction = opinion.direction.argmax(axis=-1) == targets.direction[:, None]
+    return {"digit": digit, "direction": direction, "joint": digit & direction}
+
+
+def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+    """Squared Frechet distance between the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6).
+
+    Args:
+      features_a: [N, D], N at least 2.
+      features_b: [M, D], M at least 2.
+
+    Returns:
+      |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)), A and B the covariances.
+
+    Raises:
+      ValueError: The sets do not fit together or are too small.
+    """
+    a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features: got {a.shape} and {b.shape}, allowed: [N, D] and [M, D], N and M above 1")
+    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    # The symmetric form has real, non-negative eigenvalues but for rounding; A B itself need not.
+    root_a = _symmetric_root(cov_a)
+    values = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    cross = np.sqrt(np.maximum(values, 0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def diversity(features: np.ndarray, prompt: np.ndarray) -> float:
+    """Mean distance between different samples of the same prompt.
+
+    Args:
+      features: [N, W, D]; samples are compared by their mean over the W windows, in which the position
+        on the canvas cancels out and the shape of the digit remains.
+      prompt: Which samples are of the same prompt, [N].
+
+    Returns:
+      The Euclidean distance, the mean over all pairs; NaN if there is no pair.
+    """
+    means = np.asarray(features, np.float64).mean(axis=1)
+    distance = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    pairs = (prompt[:, None] == prompt[None]) & ~np.eye(len(means), dtype=bool)
+    return float(distance[pairs].mean()) if pairs.any() else float("nan")
+
+
+def motion(videos: np.ndarray) -> float:
+    """Mean absolute difference of consecutive frames, 0 to 255; uint8 [N, F, h, w, c]."""
+    return float(np.abs(np.diff(videos.astype(np.int16), axis=1)).mean())
+
+
+def reference(videos: np.ndarray, targets: Targets, judge: Judge) -> Reference:
+    """Takes the figures of real clips that others are compared with.
+
+    Args:
+      videos: Real clips, uint8 [N, F, 24, 24, 1].
+      targets: What they show.
+      judge: The judge.
+
+    Returns:
+      The reference.
+    """
+    features = judge(videos).features
+    return Reference(features, diversity(features, targets.prompt), float(videos.mean()), motion(videos))
+
+
+def measure(videos: np.ndarray, targets: Targets, judge: Judge, real: Reference) -> Figures:
+    """Takes all figures.
+
+    Args:
+      videos: uint8 [N, F, 24, 24, 1], F at least MIN_FRAMES.
+      targets: What the prompts asked for.
+      judge: The judge.
+      real: The reference, of clips of the same length.
+
+    Returns:
+      The figures.
+
+    Raises:
+      ValueError: The videos are too short, or targets or reference do not fit them.
+    """
+    frames = videos.shape[1]
+    parts = quarters(frames)
+    opinion = judge(videos)
+    if opinion.features.shape[1] != real.features.shape[1]:
+        length = real.features.shape[1] + WINDOW - 1
+        raise ValueError(f"videos: got {frames} frames, allowed: {length} as in the reference")
+    right = correctness(opinion, targets)
+    per_frame = {name: _floats(values.mean(axis=0)) for name, values in right.items()}
+    return Figures(
+        frames=frames,
+        samples=len(videos),
+        **{name: float(values.mean()) for name, values in right.items()},
+        **{f"{name}_per_frame": values for name, values in per_frame.items()},
+        joint_per_quarter=_floats(right["joint"][:, windows].mean() for _, windows in parts),
+        frechet_per_quarter=_floats(
+            frechet_distance(_flat(opinion.features[:, windows]), _flat(real.features[:, windows]))
+            for _, windows in parts
+        ),
+        diversity=diversity(opinion.features, targets.prompt) / real.spread,
+        saturation=float((videos == 255).mean()),
+        brightness=float(videos.mean()) / real.brightness,
+        brightness_per_quarter=_floats(videos[:, part].mean() / real.brightness for part, _ in parts),
+        motion=motion(videos) / real.motion,
+        motion_per_quarter=_floats(motion(videos[:, part]) / real.motion for part, _ in parts),
+    )
+
+
+def _flat(features: np.ndarray) -> np.ndarray:
+    return features.reshape(-1, features.shape[-1])
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

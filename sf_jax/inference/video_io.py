@@ -1,0 +1,311 @@
+"""Writing videos and images: mp4, gif, png and contact sheets.
+
+A file appears under its final name when it is complete, or not at all.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CRF = 14  # x264's constant rate factor: 0 is lossless, 18 is hardly distinguishable from the source.
+GIF_MAX_FPS = 50
+_MARGIN = 4
+_RULE = 1
+_PAPER, _GREY, _INK = 255, 160, (0, 0, 0)
+
+
+def check_writable(folder: str | Path, field: str = "out") -> Path:
+    """Makes a folder, unless it is there, and tries to write in it.
+
+    Args:
+      folder: The folder.
+      field: What the error message calls it.
+
+    Returns:
+      The folder's path.
+
+    Raises:
+      ValueError: The folder cannot be made, or nothing can be written in it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{field}: cannot write in {folder} ({error.strerror}), allowed: a folder that can be written"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder that takes the final name if the block succeeds.
+
+    Args:
+      path: The final name; a file there is kept until the new one is complete.
+
+    Yields:
+      The path to write to. It is removed if the block raises.
+
+    Raises:
+      ValueError: The folder cannot be written.
+    """
+    path = Path(path)
+    check_writable(path.parent, "path")
+    if path.is_dir():
+        raise ValueError(f"path: got the folder {path}, allowed: the name of a file")
+    # Not tempfile, whose files only their owner may read, which the final file would inherit.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def upscale(video: np.ndarray, factor: int) -> np.ndarray:
+    """Repeats every pixel factor x factor times; [F, h, w, c] -> [F, h * factor, w * factor, c]."""
+    if factor < 1:
+        raise ValueError(f"factor: got {factor}, allowed: 1 or more")
+    return np.asarray(video).repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+class Mp4Writer:
+    """Writes an mp4 file chunk by chunk; a context manager.
+
+    The file is H.264 in yuv420p with its index at the front, which every player and browser takes. Odd
+    sides, which that format does not have, get one more row or column. If the block raises, or not a
+    single frame comes, nothing appears under the final name.
+
+    Attributes:
+      path: The final name.
+      num_frames: Frames appended so far.
+    """
+
+    def __init__(self, path: str | Path, fps: float, size: tuple[int, int]):
+        """Checks the arguments; nothing is written before the block begins.
+
+        Args:
+          path: The file; its folder is made where missing.
+          fps: Frames a second.
+          size: Height and width of the frames in pixels.
+
+        Raises:
+          ValueError: An argument is out of range.
+        """
+        if not fps > 0:
+            raise ValueError(f"fps: got {fps}, allowed: more than 0")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size: got {tuple(size)}, allowed: height and width of at least 1")
+        self.path = Path(path)
+        self.num_frames = 0
+        self._fps = fps
+        self._size = (int(size[0]), int(size[1]))
+        self._process: subprocess.Popen | None = None
+        self._messages: IO[bytes] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Mp4Writer":
+        with contextlib.ExitStack() as stack:
+            # A file, not a pipe: a full pipe that nobody reads would stop ffmpeg.
+            self._messages = stack.enter_context(tempfile.TemporaryFile())
+            temporary = stack.enter_context(replacing(self.path))
+            self._process = subprocess.Popen(
+                self._command(temporary),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._messages,
+                start_new_session=True,  # Ctrl-C is for the caller, who may still finish the file.
+            )
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def append(self, frames: np.ndarray) -> None:
+        """Adds frames.
+
+        Args:
+          frames: uint8 [F, h, w, 1 or 3]; F may be 0.
+
+        Raises:
+          ValueError: The frames are not of this form, or the block has not begun.
+          OSError: ffmpeg failed.
+        """
+        frames = _checked(frames, "frames", 4)
+        if frames.shape[1:3] != self._size:
+            raise ValueError(f"frames: got height and width {frames.shape[1:3]}, allowed: {self._size}")
+        if self._process is None or self._process.stdin.closed:
+            raise ValueError("append: got frames outside the with block, allowed: inside it")
+        odd = [(0, side % 2) for side in self._size]
+        frames = np.pad(_colour(frames), [(0, 0), *odd, (0, 0)], mode="edge")
+        try:
+            self._process.stdin.write(np.ascontiguousarray(frames).data)
+        except OSError as error:
+            raise OSError(self._complaint()) from error
+        self.num_frames += len(frames)
+
+    def _command(self, temporary: Path) -> list[str]:
+        height, width = (side + side % 2 for side in self._size)
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._fps)]
+        # Without the tags players guess the matrix from the size, and small videos get other colours.
+        tags = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+        colours = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-color_range", "tv", *tags]
+        codec = ["-c:v", "libx264", "-crf", str(CRF), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-nostdin", *source, "-i", "-"]
+        return [*command, "-an", *colours, *codec, "-f", "mp4", str(temporary.absolute())]
+
+    def _finish(self, kind, error, trace) -> None:
+        """Ends ffmpeg; runs before the temporary file gets its final name or is removed."""
+        if kind is not None:
+            self._process.kill()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        status = self._process.wait()
+        if kind is not None:
+            return
+        if not self.num_frames:
+            raise ValueError(f"frames: got none for {self.path}, allowed: 1 or more")
+        if status:
+            raise OSError(self._complaint())
+
+    def _complaint(self) -> str:
+        self._process.wait()
+        self._messages.seek(0)
+        lines = self._messages.read().decode(errors="replace").strip().splitlines()
+        return f"cannot write {self.path}: ffmpeg says: {'; '.join(lines[-3:]) or 'nothing'}"
+
+
+def write_mp4(path: str | Path, video: np.ndarray, fps: float) -> None:
+    """Writes a whole video as mp4; see `Mp4Writer`.
+
+    Args:
+      path: The file; its folder is made where missing.
+      video: uint8 [F, h, w, 1 or 3].
+      fps: Frames a second.
+
+    Raises:
+      ValueError: An argument is out of range.
+      OSError: ffmpeg failed.
+    """
+    video = _checked(video, "video", 4)
+    with Mp4Writer(path, fps, video.shape[1:3]) as writer:
+        writer.append(video)
+
+
+def write_gif(path: str | Path, video: np.ndarray, fps: float) -> None:
+    """Writes a video as a gif that repeats for ever.
+
+    Args:
+      path: The file; its folder is made where missing.
+      video: uint8 [F, h, w, 1 or 3], F at least 1.
+      fps: Frames a second, at most GIF_MAX_FPS (players slow faster ones down).
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
+    video = _checked(video, "video", 4)
+    if not 0 < fps <= GIF_MAX_FPS:
+        raise ValueError(f"fps: got {fps}, allowed: more than 0 and at most {GIF_MAX_FPS} for a gif")
+    if not len(video):
+        raise ValueError("video: got 0 frames, allowed: 1 or more")
+    # The format counts in hundredths of a second; rounding the times, not the steps, keeps the pace.
+    ticks = np.round(np.arange(len(video) + 1) * 100 / fps).astype(int)
+    first, *rest = (_image(frame) for frame in video)
+    with replacing(path) as temporary:
+        durations = (np.diff(ticks) * 10).tolist()
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+    """Writes an image, uint8 [H, W, 1 or 3]; raises ValueError if it has another form."""
+    image = _checked(image, "image", 3)
+    with replacing(path) as temporary:
+        _image(image).save(temporary, "PNG")
+
+
+def contact_sheet(
+    videos: np.ndarray, *, every: int = 1, labels: Sequence[str] | None = None, factor: int = 2
+) -> np.ndarray:
+    """Draws frames of videos side by side, one row per video, under the frames' numbers.
+
+    Args:
+      videos: uint8 [N, F, h, w, 1 or 3].
+      every: Show the frames 0, every, 2 * every, ...
+      labels: N texts for the left margin.
+      factor: Enlargement of the frames.
+
+    Returns:
+      The sheet, uint8 [H, W, 3].
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
+    videos = _checked(videos, "videos", 5)
+    if every < 1:
+        raise ValueError(f"every: got {every}, allowed: 1 or more")
+    labels = [""] * len(videos) if labels is None else [str(label) for label in labels]
+    if len(labels) != len(videos):
+        raise ValueError(f"labels: got {len(labels)}, allowed: one for each of the {len(videos)} videos")
+    tiles = np.stack([upscale(_colour(video), factor) for video in videos[:, ::every]])
+    rows, columns, height, width, _ = tiles.shape
+    font = ImageFont.load_default()
+    line = math.ceil(font.getbbox("Ag")[3]) + _MARGIN
+    left = math.ceil(max(font.getlength(text) for text in labels)) + 2 * _MARGIN if any(labels) else 0
+    grid = _Grid(top=line, left=left, row=max(height, line) + _RULE, column=width + _RULE)
+    sheet = np.full((grid.top + rows * grid.row, grid.left + columns * grid.column, 3), _PAPER, np.uint8)
+    sheet[grid.top :, grid.left :] = _GREY
+    for i, j in np.ndindex(rows, columns):
+        y, x = grid.top + i * grid.row + _RULE, grid.left + j * grid.column + _RULE
+        sheet[y : y + height, x : x + width] = tiles[i, j]
+    image = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(image)
+    for i, label in enumerate(labels):
+        y = grid.top + i * grid.row + (grid.row - line) // 2
+        draw.text((_MARGIN, y), label, fill=_INK, font=font)
+    for j in range(columns):
+        number = str(j * every)
+        if font.getlength(number) < grid.column:
+            draw.text((grid.left + j * grid.column + _RULE, _MARGIN // 2), number, fill=_INK, font=font)
+    return np.asarray(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Layout of a contact sheet in pixels: its margins and the distances of its rows and columns."""
+
+    top: int
+    left: int
+    row: int
+    column: int
+
+
+def _image(frame: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(frame[..., 0] if frame.shape[-1] == 1 else frame))
+
+
+def _colour(frames: np.ndarray) -> np.ndarray:
+    """[..., 1 or 3] -> [..., 3]."""
+    return np.broadcast_to(frames, (*frames.shape[:-1], 3))
+
+
+def _checked(pixels: np.ndarray, name: str, dims: int) -> np.ndarray:
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] not in (1, 3):
+        form = ", ".join(("N", "F", "h", "w", "1 or 3")[5 - dims :])
+        raise ValueError(f"{name}: got {pixels.dtype} {pixels.shape}, allowed: uint8 [{form}]")
+    return pixels

@@ -1,0 +1,43 @@
+"""Regression on a teacher's ODE trajectories: the causal few-step student's initialisation.
+
+Source: CausVid (arXiv 2412.07772) Section 4.3; official `ODERegression` (model/ode_regression.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sf_jax.diffusion.schedule import FlowSchedule
+from sf_jax.models.wan import Layout, WanTransformer
+
+
+def ode_loss(
+    params: dict,
+    model: WanTransformer,
+    layout: Layout,
+    trajectory: jax.Array,
+    text: jax.Array,
+    index: jax.Array,
+    timesteps: jax.Array,
+    schedule: FlowSchedule,
+) -> tuple[jax.Array, dict]:
+    """Mean squared error between the student's clean prediction and the end of the trajectory.
+
+    Args:
+      params: the student's parameters.
+      model: the student.
+      layout: its (block-causal) attention pattern.
+      trajectory: [B, S, F, H, W, C], from noise to clean; the last entry is the clean video.
+      text: [B, N, text_dim] prompt embeddings.
+      index: int32 [B, F], which entry of the trajectory each frame is taken from; equal within a chunk.
+      timesteps: float [S], the timestep of each entry; frames at timestep 0 are given, not learned.
+      schedule: the student's noise schedule.
+
+    Returns:
+      Scalar loss and an empty aux.
+    """
+    noisy = jnp.take_along_axis(trajectory, index[:, None, :, None, None, None], axis=1)[:, 0]
+    t = timesteps[index]
+    flow = model.apply({"params": params}, noisy, t, text, layout)
+    error = jnp.square(schedule.to_clean(flow, noisy, t) - trajectory[:, -1]).mean(axis=(2, 3, 4))
+    learned = (t != 0).astype(error.dtype)
+    return (error * learned).sum() / jnp.maximum(learned.sum(), 1), {}

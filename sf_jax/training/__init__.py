@@ -1,0 +1,1 @@
+"""The training system: state, update programs, sharding, checkpoints, loop."""

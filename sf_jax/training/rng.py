@@ -1,0 +1,23 @@
+"""Random numbers of a training run: a pure function of (seed, step, purpose), so nothing of it needs to be saved."""
+
+import enum
+
+import jax
+
+
+class Purpose(enum.IntEnum):
+    """What a key is for; numbers are part of the reproducible stream and never change."""
+
+    INIT = 0
+    CRITIC_INIT = 1
+    FLOW = 2
+    ODE_INDEX = 3
+    ODE_PAIRS = 4
+    GENERATOR = 5
+    CRITIC = 6
+    SAMPLE = 7
+
+
+def key_for(seed: int, step: jax.Array | int, purpose: Purpose) -> jax.Array:
+    """The key of one purpose at one step; the same on every host and number of devices."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)

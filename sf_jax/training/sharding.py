@@ -1,0 +1,130 @@
+"""How parameters, optimiser state and batches are spread over devices: logical axes, resolved by one table.
+
+Sharding is XLA's: programs are written for one device and jitted with shardings. A parameter without logical axes, or a
+logical axis without a rule, is an error, never silently replicated.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sf_jax.config import MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# logical axis -> mesh axis, or None: not split
+RULES = {
+    "layers": None,
+    "embed": "fsdp",
+    "width": None,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "patch": None,
+    "text": None,
+    "time": None,
+    "part": None,
+}
+
+_ATTENTION = {
+    **{(name, "kernel"): ("layers", "embed", "heads") for name in "qkv"},
+    **{(name, "bias"): ("layers", "heads") for name in "qkv"},
+    ("o", "kernel"): ("layers", "heads", "embed"),
+    ("o", "bias"): ("layers", "embed"),
+    ("norm_q", "scale"): ("layers", "heads"),
+    ("norm_k", "scale"): ("layers", "heads"),
+}
+# parameter path -> logical axes
+AXES = {
+    **{("blocks", f"{kind}_attn", *path): axes for kind in ("self", "cross") for path, axes in _ATTENTION.items()},
+    ("blocks", "ffn_in", "kernel"): ("layers", "embed", "mlp"),
+    ("blocks", "ffn_in", "bias"): ("layers", "mlp"),
+    ("blocks", "ffn_out", "kernel"): ("layers", "mlp", "embed"),
+    ("blocks", "ffn_out", "bias"): ("layers", "embed"),
+    ("blocks", "norm3", "scale"): ("layers", "embed"),
+    ("blocks", "norm3", "bias"): ("layers", "embed"),
+    ("blocks", "modulation"): ("layers", "part", "part", "embed"),
+    ("patch_embedding", "kernel"): ("patch", "embed"),
+    ("text_in", "kernel"): ("text", "embed"),
+    ("time_in", "kernel"): ("time", "embed"),
+    ("text_out", "kernel"): ("embed", "width"),
+    ("time_out", "kernel"): ("embed", "width"),
+    ("time_projection", "kernel"): ("embed", "width"),
+    ("head", "kernel"): ("embed", "patch"),
+    **{(name, "bias"): ("embed",) for name in ("patch_embedding", "text_in", "time_in")},
+    **{(name, "bias"): ("width",) for name in ("text_out", "time_out", "time_projection")},
+    ("head", "bias"): ("patch",),
+    ("head_modulation",): ("part", "part", "embed"),
+    ("ns_coeffs",): ("part",),  # constants of Muon's iteration, part of its state
+}
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The device mesh `data, fsdp, tensor` with automatic axes.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    free = [i for i, size in enumerate(sizes) if size == -1]
+    known = math.prod(size for size in sizes if size != -1)
+    if len(free) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        wanted = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in MESH_AXES)
+        raise ValueError(f"{wanted}: the sizes must multiply to the {len(devices)} devices (one may be -1)")
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def logical_axes(path: tuple[str, ...], rank: int) -> tuple[str, ...]:
+    """Logical axes of a leaf of the state: that of the parameter whose path ends its own; scalars have none."""
+    if rank == 0:
+        return ()
+    for start in range(len(path)):
+        axes = AXES.get(path[start:])
+        if axes is not None and len(axes) == rank:
+            return axes
+    raise ValueError(f"no sharding rule for {'/'.join(path)} of rank {rank}: add its logical axes to sharding.AXES")
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path)
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """A `NamedSharding` for every leaf of a tree of parameters, or of a state made of such trees."""
+
+    def leaf(path, value):
+        names, spec = _names(path), []
+        for axis, size in zip(logical_axes(names, len(value.shape)), value.shape, strict=True):
+            if axis not in RULES:
+                raise ValueError(f"logical axis {axis!r} of {'/'.join(names)} has no rule in sharding.RULES")
+            target = RULES[axis]
+            if target is not None and size % mesh.shape[target]:
+                raise ValueError(
+                    f"mesh.{target} is {mesh.shape[target]}: it must divide {size}, axis {axis!r} of {'/'.join(names)}"
+                )
+            spec.append(target)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over all data-parallel devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Refuses batches that cannot be split evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % parts:
+        raise ValueError(f"batch_size is {batch_size}: it must be a multiple of mesh.data x mesh.fsdp = {parts}")

@@ -1,0 +1,197 @@
+"""What each stage starts from, is fed with, and leaves behind."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sf_jax import rollout as ro
+from sf_jax.config import TrainConfig
+from sf_jax.data import moving_digits, ode_pairs, pipeline
+from sf_jax.inference.pipeline import teacher_trajectory
+from sf_jax.models.patch_codec import PatchCodec
+from sf_jax.models.text import WordEmbedding
+from sf_jax.models.wan import WanConfig, WanTransformer
+from sf_jax.training import step as steps
+from sf_jax.training.rng import Purpose, key_for
+from sf_jax.weights.package import Package, load_package, shipped_path
+
+PAIR_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage, ready to run.
+
+    Attributes:
+      params: parameters to start from, or None for random ones.
+      critic: the critic's parameters to start from, or None.
+      frozen: trees that the updates read but never change.
+      constants: arrays that belong to every batch.
+      keys: what of a batch the updates read.
+      iterator: endless batches, with `get_state` and `set_state`.
+      updates: (name, update program, every how many iterations), in order; the last one counts the iteration.
+    """
+
+    params: dict | None
+    critic: dict | None
+    frozen: dict
+    constants: dict
+    keys: tuple[str, ...]
+    iterator: grain.DatasetIterator
+    updates: tuple[tuple[str, steps.Step, int], ...]
+
+
+def _load(path: str, wanted: WanConfig, field: str) -> Package:
+    """A package whose sizes are those of the config."""
+    package = load_package(shipped_path("teacher") if path == "shipped" else path)
+    same = {"remat": wanted.remat, "dtype": wanted.dtype}
+    if dataclasses.replace(package.config, **same) != wanted:
+        raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
+    return package
+
+
+def _cast(params: dict, dtype: str) -> dict:
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
+
+
+def open_stage(config: TrainConfig, workdir: Path) -> Stage:
+    """Prepares the stage of a config; may build the data set and, for "init", the ODE pairs.
+
+    Raises:
+      ValueError: if data or weights are missing or do not fit.
+    """
+    if config.data.name != "digits":
+        raise ValueError(f"data.name is {config.data.name!r}: training reads 'digits'; other sources are not there yet")
+    codec, text = PatchCodec.load(), WordEmbedding()
+    _check_digits(config, codec, text)
+    params = None if config.init_weights is None else _load(config.init_weights, config.model, "init_weights").params
+    if config.stage == "teacher":
+        moving_digits.build(config.data.dir)
+        iterator = pipeline.video_iterator(
+            moving_digits.source(config.data.dir, "train"),
+            batch_size=config.batch_size,
+            num_frames=config.data.frames,
+            seed=config.seed,
+            text_encoder=text,
+            text_dropout=config.data.text_dropout,
+        )
+        updates = (("", steps.make_teacher_step(config, codec), 1),)
+        return Stage(params, None, {}, {}, ("video", "text"), iterator, updates)
+    teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
+    if teacher.kind != "teacher":
+        raise ValueError(f"teacher_weights {config.teacher_weights} is a {teacher.kind}: give a teacher")
+    if params is None and config.model == config.teacher_model:
+        params = teacher.params
+    if config.stage == "init":
+        pairs = _pairs(config, workdir, teacher, text)
+        iterator = _pair_iterator(pairs, config, text)
+        return Stage(params, None, {}, {}, ("trajectory", "text"), iterator, (("", steps.make_init_step(config), 1),))
+    prompts = moving_digits.all_captions()
+    iterator = pipeline.prompt_iterator(prompts, batch_size=config.batch_size, seed=config.seed, text_encoder=text)
+    if config.critic_weights is not None:
+        critic = _load(config.critic_weights, config.critic_model, "critic_weights")
+    elif config.critic_model == config.teacher_model:
+        critic = teacher
+    else:
+        raise ValueError("critic_weights is None: a critic of other sizes than the teacher needs weights to start from")
+    frozen = {"teacher": _cast(teacher.params, config.frozen_dtype)}
+    updates = (
+        ("generator", steps.make_generator_step(config), config.generator_every),
+        ("critic", steps.make_critic_step(config), 1),
+    )
+    return Stage(params, critic.params, frozen, {"negative": text.encode([""])}, ("text",), iterator, updates)
+
+
+def _check_digits(config: TrainConfig, codec: PatchCodec, text: WordEmbedding) -> None:
+    """Refuses sizes that moving digits do not have."""
+    side = moving_digits.CANVAS // codec.spatial_factor
+    wanted = {
+        "model.channels": (config.model.channels, codec.channels),
+        "model.text_dim": (config.model.text_dim, text.dim),
+        "model.text_len": (config.model.text_len, text.length),
+        "data.height": (config.data.height, side),
+        "data.width": (config.data.width, side),
+    }
+    for field, (seen, allowed) in wanted.items():
+        if seen != allowed:
+            raise ValueError(f"{field} is {seen}: for moving digits it must be {allowed}")
+
+
+def _pairs(config: TrainConfig, workdir: Path, teacher: Package, text: WordEmbedding) -> ode_pairs.PairSource:
+    """The ODE pairs of an "init" stage, generated where they are missing."""
+    captions, data, ode = moving_digits.all_captions(), config.data, config.ode
+    model = WanTransformer(config.teacher_model)
+    latent = (data.frames, data.height, data.width, config.model.channels)
+    rows = [*(ode.solver_steps * (1000 - s) // 1000 for s in config.rollout.steps), ode.solver_steps]
+
+    def make() -> Iterator[tuple[np.ndarray, str]]:
+        params = jax.tree.map(jnp.asarray, teacher.params)
+        key = key_for(config.seed, 0, Purpose.ODE_PAIRS)
+        bar = tqdm(total=ode.pairs, desc="ode pairs", unit="video", dynamic_ncols=True)
+        for first in range(0, ode.pairs, PAIR_BATCH):
+            index = np.arange(first, first + PAIR_BATCH)
+            chosen = [captions[i % len(captions)] for i in index]
+            noise = ro.example_noise(key, jnp.asarray(index, jnp.int32), (PAIR_BATCH, *latent))
+            prompt = jnp.asarray(text.encode(chosen))
+            path = teacher_trajectory(
+                model,
+                config.rollout.shift,
+                ode.solver_steps,
+                ode.guidance,
+                params,
+                noise,
+                prompt,
+                jnp.zeros_like(prompt),
+            )
+            path = np.moveaxis(np.asarray(path[np.asarray(rows)]), 1, 0)
+            yield from zip(path[: ode.pairs - first], chosen, strict=False)
+            bar.update(min(PAIR_BATCH, ode.pairs - first))
+        bar.close()
+
+    recipe = {
+        "pairs": ode.pairs,
+        "solver_steps": ode.solver_steps,
+        "guidance": ode.guidance,
+        "shift": config.rollout.shift,
+        "steps": list(config.rollout.steps),
+        "seed": config.seed,
+        "teacher": config.teacher_weights,
+        "latent": list(latent),
+    }
+    return ode_pairs.open_pairs(ode.dir or workdir / "ode_pairs", (len(rows), *latent), recipe, make)
+
+
+def _pair_iterator(source, config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
+    """Endless shuffled batches of pairs."""
+    epochs = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    batches = epochs.batch(config.batch_size, batch_fn=functools.partial(_collate_pairs, text_encoder=text))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def _collate_pairs(pairs, *, text_encoder):
+    return {
+        "trajectory": np.stack([pair["trajectory"] for pair in pairs]),
+        "text": text_encoder.encode([pair["caption"] for pair in pairs]),
+    }
+
+
+def package_of(config: TrainConfig, params: dict) -> Package:
+    """What a finished run leaves: its averaged weights with all that is needed to use them."""
+    teacher = config.stage == "teacher"
+    return Package(
+        kind="teacher" if teacher else "student",
+        config=dataclasses.replace(config.model, remat="none"),
+        rollout=config.rollout,
+        frames=config.data.frames,
+        size=(config.data.height, config.data.width),
+        shift=config.score.score_shift if teacher else config.rollout.shift,
+        guidance=config.score.guidance,
+        params=params,
+    )

@@ -1,0 +1,93 @@
+"""The commands as a user types them: what they write, and one clear line for every mistake."""
+
+import os
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import pytest
+
+from sf_jax.inference.pipeline import load_pipeline
+
+
+def command(*arguments, module="sf_jax.generate", **options):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_generate_without_arguments_writes_a_video(tmp_path):
+    done = command(cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("chunk") >= 16 and "first chunk after" in done.stdout
+    name = tmp_path / "out" / "a_3_moving_up_and_right_slowly"
+    assert iio.imread(name.with_suffix(".mp4")).shape == (48, 288, 288, 3)
+    assert name.with_suffix(".gif").exists() and name.with_suffix(".png").exists()
+    assert not done.stderr.strip(), done.stderr
+
+
+def test_shipped_student_streams_and_does_not_depend_on_the_batch():
+    pipe = load_pipeline()
+    prompts = ["a 7 moving left, fast", "a 2 moving up, slowly"]
+    parts = list(pipe.stream(prompts, 9, seed=3))
+    assert [part.shape for part in parts] == [(2, 3, 24, 24, 1)] * 3
+    alone = pipe.generate(prompts[1:], 9, seed=3, first_index=1)
+    whole = pipe.generate(prompts, 9, seed=3)
+    assert (abs(alone[0].astype(int) - whole[1]) <= 1).mean() > 0.99
+    assert (whole != pipe.generate(prompts, 9, seed=4)).any()
+
+
+def test_shipped_teacher_makes_its_own_length_only():
+    pipe = load_pipeline("teacher")
+    assert pipe.generate(["a 0 moving down"], 12, 0).shape == (1, 12, 24, 24, 1)
+    with pytest.raises(ValueError, match="frames is 48: this teacher makes 12"):
+        pipe.generate(["a 0 moving down"], 48, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=a purple 7"], "purple"),
+        (["--frames=10"], "frames is 10: with chunk=3 it must be a multiple of 3"),
+        (["--frames=3000"], "at most 1024 latent frames"),
+        (["--checkpoint=none.safetensors"], "checkpoint none.safetensors does not exist"),
+        (["--checkpoint=tests/goldens/A/weights_real.safetensors"], "was not written by sf_jax.train"),
+        (["--prompts=none.txt"], "prompts: cannot read none.txt"),
+        (["--guidance=3"], "a student has none"),
+        (["--out=setup.py/videos"], "cannot write in setup.py/videos"),
+    ],
+)
+def test_generate_refuses_bad_input_in_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_unknown_words_are_answered_with_the_known_ones():
+    done = command("--prompt=a purple 7")
+    assert "'purple'" in done.stderr and "moving" in done.stderr and "slowly" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=configs/digits.py:init", "--config.teacher_weights=none.safetensors"],
+            "none.safetensors does not exist",
+        ),
+        (["--config=configs/digits.py:distill", "--config.data.frames=10"], "frames is 10"),
+        (["--config=configs/digits.py:distill", "--config.mesh.data=64"], "the sizes must multiply to"),
+        (["--config=configs/wan_distill.py"], "data.name is 'wan': training reads 'digits'"),
+    ],
+)
+def test_train_refuses_bad_input_in_one_line(arguments, message, tmp_path):
+    done = command(*arguments, f"--workdir={tmp_path}/run", module="sf_jax.train")
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_train_refuses_an_unwritable_workdir_and_unknown_keys():
+    done = command("--config=configs/digits.py:distill", "--workdir=setup.py/run", module="sf_jax.train")
+    assert done.returncode == 1 and "workdir: cannot write in setup.py/run" in done.stderr
+    done = command("--config=configs/digits.py", "--config.stepz=3", "--workdir=x", module="sf_jax.train")
+    assert done.returncode != 0 and "stepz" in done.stderr

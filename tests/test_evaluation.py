@@ -1,0 +1,284 @@
+"""The judge, the figures and the report."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from sf_jax import evaluate
+from sf_jax.data import moving_digits
+from sf_jax.evaluation import judge as judging
+from sf_jax.evaluation import metrics, report
+from sf_jax.models.patch_codec import PatchCodec, to_float, to_uint8
+
+RNG = np.random.Generator(np.random.Philox(0))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return judging.load()
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Prompts, targets, real clips of them, and other real clips of them."""
+    prompts, kinds, targets = metrics.choose_prompts(128)
+    return prompts, targets, *(metrics.real_clips(kinds, 24, seed) for seed in (5, 6))
+
+
+@pytest.fixture(scope="module")
+def measure(judge, clips):
+    real = metrics.reference(clips[2], clips[1], judge)
+    return lambda videos, targets=clips[1]: metrics.measure(videos, targets, judge, real)
+
+
+@dataclasses.dataclass
+class RealPipe:
+    """Stands in for a model: gives real clips, and remembers the calls."""
+
+    max_frames: int | None = None
+    calls: list = dataclasses.field(default_factory=list)
+
+    def generate(self, prompts, frames, seed, first_index=0):
+        self.calls.append((len(prompts), frames, seed, first_index))
+        kinds = {text: kind for text, kind in zip(*metrics.choose_prompts(640)[:2])}
+        return metrics.real_clips(np.array([kinds[text] for text in prompts]), frames, seed + 77)
+
+
+# The judge.
+
+
+def test_shipped_judge_is_right_on_scans_nobody_was_trained_on(judge):
+    shares = judging.accuracy(judge, "test", num_clips=800)
+    assert shares["digit"] >= 0.97 and shares["direction"] >= 0.99, shares
+    assert shares["joint"] >= 0.97
+
+
+def test_judge_survives_the_codec_and_ignores_the_position(judge, clips):
+    _, targets, videos, _ = clips
+    codec = PatchCodec.load()
+    blurred = np.asarray(to_uint8(codec.decode(codec.encode(to_float(videos[:, :5])))))
+    assert metrics.correctness(judge(blurred), targets)["joint"].mean() > 0.95
+    moved = np.roll(videos[:, :5], (7, -9), axis=(2, 3))
+    assert metrics.correctness(judge(moved), targets)["joint"].mean() > 0.95
+    # A shift by the network's stride changes nothing at all but for rounding.
+    shifted = judge(np.roll(videos[:4, :3], (4, 8), axis=(2, 3)))
+    for left, right in zip(judge(videos[:4, :3]), shifted, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-3)
+
+
+def test_judge_is_saved_and_loaded_and_refuses_other_files(tmp_path, judge, clips):
+    path = tmp_path / "judge.safetensors"
+    judging.save(judge, path)
+    assert path.stat().st_size <= 400_000
+    for left, right in zip(judge(clips[2][:2]), judging.load(path)(clips[2][:2]), strict=True):
+        np.testing.assert_array_equal(left, right)
+    (tmp_path / "junk").write_bytes(b"junk" * 10)
+    PatchCodec.load().save(tmp_path / "codec")
+    for name, message in (("none", "cannot read"), ("junk", "not a safetensors"), ("codec", "another network")):
+        with pytest.raises(ValueError, match=message):
+            judging.load(tmp_path / name)
+    with pytest.raises(ValueError, match="got 2 frames, allowed: 3 or more"):
+        judge(clips[2][:, :2])
+    with pytest.raises(ValueError, match="videos: got float64"):
+        judge(clips[2] / 255)
+
+
+def test_training_uses_only_the_judges_scans_and_lowers_the_loss(capsys):
+    scans, labels = moving_digits.load_scans()
+    own = moving_digits.split_scans(labels)["judge"]
+    plan = moving_digits.plan_clips("judge", 320, seed=3)
+    assert np.isin(plan.scan, own).all()
+    batches = list(judging.training_windows(10, 32, 3, 2))
+    assert (np.concatenate([batch["digit"] for batch in batches]) == labels[plan.scan]).all()
+    assert batches[0]["windows"].shape == (32, 24, 24, 3) and batches[0]["windows"].dtype == np.uint8
+    warped = judging.warp_scans(scans[own[:5]], 3, RNG)
+    difference = np.abs(warped.astype(int) - scans[own[:5], None]).mean(axis=(2, 3))
+    assert warped.shape == (5, 3, 12, 12) and (difference > 1).all() and (difference < 60).all()
+    judging.train_judge(24, batch_size=32, variants=2, log_every=12)
+    first, last = (float(x.split()[4].rstrip(",")) for x in capsys.readouterr().out.splitlines())
+    assert last < first < 5
+    with pytest.raises(ValueError, match="steps: got 0"):
+        judging.train_judge(0)
+
+
+# Figures.
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    deviations = np.array([[1.0, 2.0, 0.0], [3.0, 0.5, 1.0]])
+    # Whitened samples have exactly the wanted moments, so the closed form holds to rounding.
+    raw = RNG.normal(size=(2, 500, 3))
+    raw -= raw.mean(axis=1, keepdims=True)
+    white = [x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T for x in raw]
+    means = np.array([[0.0, 1.0, 2.0], [0.5, 1.0, -1.0]])
+    a, b = (mean + x * deviation for mean, x, deviation in zip(means, white, deviations, strict=True))
+    expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_is_zero_for_the_same_and_grows_with_a_shift():
+    a = RNG.normal(size=(400, 64)).astype(np.float32) @ RNG.normal(size=(64, 64)).astype(np.float32)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6 * float(a.var(axis=0).sum()))
+    near, far = (metrics.frechet_distance(a, a + shift) for shift in (0.5, 2.0))
+    assert near == pytest.approx(64 * 0.25, rel=1e-3) and far == pytest.approx(64 * 4, rel=1e-3)
+    # Fewer samples than dimensions: singular covariances are no obstacle.
+    assert 0 < metrics.frechet_distance(a[:10], a[10:30]) < np.inf
+    with pytest.raises(ValueError, match=r"features: got \(1, 64\)"):
+        metrics.frechet_distance(a[:1], a)
+
+
+def test_real_clips_score_well_everywhere(measure, clips):
+    figures = measure(clips[3])
+    assert figures.joint > 0.95 and min(figures.joint_per_quarter) > 0.93
+    assert len(figures.joint_per_frame) == 22
+    # Not near zero: clips of one scan are alike, so that 128 clips are few for 64 dimensions.
+    assert max(figures.frechet_per_quarter) < 10
+    for value in (figures.diversity, figures.brightness, figures.motion):
+        assert value == pytest.approx(1, abs=0.15)
+    assert measure(clips[2]).frechet_per_quarter == pytest.approx([0] * 4, abs=1e-3)
+
+
+def test_wrong_captions_score_badly(measure, clips):
+    targets = clips[1]
+    digit = dataclasses.replace(targets, digit=(targets.digit + 1) % 10)
+    direction = dataclasses.replace(targets, direction=(targets.direction + 1) % 8)
+    figures = measure(clips[3], digit)
+    assert figures.digit < 0.05 and figures.joint < 0.05 and figures.direction > 0.98
+    figures = measure(clips[3], direction)
+    assert figures.direction < 0.05 and figures.joint < 0.05 and figures.digit > 0.95
+
+
+def test_frozen_videos_are_judged_wrong_and_show_in_the_motion(measure, clips):
+    frozen = np.repeat(clips[3][:, :1], 24, axis=1)
+    figures = measure(frozen)
+    assert figures.motion == 0 and figures.direction < 0.3 and figures.joint < 0.3
+    assert min(figures.frechet_per_quarter) > 10 * max(measure(clips[3]).frechet_per_quarter)
+    # Frozen halfway: the per-quarter figures tell when.
+    late = np.concatenate([clips[3][:, :12], np.repeat(clips[3][:, 11:12], 12, axis=1)], axis=1)
+    joint, motion = measure(late).joint_per_quarter, measure(late).motion_per_quarter
+    assert min(joint[:2]) > 0.93 and max(joint[2:]) < 0.3
+    assert min(motion[:2]) > 0.8 and max(motion[2:]) == 0
+
+
+def test_mode_collapse_shows_in_the_diversity(measure, clips):
+    _, targets, _, videos = clips
+    first = np.array([np.flatnonzero(targets.prompt == prompt)[0] for prompt in targets.prompt])
+    figures = measure(videos[first])
+    assert figures.diversity == pytest.approx(0, abs=1e-3) and figures.joint > 0.93
+    assert np.isnan(metrics.diversity(np.zeros((2, 3, 4)), np.array([0, 1])))
+
+
+def test_bright_and_saturated_videos_show(measure, clips):
+    bright = np.where(clips[3] > 60, 255, clips[3]).astype(np.uint8)
+    figures, normal = measure(bright), measure(clips[3])
+    assert figures.brightness > 1.2 and figures.saturation > 5 * normal.saturation
+    drifting = clips[3].copy()
+    drifting[:, 18:] = np.minimum(255, drifting[:, 18:].astype(int) + 40)
+    per_quarter = measure(drifting).brightness_per_quarter
+    assert per_quarter[3] > 1.5 > 1.2 > max(per_quarter[:3])
+
+
+def test_quarters_hold_only_whole_windows():
+    assert metrics.quarters(48)[0] == (slice(0, 12), slice(0, 10))
+    assert metrics.quarters(48)[3] == (slice(36, 48), slice(36, 46))
+    assert [windows.stop - windows.start for _, windows in metrics.quarters(12)] == [1] * 4
+    assert metrics.quarters(30)[-1][0].stop == 30
+    with pytest.raises(ValueError, match="frames: got 11, allowed: 12 or more"):
+        metrics.quarters(11)
+
+
+def test_figures_refuse_what_does_not_fit(judge, measure, clips):
+    with pytest.raises(ValueError, match="videos: got 12 frames, allowed: 24"):
+        measure(clips[2][:, :12])
+    with pytest.raises(ValueError, match="targets: got 128, allowed: one for each of 5"):
+        measure(clips[2][:5])
+    with pytest.raises(ValueError, match=r"Targets.prompt: got shape \(2,\), allowed: \(3,\)"):
+        metrics.Targets(np.zeros(3), np.zeros(3), np.zeros(2))
+
+
+# Prompts and the whole evaluation.
+
+
+@pytest.mark.parametrize("num_samples", [64, 256, 640])
+def test_prompts_are_balanced_and_real_clips_show_them(num_samples, judge):
+    prompts, kinds, targets = metrics.choose_prompts(num_samples)
+    each = num_samples / 10
+    assert np.bincount(targets.digit, minlength=10) == pytest.approx(each, abs=max(4, 0.1 * each))
+    assert (np.bincount(targets.direction, minlength=8) == num_samples / 8).all()
+    assert sum("fast" in text for text in prompts) == num_samples / 2
+    assert (np.bincount(targets.prompt) == metrics.SAMPLES_PER_PROMPT).all()
+    assert len(set(prompts)) == num_samples // metrics.SAMPLES_PER_PROMPT
+    videos = metrics.real_clips(kinds, 3, seed=1)
+    assert metrics.correctness(judge(videos), targets)["joint"].mean() > 0.95
+    assert len(np.unique(videos.reshape(num_samples, -1), axis=0)) == num_samples
+    with pytest.raises(ValueError, match="num_samples: got 3"):
+        metrics.choose_prompts(3)
+
+
+def test_evaluate_writes_everything(tmp_path, capsys):
+    pipes = {"a model": RealPipe(), "teacher": RealPipe(max_frames=12)}
+    outcome, paths = evaluate.evaluate(pipes, tmp_path / "new", frames=16, num_samples=40, seed=3, batch_size=16)
+    assert pipes["a model"].calls == [(16, 16, 3, 0), (16, 16, 3, 16), (16, 16, 3, 32)]
+    assert {call[1] for call in pipes["teacher"].calls} == {12}
+    names = {"results.json", "table.md", "plot.png"}
+    names |= {"samples_a_model.png", "samples_teacher.png", "samples_real_clips.png"}
+    assert {path.name for path in paths} == {path.name for path in (tmp_path / "new").iterdir()} == names
+    assert all(path.stat().st_size > 500 for path in paths)
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert list(results["figures"]) == ["a model", "teacher", "real clips"]
+    for name, figures in outcome.figures.items():
+        assert figures.samples == 40 and figures.frames == (12 if name == "teacher" else 16)
+        assert results["figures"][name]["joint"] == figures.joint > 0.9
+        # Forty videos are few, so that a diversity is rough, but not a distance of zero.
+        assert 0.7 < figures.diversity < 1.4 and min(figures.frechet_per_quarter) > 0
+    lines = (tmp_path / "new" / "table.md").read_text().splitlines()
+    assert len({len(line) for line in lines}) == 1 and "a model" in lines[0] and "real clips" in lines[0]
+    assert "40/40 videos of 16 frames, 0 s left" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_before_generating(tmp_path):
+    pipe = RealPipe()
+    with pytest.raises(ValueError, match="frames: got 8"):
+        evaluate.evaluate({"a": pipe}, tmp_path, frames=8)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        evaluate.evaluate({"a": pipe}, tmp_path, batch_size=0)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match="out: cannot write in"):
+        evaluate.evaluate({"a": pipe}, tmp_path / "file")
+    assert not pipe.calls
+
+
+def test_report_survives_undefined_figures(tmp_path, measure, clips):
+    undefined = dataclasses.replace(measure(clips[3]), diversity=float("nan"))
+    report.write_report(tmp_path, report.Report({}, {"x": undefined}))
+    assert json.loads((tmp_path / "results.json").read_text())["figures"]["x"]["diversity"] is None
+    assert " nan " in (tmp_path / "table.md").read_text()
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    pipes = {"before": RealPipe(), "after": RealPipe()}
+    monkeypatch.setattr(evaluate, "load_pipes", lambda values: {name: pipes[name] for name in values.names})
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    values(["evaluate", "--names=before,after", "--frames=12", "--num_samples=8", f"--out={tmp_path}"])
+    paths = evaluate.run(values)
+    assert len(paths) == 6 and all(path.exists() for path in paths)
+    assert "| joint, quarter 4" in capsys.readouterr().out
+
+
+def test_command_line_trains_a_judge(tmp_path, monkeypatch, capsys, judge):
+    seeds = []
+    monkeypatch.setattr(judging, "train_judge", lambda seed: seeds.append(seed) or judge)
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    values(["evaluate", "--seed=5", f"--train_judge={tmp_path}/new/judge.safetensors"])
+    (path,) = evaluate.run(values)
+    assert seeds == [5] and "judge on test scans: digit 0.9" in capsys.readouterr().out
+    trees = [jax.tree.leaves(x.params) for x in (judge, judging.load(path))]
+    for left, right in zip(*trees, strict=True):
+        np.testing.assert_array_equal(left, right)

@@ -1,0 +1,32 @@
+"""Parity with the official code, on the numbers in tests/goldens/A."""
+
+import pathlib
+
+import jax
+import pytest
+
+from tests.goldens import __main__ as goldens
+from tests.goldens.cases import CASES
+from tests.goldens.folder import Folder, Result
+
+FOLDER = pathlib.Path(__file__).parent / "goldens" / "A"
+FILES = sorted(path.name for path in FOLDER.glob("*.npz"))
+SLOW = ("05", "06", "07")
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow if f[:2] in SLOW else ()) for f in FILES])
+def test_equals_the_official_code(file):
+    with jax.default_matmul_precision("highest"):
+        results = list(CASES[file](Folder(FOLDER)))
+    assert results
+    failed = [f"{r.name}: {r.error:.2e} > {r.tolerance:.0e}" for r in results if not r.passed]
+    assert not failed, "\n".join(failed)
+
+
+def test_files_without_a_case_are_reported_and_nan_fails(tmp_path, capsys):
+    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text())
+    (tmp_path / "99_new.npz").write_bytes(b"")
+    assert goldens.main([str(tmp_path)]) == 1  # nothing passed
+    assert "99_new.npz" in capsys.readouterr().out
+    assert not Result("nan", float("nan")).passed
+    assert goldens.main([str(tmp_path / "nowhere")]) == 2

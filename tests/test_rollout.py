@@ -1,0 +1,187 @@
+"""The rollout: cache, replay, gradients."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sf_jax import rollout as ro
+from sf_jax.models import attention, wan
+from tests.helpers import SIZE, SMALL, inputs, random_params, relative, tree_relative
+
+MODEL = wan.WanTransformer(SMALL)
+SHAPES = {
+    "chunk-wise": ro.RolloutConfig(chunk=3),
+    "frame-wise": ro.RolloutConfig(chunk=1),
+    "windowed": ro.RolloutConfig(chunk=3, window=6),
+    "window and sink": ro.RolloutConfig(chunk=2, window=5, sink=1),
+    "first frame alone": ro.RolloutConfig(chunk=2, first_frame_alone=True, window=6, sink=1),
+}
+FRAMES = {"first frame alone": 9, "window and sink": 10}
+
+
+def case(name):
+    config, frames = SHAPES[name], FRAMES.get(name, 9)
+    return config, frames, *inputs(frames)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 6, 7))
+def run(config, params, text, noise, draw, exits, full_cache=True, differentiate=None):
+    return ro.rollout(MODEL, config, params, text, noise, exits, draw, None, full_cache, differentiate)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_cached_rollout_equals_one_block_causal_forward(name):
+    config, frames, noise, text, draw = case(name)
+    params = random_params()
+    past = run(config, params, text, noise, draw, 2)
+    chunks = sum(config.chunks(frames), ())
+    pattern = attention.block_causal(chunks, config.window, config.sink)
+    layout = wan.Layout(frames=np.arange(frames), pattern=pattern)
+    _, kv = MODEL.apply({"params": params}, past.video, jnp.zeros((2, 1)), text, layout, return_kv=True)
+    for start, stop in attention.chunk_bounds(chunks):
+        part = slice(start * 4, stop * 4)
+        assert relative(past.cache.k[:, :, part], kv.k[:, :, part]) < 1e-5, (start, stop)
+        assert relative(past.cache.v[:, :, part], kv.v[:, :, part]) < 1e-5, (start, stop)
+    # the same with the noisy chunks: clean video beside the exit inputs, in the teacher-forcing pattern
+    forcing = wan.Layout(
+        frames=np.tile(np.arange(frames), 2), pattern=attention.teacher_forcing(chunks, config.window, config.sink)
+    )
+    t = jnp.full((2, frames), config.timesteps[2])
+    both = jnp.concatenate([past.video, past.exit_inputs], axis=1)
+    flow = MODEL.apply({"params": params}, both, jnp.concatenate([0 * t, t], axis=1), text, forcing)[:, frames:]
+    video = config.schedule.to_clean(flow, past.exit_inputs, t)
+    for start, stop in attention.chunk_bounds(chunks):
+        assert relative(past.video[:, start:stop], video[:, start:stop]) < 1e-5, (start, stop)
+
+
+@pytest.mark.parametrize("name", ["windowed", "window and sink", "first frame alone"])
+def test_ring_equals_the_full_cache(name):
+    config, _, noise, text, draw = case(name)
+    full, ring = (run(config, random_params(), text, noise, draw, 1, keep) for keep in (True, False))
+    assert ring.cache.capacity == config.window - config.chunk < full.cache.capacity
+    assert relative(ring.video, full.video) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ro.CACHE_GRADIENTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_replay_equals_differentiating_through_the_scan(name, mode):
+    config, _, noise, text, draw = case(name)
+    params = random_params()
+    weight = jax.random.normal(jax.random.key(9), noise.shape)
+
+    @jax.jit
+    def by_scan(params, text, exits):
+        past = ro.rollout(MODEL, config, params, text, noise, exits, draw, differentiate=mode)
+        return (past.video * weight).sum()
+
+    @jax.jit
+    def by_replay(params, text, exits):
+        past = ro.rollout(MODEL, config, params, text, noise, exits, draw)
+        return (ro.replay(MODEL, config, params, text, past, mode) * weight).sum()
+
+    count = len(config.chunks(noise.shape[1])[1])
+    for exits in (0, 1, 2, 3, np.arange(count) % 4):
+        exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (count,))
+        scan, replay = (jax.grad(f, (0, 1))(params, text, exits) for f in (by_scan, by_replay))
+        assert tree_relative(replay, scan) < 1e-6, exits
+
+
+def test_gradient_is_zero_where_it_must_be():
+    config, _, noise, text, draw = case("chunk-wise")
+    params = random_params()
+
+    def gradient(first_live, weight, mode):
+        past = run(config, params, text, noise, draw, 1)
+        return jax.jit(jax.grad(lambda p: (ro.replay(MODEL, config, p, text, past, mode, first_live) * weight).sum()))(
+            params
+        )
+
+    early = jnp.zeros_like(noise).at[:, :3].set(1.0)
+    assert all(not np.any(g) for g in jax.tree.leaves(gradient(1, early, "stop")))  # chunks that are not live
+    assert any(np.any(g) for g in jax.tree.leaves(gradient(0, early, "stop")))
+    # the rollout itself, its non-exit steps and its clean passes carry none at all
+    through = jax.grad(lambda p: run(config, p, text, noise, draw, 2).video.sum())(params)
+    assert all(not np.any(g) for g in jax.tree.leaves(through))
+    # under "stop" the later chunks' loss does not reach the earlier chunks' inputs; under "straight_through" it differs
+    late = jnp.zeros_like(noise).at[:, 6:].set(1.0)
+    alone = gradient(2, late, "stop")
+    assert tree_relative(gradient(0, late, "stop"), alone) < 1e-6
+    assert tree_relative(gradient(0, late, "straight_through"), alone) > 0.01
+
+
+def test_exit_step_is_traced_and_saves_work():
+    config, _, noise, text, draw = case("chunk-wise")
+    params = random_params()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def one(exit_step):
+        return ro.rollout(MODEL, config, params, text, noise, exit_step, draw).exits
+
+    for exit_step in range(4):
+        np.testing.assert_array_equal(one(exit_step), [exit_step] * 3)
+
+
+def test_an_examples_noise_does_not_depend_on_its_batch():
+    config, _, noise, text, _ = case("chunk-wise")
+    key, params = jax.random.key(3), random_params()
+    whole = run(config, params, text, noise, ro.key_draw(key, jnp.arange(2)), 2).video
+    alone = run(config, params, text[1:], noise[1:], ro.key_draw(key, jnp.arange(1, 2)), 2).video
+    assert relative(alone, whole[1:]) < 1e-6
+
+
+def test_initial_latents_are_kept_and_seen():
+    config = SHAPES["chunk-wise"]
+    noise, text, draw = inputs(6)
+    initial = jax.random.normal(jax.random.key(5), (2, 3, *SIZE, SMALL.channels))
+    params = random_params()
+    one = ro.rollout(MODEL, config, params, text, noise, 3, draw, initial)
+    two = ro.rollout(MODEL, config, params, text, noise, 3, draw, initial + 0.1)
+    np.testing.assert_array_equal(one.video[:, :3], initial)
+    assert relative(two.video[:, 3:], one.video[:, 3:]) > 1e-3
+    assert relative(ro.replay(MODEL, config, params, text, one), one.video) < 1e-6
+
+
+def test_context_noise_exact_adds_none_and_official_a_little():
+    config, _, noise, text, draw = case("chunk-wise")
+    params = random_params()
+    exact, official, none = (
+        run(dataclasses.replace(config, context_noise=kind), params, text, noise, draw, 1).video
+        for kind in ("exact", "official", "none")
+    )
+    np.testing.assert_array_equal(exact, none)
+    assert 1e-6 < relative(official, exact) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": (250, 500)}, "steps is .250, 500.: it must descend"),
+        ({"steps": (2000, 500)}, "first entry must be at most 1000"),
+        ({"context_noise": "some"}, "context_noise is 'some': it must be one of exact, official, none"),
+        ({"window": 2}, "window is 2 frames: it must be at least chunk"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ro.RolloutConfig(**changes)
+
+
+def test_bad_rollouts_are_refused_before_anything_runs():
+    config = SHAPES["windowed"]
+    noise, text, draw = inputs(8)
+    with pytest.raises(ValueError, match="frames is 8: with chunk=3 it must be a multiple of 3"):
+        ro.rollout(MODEL, config, random_params(), text, noise, 0, draw)
+    with pytest.raises(ValueError, match="positions are tabulated for 1024"):
+        ro.rollout(MODEL, config, random_params(), text, jnp.zeros((1, 1026, *SIZE, 4)), 0, draw)
+    noise, text, draw = inputs(9)
+    ring = run(config, random_params(), text, noise, draw, 0, False)
+    with pytest.raises(ValueError, match="make the rollout with full_cache=True"):
+        ro.replay(MODEL, config, random_params(), text, ring)
+    with pytest.raises(ValueError, match="cache_gradient is 'all'"):
+        ro.replay(MODEL, config, random_params(), text, ring, "all")

@@ -1,0 +1,278 @@
+"""The training system at small size: resuming, devices, gradients, configs."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import digits, wan_distill
+from sf_jax.config import config_dict, from_dict
+from sf_jax.models.wan import init_params
+from sf_jax.training import loop, metrics, sharding, stages
+from sf_jax.training import step as steps
+from sf_jax.weights.package import load_package, save_package
+from tests.helpers import random_params, tree_relative
+
+SMALL = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "channels": 12, "text_dim": 64, "text_len": 10}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A small teacher's weights."""
+    config = small_config("teacher")
+    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
+    save_package(path, stages.package_of(config, random_params(config.model)))
+    return str(path)
+
+
+def small_config(stage, **changes):
+    values = digits.VARIANTS[stage]()
+    values["model"] = SMALL | {"freq_dim": 16}
+    values["data"] = values["data"] | {"frames": 6}
+    return from_dict(values | {"batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2, **changes})
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
+
+
+def test_interrupted_run_continues_bit_exactly(teacher, tmp_path, monkeypatch):
+    config = small_config("distill", teacher_weights=teacher)
+    whole = loop.train(config, tmp_path / "whole")
+    take = metrics.Log.step
+
+    def interrupt(self, step, values):
+        if step == 4:
+            raise KeyboardInterrupt
+        take(self, step, values)
+
+    monkeypatch.setattr(metrics.Log, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "parts")
+    assert [line["step"] for line in losses(tmp_path / "parts")] == [1, 2, 3]
+    monkeypatch.undo()
+    parts = loop.train(config, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert parts.read_bytes() == whole.read_bytes()
+    with pytest.raises(ValueError, match="another config .optimizer.lr: 0.0001 -> 0.5"):
+        changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.5))
+        loop.train(changed, tmp_path / "whole")
+    assert loop.train(dataclasses.replace(config, log_every=3), tmp_path / "whole").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_run_continues_bit_exactly(teacher, tmp_path):
+    command = [sys.executable, "-m", "sf_jax.train", "--config=configs/digits.py:distill", "--config.steps=30"]
+    command += [f"--config.teacher_weights={teacher}", "--config.log_every=1", "--config.checkpoint_every=3"]
+    command += ["--config.batch_size=8", "--config.data.frames=6"]
+    command += [f"--config.model.{k}={v}" for k, v in (SMALL | {"freq_dim": 16}).items()]
+
+    def run(folder, **options):
+        return subprocess.Popen([*command, f"--workdir={tmp_path / folder}"], **options)
+
+    assert run("whole").wait() == 0
+    process = run("killed")
+    log, deadline = tmp_path / "killed" / "log.jsonl", time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") >= 11) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert run("killed").wait() == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    names = "student.safetensors"
+    assert (tmp_path / "killed" / names).read_bytes() == (tmp_path / "whole" / names).read_bytes()
+
+
+def batch_for(config):
+    text = jax.random.normal(jax.random.key(1), (config.batch_size, 10, 64))
+    return {"text": text, "negative": jnp.zeros((1, 10, 64))}
+
+
+def test_each_update_changes_its_own_network_only(teacher):
+    config = small_config("distill", teacher_weights=teacher)
+    params = load_package(teacher).params
+    state = steps.new_state(config, params, params)
+    state = state.replace(model=state.model.replace(params=random_params(config.model, 5)))
+    frozen, batch = {"teacher": params}, batch_for(config)
+    after, values = jax.jit(steps.make_generator_step(config))(state, frozen, batch)
+    chex.assert_trees_all_equal(after.critic, state.critic)
+    assert tree_relative(after.model.params, state.model.params) > 0 and values["generator_grad_norm"] > 0
+    assert after.step == state.step
+    after, values = jax.jit(steps.make_critic_step(config))(state, frozen, batch)
+    chex.assert_trees_all_equal(after.model, state.model)
+    assert tree_relative(after.critic.params, state.critic.params) > 0 and values["critic_grad_norm"] > 0
+    assert after.step == state.step + 1
+
+
+def test_average_starts_when_told():
+    config = small_config("teacher", ema={"decay": 0.9, "start": 1})
+    optimizer = steps.make_optimizers(config).model
+    params = random_params(config.model)
+    network = steps.new_network(params, optimizer, ema=True)
+    grads = jax.tree.map(jnp.ones_like, params)
+    network, _ = steps.update(network, grads, optimizer, config.ema)
+    chex.assert_trees_all_equal(network.ema, network.params)
+    before = network
+    network, _ = steps.update(network, grads, optimizer, config.ema)
+    expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, before.params, network.params)
+    chex.assert_trees_all_close(network.ema, expected, rtol=1e-6)
+
+
+EIGHT = """
+import sys, jax, numpy as np
+sys.path.insert(0, ".")
+from tests.test_training import batch_for, small_config
+from tests.helpers import random_params, tree_relative
+from sf_jax.config import MeshConfig
+from sf_jax.training import loop, sharding, stages, step as steps
+import dataclasses
+
+config = small_config("distill", teacher_weights="unused", cache_gradient="straight_through")
+params = random_params(config.model)
+results = []
+for devices, mesh_config in ((jax.devices()[:1], MeshConfig()), (jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2))):
+    mesh = sharding.make_mesh(mesh_config, devices)
+    state = steps.new_state(config, params, random_params(config.model, 1))
+    state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+    frozen = {"teacher": random_params(config.model, 2)}
+    updates = (("g", steps.make_generator_step(config), 1), ("c", steps.make_critic_step(config), 1))
+    stage = stages.Stage(None, None, frozen, {"negative": 0}, ("text",), None, updates)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    values = {}
+    for _, update, _ in loop.compile_updates(stage, mesh, state):
+        state, new = update(state, frozen, batch_for(config))
+        values |= new
+    kernel = state.model.params["blocks"]["ffn_in"]["kernel"]
+    print(len(devices), kernel.sharding.shard_shape(kernel.shape), {k: float(v) for k, v in values.items()})
+    results.append(jax.device_get((state, values)))
+one, eight = results
+changes = [jax.tree.map(np.subtract, r[0].model.params, params) for r in results]
+print("loss", abs(eight[1]["generator_loss"] / one[1]["generator_loss"] - 1))
+for name in ("generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"):
+    assert abs(eight[1][name] / one[1][name] - 1) < 1e-5, name
+for a, b in ((one[0].model, eight[0].model), (one[0].critic, eight[0].critic)):
+    assert tree_relative(b.params, a.params) < 1e-5
+    nu = [jax.tree.leaves(n.opt_state) for n in (a, b)]
+    assert tree_relative(nu[1], nu[0]) < 1e-5
+print("equal")
+"""
+
+
+def test_eight_devices_equal_one():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert "(2, 16, 24)" in done.stdout  # the kernel is split over fsdp and tensor
+
+
+def test_every_leaf_has_a_sharding_rule():
+    config = small_config("teacher")  # Muon, the larger state
+    mesh = sharding.make_mesh(config.mesh)
+    state = jax.eval_shape(lambda: steps.new_state(config))
+    shardings = sharding.tree_shardings(state, mesh)
+    spec = shardings.model.opt_state[1].inner_states["adam"].inner_state[0].mu["head"]["kernel"].spec
+    assert tuple(spec) == ("fsdp", None)
+    with pytest.raises(ValueError, match="no sharding rule for blocks/new/kernel"):
+        sharding.tree_shardings({"blocks": {"new": {"kernel": jnp.zeros((2, 3))}}}, mesh)
+
+
+@pytest.mark.parametrize("variant", wan_distill.VARIANTS)
+def test_full_size_recipe_has_the_right_shapes(variant):
+    config = from_dict(wan_distill.get_config(variant))
+    teacher = jax.eval_shape(lambda: init_params(config.teacher_model, jax.random.key(0)))
+    state = jax.eval_shape(lambda: steps.new_state(config))
+    text = jax.ShapeDtypeStruct((64, 512, 4096), jnp.bfloat16)
+    batch = {"text": text, "negative": jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16)}
+    for make in (steps.make_generator_step, steps.make_critic_step):
+        after, values = jax.eval_shape(make(config), state, {"teacher": teacher}, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        assert all(v.shape == () for v in values.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 3}, "unknown config key stepz; did you mean steps?"),
+        ({"rollout": {"widow": 3}}, "unknown config key rollout.widow; did you mean rollout.window?"),
+        ({"stage": "train"}, "stage is 'train': it must be one of teacher, init, distill"),
+        ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"steps": "many"}, "steps is 'many': it must be of type int"),
+        ({"data": {"frames": 10}}, "frames is 10: with chunk=3 it must be a multiple of 3"),
+        ({"data": {"height": 5}}, "latent size is 5x4"),
+        ({"stage": "init"}, "teacher_weights is None: stage 'init' needs a teacher"),
+        ({"cache_gradient": "all"}, "cache_gradient is 'all'"),
+        ({"optimizer": 3}, "optimizer is 3: it must be a group of fields"),
+        ({"ema": {"decay": 1.0}}, "ema.decay is 1.0"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?").replace("(", r"\(")):
+        from_dict({"stage": "teacher"} | changes)
+
+
+def test_every_field_of_a_config_file_can_be_set():
+    config = digits.get_config("distill")
+    config.init_weights = "a.safetensors"
+    config.rollout.window = 12
+    typed = from_dict(config)
+    assert typed.init_weights == "a.safetensors" and typed.rollout.window == 12
+    assert from_dict(config_dict({"stage": "teacher"})).stage == "teacher"
+    with pytest.raises(ValueError, match="configs/digits.py has teacher, init, distill"):
+        digits.get_config("other")
+
+
+def test_bad_meshes_and_batches_are_refused():
+    config = small_config("teacher")
+    with pytest.raises(ValueError, match="mesh.data=3, mesh.fsdp=1, mesh.tensor=1: the sizes must multiply to the 1"):
+        sharding.make_mesh(dataclasses.replace(config.mesh, data=3), jax.devices()[:1])
+    mesh = jax.sharding.AbstractMesh((4, 2, 1), sharding.MESH_AXES)
+    with pytest.raises(ValueError, match="batch_size is 12: it must be a multiple of mesh.data x mesh.fsdp = 8"):
+        sharding.check_batch(12, mesh)
+
+
+def test_weight_files_say_what_they_are(teacher, tmp_path):
+    package = load_package(teacher)
+    assert package.kind == "teacher" and package.config.dim == 32 and package.size == (4, 4)
+    assert load_file(teacher)["blocks.0.ffn.0.weight"].shape == (48, 32)
+    half = tmp_path / "half.safetensors"
+    save_package(half, package, "float16")
+    assert half.stat().st_size < 0.6 * os.path.getsize(teacher)
+    assert tree_relative(load_package(half).params, package.params) < 1e-3
+    with pytest.raises(ValueError, match="does not exist"):
+        load_package(tmp_path / "none.safetensors")
+    half.write_bytes(half.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        load_package(half)
+    with pytest.raises(ValueError, match="was not written by sf_jax.train"):
+        load_package("tests/goldens/A/weights_real.safetensors")
+    with pytest.raises(ValueError, match="teacher_weights .* has sizes"):
+        stages.open_stage(
+            dataclasses.replace(
+                small_config("distill", teacher_weights=teacher), model=package.config.__class__(dim=64, channels=12)
+            ),
+            tmp_path,
+        )
+
+
+def test_progress_is_not_lost_to_a_line_cut_short(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    log = metrics.Log(path, 1, 4, 1, "test")
+    log.step(2, {"loss": jnp.float32(0.5)})
+    log.close()
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5]
+    log = metrics.Log(path, 2, 4, 1, "test")
+    with pytest.raises(FloatingPointError, match="step 3: loss is not finite"):
+        log.step(3, {"loss": jnp.float32(np.nan)})
+    log.close()

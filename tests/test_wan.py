@@ -1,0 +1,141 @@
+"""The transformer and its layers."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sf_jax.models import attention, rope, wan
+from sf_jax.models.layers import layer_norm, time_features
+from sf_jax.weights import official
+from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
+
+
+def test_layer_norm_and_its_gradient_equal_autodiff():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16)) * 3 + 1
+
+    def reference(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+
+    weight = jax.random.normal(jax.random.key(1), x.shape)
+    assert relative(layer_norm(x, 1e-6), reference(x)) < 1e-6
+    ours = jax.grad(lambda x: (layer_norm(x, 1e-6) * weight).sum())(x)
+    assert relative(ours, jax.grad(lambda x: (reference(x) * weight).sum())(x)) < 1e-5
+
+
+@pytest.mark.parametrize("dim", [16, 32, 256])
+def test_time_features_keep_float32_precision_up_to_1000(dim):
+    t = np.concatenate([np.linspace(0, 1000, 997), [937.5, 833.3333, 0.00498, 999.9998]]).astype(np.float32)
+    angle = t.astype(np.float64)[:, None] * 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    assert np.abs(np.asarray(jax.jit(time_features, static_argnums=1)(t, dim)) - expected).max() < 2e-6
+
+
+def test_rotations_only_depend_on_distance():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 4, 1, 12))
+
+    def logits(shift):
+        turn = rope.rotation(np.arange(4) + shift, (1, 1), 12)
+        return jnp.einsum("btnd,bsnd->ts", rope.rotate(q, turn), rope.rotate(k, turn))
+
+    assert relative(logits(900), logits(0)) < 1e-5
+
+
+def test_traced_positions_equal_static_ones():
+    positions = np.array([0, 5, 1023])
+    traced = jax.jit(lambda p: rope.rotation(p, (2, 3), 16))(positions)
+    np.testing.assert_array_equal(traced, rope.rotation(positions, (2, 3), 16))
+
+
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_recomputing_does_not_change_gradients(remat):
+    noise, text, _ = inputs(4)
+    params, layout = random_params(), wan.Layout(frames=np.arange(4), pattern=attention.block_causal((2, 2)))
+
+    def loss(params, remat):
+        model = wan.WanTransformer(dataclasses.replace(SMALL, remat=remat))
+        return jnp.sin(model.apply({"params": params}, noise, jnp.full((2, 1), 500.0), text, layout)).sum()
+
+    ours, plain = (jax.jit(jax.grad(functools.partial(loss, remat=r)))(params) for r in (remat, "none"))
+    assert tree_relative(ours, plain) < 1e-6
+
+
+def test_later_frames_do_not_reach_earlier_chunks():
+    noise, text, _ = inputs(6)
+    model, params = wan.WanTransformer(SMALL), random_params()
+    layout = wan.Layout(frames=np.arange(6), pattern=attention.block_causal((2, 2, 2)))
+    t = jnp.full((2, 1), 700.0)
+    run = jax.jit(lambda x: model.apply({"params": params}, x, t, text, layout))
+    changed = run(noise.at[:, 4:].add(1.0))
+    np.testing.assert_array_equal(changed[:, :4], run(noise)[:, :4])
+    assert not np.array_equal(changed[:, 4:], run(noise)[:, 4:])
+
+
+def test_one_compile_per_shape():
+    noise, text, _ = inputs(4)
+    params = random_params()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(params, x, t):
+        layout = wan.bidirectional_layout(4)
+        return wan.WanTransformer(SMALL).apply({"params": params}, x, t, text, layout)
+
+    for t in (1.0, 500.0, 999.0):
+        run(params, noise, jnp.full((2, 1), t))
+
+
+def test_bfloat16_is_close_and_keeps_float32_outputs():
+    noise, text, _ = inputs(4)
+    params, t = random_params(), jnp.full((2, 1), 500.0)
+    flows = [
+        wan.WanTransformer(dataclasses.replace(SMALL, dtype=d)).apply(
+            {"params": params}, noise, t, text, wan.bidirectional_layout(4)
+        )
+        for d in ("float32", "bfloat16")
+    ]
+    assert flows[1].dtype == jnp.float32 and 1e-4 < relative(flows[1], flows[0]) < 0.05
+
+
+def test_official_names_round_trip_bit_by_bit():
+    params = random_params()
+    tensors = official.to_official(params, SMALL)
+    assert tensors["blocks.1.ffn.0.weight"].shape == (48, 32) and tensors["patch_embedding.weight"].shape == (
+        32,
+        4,
+        1,
+        2,
+        2,
+    )
+    wrapped = {f"model._fsdp_wrapped_module.{name}": value for name, value in tensors.items()}
+    jax.tree.map(np.testing.assert_array_equal, official.from_official(wrapped, SMALL, wan.param_shapes(SMALL)), params)
+    tensors.pop("head.head.bias")
+    with pytest.raises(ValueError, match=r"1 tensors missing \['head.head.bias'\]"):
+        official.from_official(tensors, SMALL, wan.param_shapes(SMALL))
+    bad = official.to_official(params, SMALL) | {"head.head.bias": np.zeros(3)}
+    with pytest.raises(ValueError, match="head/bias is .3,., must be .16,."):
+        official.from_official(bad, SMALL, wan.param_shapes(SMALL))
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="latent size is 5x4"):
+        SMALL.grid(5, 4)
+    with pytest.raises(ValueError, match="remat is 'all'"):
+        dataclasses.replace(SMALL, remat="all")
+    with pytest.raises(ValueError, match="dim is 30"):
+        dataclasses.replace(SMALL, dim=30)
+    noise, text, _ = inputs(4)
+    with pytest.raises(ValueError, match="latents have 3 channels"):
+        wan.WanTransformer(SMALL).apply(
+            {"params": random_params()}, noise[..., :3], jnp.ones((2, 1)), text, wan.bidirectional_layout(4)
+        )
+
+
+@pytest.mark.parametrize(("config", "count"), [(wan.wan_1_3b(), 1_418_996_800), (wan.wan_14b(), 14_288_491_584)])
+def test_full_sizes_have_the_real_number_of_parameters(config, count):
+    assert sum(x.size for x in jax.tree.leaves(wan.param_shapes(config))) == count
