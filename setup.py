@@ -35,7 +35,7 @@ EXTRAS_REQUIRE = {
     # Only for reading .pt/.pth checkpoints; nothing else imports torch.
     "convert": ["torch>=2.4"],
     # ruff is capped because its formatting style changes between minor versions.
-    "test": ["pytest>=8.0", "ruff>=0.17,<0.18"],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17,<0.18"],
     "logs": ["tensorboardX>=2.6.2", "wandb>=0.18"],
 }
 

@@ -3,9 +3,9 @@
   python -m benchmarks.replay            # embedded size: 12 frames of 4 tokens, dim 128, 4 layers
   python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens a frame)
 
-One gradient of sum(video * weight) in the student's parameters, rollout included, exit step 2 of 4, float32. Compilation is
-excluded; the time is the median of `--repeats` runs after one warm-up. Memory is XLA's `temp_size_in_bytes`. FLOPs are left
-out: XLA's cost analysis counts the body of a loop once.
+One gradient of sum(video * weight) in the student's parameters, rollout included, exit step 2 of 4, float32. Without
+compilation; the time is the median of `--repeats` runs after one warm-up. Memory is XLA's `temp_size_in_bytes`. FLOPs
+are left out: XLA's cost analysis counts the body of a loop once.
 """
 
 import argparse
@@ -53,9 +53,8 @@ def main() -> None:
         return (ro.replay(model, config, params, text, past, mode) * weight).sum()
 
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind} x {jax.device_count()}, {platform.machine()}")
-    print(
-        f"batch {batch}, {frames} frames of {latent[0]}x{latent[1]}, dim {sizes.dim}, {sizes.num_layers} layers, remat {args.remat}"
-    )
+    size = f"{frames} frames of {latent[0]}x{latent[1]}, dim {sizes.dim}, {sizes.num_layers} layers"
+    print(f"batch {batch}, {size}, remat {args.remat}")
     print(f"{'cache_gradient':18s}{'method':10s}{'seconds':>9s}{'temp MB':>10s}{'rel. difference':>18s}")
     for mode in ro.CACHE_GRADIENTS:
         reference = None

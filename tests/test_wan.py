@@ -52,8 +52,7 @@ def test_traced_positions_equal_static_ones():
     np.testing.assert_array_equal(traced, rope.rotation(positions, (2, 3), 16))
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
-def test_recomputing_does_not_change_gradients(remat):
+def test_recomputing_does_not_change_gradients():
     noise, text, _ = inputs(4)
     params, layout = random_params(), wan.Layout(frames=np.arange(4), pattern=attention.block_causal((2, 2)))
 
@@ -61,8 +60,11 @@ def test_recomputing_does_not_change_gradients(remat):
         model = wan.WanTransformer(dataclasses.replace(SMALL, remat=remat))
         return jnp.sin(model.apply({"params": params}, noise, jnp.full((2, 1), 500.0), text, layout)).sum()
 
-    ours, plain = (jax.jit(jax.grad(functools.partial(loss, remat=r)))(params) for r in (remat, "none"))
-    assert tree_relative(ours, plain) < 1e-6
+    plain, dots, block = (
+        jax.jit(jax.grad(functools.partial(loss, remat=r)))(params) for r in ("none", "dots", "block")
+    )
+    assert tree_relative(dots, plain) < 1e-6
+    assert tree_relative(block, plain) < 1e-6
 
 
 def test_later_frames_do_not_reach_earlier_chunks():
@@ -93,12 +95,13 @@ def test_one_compile_per_shape():
 def test_bfloat16_is_close_and_keeps_float32_outputs():
     noise, text, _ = inputs(4)
     params, t = random_params(), jnp.full((2, 1), 500.0)
-    flows = [
-        wan.WanTransformer(dataclasses.replace(SMALL, dtype=d)).apply(
-            {"params": params}, noise, t, text, wan.bidirectional_layout(4)
-        )
-        for d in ("float32", "bfloat16")
-    ]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(dtype):
+        model = wan.WanTransformer(dataclasses.replace(SMALL, dtype=dtype))
+        return model.apply({"params": params}, noise, t, text, wan.bidirectional_layout(4))
+
+    flows = [run("float32"), run("bfloat16")]
     assert flows[1].dtype == jnp.float32 and 1e-4 < relative(flows[1], flows[0]) < 0.05
 
 
