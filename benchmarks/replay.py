@@ -1,6 +1,6 @@
 """The replay gradient against differentiating through the scan: time, temporary memory, FLOPs.
 
-  python -m benchmarks.replay            # embedded size: 12 frames of 4 tokens, dim 128, 4 layers
+  python -m benchmarks.replay            # embedded size: 9 frames of 9 tokens, dim 128, 4 layers
   python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens a frame)
 
 One gradient of sum(video * weight) in the student's parameters, rollout included, exit step 2 of 4, float32. Without
@@ -35,7 +35,7 @@ def main() -> None:
             (24, 40),
         )
     else:
-        sizes, frames, latent = WanConfig(channels=12, remat=args.remat), 12, (4, 4)
+        sizes, frames, latent = WanConfig(channels=8, remat=args.remat), 9, (6, 6)
     batch = args.batch or (1 if args.middle else 32)
     model, config, params = WanTransformer(sizes), ro.RolloutConfig(chunk=3), init_params(sizes, jax.random.key(0))
     noise = jax.random.normal(jax.random.key(1), (batch, frames, *latent, sizes.channels))

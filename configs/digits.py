@@ -5,7 +5,7 @@
   python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill \
       --config.init_weights=runs/init/student.safetensors
 
-Videos are 12 latent frames of 4x4x12 (24x24 pixels), 4 tokens a frame; the network has 1.2 million parameters. `init`
+Videos are 9 latent frames of 6x6x8 (24x24 pixels), 9 tokens a frame; the network has 1.2 million parameters. `init`
 and `distill` start from the teacher that the package ships; `--config.teacher_weights=FILE` takes another.
 `docs/digits.md` has the time that each stage takes and what comes out.
 """
@@ -21,7 +21,7 @@ def _model() -> dict:
         "ffn_dim": 512,
         "num_heads": 4,
         "num_layers": 4,
-        "channels": 12,
+        "channels": 8,
         "text_dim": 64,
         "text_len": 10,
         "freq_dim": 64,
@@ -34,7 +34,7 @@ def _common(stage: str) -> dict:
         "stage": stage,
         "seed": 0,
         "model": _model(),
-        "data": {"name": "digits", "dir": "data", "frames": 12, "height": 4, "width": 4},
+        "data": {"name": "digits", "dir": "data", "frames": 9, "height": 6, "width": 6},
         "rollout": {"steps": (1000, 750, 500, 250), "shift": 3.0, "chunk": 3, "window": 9},
         "score": {"guidance": 2.0, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 3.0},
     }
@@ -44,7 +44,7 @@ def _teacher() -> dict:
     """Bidirectional flow matching on the training clips, with Muon."""
     return _common("teacher") | {
         "steps": 6000,
-        "batch_size": 64,
+        "batch_size": 48,
         "optimizer": {
             "name": "muon",
             "lr": 1e-2,

@@ -24,11 +24,11 @@ part "3/5 distill: Self Forcing, the student trains on its own rollouts"
 
 part "4/5 generate: videos four times as long as those of the training"
 "$python" -m sf_jax.generate --checkpoint="$out/distill/student.safetensors" --prompt="a 7 moving left, fast" \
-  --frames=48 --out="$out/videos"
+  --frames=36 --out="$out/videos"
 
 part "5/5 evaluate: before and after, judged by a classifier that saw other scans"
 "$python" -m sf_jax.evaluate --checkpoint="$out/init/student.safetensors,$out/distill/student.safetensors" \
-  --names=before,after --frames=48 --train_frames=12 --num_samples=128 --out="$out/report"
+  --names=before,after --frames=36 --train_frames=9 --num_samples=128 --out="$out/report"
 
 cat <<EOF
 

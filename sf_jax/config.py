@@ -115,9 +115,9 @@ class DataConfig:
 
     name: str = "digits"
     dir: str = "data"
-    frames: int = 12
-    height: int = 4
-    width: int = 4
+    frames: int = 9
+    height: int = 6
+    width: int = 6
     text_dropout: float = 0.1
 
     def __post_init__(self):

@@ -48,8 +48,8 @@ def evaluate(
     pipes: Mapping[str, Pipe],
     out: str | Path,
     *,
-    frames: int = 48,
-    train_frames: int | None = 12,
+    frames: int = 36,
+    train_frames: int | None = 9,
     num_samples: int = 256,
     seed: int = 0,
     batch_size: int = 64,
@@ -97,8 +97,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     number = flags.DEFINE_integer
     flags.DEFINE_list("checkpoint", [], "Weights, or student or teacher for the shipped ones", flag_values=values)
     flags.DEFINE_list("names", [], "Names of the checkpoints in the report", flag_values=values)
-    number("frames", 48, "Frames of each video; a teacher makes its own number", flag_values=values)
-    number("train_frames", 12, "Frames trained on, marked in the plot", flag_values=values)
+    number("frames", 36, "Frames of each video; a teacher makes its own number", flag_values=values)
+    number("train_frames", 9, "Frames trained on, marked in the plot", flag_values=values)
     number("num_samples", 256, "Videos of each model", flag_values=values)
     number("batch_size", 64, "Videos made at once", flag_values=values)
     number("seed", 0, "Seed of the noise and of the real clips", lower_bound=0, flag_values=values)

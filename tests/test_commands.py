@@ -39,8 +39,8 @@ def test_shipped_student_streams_and_does_not_depend_on_the_batch():
 
 def test_shipped_teacher_makes_its_own_length_only():
     pipe = load_pipeline("teacher")
-    assert pipe.generate(["a 0 moving down"], 12, 0).shape == (1, 12, 24, 24, 1)
-    with pytest.raises(ValueError, match="frames is 48: this teacher makes 12"):
+    assert pipe.generate(["a 0 moving down"], 9, 0).shape == (1, 9, 24, 24, 1)
+    with pytest.raises(ValueError, match="frames is 48: this teacher makes 9"):
         pipe.generate(["a 0 moving down"], 48, 0)
 
 

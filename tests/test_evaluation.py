@@ -183,13 +183,12 @@ def test_bright_and_saturated_videos_show(measure, clips):
     assert per_quarter[3] > 1.5 > 1.2 > max(per_quarter[:3])
 
 
-def test_quarters_hold_only_whole_windows():
-    assert metrics.quarters(48)[0] == (slice(0, 12), slice(0, 10))
-    assert metrics.quarters(48)[3] == (slice(36, 48), slice(36, 46))
-    assert [windows.stop - windows.start for _, windows in metrics.quarters(12)] == [1] * 4
-    assert metrics.quarters(30)[-1][0].stop == 30
-    with pytest.raises(ValueError, match="frames: got 11, allowed: 12 or more"):
-        metrics.quarters(11)
+def test_quarters_share_frames_and_windows_evenly():
+    assert metrics.quarters(50)[0] == (slice(0, 12), slice(0, 12))
+    assert metrics.quarters(50)[3] == (slice(37, 50), slice(36, 48))
+    assert [windows.stop - windows.start for _, windows in metrics.quarters(9)] == [1, 2, 2, 2]
+    with pytest.raises(ValueError, match="frames: got 7, allowed: 8 or more"):
+        metrics.quarters(7)
 
 
 def test_figures_refuse_what_does_not_fit(judge, measure, clips):

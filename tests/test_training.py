@@ -23,7 +23,7 @@ from sf_jax.training import step as steps
 from sf_jax.weights.package import load_package, save_package
 from tests.helpers import random_params, tree_relative
 
-SMALL = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "channels": 12, "text_dim": 64, "text_len": 10}
+SMALL = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "channels": 8, "text_dim": 64, "text_len": 10}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_full_size_recipe_has_the_right_shapes(variant):
         ({"steps": 0}, "steps is 0: it must be at least 1"),
         ({"steps": "many"}, "steps is 'many': it must be of type int"),
         ({"data": {"frames": 10}}, "frames is 10: with chunk=3 it must be a multiple of 3"),
-        ({"data": {"height": 5}}, "latent size is 5x4"),
+        ({"data": {"height": 5}}, "latent size is 5x6"),
         ({"stage": "init"}, "teacher_weights is None: stage 'init' needs a teacher"),
         ({"cache_gradient": "all"}, "cache_gradient is 'all'"),
         ({"optimizer": 3}, "optimizer is 3: it must be a group of fields"),
@@ -243,7 +243,7 @@ def test_bad_meshes_and_batches_are_refused():
 
 def test_weight_files_say_what_they_are(teacher, tmp_path):
     package = load_package(teacher)
-    assert package.kind == "teacher" and package.config.dim == 32 and package.size == (4, 4)
+    assert package.kind == "teacher" and package.config.dim == 32 and package.size == (6, 6)
     assert load_file(teacher)["blocks.0.ffn.0.weight"].shape == (48, 32)
     half = tmp_path / "half.safetensors"
     save_package(half, package, "float16")
@@ -259,7 +259,7 @@ def test_weight_files_say_what_they_are(teacher, tmp_path):
     with pytest.raises(ValueError, match="teacher_weights .* has sizes"):
         stages.open_stage(
             dataclasses.replace(
-                small_config("distill", teacher_weights=teacher), model=package.config.__class__(dim=64, channels=12)
+                small_config("distill", teacher_weights=teacher), model=package.config.__class__(dim=64, channels=8)
             ),
             tmp_path,
         )

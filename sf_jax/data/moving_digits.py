@@ -40,9 +40,6 @@ PACE_JITTER = 0.1
 HEADING_JITTER = (6.0, 14.0)  # Degrees, of either sign.
 REPEAT_LAGS = (8, 100)
 REPEAT_DISTANCE = 1.5
-# This share of the clips crosses the middle of the canvas around this frame, give or take some pixels, so that where a
-# digit is says where it goes: without it, which way to go along an axis is the last thing that a network learns.
-CROSSING_SHARE, CROSSING_FRAME, CROSSING_SPREAD = 0.6, 5.5, 2.0
 SPEED_OMITTED = 0.15
 SPLITS = ("train", "judge", "test")
 SPLIT_SHARES = (0.65, 0.175, 0.175)
@@ -199,9 +196,6 @@ def plan_clips(split: str, num_clips: int, *, seed: int = SEED) -> Clips:
             velocity[chosen] = sample_motion(rng, d, s, int(chosen.sum()))
     told = rng.random(num_clips) >= SPEED_OMITTED
     start = rng.uniform(0, CANVAS, size=(num_clips, 2))
-    centred = (CANVAS - SPRITE) / 2 + rng.normal(0, CROSSING_SPREAD, size=(num_clips, 2))
-    crosses = rng.random(num_clips) < CROSSING_SHARE
-    start = np.where(crosses[:, None], centred - CROSSING_FRAME * velocity, start)
     return Clips(scan, digit, direction, speed, told, start, velocity)
 
 
@@ -409,7 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="sf_jax.data.moving_digits", description=main.__doc__)
     parser.add_argument("--data_dir", help="build the clips in this folder")
     parser.add_argument("--fit_codec", help="fit the patch codec on training frames and write it to this file")
-    parser.add_argument("--channels", type=int, default=12, help="channels of the codec")
+    parser.add_argument("--channels", type=int, default=8, help="channels of the codec")
     args = parser.parse_args()
     if not args.data_dir and not args.fit_codec:
         parser.error("give --data_dir or --fit_codec")

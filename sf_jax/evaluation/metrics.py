@@ -15,7 +15,7 @@ from sf_jax.data import moving_digits
 from sf_jax.evaluation.judge import WINDOW, Judge, Opinion
 
 QUARTERS = 4
-MIN_FRAMES = QUARTERS * WINDOW
+MIN_FRAMES = 2 * QUARTERS
 SAMPLES_PER_PROMPT = 4
 _KINDS = (10, len(moving_digits.DIRECTIONS), len(moving_digits.SPEEDS))
 _NUM_KINDS = math.prod(_KINDS)
@@ -142,15 +142,19 @@ def quarters(frames: int) -> list[tuple[slice, slice]]:
       frames: F.
 
     Returns:
-      For each quarter the slice of its frames, and the slice of the windows wholly within it.
+      For each quarter the slice of its frames, and the slice of its share of the windows.
 
     Raises:
-      ValueError: A quarter would be shorter than a window.
+      ValueError: A quarter would have no motion to see.
     """
     if frames < MIN_FRAMES:
         raise ValueError(f"frames: got {frames}, allowed: {MIN_FRAMES} or more")
-    ends = [frames * i // QUARTERS for i in range(QUARTERS + 1)]
-    return [(slice(a, b), slice(a, b - WINDOW + 1)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    def split(count: int) -> list[slice]:
+        ends = [count * i // QUARTERS for i in range(QUARTERS + 1)]
+        return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    return list(zip(split(frames), split(frames - WINDOW + 1), strict=True))
 
 
 def correctness(opinion: Opinion, targets: Targets) -> dict[str, np.ndarray]:

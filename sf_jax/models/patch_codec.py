@@ -103,7 +103,7 @@ class PatchCodec:
 
 
 def fit(
-    frames: np.ndarray, *, spatial_factor: int = 6, channels: int = 12, whitening: float = 0.5
+    frames: np.ndarray, *, spatial_factor: int = 4, channels: int = 8, whitening: float = 0.5
 ) -> tuple[PatchCodec, float]:
     """Fits the codec by PCA of the patches.
 
