@@ -1,4 +1,4 @@
-"""The replay gradient against differentiating through the scan: time, temporary memory, FLOPs.
+"""The replay gradient against differentiating through the scan: time and temporary memory.
 
   python -m benchmarks.replay            # embedded size: 9 frames of 9 tokens, dim 128, 4 layers
   python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens a frame)

@@ -43,7 +43,7 @@ def _common(stage: str) -> dict:
 def _teacher() -> dict:
     """Bidirectional flow matching on the training clips, with Muon."""
     return _common("teacher") | {
-        "steps": 6000,
+        "steps": 3000,
         "batch_size": 48,
         "optimizer": {
             "name": "muon",
@@ -72,7 +72,7 @@ def _init() -> dict:
 
 
 def _distill() -> dict:
-    """Self Forcing with DMD: rollouts of 12 frames, a critic update every iteration, the student's every second."""
+    """Self Forcing with DMD: rollouts of 9 frames, a critic update every iteration, the student's every second."""
     return _common("distill") | {
         "objective": "dmd",
         "steps": 300,

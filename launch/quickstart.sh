@@ -16,7 +16,7 @@ part "1/5 moving digits from scikit-learn's handwritten scans"
 "$python" -m sf_jax.data.moving_digits --data_dir="$out/data"
 
 part "2/5 init: a causal student learns from the shipped teacher's ODE trajectories"
-"$python" -m sf_jax.train --config=configs/digits.py:init --workdir="$out/init" --config.data.dir="$out/data"
+"$python" -m sf_jax.train --config=configs/digits.py:init --workdir="$out/init"
 
 part "3/5 distill: Self Forcing, the student trains on its own rollouts"
 "$python" -m sf_jax.train --config=configs/digits.py:distill --workdir="$out/distill" \

@@ -36,7 +36,7 @@ class OptimizerConfig:
     Attributes:
       name: "adamw", or "muon" (Muon for matrices, AdamW for the rest; optax.contrib).
       lr: peak learning rate.
-      beta1: decay of the first moment.
+      beta1: decay of the first moment (of AdamW; Muon's momentum is 0.95).
       beta2: decay of the second moment.
       weight_decay: decoupled weight decay.
       clip: largest global gradient norm.
@@ -57,7 +57,11 @@ class OptimizerConfig:
         """Refuses values that no optimiser can have."""
         _one_of("optimizer.name", self.name, OPTIMIZERS)
         _one_of("optimizer.decay", self.decay, DECAYS)
-        _at_least(self, 0, "lr", "weight_decay", "warmup", "clip")
+        _at_least(self, 0, "lr", "weight_decay", "warmup")
+        if self.clip <= 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(
+                f"clip is {self.clip}, beta1 {self.beta1}, beta2 {self.beta2}: clip must be positive, betas in [0, 1)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,10 @@ class OdeConfig:
     solver_steps: int = 24
     guidance: float = 2.0
     dir: str | None = None
+
+    def __post_init__(self):
+        """Refuses empty sets."""
+        _at_least(self, 1, "pairs", "solver_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +208,8 @@ class TrainConfig:
         self.model.grid(self.data.height, self.data.width)
         if self.stage != "teacher" and self.teacher_weights is None and self.data.name == "digits":
             raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give a file or 'shipped'")
+        if self.stage == "init" and not self.rollout.warp:
+            raise ValueError("rollout.warp is False: ODE pairs are made at warped steps, stage 'init' needs True")
         if self.stage == "init" and any(self.ode.solver_steps * s % 1000 for s in self.rollout.steps):
             raise ValueError(
                 f"ode.solver_steps is {self.ode.solver_steps}: it must hit every step of rollout.steps "
@@ -252,7 +262,8 @@ def _convert(value, hint, where):
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{where} is {value!r}: it must be a sequence")
-        return tuple(value)
+        kinds = [k for k in typing.get_args(kind) if k is not Ellipsis]
+        return tuple(_convert(v, kinds[min(i, len(kinds) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from sf_jax.inference.video_io import check_writable
+from sf_jax.files import check_writable
 from sf_jax.weights.package import load_package, save_package
 
 _INPUT = flags.DEFINE_string("input", None, "File that sf_jax.train wrote")
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
         output = Path(_OUTPUT.value)
         check_writable(output.parent, "output")
         save_package(output, load_package(_INPUT.value), _DTYPE.value)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
 

@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 from absl import app, flags, logging
 
+from sf_jax import files
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
-from sf_jax.inference import video_io
 
 REAL = "real clips"
 
@@ -68,7 +68,7 @@ def evaluate(
     Returns:
       The report and the paths written; raises ValueError if an argument is out of range.
     """
-    out, judge = video_io.check_writable(out), judging.load()
+    out, judge = files.check_writable(out), judging.load()
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
     lengths = {name: pipe.max_frames or frames for name, pipe in pipes.items()}
     lengths[REAL] = max(lengths.values(), default=frames)
@@ -116,6 +116,8 @@ def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")
     pipes = {name: load_pipeline(path) for name, path in zip(names, paths, strict=True)}
+    if values.guidance is not None and not any(pipe.max_frames for pipe in pipes.values()):
+        raise ValueError(f"guidance is {values.guidance}: a student has none (it was distilled from a guided teacher)")
     for name, path in zip(names, paths, strict=True):
         pipes[name].check_frames(pipes[name].max_frames or values.frames)
         if values.guidance is not None and pipes[name].max_frames:  # Only teachers take guidance.

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from sf_jax import files
 from sf_jax.inference import video_io
 from sf_jax.inference.pipeline import Pipeline, load_pipeline
 
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f'unexpected argument {arguments[1]!r}: put prompts into --prompt="..."')
     try:
-        out = video_io.check_writable(_OUT.value)
+        out = files.check_writable(_OUT.value)
         pipe = load_pipeline(_CHECKPOINT.value, _GUIDANCE.value)
         frames = _FRAMES.value if _FRAMES.value is not None else pipe.max_frames or 48
         prompts = [prompt for prompt in _prompts() for _ in range(_SAMPLES.value)]
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> None:
             names = [f"{i:03d}_{name}" for i, name in enumerate(names)]
         print(f"{pipe.package.kind}, {len(prompts)} x {frames} frames", flush=True)
         written = generate(pipe, prompts, names, frames, _SEED.value, out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("wrote", *written, sep="\n  ")
 

@@ -146,7 +146,13 @@ def empty_cache(
 
 
 def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, size: int) -> Layout:
-    """Positions and visible cache slots of the chunk [start, start + size)."""
+    """Positions and visible cache slots of the chunk [start, start + size).
+
+    Raises:
+      ValueError: if the chunk does not fit into a cache without window (told only where `start` is a Python number).
+    """
+    if isinstance(start, int):
+        kv_cache.check_capacity(cache, start + size, config.window)
     return Layout(
         frames=jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32),
         context_frames=jnp.maximum(cache.frames, 0),

@@ -26,11 +26,20 @@ def main(arguments: list[str]) -> None:
         config = from_dict(_CONFIG.value)
         print(f"{config.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
         path = train(config, _WORKDIR.value)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {path}")
 
 
-if __name__ == "__main__":
+def _parse(arguments: list[str]) -> list[str]:
+    """Reads the flags; a config file or field that is not there becomes one line."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        sys.exit(f"error: {lines[-1] if lines else type(error).__name__}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -86,8 +86,31 @@ def test_train_refuses_bad_input_in_one_line(arguments, message, tmp_path):
     assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_train_refuses_an_unwritable_workdir_and_unknown_keys():
-    done = command("--config=configs/digits.py:distill", "--workdir=setup.py/run", module="sf_jax.train")
-    assert done.returncode == 1 and "workdir: cannot write in setup.py/run" in done.stderr
-    done = command("--config=configs/digits.py", "--config.stepz=3", "--workdir=x", module="sf_jax.train")
-    assert done.returncode != 0 and "stepz" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/digits.py:distill", "--workdir=setup.py/run"], "workdir: cannot write in setup.py/run"),
+        (["--config=configs/digits.py", "--config.stepz=3", "--workdir=x"], "stepz"),
+        (["--config=configs/none.py", "--workdir=x"], "configs/none.py"),
+        (["--config=configs/digits.py:other", "--workdir=x"], "configs/digits.py has teacher, init, distill"),
+        (["--config=configs/digits.py"], "workdir"),
+    ],
+)
+def test_train_answers_a_wrong_command_line_in_one_line(arguments, message):
+    done = command(*arguments, module="sf_jax.train")
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_convert_and_evaluate(tmp_path):
+    shipped = "sf_jax/assets/digits_student.safetensors"
+    copy = tmp_path / "copy.safetensors"
+    done = command(f"--input={shipped}", f"--output={copy}", "--dtype=float32", module="sf_jax.convert")
+    assert done.returncode == 0 and copy.stat().st_size > 1.9 * os.path.getsize(shipped), done.stderr
+    done = command(f"--input={shipped}", f"--output={tmp_path}", module="sf_jax.convert")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not list(tmp_path.parent.glob("*.part"))
+    options = ["--frames=9", "--num_samples=8", "--batch_size=8", f"--out={tmp_path}/report"]
+    done = command(f"--checkpoint={copy}", *options, module="sf_jax.evaluate")
+    assert done.returncode == 0 and "both right (joint)" in done.stdout, done.stderr
+    done = command(f"--checkpoint={copy}", "--guidance=2", *options, module="sf_jax.evaluate")
+    assert done.returncode == 1 and "a student has none" in done.stderr

@@ -242,8 +242,8 @@ def test_evaluate_writes_everything(tmp_path, capsys):
 
 def test_evaluate_refuses_before_generating(tmp_path):
     pipe = RealPipe()
-    with pytest.raises(ValueError, match="frames: got 8"):
-        evaluate.evaluate({"a": pipe}, tmp_path, frames=8)
+    with pytest.raises(ValueError, match="frames: got 7"):
+        evaluate.evaluate({"a": pipe}, tmp_path, frames=7)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         evaluate.evaluate({"a": pipe}, tmp_path, batch_size=0)
     (tmp_path / "file").write_bytes(b"")

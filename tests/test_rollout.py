@@ -122,15 +122,22 @@ def test_gradient_is_zero_where_it_must_be():
 
 def test_exit_step_is_traced_and_saves_work():
     config, _, noise, text, draw = case("chunk-wise")
-    params = random_params()
+    params, steps = random_params(), []
+
+    def counted(kind, chunk, step, shape):
+        jax.debug.callback(lambda s: steps.append(int(s)), step)
+        return draw(kind, chunk, step, shape)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def one(exit_step):
-        return ro.rollout(MODEL, config, params, text, noise, exit_step, draw).exits
+        return ro.rollout(MODEL, config, params, text, noise, exit_step, counted).video
 
     for exit_step in range(4):
-        np.testing.assert_array_equal(one(exit_step), [exit_step] * 3)
+        steps.clear()
+        one(exit_step).block_until_ready()
+        jax.effects_barrier()
+        assert sorted(steps) == sorted(list(range(exit_step)) * 3)  # three chunks, no step after the exit
 
 
 def test_an_examples_noise_does_not_depend_on_its_batch():
@@ -183,6 +190,10 @@ def test_bad_rollouts_are_refused_before_anything_runs():
     noise, text, draw = inputs(8)
     with pytest.raises(ValueError, match="frames is 8: with chunk=3 it must be a multiple of 3"):
         ro.rollout(MODEL, config, random_params(), text, noise, 0, draw)
+    cache = ro.empty_cache(MODEL, SHAPES["chunk-wise"], 2, 6, *SIZE)
+    kv = MODEL.apply({"params": random_params()}, text, method="encode_text")
+    with pytest.raises(ValueError, match="the cache holds 6 frames but the rollout has 9"):
+        ro.write_chunk(MODEL, SHAPES["chunk-wise"], random_params(), kv, cache, noise[:, :3], 6)
     with pytest.raises(ValueError, match="positions are tabulated for 1024"):
         ro.rollout(MODEL, config, random_params(), text, jnp.zeros((1, 1026, *SIZE, 4)), 0, draw)
     noise, text, draw = inputs(9)

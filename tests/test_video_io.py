@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sf_jax import files
 from sf_jax.inference import video_io
 
 RNG = np.random.Generator(np.random.Philox(0))
@@ -98,12 +99,12 @@ def test_failing_ffmpeg_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
 def test_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ValueError, match="out: cannot write in .*file/x .*allowed: a folder"):
-        video_io.check_writable(tmp_path / "file" / "x")
+        files.check_writable(tmp_path / "file" / "x")
     with pytest.raises(ValueError, match="cannot write in"):
         video_io.write_mp4(tmp_path / "file" / "a.mp4", blobs(3, 4, 4), 8)
     with pytest.raises(ValueError, match="allowed: the name of a file"):
         video_io.write_png(tmp_path, blobs(1, 4, 4)[0])
-    assert video_io.check_writable(tmp_path / "a" / "b").is_dir()
+    assert files.check_writable(tmp_path / "a" / "b").is_dir()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import numpy as np
 import scipy.ndimage
 import sklearn.datasets
 import tensorflow_datasets as tfds
+
+from sf_jax.files import check_writable
 
 CANVAS = 24
 SPRITE = 12
@@ -35,7 +36,7 @@ DIRECTIONS = (
     "up and right",
 )
 SPEEDS = ("slowly", "fast")
-PACES = (0.7, 1.5)  # Pixels a frame.
+PACES = (1.5, 3.0)  # Pixels a frame.
 PACE_JITTER = 0.1
 HEADING_JITTER = (6.0, 14.0)  # Degrees, of either sign.
 REPEAT_LAGS = (8, 100)
@@ -268,7 +269,7 @@ FULL = DigitsConfig(
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
     """Builder of the moving digits; needs neither TensorFlow nor the network."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [FULL]
     # Finding metadata files beside this module would need importlib_resources, and there are none.
     code_path = None
@@ -332,17 +333,10 @@ def build(data_dir: str | Path, config: DigitsConfig = FULL) -> Path:
     """
     builder = _builder(data_dir, config)
     if not _is_built(builder):
-        try:
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=data_dir):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"data_dir: cannot write {data_dir} ({error.strerror}), allowed: a folder that can be written"
-            ) from error
+        check_writable(data_dir, "data_dir")
         total = sum(num for num, _ in config.clips.values())
         print(f"moving_digits: writing {total} clips to {builder.data_path}", flush=True)
-        with _quiet():
+        with quiet():
             builder.download_and_prepare()
     return Path(builder.data_path)
 
@@ -382,7 +376,7 @@ def _is_built(builder: MovingDigits) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps tfds' progress bars and messages from the terminal."""
     tfds.disable_progress_bar()
     try:
@@ -407,17 +401,18 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data_dir and not args.fit_codec:
         parser.error("give --data_dir or --fit_codec")
-    if args.data_dir:
-        try:
+    try:
+        if args.data_dir:
             print(f"moving_digits: {build(args.data_dir)}")
-        except ValueError as error:
-            parser.error(str(error))
-    if args.fit_codec:
-        from sf_jax.models import patch_codec  # Only this command needs JAX.
+        if args.fit_codec:
+            from sf_jax.models import patch_codec  # Only this command needs JAX.
 
-        codec, explained = patch_codec.fit(codec_frames(), channels=args.channels)
-        codec.save(args.fit_codec)
-        print(f"codec: {codec.channels} channels explain {explained:.2%}, written to {args.fit_codec}")
+            check_writable(Path(args.fit_codec).parent, "fit_codec")
+            codec, explained = patch_codec.fit(codec_frames(), channels=args.channels)
+            codec.save(args.fit_codec)
+            print(f"codec: {codec.channels} channels explain {explained:.2%}, written to {args.fit_codec}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 Source: CausVid (arXiv 2412.07772); official `scripts/generate_ode_pairs.py`.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from sf_jax.data.moving_digits import quiet
+from sf_jax.files import check_writable
 
 
 @dataclasses.dataclass
@@ -96,13 +97,7 @@ def open_pairs(
                 "remove the folder or use another one"
             )
     else:
-        tfds.disable_progress_bar()
-        try:
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare()
-        except OSError as error:
-            raise ValueError(f"ode.dir: cannot write {data_dir} ({error.strerror}): give a writable folder") from error
-        finally:
-            tfds.enable_progress_bar()
+        check_writable(data_dir, "ode.dir")
+        with quiet():
+            builder.download_and_prepare()
     return PairSource(builder.as_data_source("train"))

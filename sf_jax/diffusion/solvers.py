@@ -1,11 +1,13 @@
 """Many-step sampling of bidirectional (teacher) networks."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from sf_jax.diffusion.schedule import FlowSchedule
+from sf_jax.models.wan import bidirectional_layout
 
 
 def euler(flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, shift: float, steps: int) -> jax.Array:
@@ -29,3 +31,21 @@ def euler(flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, s
 
     _, rest = jax.lax.scan(step, noise, jnp.arange(steps))
     return jnp.concatenate([noise[None], rest])
+
+
+def guided(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
+    """Classifier-free guidance, `uncond + guidance (cond - uncond)`."""
+    return conditional + (guidance - 1) * (conditional - unconditional)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def teacher_trajectory(model, shift, steps, guidance, params, noise, text, negative):
+    """Euler trajectory [steps + 1, B, F, H, W, C] of a bidirectional network with guidance."""
+    layout = bidirectional_layout(noise.shape[1])
+    prompts = [model.apply({"params": params}, prompt, method="encode_text") for prompt in (text, negative)]
+
+    def flow(x, t):
+        conditional, unconditional = (model.apply({"params": params}, x, t, prompt, layout) for prompt in prompts)
+        return guided(conditional, unconditional, guidance)
+
+    return euler(flow, noise, shift, steps)

@@ -24,8 +24,8 @@ import optax
 import safetensors.numpy
 import scipy.ndimage
 
+from sf_jax import files
 from sf_jax.data import moving_digits
-from sf_jax.inference import video_io
 from sf_jax.models.patch_codec import PatchCodec, to_float
 
 ASSET = "digits_judge.safetensors"
@@ -126,7 +126,7 @@ def save(judge: Judge, path: str | Path) -> None:
     """Writes a judge as safetensors in float16, which halves the file and does not change opinions."""
     flat = flax.traverse_util.flatten_dict(judge.params, sep=".")
     tensors = {name: np.ascontiguousarray(value, np.float16) for name, value in flat.items()}
-    with video_io.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(tensors))
 
 
@@ -295,7 +295,7 @@ def make(path: str | Path, seed: int = 0) -> Path:
     Raises:
       ValueError: The folder cannot be written.
     """
-    video_io.check_writable(Path(path).parent, "train_judge")  # Not only after the training.
+    files.check_writable(Path(path).parent, "train_judge")  # Not only after the training.
     save(train_judge(seed=seed), path)
     shares = accuracy(load(path)).items()
     print("judge on test scans:", ", ".join(f"{name} {share:.4f}" for name, share in shares), flush=True)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sf_jax import files
 from sf_jax.evaluation.judge import WINDOW
 from sf_jax.evaluation.metrics import QUARTERS, Figures
 from sf_jax.inference import video_io
@@ -127,18 +128,18 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     Raises:
       ValueError: The folder cannot be written.
     """
-    folder = video_io.check_writable(folder)
+    folder = files.check_writable(folder)
     content = {
         "settings": dict(report.settings),
         "train_frames": report.train_frames,
         "figures": {name: dataclasses.asdict(figures) for name, figures in report.figures.items()},
     }
     paths = [folder / name for name in (RESULTS, TABLE, PLOT)]
-    with video_io.replacing(paths[0]) as temporary:
+    with files.replacing(paths[0]) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-    with video_io.replacing(paths[1]) as temporary:
+    with files.replacing(paths[1]) as temporary:
         temporary.write_text(table(report) + "\n")
-    with video_io.replacing(paths[2]) as temporary:
+    with files.replacing(paths[2]) as temporary:
         plot(report).savefig(temporary, format="png", dpi=120)
     return paths
 

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
-from sf_jax.diffusion.solvers import euler
+from sf_jax.diffusion.solvers import teacher_trajectory
 from sf_jax.models.patch_codec import PatchCodec, to_uint8
 from sf_jax.models.text import WordEmbedding
-from sf_jax.models.wan import WanTransformer, bidirectional_layout
-from sf_jax.objectives.scores import guided
-from sf_jax.training.rng import Purpose, key_for
+from sf_jax.models.wan import WanTransformer
+from sf_jax.rng import Purpose, key_for
 from sf_jax.weights.package import Package, load_package, shipped_path
 
 
@@ -28,19 +27,6 @@ def _chunk(model, config, size, params, text, cache, key, examples, start, chunk
     last = len(config.steps) - 1
     cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
     return cache, to_uint8(codec.decode(clean))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def teacher_trajectory(model, shift, steps, guidance, params, noise, text, negative):
-    """Euler trajectory [steps + 1, B, F, H, W, C] of a bidirectional network with guidance."""
-    layout = bidirectional_layout(noise.shape[1])
-    prompts = [model.apply({"params": params}, prompt, method="encode_text") for prompt in (text, negative)]
-
-    def flow(x, t):
-        conditional, unconditional = (model.apply({"params": params}, x, t, prompt, layout) for prompt in prompts)
-        return guided(conditional, unconditional, guidance)
-
-    return euler(flow, noise, shift, steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,12 +62,13 @@ class Linear(nn.Module):
     features: int
     dtype: str = "float32"
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C_in] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,))
         return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 

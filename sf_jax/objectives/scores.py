@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule, shift_time
+from sf_jax.diffusion.solvers import guided
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 
 
@@ -86,11 +87,6 @@ def predict_clean(
     """Clean prediction of a bidirectional network: `noisy` [B, F, H, W, C], `t` [B, 1], `text` [B, S, text_dim]."""
     flow = model.apply({"params": params}, noisy, t, text, bidirectional_layout(noisy.shape[1]))
     return schedule.to_clean(flow, noisy, t)
-
-
-def guided(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
-    """Classifier-free guidance, `uncond + guidance (cond - uncond)`."""
-    return conditional + (guidance - 1) * (conditional - unconditional)
 
 
 def predict_guided(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax.config import TrainConfig
-from sf_jax.inference.video_io import check_writable
+from sf_jax.files import check_writable
 from sf_jax.training import checkpoint, sharding
 from sf_jax.training.metrics import Log
 from sf_jax.training.stages import Stage, open_stage, package_of
@@ -33,9 +33,9 @@ def train(config: TrainConfig, workdir: Path | str) -> Path:
     workdir = check_writable(workdir, "workdir")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
-    stage = open_stage(config, workdir)
     manager = checkpoint.open_manager(workdir, config)
     try:
+        stage = open_stage(config, workdir, fresh=manager.latest_step() is None)
         state, start = _start(config, stage, mesh, manager)
         state = _run(config, stage, mesh, manager, state, start, workdir)
     finally:
@@ -105,8 +105,9 @@ def _run(config: TrainConfig, stage: Stage, mesh, manager, state: TrainState, st
                 batch = {key: jax.device_put(batch[key], split) for key in stage.keys}
                 state, new = update(state, frozen, batch | constants)
                 metrics |= new
-            log.step(step + 1, metrics)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            log.step(step + 1, metrics, due)  # before the save: what is not finite must not replace a good checkpoint
+            if due:
                 checkpoint.save(manager, step + 1, state, stage.iterator.get_state(), config)
     finally:
         log.close()

@@ -9,6 +9,8 @@ import time
 import jax
 from tqdm import tqdm
 
+from sf_jax.files import replacing
+
 
 class Log:
     """Writes `log.jsonl` and a progress bar.
@@ -19,7 +21,8 @@ class Log:
     def __init__(self, path: pathlib.Path, start: int, steps: int, every: int, title: str):
         """Opens the log; lines after step `start` (of a run that was killed) are dropped."""
         lines = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines))
+        with replacing(path) as unfinished:
+            unfinished.write_text("".join(line + "\n" for line in lines))
         self._file = path.open("a")
         self._every, self._steps = every, steps
         self._pending: dict[str, jax.Array] = {}
@@ -35,8 +38,8 @@ class Log:
             mininterval=1.0 if terminal else 15.0,
         )
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of iteration `step` (counted from 1).
+    def step(self, step: int, metrics: dict[str, jax.Array], due: bool = False) -> None:
+        """Takes the metrics of iteration `step` (counted from 1); `due` writes a line now, whatever `every` says.
 
         Raises:
           FloatingPointError: if a metric that is due is not finite.
@@ -44,7 +47,7 @@ class Log:
         self._pending |= metrics
         self._counted += 1
         self._bar.update(1)
-        if step % self._every and step != self._steps:
+        if step % self._every and step != self._steps and not due:
             return
         values = {name: value.item() for name, value in jax.device_get(self._pending).items()}
         seconds = (time.perf_counter() - self._since) / self._counted

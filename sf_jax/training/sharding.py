@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.config import MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # logical axis -> mesh axis, or None: not split
@@ -62,11 +62,13 @@ AXES = {
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The device mesh `data, fsdp, tensor` with automatic axes.
+    """The device mesh `data, fsdp, context, tensor` with automatic axes.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
     """
+    if config.context != 1:
+        raise ValueError(f"mesh.context is {config.context}: tokens are not split over devices yet, it must be 1")
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     free = [i for i, size in enumerate(sizes) if size == -1]

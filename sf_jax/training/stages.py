@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from tqdm import tqdm
 from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
 from sf_jax.data import moving_digits, ode_pairs, pipeline
-from sf_jax.inference.pipeline import teacher_trajectory
+from sf_jax.diffusion.solvers import teacher_trajectory
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanConfig, WanTransformer
+from sf_jax.rng import Purpose, key_for
 from sf_jax.training import step as steps
-from sf_jax.training.rng import Purpose, key_for
 from sf_jax.weights.package import Package, load_package, shipped_path
 
 PAIR_BATCH = 64
@@ -61,8 +62,10 @@ def _cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
 
 
-def open_stage(config: TrainConfig, workdir: Path) -> Stage:
+def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
     """Prepares the stage of a config; may build the data set and, for "init", the ODE pairs.
+
+    A run that is not `fresh` goes on from a checkpoint: the weights that it once started from are not read again.
 
     Raises:
       ValueError: if data or weights are missing or do not fit.
@@ -71,17 +74,11 @@ def open_stage(config: TrainConfig, workdir: Path) -> Stage:
         raise ValueError(f"data.name is {config.data.name!r}: training reads 'digits'; other sources are not there yet")
     codec, text = PatchCodec.load(), WordEmbedding()
     _check_digits(config, codec, text)
-    params = None if config.init_weights is None else _load(config.init_weights, config.model, "init_weights").params
+    params = None
+    if fresh and config.init_weights is not None:
+        params = _load(config.init_weights, config.model, "init_weights").params
     if config.stage == "teacher":
-        moving_digits.build(config.data.dir)
-        iterator = pipeline.video_iterator(
-            moving_digits.source(config.data.dir, "train"),
-            batch_size=config.batch_size,
-            num_frames=config.data.frames,
-            seed=config.seed,
-            text_encoder=text,
-            text_dropout=config.data.text_dropout,
-        )
+        iterator = _video_iterator(config, text, config.data.text_dropout)
         updates = (("", steps.make_teacher_step(config, codec), 1),)
         return Stage(params, None, {}, {}, ("video", "text"), iterator, updates)
     teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
@@ -93,9 +90,10 @@ def open_stage(config: TrainConfig, workdir: Path) -> Stage:
         pairs = _pairs(config, workdir, teacher, text)
         iterator = _pair_iterator(pairs, config, text)
         return Stage(params, None, {}, {}, ("trajectory", "text"), iterator, (("", steps.make_init_step(config), 1),))
-    prompts = moving_digits.all_captions()
-    iterator = pipeline.prompt_iterator(prompts, batch_size=config.batch_size, seed=config.seed, text_encoder=text)
-    if config.critic_weights is not None:
+    iterator = _video_iterator(config, text, 0.0)  # only its captions are read
+    if not fresh:
+        critic = teacher if config.critic_model == config.teacher_model else None
+    elif config.critic_weights is not None:
         critic = _load(config.critic_weights, config.critic_model, "critic_weights")
     elif config.critic_model == config.teacher_model:
         critic = teacher
@@ -106,7 +104,22 @@ def open_stage(config: TrainConfig, workdir: Path) -> Stage:
         ("generator", steps.make_generator_step(config), config.generator_every),
         ("critic", steps.make_critic_step(config), 1),
     )
-    return Stage(params, critic.params, frozen, {"negative": text.encode([""])}, ("text",), iterator, updates)
+    return Stage(
+        params, critic and critic.params, frozen, {"negative": text.encode([""])}, ("text",), iterator, updates
+    )
+
+
+def _video_iterator(config: TrainConfig, text: WordEmbedding, dropout: float) -> grain.DatasetIterator:
+    """Endless batches of the training clips, which are built where they are missing."""
+    moving_digits.build(config.data.dir)
+    return pipeline.video_iterator(
+        moving_digits.source(config.data.dir, "train"),
+        batch_size=config.batch_size,
+        num_frames=config.data.frames,
+        seed=config.seed,
+        text_encoder=text,
+        text_dropout=dropout,
+    )
 
 
 def _check_digits(config: TrainConfig, codec: PatchCodec, text: WordEmbedding) -> None:
@@ -162,10 +175,18 @@ def _pairs(config: TrainConfig, workdir: Path, teacher: Package, text: WordEmbed
         "shift": config.rollout.shift,
         "steps": list(config.rollout.steps),
         "seed": config.seed,
-        "teacher": config.teacher_weights,
+        "teacher": _fingerprint(teacher.params),
         "latent": list(latent),
     }
     return ode_pairs.open_pairs(ode.dir or workdir / "ode_pairs", (len(rows), *latent), recipe, make)
+
+
+def _fingerprint(params: dict) -> str:
+    """A short hash of parameters, so that data made by another teacher is not taken for this one's."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _pair_iterator(source, config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:

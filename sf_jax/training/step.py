@@ -16,7 +16,7 @@ from sf_jax.models.patch_codec import PatchCodec, to_float
 from sf_jax.models.wan import Layout, WanTransformer, bidirectional_layout, init_params
 from sf_jax.objectives import dmd, ode, scores, sid
 from sf_jax.objectives.flow import flow_loss
-from sf_jax.training.rng import Purpose, key_for
+from sf_jax.rng import Purpose, key_for
 from sf_jax.training.state import Network, TrainState, make_optimizer, new_network, update
 
 OBJECTIVES = {"dmd": dmd.generator_loss, "sid": sid.generator_loss}

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.resources
 import json
-import os
 import pathlib
 
 import jax
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sf_jax.config import from_dict, to_dict
+from sf_jax.files import replacing
 from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import official
@@ -51,9 +51,8 @@ def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     header = to_dict(dataclasses.replace(package, params={}))
     header.pop("params")
-    unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, metadata={"sf_jax": json.dumps(header)})
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"sf_jax": json.dumps(header)})
 
 
 def shipped_path(kind: str) -> pathlib.Path:
@@ -78,13 +77,13 @@ def load_package(path: pathlib.Path | str) -> Package:
         raise ValueError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"checkpoint {path} was not written by sf_jax.train: its header does not say what it is")
-    header = json.loads(header)
-    config = from_dict(header.pop("config"), WanConfig)
-    rollout = from_dict(header.pop("rollout"), RolloutConfig)
-    header["size"] = tuple(header["size"])
-    package = Package(config=config, rollout=rollout, **header)
     try:
+        header = json.loads(header)
+        config = from_dict(header.pop("config"), WanConfig)
+        rollout = from_dict(header.pop("rollout"), RolloutConfig)
+        header["size"] = tuple(header["size"])
+        package = Package(config=config, rollout=rollout, **header)
         params = official.from_official(tensors, config, param_shapes(config))
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
     return dataclasses.replace(package, params=jax.tree.map(np.asarray, params))

@@ -10,7 +10,7 @@ import sys
 import jax
 
 from tests.goldens.cases import CASES
-from tests.goldens.folder import Folder
+from tests.goldens.folder import Folder, Result
 
 
 def run(path, prefixes=(), report=print) -> tuple[int, int, list[str]]:
@@ -25,14 +25,24 @@ def run(path, prefixes=(), report=print) -> tuple[int, int, list[str]]:
             missing.append(file)
             report(f"{file:34s} {'(no case yet)':58s} missing")
             continue
-        for result in CASES[file](folder):
+        for result in _results(file, folder):
+            name = f"{file.removesuffix('.npz'):34s} {result.name:58s}"
+            if result.error is None:
+                missing.append(f"{file}: {result.name}")
+                report(f"{name} missing: {result.note}")
+                continue
             passed, failed = passed + result.passed, failed + (not result.passed)
             verdict = "pass" if result.passed else "FAIL"
-            report(
-                f"{file.removesuffix('.npz'):34s} {result.name:58s} {result.error:9.2e} "
-                f"{result.tolerance:8.0e} {verdict} {result.note}".rstrip()
-            )
+            report(f"{name} {result.error:9.2e} {result.tolerance:8.0e} {verdict} {result.note}".rstrip())
     return passed, failed, missing
+
+
+def _results(file, folder):
+    """The results of one file; an exception is a failed result, and the other files go on."""
+    try:
+        yield from CASES[file](folder)
+    except Exception as error:  # whatever it is, the report must name it
+        yield Result("(stopped)", float("nan"), 0.0, f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +55,7 @@ def main(arguments: list[str]) -> int:
         return 2
     jax.config.update("jax_default_matmul_precision", "highest")
     passed, failed, missing = run(arguments[0], arguments[1:])
-    print(f"{passed} passed, {failed} failed; {len(missing)} files without a case: {', '.join(missing) or 'none'}")
+    print(f"{passed} passed, {failed} failed; {len(missing)} missing: {', '.join(missing) or 'none'}")
     return 1 if failed or not passed else 0
 
 

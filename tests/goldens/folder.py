@@ -20,7 +20,7 @@ GRADIENT_TOLERANCE = 5e-5
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One compared quantity; `error` None means that the case could not be run, with the reason in `note`."""
+    """One compared quantity; `error` None means that this package cannot do the case, with the reason in `note`."""
 
     name: str
     error: float | None
@@ -121,11 +121,11 @@ class Folder:
                 else:
                     value = ours_full[::step] if parameter in strided else ours_full
                 error = relative(value, stored.get_tensor(key).reshape(value.shape))
-                if error > worst:
+                if not np.isnan(worst) and not error <= worst:  # NaN is the worst of all
                     worst, worst_name = error, key
         results = [Result(name, worst, GRADIENT_TOLERANCE, f"worst of {len(compared)} parameters: {worst_name}")]
         if without:
-            largest = max(float(np.abs(ours[parameter]).max()) for parameter in without if parameter in ours)
+            largest = float(np.max([np.abs(ours[parameter]).max() for parameter in without if parameter in ours]))
             results.append(Result(f"{name}, parameters without gradient", largest, 0.0, f"{len(without)} parameters"))
         left = sorted(set(ours) - compared - set(without))
         if left and step > 0 and "rel0" not in file:

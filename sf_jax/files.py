@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all, and folders that can be written."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_writable(folder: str | Path, field: str = "out") -> Path:
+    """Makes a folder, unless it is there, and tries to write in it.
+
+    Args:
+      folder: The folder.
+      field: What the error message calls it.
+
+    Returns:
+      The folder's path.
+
+    Raises:
+      ValueError: The folder cannot be made, or nothing can be written in it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{field}: cannot write in {folder} ({error.strerror}), allowed: a folder that can be written"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder that takes the final name if the block succeeds.
+
+    Args:
+      path: The final name; a file there is kept until the new one is complete.
+
+    Yields:
+      The path to write to. It is removed if the block raises.
+
+    Raises:
+      ValueError: The folder cannot be written.
+    """
+    path = Path(path)
+    check_writable(path.parent, "path")
+    if path.is_dir():
+        raise ValueError(f"path: got the folder {path}, allowed: the name of a file")
+    # Not tempfile, whose files only their owner may read, which the final file would inherit.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
