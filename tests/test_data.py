@@ -109,7 +109,7 @@ def test_movement_agrees_with_direction_and_speed(clips):
     off = np.abs((heading - 45 * plan.direction + 180) % 360 - 180)
     assert off.min() > 4 and off.max() < 16
     pace = np.linalg.norm(velocity, axis=1)
-    assert pace[plan.speed == 0].max() < 0.85 < 1.25 < pace[plan.speed == 1].min()
+    assert pace[plan.speed == 0].max() < 1.7 < 2.6 < pace[plan.speed == 1].min()
 
 
 def test_up_is_towards_row_zero():
@@ -124,7 +124,7 @@ def test_up_is_towards_row_zero():
 @pytest.mark.parametrize("direction, speed", KINDS)
 def test_most_proposed_motions_are_accepted(direction, speed):
     proposed = moving_digits.propose_motion(np.random.default_rng(0), direction, speed, 2000)
-    assert (~moving_digits.nearly_repeats(proposed)).mean() > 0.3
+    assert (~moving_digits.nearly_repeats(proposed)).mean() > 0.2
 
 
 def test_frames_do_not_nearly_repeat_within_a_hundred():
@@ -169,7 +169,7 @@ def test_build_prints_one_line(tmp_path, capsys):
     config = moving_digits.DigitsConfig(name="few", clips={"test": (3, 2)})
     moving_digits.build(tmp_path / "new", config)
     assert capsys.readouterr().out.splitlines() == [
-        f"moving_digits: writing 3 clips to {tmp_path}/new/moving_digits/few/1.0.0"
+        f"moving_digits: writing 3 clips to {tmp_path}/new/moving_digits/few/1.1.0"
     ]
 
 
@@ -390,11 +390,11 @@ def test_codec_is_causal_and_local(clips):
 def test_codec_rejects_wrong_shapes():
     codec = patch_codec.PatchCodec.load()
     with pytest.raises(ValueError, match="pixels: got shape"):
-        codec.encode(np.zeros((1, 1, 20, 24, 1), np.float32))
+        codec.encode(np.zeros((1, 1, 22, 24, 1), np.float32))
     with pytest.raises(ValueError, match="latents: got 12 channels, allowed: 8"):
         codec.decode(np.zeros((1, 1, 6, 6, 12), np.float32))
-    with pytest.raises(ValueError, match="channels: got 37, allowed: 1 to 36"):
-        patch_codec.fit(np.zeros((1, 24, 24, 1), np.uint8), channels=37)
+    with pytest.raises(ValueError, match="channels: got 17, allowed: 1 to 16"):
+        patch_codec.fit(np.zeros((1, 24, 24, 1), np.uint8), channels=17)
 
 
 def test_to_uint8_inverts_to_float_and_clips():

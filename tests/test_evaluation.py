@@ -137,7 +137,7 @@ def test_real_clips_score_well_everywhere(measure, clips):
     assert figures.joint > 0.95 and min(figures.joint_per_quarter) > 0.93
     assert len(figures.joint_per_frame) == 22
     # Not near zero: clips of one scan are alike, so that 128 clips are few for 64 dimensions.
-    assert max(figures.frechet_per_quarter) < 10
+    assert max(figures.frechet_per_quarter) < 15
     for value in (figures.diversity, figures.brightness, figures.motion):
         assert value == pytest.approx(1, abs=0.15)
     assert measure(clips[2]).frechet_per_quarter == pytest.approx([0] * 4, abs=1e-3)
@@ -234,7 +234,7 @@ def test_evaluate_writes_everything(tmp_path, capsys):
         assert figures.samples == 40 and figures.frames == (12 if name == "teacher" else 16)
         assert results["figures"][name]["joint"] == figures.joint > 0.9
         # Forty videos are few, so that a diversity is rough, but not a distance of zero.
-        assert 0.7 < figures.diversity < 1.4 and min(figures.frechet_per_quarter) > 0
+        assert 0.6 < figures.diversity < 1.5 and min(figures.frechet_per_quarter) > 0
     lines = (tmp_path / "new" / "table.md").read_text().splitlines()
     assert len({len(line) for line in lines}) == 1 and "a model" in lines[0] and "real clips" in lines[0]
     assert "40/40 videos of 16 frames, 0 s left" in capsys.readouterr().out

@@ -164,8 +164,7 @@ class Attention(nn.Module):
     """Projections of one attention layer; queries and keys are RMS-normalised over all heads."""
 
     config: WanConfig
-    # Random query and key biases give every head a place to look at, before or after in time, left or right: from zero,
-    # the sign of a motion (odd in time and in space and in the prompt) is a saddle that small models hardly leave.
+    # Random query and key biases give every head a place to look at from the start, before or after, left or right.
     positional: bool = False
 
     def setup(self):
