@@ -22,7 +22,8 @@ from sf_jax.weights.package import Package, load_package, shipped_path
 def _chunk(model, config, size, params, text, cache, key, examples, start, chunk, codec):
     """Generates, decodes and caches one chunk of `size` (frames, H, W, C); pixels are uint8."""
     draw = ro.key_draw(key, examples)
-    noise_key = jax.random.fold_in(jax.random.fold_in(key, -1), chunk)
+    # behind the numbers that `key_draw` folds in for the steps
+    noise_key = jax.random.fold_in(jax.random.fold_in(key, 2 * len(config.steps)), chunk)
     noise = ro.example_noise(noise_key, examples, (examples.shape[0], *size))
     last = len(config.steps) - 1
     cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
