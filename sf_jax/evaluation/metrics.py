@@ -1,8 +1,8 @@
 """Prompts for an evaluation, real clips of the same, and figures on the clips that a model generates.
 
-Per frame, figure i is that of the window of frames i to i + WINDOW - 1. A quarter is a quarter of the windows: with four
-times the training length the first one is, but for its last window, what a model was trained on, and the others are what
-it extrapolates.
+Per frame, figure i is that of the window of frames i to i + WINDOW - 1. A quarter is a quarter of the windows: with
+four times the training length the first one is, but for its last window, what a model was trained on, and the others
+are what it extrapolates.
 """
 
 import dataclasses
