@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
         print(f"{config.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
         path = train(config, _WORKDIR.value)
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     print(f"wrote {path}")
 
 

@@ -154,11 +154,11 @@ from sf_jax.training import loop, sharding, stages, step as steps
 import dataclasses
 
 config = small_config("distill", teacher_weights="unused", cache_gradient="straight_through")
-params = random_params(config.model)
+params = jax.device_get(random_params(config.model))  # updates donate what is on a device
 results = []
 for devices, mesh_config in ((jax.devices()[:1], MeshConfig()), (jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2))):
     mesh = sharding.make_mesh(mesh_config, devices)
-    state = steps.new_state(config, params, random_params(config.model, 1))
+    state = steps.new_state(config, params, jax.device_get(random_params(config.model, 1)))
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     frozen = {"teacher": random_params(config.model, 2)}
     updates = (("g", steps.make_generator_step(config), 1), ("c", steps.make_critic_step(config), 1))

@@ -87,8 +87,8 @@ def cache(folder: Folder):
 
 def _cache_case(folder, arrays, meta, model, params, name, case):
     source = "full" if name == "full" else "roll"
-    if f"{source}_noisy" not in arrays:
-        yield Result(name, None, note="its inputs are not in the file")
+    if f"{source}_noisy" not in arrays or f"{name}_end_indices" not in arrays:
+        yield Result(name, None, note="not in the file")
         return
     size, blocks = case["num_frame_per_block"], case["blocks"]
     window = None if case["local_attn_size"] == -1 else case["local_attn_size"]
