@@ -36,18 +36,18 @@ def _common(stage: str) -> dict:
         "model": _model(),
         "data": {"name": "digits", "dir": "data", "frames": 9, "height": 6, "width": 6},
         "rollout": {"steps": (1000, 750, 500, 250), "shift": 3.0, "chunk": 3, "window": 9},
-        "score": {"guidance": 2.0, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 3.0},
+        "score": {"guidance": 2.5, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 3.0},
     }
 
 
 def _teacher() -> dict:
     """Bidirectional flow matching on the training clips, with Muon."""
     return _common("teacher") | {
-        "steps": 3000,
+        "steps": 4500,
         "batch_size": 48,
         "optimizer": {
             "name": "muon",
-            "lr": 1e-2,
+            "lr": 8e-3,
             "beta1": 0.9,
             "beta2": 0.99,
             "clip": 1.0,
@@ -65,7 +65,7 @@ def _init() -> dict:
         "steps": 200,
         "batch_size": 32,
         "teacher_weights": "shipped",
-        "ode": {"pairs": 512, "solver_steps": 24, "guidance": 2.0},
+        "ode": {"pairs": 512, "solver_steps": 24, "guidance": 2.5},
         "optimizer": {"lr": 5e-4, "beta1": 0.9, "beta2": 0.99, "clip": 1.0, "warmup": 20},
         "ema": {"decay": 0.95, "start": 20},
     }

@@ -311,30 +311,36 @@ def rollout(
             model, config, params, text, cache, noise, first, chunk, exit_step, draw, differentiate, live
         )
 
-    videos, inputs = ([] if initial is None else [initial]), []
-    alone = 0
-    if chunks[0] != config.chunk:  # the first frame of its own has another shape than the scanned chunks
-        cache, clean, exit_input = step(cache, noise[:, : chunks[0]], 0, start, exits[0])
-        videos.append(clean)
-        inputs.append(exit_input)
-        alone = 1
-    count = len(chunks) - alone
-    if count:
-        rest = noise[:, alone * chunks[0] :].reshape(batch, count, config.chunk, height, width, -1)
-        index = jnp.arange(count, dtype=jnp.int32)
-        starts = start + alone * chunks[0] + index * config.chunk
-
-        def body(cache, xs):
-            cache, clean, exit_input = step(cache, *xs)
-            return cache, (clean, exit_input)
-
-        xs = (jnp.moveaxis(rest, 1, 0), index + alone, starts, exits[alone:])
-        cache, scanned = jax.lax.scan(body, cache, xs)
-        clean, exit_input = (jnp.moveaxis(a, 0, 1).reshape(batch, -1, *a.shape[3:]) for a in scanned)
-        videos.append(clean)
-        inputs.append(exit_input)
-    video, exit_inputs = (jnp.concatenate(parts, axis=1) for parts in (videos, inputs))
+    cache, clean, exit_inputs = _run_chunks(step, cache, noise, chunks, start, exits)
+    video = clean if initial is None else jnp.concatenate([initial, clean], axis=1)
     return Rollout(video=video, exit_inputs=exit_inputs, exits=exits, cache=cache, initial_frames=start)
+
+
+def _run_chunks(step, cache, noise, chunks, start, exits):
+    """Scans `step` over the chunks of `noise`; returns the cache, the clean frames and the exit steps' inputs."""
+    alone, done = 0, []
+    if chunks[0] != chunks[-1]:  # the first frame of its own has another shape than the scanned chunks
+        cache, *outputs = step(cache, noise[:, : chunks[0]], 0, start, exits[0])
+        done.append(outputs)
+        alone = 1
+    rest = noise[:, alone * chunks[0] :]
+    count, size = len(chunks) - alone, chunks[-1]
+    index = jnp.arange(count, dtype=jnp.int32)
+    xs = (
+        jnp.moveaxis(rest.reshape(rest.shape[0], count, size, *rest.shape[2:]), 1, 0),
+        index + alone,
+        start + alone * chunks[0] + index * size,
+        exits[alone:],
+    )
+
+    def body(cache, xs):
+        cache, *outputs = step(cache, *xs)
+        return cache, outputs
+
+    cache, scanned = jax.lax.scan(body, cache, xs)
+    done.append([jnp.moveaxis(a, 0, 1).reshape(rest.shape) for a in scanned])
+    clean, exit_inputs = (jnp.concatenate(parts, axis=1) for parts in zip(*done, strict=True))
+    return cache, clean, exit_inputs
 
 
 def replay(

@@ -71,13 +71,18 @@ def test_plan_is_deterministic_and_differs_between_splits_and_seeds():
 
 
 def test_clips_cover_all_kinds_and_sometimes_leave_out_the_speed():
-    plan = moving_digits.plan_clips("train", 3200)
+    plan = moving_digits.plan_clips("judge", 3200)
     kinds = plan.digit * 16 + plan.direction * 2 + plan.speed
     assert (np.bincount(kinds, minlength=160) == 20).all()
     assert 1 - plan.told.mean() == pytest.approx(0.15, abs=0.03)
     _, labels = moving_digits.load_scans()
     np.testing.assert_array_equal(labels[plan.scan], plan.digit)
     assert set(plan.captions()) <= set(moving_digits.all_captions())
+
+
+def test_training_clips_favour_half_of_the_directions():
+    shares = np.bincount(moving_digits.plan_clips("train", 5600).direction)
+    np.testing.assert_array_equal(shares, [200] * 4 + [1200] * 4)
 
 
 def test_captions():
@@ -169,7 +174,7 @@ def test_build_prints_one_line(tmp_path, capsys):
     config = moving_digits.DigitsConfig(name="few", clips={"test": (3, 2)})
     moving_digits.build(tmp_path / "new", config)
     assert capsys.readouterr().out.splitlines() == [
-        f"moving_digits: writing 3 clips to {tmp_path}/new/moving_digits/few/1.1.0"
+        f"moving_digits: writing 3 clips to {tmp_path}/new/moving_digits/few/1.2.0"
     ]
 
 

@@ -29,9 +29,9 @@ def case(name):
     return config, frames, *inputs(frames)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 6, 7))
-def run(config, params, text, noise, draw, exits, full_cache=True, differentiate=None):
-    return ro.rollout(MODEL, config, params, text, noise, exits, draw, None, full_cache, differentiate)
+@functools.partial(jax.jit, static_argnums=(0, 4, 6))
+def run(config, params, text, noise, draw, exits, full_cache=True, initial=None):
+    return ro.rollout(MODEL, config, params, text, noise, exits, draw, initial, full_cache)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -153,11 +153,10 @@ def test_initial_latents_are_kept_and_seen():
     noise, text, draw = inputs(6)
     initial = jax.random.normal(jax.random.key(5), (2, 3, *SIZE, SMALL.channels))
     params = random_params()
-    one = ro.rollout(MODEL, config, params, text, noise, 3, draw, initial)
-    two = ro.rollout(MODEL, config, params, text, noise, 3, draw, initial + 0.1)
+    one, two = (run(config, params, text, noise, draw, 3, True, given) for given in (initial, initial + 0.1))
     np.testing.assert_array_equal(one.video[:, :3], initial)
     assert relative(two.video[:, 3:], one.video[:, 3:]) > 1e-3
-    assert relative(ro.replay(MODEL, config, params, text, one), one.video) < 1e-6
+    assert relative(jax.jit(functools.partial(ro.replay, MODEL, config))(params, text, one), one.video) < 1e-6
 
 
 def test_context_noise_exact_adds_none_and_official_a_little():
@@ -191,13 +190,13 @@ def test_bad_rollouts_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="frames is 8: with chunk=3 it must be a multiple of 3"):
         ro.rollout(MODEL, config, random_params(), text, noise, 0, draw)
     cache = ro.empty_cache(MODEL, SHAPES["chunk-wise"], 2, 6, *SIZE)
-    kv = MODEL.apply({"params": random_params()}, text, method="encode_text")
+    kv = jax.eval_shape(lambda: MODEL.apply({"params": random_params()}, text, method="encode_text"))
     with pytest.raises(ValueError, match="the cache holds 6 frames but the rollout has 9"):
         ro.write_chunk(MODEL, SHAPES["chunk-wise"], random_params(), kv, cache, noise[:, :3], 6)
     with pytest.raises(ValueError, match="positions are tabulated for 1024"):
         ro.rollout(MODEL, config, random_params(), text, jnp.zeros((1, 1026, *SIZE, 4)), 0, draw)
     noise, text, draw = inputs(9)
-    ring = run(config, random_params(), text, noise, draw, 0, False)
+    ring = jax.eval_shape(lambda: run(config, random_params(), text, noise, draw, 0, False))
     with pytest.raises(ValueError, match="make the rollout with full_cache=True"):
         ro.replay(MODEL, config, random_params(), text, ring)
     with pytest.raises(ValueError, match="cache_gradient is 'all'"):

@@ -78,7 +78,7 @@ def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
     if fresh and config.init_weights is not None:
         params = _load(config.init_weights, config.model, "init_weights").params
     if config.stage == "teacher":
-        iterator = _video_iterator(config, text, config.data.text_dropout)
+        iterator = _video_iterator(config, text)
         updates = (("", steps.make_teacher_step(config, codec), 1),)
         return Stage(params, None, {}, {}, ("video", "text"), iterator, updates)
     teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
@@ -90,7 +90,9 @@ def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
         pairs = _pairs(config, workdir, teacher, text)
         iterator = _pair_iterator(pairs, config, text)
         return Stage(params, None, {}, {}, ("trajectory", "text"), iterator, (("", steps.make_init_step(config), 1),))
-    iterator = _video_iterator(config, text, 0.0)  # only its captions are read
+    # Self Forcing needs no videos, only prompts.
+    prompts = moving_digits.all_captions()
+    iterator = pipeline.prompt_iterator(prompts, batch_size=config.batch_size, seed=config.seed, text_encoder=text)
     if not fresh:
         critic = teacher if config.critic_model == config.teacher_model else None
     elif config.critic_weights is not None:
@@ -109,7 +111,7 @@ def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
     )
 
 
-def _video_iterator(config: TrainConfig, text: WordEmbedding, dropout: float) -> grain.DatasetIterator:
+def _video_iterator(config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
     """Endless batches of the training clips, which are built where they are missing."""
     moving_digits.build(config.data.dir)
     return pipeline.video_iterator(
@@ -118,7 +120,7 @@ def _video_iterator(config: TrainConfig, text: WordEmbedding, dropout: float) ->
         num_frames=config.data.frames,
         seed=config.seed,
         text_encoder=text,
-        text_dropout=dropout,
+        text_dropout=config.data.text_dropout,
     )
 
 
