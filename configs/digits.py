@@ -62,11 +62,19 @@ def _teacher() -> dict:
 def _init() -> dict:
     """Regression of the causal student on ODE pairs of the teacher."""
     return _common("init") | {
-        "steps": 200,
+        "steps": 400,
         "batch_size": 32,
         "teacher_weights": "shipped",
         "ode": {"pairs": 512, "solver_steps": 24, "guidance": 2.5},
-        "optimizer": {"lr": 5e-4, "beta1": 0.9, "beta2": 0.99, "clip": 1.0, "warmup": 20},
+        "optimizer": {
+            "name": "muon",
+            "lr": 3e-3,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "clip": 1.0,
+            "warmup": 20,
+            "decay": "cosine",
+        },
         "ema": {"decay": 0.95, "start": 20},
     }
 
@@ -75,12 +83,13 @@ def _distill() -> dict:
     """Self Forcing with DMD: rollouts of 9 frames, a critic update every iteration, the student's every second."""
     return _common("distill") | {
         "objective": "dmd",
-        "steps": 300,
+        "steps": 360,
         "batch_size": 32,
         "generator_every": 2,
         "teacher_weights": "shipped",
-        "optimizer": {"lr": 1e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0},
-        "critic_optimizer": {"lr": 2e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0},
+        # Muon's kernels have an RMS of 0.1 to 0.3: rates of 1e-4 moved them by 0.002, and the student stayed as it was.
+        "optimizer": {"lr": 6e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0, "decay": "cosine"},
+        "critic_optimizer": {"lr": 4e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0},
         "ema": {"decay": 0.98, "start": 20},
     }
 
