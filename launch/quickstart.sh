@@ -12,7 +12,7 @@ began=$SECONDS
 
 part() { printf '\n== %s (%d s)\n' "$1" "$((SECONDS - began))"; }
 
-part "1/5 moving digits from scikit-learn's handwritten scans"
+part "1/5 moving digits from scikit-learn's handwritten scans, what the shipped teacher was trained on"
 "$python" -m sf_jax.data.moving_digits --data_dir="$out/data"
 
 part "2/5 init: a causal student learns from the shipped teacher's ODE trajectories"
@@ -20,7 +20,7 @@ part "2/5 init: a causal student learns from the shipped teacher's ODE trajector
 
 part "3/5 distill: Self Forcing, the student trains on its own rollouts"
 "$python" -m sf_jax.train --config=configs/digits.py:distill --workdir="$out/distill" \
-  --config.init_weights="$out/init/student.safetensors" --config.data.dir="$out/data"
+  --config.init_weights="$out/init/student.safetensors"
 
 part "4/5 generate: videos four times as long as those of the training"
 "$python" -m sf_jax.generate --checkpoint="$out/distill/student.safetensors" --prompt="a 7 moving left, fast" \

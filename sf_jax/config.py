@@ -114,11 +114,11 @@ class DataConfig:
 
     Attributes:
       name: "digits" (the embedded moving digits) or "wan" (prompt embeddings and latents of Wan2.1).
-      dir: where the dataset is built.
+      dir: where the dataset is built that "teacher" reads.
       frames: latent frames of a training video.
       height: latent rows.
       width: latent columns.
-      text_dropout: share of captions replaced by the empty prompt.
+      text_dropout: share of the captions that "teacher" replaces by the empty prompt.
     """
 
     name: str = "digits"

@@ -20,7 +20,7 @@ from configs import digits, wan_distill
 from sf_jax.config import config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.models.wan import init_params
-from sf_jax.training import loop, metrics, sharding, stages
+from sf_jax.training import checkpoint, loop, metrics, sharding, stages
 from sf_jax.training import step as steps
 from sf_jax.weights.package import load_package, save_package
 from tests.helpers import random_params, tree_relative
@@ -58,7 +58,8 @@ def losses(workdir):
 
 
 @pytest.mark.parametrize("stage", ["distill", pytest.param("teacher", marks=pytest.mark.slow)])
-def test_interrupted_run_continues_bit_exactly(stage, teacher, data_dir, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_continues_bit_exactly(stage, teacher, request, tmp_path, monkeypatch, capsys):
+    data_dir = request.getfixturevalue("data_dir") if stage == "teacher" else str(tmp_path / "no_data")
     config = small_config(stage, teacher_weights=teacher, ema={"decay": 0.9, "start": 0}, generator_every=1)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
     whole = loop.train(config, tmp_path / "whole")
@@ -76,6 +77,7 @@ def test_interrupted_run_continues_bit_exactly(stage, teacher, data_dir, tmp_pat
     monkeypatch.undo()
     capsys.readouterr()
     parts = loop.train(config, tmp_path / "parts")
+    assert stage == "teacher" or not (tmp_path / "no_data").exists()  # Self Forcing reads no videos
     assert "resuming from step 2" in capsys.readouterr().out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert parts.read_bytes() == whole.read_bytes()
@@ -85,11 +87,18 @@ def test_interrupted_run_continues_bit_exactly(stage, teacher, data_dir, tmp_pat
     assert loop.train(dataclasses.replace(config, log_every=3), tmp_path / "whole").read_bytes() == whole.read_bytes()
 
 
+def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
+    unfinished = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-7" / "state"
+    unfinished.mkdir(parents=True)
+    checkpoint.open_manager(tmp_path, small_config("teacher")).close()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.slow
-def test_killed_run_continues_bit_exactly(teacher, data_dir, tmp_path):
+def test_killed_run_continues_bit_exactly(teacher, tmp_path):
     command = [sys.executable, "-m", "sf_jax.train", "--config=configs/digits.py:distill", "--config.steps=30"]
     command += [f"--config.teacher_weights={teacher}", "--config.log_every=1", "--config.checkpoint_every=3"]
-    command += ["--config.batch_size=8", "--config.data.frames=6", f"--config.data.dir={data_dir}"]
+    command += ["--config.batch_size=8", "--config.data.frames=6"]
     command += [f"--config.model.{k}={v}" for k, v in (SMALL | {"freq_dim": 16}).items()]
 
     def run(folder, **options):

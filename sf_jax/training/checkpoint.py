@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import shutil
 
+import jax
 import orbax.checkpoint as ocp
 
 from sf_jax.config import TrainConfig, difference, to_dict
@@ -12,11 +14,16 @@ FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "mesh", "dat
 
 
 def open_manager(workdir: pathlib.Path, config: TrainConfig) -> ocp.CheckpointManager:
-    """The checkpoints of a working directory."""
+    """The checkpoints of a working directory, without what an interrupted save has left."""
+    folder = (workdir / "checkpoints").resolve()
+    # Orbax's own clean-up is a thread that nothing waits for: a run that ends early would end in its traceback.
+    if jax.process_index() == 0:
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep_checkpoints, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        max_to_keep=config.keep_checkpoints, create=True, enable_async_checkpointing=True
     )
-    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, data_state: dict, config: TrainConfig) -> None:

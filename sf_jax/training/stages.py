@@ -63,7 +63,7 @@ def _cast(params: dict, dtype: str) -> dict:
 
 
 def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
-    """Prepares the stage of a config; may build the data set and, for "init", the ODE pairs.
+    """Prepares the stage of a config; may build the data set for "teacher" and the ODE pairs for "init".
 
     A run that is not `fresh` goes on from a checkpoint: the weights that it once started from are not read again.
 
