@@ -34,7 +34,14 @@ def run(config, params, text, noise, draw, exits, full_cache=True, initial=None)
     return ro.rollout(MODEL, config, params, text, noise, exits, draw, initial, full_cache)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+def mostly_slow(*fast):
+    """All shapes; those that are not `fast` are for the long run."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in SHAPES]
+    )
+
+
+@mostly_slow("chunk-wise", "window and sink", "first frame alone")
 def test_cached_rollout_equals_one_block_causal_forward(name):
     config, frames, noise, text, draw = case(name)
     params = random_params()
@@ -70,9 +77,7 @@ def test_ring_equals_the_full_cache(name):
     assert relative(ring.video, full.video) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "window and sink" else pytest.mark.slow) for n in SHAPES]
-)
+@mostly_slow("window and sink")
 def test_replay_equals_differentiating_through_the_scan(name):
     config, _, noise, text, draw = case(name)
     params = random_params()
