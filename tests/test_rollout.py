@@ -103,26 +103,26 @@ def test_replay_equals_differentiating_through_the_scan(name):
 
 
 def test_gradient_is_zero_where_it_must_be():
-    config, _, noise, text, draw = case("chunk-wise")
-    params = random_params()
-
-    def gradient(first_live, weight, mode):
-        past = run(config, params, text, noise, draw, 1)
-        return jax.jit(jax.grad(lambda p: (ro.replay(MODEL, config, p, text, past, mode, first_live) * weight).sum()))(
-            params
-        )
-
+    config = SHAPES["chunk-wise"]
+    params, (noise, text, draw) = random_params(), inputs(6)
+    past = run(config, params, text, noise, draw, 1)
     early = jnp.zeros_like(noise).at[:, :3].set(1.0)
-    assert all(not np.any(g) for g in jax.tree.leaves(gradient(1, early, "stop")))  # chunks that are not live
-    assert any(np.any(g) for g in jax.tree.leaves(gradient(0, early, "stop")))
+    late = 1 - early
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    @jax.grad
+    def gradient(params, mode, first_live, weight):
+        return (ro.replay(MODEL, config, params, text, past, mode, first_live) * weight).sum()
+
+    assert all(not np.any(g) for g in jax.tree.leaves(gradient(params, "stop", 1, early)))  # chunks that are not live
+    assert any(np.any(g) for g in jax.tree.leaves(gradient(params, "stop", 0, early)))
     # the rollout itself, its non-exit steps and its clean passes carry none at all
-    through = jax.grad(lambda p: run(config, p, text, noise, draw, 2).video.sum())(params)
+    through = jax.grad(lambda p: run(config, p, text, noise, draw, 1).video.sum())(params)
     assert all(not np.any(g) for g in jax.tree.leaves(through))
     # under "stop" the later chunks' loss does not reach the earlier chunks' inputs; under "straight_through" it differs
-    late = jnp.zeros_like(noise).at[:, 6:].set(1.0)
-    alone = gradient(2, late, "stop")
-    assert tree_relative(gradient(0, late, "stop"), alone) < 1e-6
-    assert tree_relative(gradient(0, late, "straight_through"), alone) > 0.01
+    alone = gradient(params, "stop", 1, late)
+    assert tree_relative(gradient(params, "stop", 0, late), alone) < 1e-6
+    assert tree_relative(gradient(params, "straight_through", 0, late), alone) > 0.01
 
 
 def test_exit_step_is_traced_and_saves_work():

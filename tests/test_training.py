@@ -140,7 +140,7 @@ def test_each_update_changes_its_own_network_only(teacher):
 
 
 def test_average_starts_when_told():
-    config = small_config("teacher", ema={"decay": 0.9, "start": 1})
+    config = small_config("distill", teacher_weights="unused", ema={"decay": 0.9, "start": 1})
     optimizer = steps.make_optimizers(config).model
     params = random_params(config.model)
     network = steps.new_network(params, optimizer, ema=True)
@@ -193,6 +193,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
