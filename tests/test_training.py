@@ -150,7 +150,7 @@ def test_average_starts_when_told():
     before = network
     network, _ = steps.update(network, grads, optimizer, config.ema)
     expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, before.params, network.params)
-    chex.assert_trees_all_close(network.ema, expected, rtol=1e-6)
+    chex.assert_trees_all_close(network.ema, expected, rtol=1e-6, atol=1e-9)
 
 
 EIGHT = """
