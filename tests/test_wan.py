@@ -11,7 +11,7 @@ import pytest
 
 from sf_jax.models import attention, rope, wan
 from sf_jax.models.layers import layer_norm, time_features
-from sf_jax.weights import official
+from sf_jax.weights import transformer
 from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
 
 
@@ -107,7 +107,7 @@ def test_bfloat16_is_close_and_keeps_float32_outputs():
 
 def test_official_names_round_trip_bit_by_bit():
     params = random_params()
-    tensors = official.to_official(params, SMALL)
+    tensors = transformer.to_official(params, SMALL)
     assert tensors["blocks.1.ffn.0.weight"].shape == (48, 32) and tensors["patch_embedding.weight"].shape == (
         32,
         4,
@@ -116,13 +116,15 @@ def test_official_names_round_trip_bit_by_bit():
         2,
     )
     wrapped = {f"model._fsdp_wrapped_module.{name}": value for name, value in tensors.items()}
-    jax.tree.map(np.testing.assert_array_equal, official.from_official(wrapped, SMALL, wan.param_shapes(SMALL)), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, transformer.from_official(wrapped, SMALL, wan.param_shapes(SMALL)), params
+    )
     tensors.pop("head.head.bias")
     with pytest.raises(ValueError, match=r"1 tensors missing \['head.head.bias'\]"):
-        official.from_official(tensors, SMALL, wan.param_shapes(SMALL))
-    bad = official.to_official(params, SMALL) | {"head.head.bias": np.zeros(3)}
+        transformer.from_official(tensors, SMALL, wan.param_shapes(SMALL))
+    bad = transformer.to_official(params, SMALL) | {"head.head.bias": np.zeros(3)}
     with pytest.raises(ValueError, match="head/bias is .3,., must be .16,."):
-        official.from_official(bad, SMALL, wan.param_shapes(SMALL))
+        transformer.from_official(bad, SMALL, wan.param_shapes(SMALL))
 
 
 def test_bad_sizes_are_refused():

@@ -14,7 +14,7 @@ from sf_jax.config import from_dict, to_dict
 from sf_jax.files import replacing
 from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights import official
+from sf_jax.weights import transformer
 
 SHIPPED = {"teacher": "digits_teacher.safetensors", "student": "digits_student.safetensors"}
 
@@ -47,7 +47,7 @@ class Package:
 def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float32") -> None:
     """Writes a package; the file appears under its name only when it is complete."""
     path = pathlib.Path(path)
-    tensors = official.to_official(jax.device_get(package.params), package.config)
+    tensors = transformer.to_official(jax.device_get(package.params), package.config)
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     header = to_dict(dataclasses.replace(package, params={}))
     header.pop("params")
@@ -83,7 +83,7 @@ def load_package(path: pathlib.Path | str) -> Package:
         rollout = from_dict(header.pop("rollout"), RolloutConfig)
         header["size"] = tuple(header["size"])
         package = Package(config=config, rollout=rollout, **header)
-        params = official.from_official(tensors, config, param_shapes(config))
+        params = transformer.from_official(tensors, config, param_shapes(config))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
     return dataclasses.replace(package, params=jax.tree.map(np.asarray, params))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
-from sf_jax.weights import official
+from sf_jax.weights import transformer
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 5e-5
@@ -98,11 +98,11 @@ class Folder:
         """The network of a role and its parameters."""
         model = self.model(role)
         tensors = load_file(self.path / f"weights_{role}.safetensors")
-        return model, official.from_official(tensors, model.config, param_shapes(model.config))
+        return model, transformer.from_official(tensors, model.config, param_shapes(model.config))
 
     def compare_gradients(self, name: str, file: str, role: str, gradients: dict) -> list[Result]:
         """Compares a tree of gradients with recorded ones: the worst parameter, and those without gradient."""
-        ours = official.to_official(jax.device_get(gradients), self.model(role).config)
+        ours = transformer.to_official(jax.device_get(gradients), self.model(role).config)
         worst, worst_name, compared = 0.0, "", set()
         with safe_open(self.path / file, "np") as stored:
             meta = stored.metadata() or {}
