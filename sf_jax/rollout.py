@@ -311,16 +311,36 @@ def rollout(
             model, config, params, text, cache, noise, first, chunk, exit_step, draw, differentiate, live
         )
 
-    cache, clean, exit_inputs = _run_chunks(step, cache, noise, chunks, start, exits)
+    cache, clean, exit_inputs = run_chunks(step, cache, noise, chunks, start, exits)
     video = clean if initial is None else jnp.concatenate([initial, clean], axis=1)
     return Rollout(video=video, exit_inputs=exit_inputs, exits=exits, cache=cache, initial_frames=start)
 
 
-def _run_chunks(step, cache, noise, chunks, start, exits):
-    """Scans `step` over the chunks of `noise`; returns the cache, the clean frames and the exit steps' inputs."""
+def run_chunks(
+    step: Callable,
+    cache: KVCache,
+    noise: jax.Array,
+    chunks: tuple[int, ...],
+    start: int,
+    per_chunk: jax.Array,
+) -> tuple:
+    """Scans `step` over the chunks of a video.
+
+    Args:
+      step: (cache, noise [B, n, H, W, C], chunk index, first frame, entry of `per_chunk`) -> (cache, *outputs), where
+        every output is of the noise's shape.
+      cache: carried from chunk to chunk.
+      noise: [B, F, H, W, C].
+      chunks: sizes of the chunks; only the first may differ from the others.
+      start: first frame of the first chunk.
+      per_chunk: array [chunks, ...].
+
+    Returns:
+      The cache and the outputs [B, F, H, W, C] of all chunks together.
+    """
     alone, done = 0, []
     if chunks[0] != chunks[-1]:  # the first frame of its own has another shape than the scanned chunks
-        cache, *outputs = step(cache, noise[:, : chunks[0]], 0, start, exits[0])
+        cache, *outputs = step(cache, noise[:, : chunks[0]], 0, start, per_chunk[0])
         done.append(outputs)
         alone = 1
     rest = noise[:, alone * chunks[0] :]
@@ -330,7 +350,7 @@ def _run_chunks(step, cache, noise, chunks, start, exits):
         jnp.moveaxis(rest.reshape(rest.shape[0], count, size, *rest.shape[2:]), 1, 0),
         index + alone,
         start + alone * chunks[0] + index * size,
-        exits[alone:],
+        per_chunk[alone:],
     )
 
     def body(cache, xs):
@@ -339,8 +359,7 @@ def _run_chunks(step, cache, noise, chunks, start, exits):
 
     cache, scanned = jax.lax.scan(body, cache, xs)
     done.append([jnp.moveaxis(a, 0, 1).reshape(rest.shape) for a in scanned])
-    clean, exit_inputs = (jnp.concatenate(parts, axis=1) for parts in zip(*done, strict=True))
-    return cache, clean, exit_inputs
+    return cache, *(jnp.concatenate(parts, axis=1) for parts in zip(*done, strict=True))
 
 
 def replay(

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 
 from tests.goldens import __main__ as goldens
-from tests.goldens.cases import CASES
 from tests.goldens.folder import Folder, Result
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "A"
 FILES = sorted(path.name for path in FOLDER.glob("*.npz"))
-SLOW = ("05", "06", "07")
+SLOW = ("05", "06", "07", "10_causal")
 
 
-@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow if f[:2] in SLOW else ()) for f in FILES])
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow if f.startswith(SLOW) else ()) for f in FILES])
 def test_equals_the_official_code(file):
     with jax.default_matmul_precision("highest"):
-        results = list(CASES[file](Folder(FOLDER)))
+        results = list(goldens.CASES[file](Folder(FOLDER)))
     assert results
     failed = [f"{r.name}: {r.error} > {r.tolerance} {r.note}" for r in results if not r.passed and r.error is not None]
     assert any(r.passed for r in results)

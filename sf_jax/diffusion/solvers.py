@@ -1,13 +1,140 @@
-"""Many-step sampling of bidirectional (teacher) networks."""
+"""Many-step sampling: Euler, UniPC and DPM-Solver++ with classifier-free guidance.
 
+UniPC (arXiv 2302.04867) and DPM-Solver++ (arXiv 2211.01095) are multistep solvers of order two in the data prediction.
+All that they do to the sample is linear, with weights that depend on the noise levels alone, so a solver here is a
+table of weights, made once in float64, and every solver runs through one scan.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sf_jax.diffusion.schedule import FlowSchedule
+from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
 from sf_jax.models.wan import bidirectional_layout
+
+SOLVERS = ("unipc", "dpm++", "euler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A way from noise to clean.
+
+    Attributes:
+      name: "unipc", "dpm++" or "euler".
+      shift: shift of the schedule.
+      steps: network evaluations (twice as many with guidance).
+    """
+
+    name: str = "unipc"
+    shift: float = 5.0
+    steps: int = 50
+
+    def __post_init__(self):
+        """Refuses what no solver can do."""
+        if self.name not in SOLVERS:
+            raise ValueError(f"solver is {self.name!r}: it must be one of {', '.join(SOLVERS)}")
+        if self.shift < 1 or self.steps < 1:
+            raise ValueError(f"shift is {self.shift}, solver steps {self.steps}: both must be at least 1")
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """float32 [steps + 1], noise levels; the last is 0.
+
+        UniPC starts at the first entry below 1 of the official table (0.999 before the shift), the others at 1.
+        """
+        first = float(np.float32(1 - 1 / TRAIN_STEPS)) if self.name == "unipc" else 1.0
+        even = np.linspace(first, 0, self.steps + 1)
+        return (self.shift * even / (1 + (self.shift - 1) * even)).astype(np.float32)
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """float32 [steps], what the network is told; the official UniPC and DPM++ cut them to whole numbers."""
+        first = float(np.float32(1 - 1 / TRAIN_STEPS)) if self.name == "unipc" else 1.0
+        even = np.linspace(first, 0, self.steps + 1)[:-1]
+        times = TRAIN_STEPS * (self.shift * even / (1 + (self.shift - 1) * even))
+        return (times if self.name == "euler" else np.trunc(times)).astype(np.float32)
+
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of every step, float32: corrector [steps, 4] and predictor [steps, 3].
+
+        With `m` the clean predictions, the corrected sample is `c0 last + c1 m[i] + c2 m[i-1] + c3 m[i-2]`, where
+        `last` is the corrected sample of the step before, and the next sample is `p0 x + p1 m[i] + p2 m[i-1]`. Rows of
+        zeros in the corrector mean that there is none.
+        """
+        sigma = self.sigmas.astype(np.float64)
+        with np.errstate(divide="ignore"):
+            log_ratio = np.log1p(-sigma) - np.log(sigma)
+        corrector, predictor = np.zeros((self.steps, 4)), np.zeros((self.steps, 3))
+        orders = [self._order(i) for i in range(self.steps)]
+        for i, order in enumerate(orders):
+            predictor[i] = _predict(sigma, log_ratio, i, order)
+            if self.name == "unipc" and i:
+                corrector[i] = _correct(sigma, log_ratio, i - 1, orders[i - 1])
+        return corrector.astype(np.float32), predictor.astype(np.float32)
+
+    def _order(self, i: int) -> int:
+        """Order of the predictor at step `i`: one at both ends (the last step has no finite length)."""
+        return 1 if self.name == "euler" or i == 0 or i == self.steps - 1 else 2
+
+
+def _span(sigma, log_ratio, i, order):
+    """What the step from level i to i + 1 is made of: alpha, e^-h - 1, h and where m[i-1] lies, in steps."""
+    h = log_ratio[i + 1] - log_ratio[i]
+    before = (log_ratio[i - 1] - log_ratio[i]) / h if order == 2 else -np.inf
+    return 1 - sigma[i + 1], np.expm1(-h), h, before
+
+
+def _predict(sigma, log_ratio, i, order):
+    """Weights of (x, m[i], m[i-1]) in the sample at level i + 1 (UniP with B(h) = e^h - 1; DPM-Solver++ midpoint)."""
+    alpha, grow, _, before = _span(sigma, log_ratio, i, order)
+    slope = -alpha * grow * 0.5 / before  # 0 where there is no m[i-1], or it lies infinitely far back
+    return sigma[i + 1] / sigma[i], -alpha * grow - slope, slope
+
+
+def _correct(sigma, log_ratio, i, order):
+    """Weights of (x, m[i+1], m[i], m[i-1]) in the corrected sample at level i + 1 (UniC with B(h) = e^h - 1)."""
+    alpha, grow, h, before = _span(sigma, log_ratio, i, order)
+    rho_before, rho_after = 0.0, 0.5
+    if order == 2:
+        phi = -grow / h - 1
+        conditions = [phi / grow, 2 * (-phi / h - 0.5) / grow]
+        rho_before, rho_after = np.linalg.solve([[1.0, 1.0], [before, 1.0]], conditions)
+    slope_before, slope_after = -alpha * grow * rho_before / before, -alpha * grow * rho_after
+    return sigma[i + 1] / sigma[i], slope_after, -alpha * grow - slope_before - slope_after, slope_before
+
+
+def integrate(solver: Solver, flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array) -> jax.Array:
+    """Solves from noise to clean.
+
+    Args:
+      solver: how.
+      flow: (noisy [B, F, H, W, C], t scalar) -> flow, guidance included.
+      noise: float32 [B, F, H, W, C].
+
+    Returns:
+      The clean latents, float32 [B, F, H, W, C].
+    """
+    corrector, predictor = solver.weights()
+    uses_corrector = bool(np.any(corrector))
+
+    def step(carry, row):
+        x, last, before, older = carry
+        t, sigma, correct, predict = row
+        clean = x - sigma * flow(x, t)
+        if uses_corrector:
+            corrected = correct[0] * last + correct[1] * clean + correct[2] * before + correct[3] * older
+            x = jnp.where(correct[0] > 0, corrected, x)
+        following = predict[0] * x + predict[1] * clean + predict[2] * before
+        return (following, x, clean, before), None
+
+    zeros = jnp.zeros_like(noise)
+    rows = (solver.timesteps, solver.sigmas[:-1], corrector, predictor)
+    (x, *_), _ = jax.lax.scan(step, (noise, zeros, zeros, zeros), jax.tree.map(jnp.asarray, rows))
+    return x
 
 
 def euler(flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, shift: float, steps: int) -> jax.Array:

@@ -9,8 +9,11 @@ import sys
 
 import jax
 
-from tests.goldens.cases import CASES
+from tests.goldens import cases, cases_inference
 from tests.goldens.folder import Folder, Result
+
+# file name -> the function that compares it
+CASES = {**cases.CASES, **cases_inference.CASES}
 
 
 def run(path, prefixes=(), report=print) -> tuple[int, int, list[str]]:

@@ -1,0 +1,99 @@
+"""Causal diffusion: the video comes chunk by chunk, each chunk in many guided solver steps.
+
+Source: official `CausalDiffusionInferencePipeline`. Prompt and negative prompt run as one batch of twice the size, so
+they share the cache's bookkeeping and every forward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sf_jax import rollout as ro
+from sf_jax.diffusion.solvers import Solver, guided, integrate
+from sf_jax.models import attention
+from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.wan import KeysValues, WanTransformer
+
+
+def guided_chunk(
+    model: WanTransformer,
+    config: ro.RolloutConfig,
+    params: dict,
+    text: KeysValues,
+    cache: KVCache,
+    noise: jax.Array,
+    start: jax.Array | int,
+    solver: Solver,
+    guidance: float,
+) -> tuple[KVCache, jax.Array]:
+    """Generates one chunk and writes it to the cache.
+
+    Args:
+      model: a causal network trained by diffusion or teacher forcing.
+      config: chunk, window and sink; its few steps are not used.
+      params: the network's parameters.
+      text: keys and values of B prompts, then of B negative prompts, from `encode_text`.
+      cache: of batch 2B, in the same order.
+      noise: [B, n, H, W, C].
+      start: first frame of the chunk; may be traced.
+      solver: how to integrate.
+      guidance: scale; 1 is the prompt alone.
+
+    Returns:
+      The new cache and the clean chunk [B, n, H, W, C].
+    """
+    layout = ro.chunk_layout(cache, config, start, noise.shape[1])
+
+    def flow(x, t):
+        t = jnp.full((2 * x.shape[0], 1), t, jnp.float32)
+        both = model.apply({"params": params}, jnp.concatenate([x, x]), t, text, layout, cache)
+        return guided(*jnp.split(both, 2), guidance)
+
+    clean = integrate(solver, flow, noise)
+    cache, _ = ro.write_chunk(model, config, params, text, cache, jnp.concatenate([clean, clean]), start)
+    return cache, clean
+
+
+def guided_rollout(
+    model: WanTransformer,
+    config: ro.RolloutConfig,
+    params: dict,
+    text: jax.Array,
+    negative: jax.Array,
+    noise: jax.Array,
+    solver: Solver,
+    guidance: float,
+    initial: jax.Array | None = None,
+) -> jax.Array:
+    """A whole video by causal diffusion.
+
+    Args:
+      model: see `guided_chunk`, as are `config`, `params`, `solver` and `guidance`.
+      config: see `guided_chunk`.
+      params: see `guided_chunk`.
+      text: prompt embeddings [B, S, text_dim].
+      negative: embeddings [B, S, text_dim] of the negative prompts.
+      noise: [B, F, H, W, C].
+      solver: see `guided_chunk`.
+      guidance: see `guided_chunk`.
+      initial: [B, I, H, W, C] clean latents to continue from.
+
+    Returns:
+      Clean latents [B, I + F, H, W, C].
+    """
+    batch, frames, height, width, _ = noise.shape
+    start = 0 if initial is None else initial.shape[1]
+    given, chunks = config.chunks(frames, start)
+    kv = model.apply({"params": params}, jnp.concatenate([text, negative]), method="encode_text")
+    cache = ro.empty_cache(model, config, 2 * batch, start + frames, height, width)
+    done = []
+    for first, last in attention.chunk_bounds(given) if given else ():
+        clean = initial[:, first:last]
+        cache, _ = ro.write_chunk(model, config, params, kv, cache, jnp.concatenate([clean, clean]), first)
+        done.append(clean)
+
+    def step(cache, noise, chunk, first, _):
+        del chunk
+        return guided_chunk(model, config, params, kv, cache, noise, first, solver, guidance)
+
+    _, clean = ro.run_chunks(step, cache, noise, chunks, start, jnp.zeros(len(chunks)))
+    return jnp.concatenate([*done, clean], axis=1)
