@@ -158,6 +158,8 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
         context_frames=jnp.maximum(cache.frames, 0),
         context_mask=kv_cache.visible(cache, start, start + size, config.window),
         pattern=attention.cached(size, cache.capacity),
+        # a ring's slots fill in order and are then all in the window; a full cache with a window has old frames to hide
+        mask_is_prefix=config.window is None or cache.capacity <= config.window - config.chunk,
     )
 
 

@@ -1,11 +1,16 @@
 """Attention, its patterns and the cache's bookkeeping."""
 
+import functools
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sf_jax.models import attention, kv_cache
+from sf_jax.models import attention, attention_kernels, kv_cache
 from tests.helpers import relative
 
 
@@ -28,14 +33,16 @@ def test_attend_equals_the_textbook_in_any_number_of_blocks(max_logits):
     q, k, v = qkv()
     mask = np.arange(7) != 2
     segments = [(k[:, :7], v[:, :7], jnp.asarray(mask)), (k[:, 7:], v[:, 7:], None)]
-    out = attention.attend(q, segments, max_logits)
+    out = attention.attend(q, segments, max_logits=max_logits)
     assert relative(out, plain(q, k, v, np.concatenate([mask, np.ones(5, bool)]))) < 1e-6
 
 
 def test_blocks_do_not_change_gradients():
     q, k, v = qkv()
     grads = [
-        jax.grad(lambda *a, m=m: jnp.sin(attention.attend(a[0], [(a[1], a[2], None)], m)).sum(), (0, 1, 2))(q, k, v)
+        jax.grad(lambda *a, m=m: jnp.sin(attention.attend(a[0], [(a[1], a[2], None)], max_logits=m)).sum(), (0, 1, 2))(
+            q, k, v
+        )
         for m in (1 << 20, 100)
     ]
     for one, two in zip(*grads, strict=True):
@@ -45,9 +52,59 @@ def test_blocks_do_not_change_gradients():
 def test_large_attention_never_holds_all_logits():
     shape = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
     compiled = (
-        jax.jit(lambda q, k, v: attention.attend(q, [(k, v, None)], 1 << 20)).lower(shape, shape, shape).compile()
+        jax.jit(lambda q, k, v: attention.attend(q, [(k, v, None)], max_logits=1 << 20))
+        .lower(shape, shape, shape)
+        .compile()
     )
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4  # half of the two heads' logits
+
+
+MASKS = {"none": None, "count": jnp.int32(5), "mask": jnp.arange(7) % 3 != 2}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_kernels_equal_the_plain_one(kind):
+    q, k, v = qkv()
+    segments = [(k[:, :7], v[:, :7], MASKS[kind]), (k[:, 7:], v[:, 7:], None)]
+    splash = functools.partial(attention_kernels.splash_attention, interpret=True)
+    # what cuDNN is given, computed by XLA; it takes no masks
+    lengths = functools.partial(attention_kernels.cudnn, implementation="xla")
+    for kernel in (splash,) if kind == "mask" else (splash, lengths):
+        for run in (lambda f, q: f(q, segments), lambda f, q: jax.grad(lambda q: (f(q, segments) ** 2).sum())(q)):
+            assert relative(run(kernel, q), run(lambda *a: attention.attend(*a, "xla"), q)) < 2e-6
+
+
+def test_splash_runs_on_every_devices_share():
+    code = """
+import functools, jax, jax.numpy as jnp
+from sf_jax.config import MeshConfig
+from sf_jax.models import attention, attention_kernels
+from sf_jax.training.sharding import make_mesh
+q, k, v = (jax.random.normal(key, (4, 12, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
+segments = [(k, v, jnp.int32(9))]
+with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    out = jax.jit(functools.partial(attention_kernels.splash_attention, interpret=True))(q, segments)
+print(out.sharding.spec, float(jnp.abs(out - attention.attend(q, segments, "xla")).max()) < 1e-6)
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "(('data', 'fsdp'), None, 'tensor'" in done.stdout and "True" in done.stdout, done
+
+
+def test_cudnn_equals_the_plain_one():
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs an NVIDIA GPU")
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(256, 512))
+    segments = [(k[:, :256], v[:, :256], jnp.int32(100)), (k[:, 256:], v[:, 256:], None)]
+    assert relative(attention.attend(q, segments, "cudnn"), attention.attend(q, segments, "xla")) < 1e-2
+
+
+def test_bad_choices_of_an_implementation_are_refused():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="attention is 'flash': it must be one of auto, xla, cudnn, splash"):
+        attention.attend(q, [(k, v, None)], "flash")
+    with pytest.raises(ValueError, match="attention is 'cudnn' with float32 heads of 8"):
+        attention.attend(q, [(k, v, None)], "cudnn")
 
 
 def test_patterns_show_what_they_should():

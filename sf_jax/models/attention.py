@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sf_jax.models import attention_kernels
+
 Range = tuple[int, int]
+Segment = tuple[jax.Array, jax.Array, jax.Array | None]
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # Logits of one query block, in elements: above this the queries are processed in blocks, one after the other.
 MAX_LOGITS = 1 << 25
 
@@ -166,27 +170,52 @@ def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
     return tuple(merged)
 
 
+def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> str:
+    """The implementation that "auto" stands for: the backend's own where it takes this call, else "xla"."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+    backend = jax.default_backend()
+    if implementation == "cudnn" and (backend != "gpu" or not attention_kernels.can_cudnn(q, segments)):
+        raise ValueError(
+            f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {backend}: it needs an NVIDIA GPU, "
+            "bfloat16, heads of at most 128 and no window in a full cache; 'auto' takes another where it cannot be"
+        )
+    if implementation != "auto":
+        return implementation
+    if backend == "gpu" and attention_kernels.can_cudnn(q, segments):
+        return "cudnn"
+    return "splash" if backend == "tpu" and q.shape[-1] % attention_kernels.LANES == 0 else "xla"
+
+
 def attend(
     q: jax.Array,
-    segments: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]],
+    segments: Sequence[Segment],
+    implementation: str = "auto",
     max_logits: int = MAX_LOGITS,
 ) -> jax.Array:
     """Softmax attention of `q` over the keys of several segments together.
 
-    Logits and softmax are float32. The queries are processed in blocks once the logits exceed `max_logits` elements,
-    each block recomputed in the backward pass, so nothing of size T x T is kept.
+    Logits and softmax are float32, and nothing of size T x T is kept: "xla" processes the queries in blocks once the
+    logits exceed `max_logits` elements and recomputes each block in the backward pass; the kernels never have them.
 
     Args:
       q: [B, T, N, D] queries, any float dtype.
-      segments: (k [B, S, N, D], v [B, S, N, D], mask bool [S] or None) each; at least one key must be visible.
-      max_logits: largest number of logits held at once.
+      segments: (k [B, S, N, D], v [B, S, N, D], mask) each; the mask is None, bool [S], or an int32 scalar n for the
+        first n keys. At least one key must be visible.
+      implementation: "xla" (any device), "cudnn" (GPU, 16 bit), "splash" (TPU) or "auto".
+      max_logits: largest number of logits that "xla" holds at once.
 
     Returns:
       [B, T, N, D], dtype of `q`.
     """
+    chosen = choose(implementation, q, segments)
+    if chosen == "cudnn":
+        return attention_kernels.cudnn(q, segments)
+    if chosen == "splash":
+        return attention_kernels.splash_attention(q, segments)
     batch, length, heads, dim = q.shape
     q = (q * dim**-0.5).transpose(0, 2, 1, 3)
-    segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask) for k, v, mask in segments)
+    segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)
     keys = sum(k.shape[-1] for k, _, _ in segments)
     blocks = -(-batch * heads * length * keys // max_logits)
     if blocks == 1:
@@ -196,6 +225,11 @@ def attend(
     padded = padded.reshape(batch, heads, -1, size, dim).transpose(2, 0, 1, 3, 4)
     out = jax.lax.map(jax.checkpoint(lambda block: _attend_block(block, segments)), padded)
     return _unblock(out)[:, :length]
+
+
+def _mask(k, mask):
+    """A mask or a count of keys as a mask."""
+    return mask if mask is None or mask.ndim else jnp.arange(k.shape[1]) < mask
 
 
 def _unblock(out: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ class WanConfig:
       patch: latent (frames, rows, columns) of one token; frames must be 1.
       eps: epsilon of all norms.
       dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are float32 always.
+      attention: "xla", "cudnn" (GPU), "splash" (TPU), or "auto" for what the device has.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
     """
 
@@ -55,6 +56,7 @@ class WanConfig:
     eps: float = 1e-6
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         """Refuses sizes that the network cannot have."""
@@ -70,6 +72,10 @@ class WanConfig:
             raise ValueError(f"patch is {self.patch}: its first entry (frames) must be 1")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}: it must be one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in attention.IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention is {self.attention!r}: it must be one of {', '.join(attention.IMPLEMENTATIONS)}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}: it must be float32 or bfloat16")
 
@@ -125,6 +131,7 @@ class Layout:
       frames: int [F], positions of the own frames (numpy where static).
       context_frames: int [S], positions of the context's frames, or None without context.
       context_mask: bool [S] of usable context frames, or None where all are.
+      mask_is_prefix: whether the usable context frames are the first ones (static); kernels then need no mask.
       pattern: which own and context frames each query frame sees (static).
       straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
         their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
@@ -135,6 +142,7 @@ class Layout:
     context_mask: jax.Array | None = None
     pattern: attention.Pattern = flax.struct.field(pytree_node=False, default=())
     straight_through: int | None = flax.struct.field(pytree_node=False, default=None)
+    mask_is_prefix: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def bidirectional_layout(frames: int) -> Layout:
@@ -153,6 +161,8 @@ class _Shared:
     pattern: attention.Pattern = flax.struct.field(pytree_node=False)
     tokens: int = flax.struct.field(pytree_node=False)
     straight_through: int | None = flax.struct.field(pytree_node=False)
+    mask_is_prefix: bool = flax.struct.field(pytree_node=False)
+    implementation: str = flax.struct.field(pytree_node=False)
     return_kv: bool = flax.struct.field(pytree_node=False)
 
 
@@ -228,7 +238,7 @@ class Block(nn.Module):
         y = self.self_attn.output(_pattern_attention(q, k, v, context, shared))
         x = x + by_frame(y, lambda s: s * gate1[:, :, None])
         q = self.cross_attn.queries(self.norm3(x))
-        x = x + self.cross_attn.output(attention.attend(q, [(text.k, text.v, None)]))
+        x = x + self.cross_attn.output(attention.attend(q, [(text.k, text.v, None)], shared.implementation))
         y = self.ffn_out(nn.gelu(self.ffn_in(modulated(x, shift2, scale2)), approximate=True))
         x = x + by_frame(y, lambda s: s * gate2[:, :, None])
         return x, KeysValues(k, v) if shared.return_kv else None
@@ -239,7 +249,9 @@ def _pattern_attention(q, k, v, context, shared):
     tokens = shared.tokens
     own_k = rope.rotate(k, shared.own_rotation)
     q = rope.rotate(q, shared.own_rotation)
-    mask = None if shared.context_mask is None else jnp.repeat(shared.context_mask, tokens)
+    mask = shared.context_mask
+    if mask is not None:
+        mask = mask.sum(dtype=jnp.int32) * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)
     if context is not None:
         context_k, context_v = context.k.astype(k.dtype), context.v.astype(v.dtype)
         if shared.straight_through is not None:
@@ -251,13 +263,20 @@ def _pattern_attention(q, k, v, context, shared):
         segments = []
         for start, stop in group.context:
             part = slice(start * tokens, stop * tokens)
-            segments.append((context_k[:, part], context_v[:, part], None if mask is None else mask[part]))
+            segments.append((context_k[:, part], context_v[:, part], _part_of_mask(mask, part)))
         for start, stop in group.own:
             part = slice(start * tokens, stop * tokens)
             segments.append((own_k[:, part], v[:, part], None))
         start, stop = group.queries
-        outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments))
+        outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments, shared.implementation))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _part_of_mask(mask, part):
+    """The mask (or count of visible keys) of a slice of the context."""
+    if mask is None or mask.ndim:
+        return None if mask is None else mask[part]
+    return jnp.clip(mask - part.start, 0, part.stop - part.start)
 
 
 def _straight_through(context, own, start):
@@ -351,6 +370,8 @@ class WanTransformer(nn.Module):
             pattern=layout.pattern,
             tokens=grid[0] * grid[1],
             straight_through=layout.straight_through,
+            mask_is_prefix=layout.mask_is_prefix,
+            implementation=config.attention,
             return_kv=return_kv,
         )
         h, kv = self.blocks(

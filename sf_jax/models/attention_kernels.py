@@ -1,0 +1,97 @@
+"""Fused attention of the vendors: cuDNN's on GPUs, Splash on TPUs. `attention.attend` is the entry."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec
+
+LANES = 128
+# Keys and values are read in blocks of this many; queries in blocks of at most as many.
+BLOCK = 512
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
+
+
+def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
+    """Whether cuDNN's kernel takes this call: 16-bit numbers, a head of at most 128, key counts instead of masks."""
+    counted = sum(mask is not None for _, _, mask in segments)
+    masked = any(mask is not None and mask.ndim for _, _, mask in segments)
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] <= LANES and q.shape[-1] % 8 == 0 and counted <= 1 and not masked
+
+
+def cudnn(q: jax.Array, segments: Sequence[tuple], implementation: str = "cudnn") -> jax.Array:
+    """Attention by `jax.nn.dot_product_attention`; arguments as in `attention.attend`.
+
+    Only the counted keys are read: they come last, and the kernel is given the number of keys as a length.
+    """
+    segments = sorted(segments, key=lambda segment: segment[2] is not None)
+    k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
+    count = segments[-1][2]
+    lengths = None
+    if count is not None:
+        whole = sum(k.shape[1] for k, _, _ in segments[:-1])
+        lengths = jnp.full((q.shape[0],), whole + count, jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+
+
+def splash_attention(q: jax.Array, segments: Sequence[tuple], interpret: bool = False) -> jax.Array:
+    """Attention by the Splash kernel; arguments as in `attention.attend`.
+
+    Lengths are padded to the kernel's blocks and heads to its 128 lanes; what is padded or masked has another segment
+    id than the queries. Under a mesh (`jax.set_mesh`) the kernel runs on every device's share of batch and heads.
+    """
+    k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
+    hidden = jnp.concatenate([_hidden(k.shape[1], mask) for k, _, mask in segments])
+
+    def local(q, k, v, hidden):
+        return _splash_local(q, k, v, hidden, interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, hidden)
+    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    split = math.prod(mesh.shape[axis] for axis in batch)
+    batch = batch if batch and q.shape[0] % split == 0 else None
+    heads = HEAD_AXIS if q.shape[2] % mesh.shape.get(HEAD_AXIS, q.shape[2] + 1) == 0 else None
+    spec = PartitionSpec(batch, None, heads, None)
+    specs = (spec, spec, spec, PartitionSpec(None))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, hidden)
+
+
+def _hidden(length, mask):
+    """int32 [length]: 1 for the keys that nobody sees."""
+    if mask is None:
+        return jnp.zeros(length, jnp.int32)
+    visible = mask if mask.ndim else jnp.arange(length) < mask
+    return 1 - visible.astype(jnp.int32)
+
+
+def _splash_local(q, k, v, hidden, interpret):
+    batch, length, heads, dim = q.shape
+    block = min(BLOCK, -(-length // LANES) * LANES)
+    rows, columns = -length % block, -k.shape[1] % BLOCK
+    q, k, v = (_padded(x, n) for x, n in ((q * dim**-0.5, rows), (k, columns), (v, columns)))
+    ids = splash.SegmentIds(jnp.zeros(length + rows, jnp.int32), jnp.pad(hidden, (0, columns), constant_values=1))
+    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((q.shape[2], k.shape[2]))] * heads)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=BLOCK,
+        block_q_dkv=block,
+        block_kv_dkv=BLOCK,
+        block_kv_dkv_compute=BLOCK,
+        block_q_dq=block,
+        block_kv_dq=BLOCK,
+    )
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, ids)
+    return out[:, :, :length, :dim].transpose(0, 2, 1, 3)
+
+
+def _padded(x, tokens):
+    """[B, T, N, D] to [B, N, T + tokens, D'] with D' a multiple of the lanes."""
+    x = x.transpose(0, 2, 1, 3)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, tokens), (0, -x.shape[-1] % LANES)))
