@@ -1,7 +1,7 @@
 """Causal diffusion: the video comes chunk by chunk, each chunk in many guided solver steps.
 
-Source: official `CausalDiffusionInferencePipeline`. Prompt and negative prompt run as one batch of twice the size, so
-they share the cache's bookkeeping and every forward pass.
+Source: official `CausalDiffusionInferencePipeline`. Prompts and negative prompts run as one batch of twice the
+size, side by side, so that they share every forward pass and a pair stays on its device.
 """
 
 import jax
@@ -31,7 +31,7 @@ def guided_chunk(
       model: a causal network trained by diffusion or teacher forcing.
       config: chunk, window and sink; its few steps are not used.
       params: the network's parameters.
-      text: keys and values of B prompts, then of B negative prompts, from `encode_text`.
+      text: keys and values from `encode_text`, of 2B prompts: each is followed by its negative prompt.
       cache: of batch 2B, in the same order.
       noise: [B, n, H, W, C].
       start: first frame of the chunk; may be traced.
@@ -45,11 +45,11 @@ def guided_chunk(
 
     def flow(x, t):
         t = jnp.full((2 * x.shape[0], 1), t, jnp.float32)
-        both = model.apply({"params": params}, jnp.concatenate([x, x]), t, text, layout, cache)
-        return guided(*jnp.split(both, 2), guidance)
+        both = model.apply({"params": params}, jnp.repeat(x, 2, axis=0), t, text, layout, cache)
+        return guided(both[::2], both[1::2], guidance)
 
     clean = integrate(solver, flow, noise)
-    cache, _ = ro.write_chunk(model, config, params, text, cache, jnp.concatenate([clean, clean]), start)
+    cache, _ = ro.write_chunk(model, config, params, text, cache, jnp.repeat(clean, 2, axis=0), start)
     return cache, clean
 
 
@@ -83,12 +83,13 @@ def guided_rollout(
     batch, frames, height, width, _ = noise.shape
     start = 0 if initial is None else initial.shape[1]
     given, chunks = config.chunks(frames, start)
-    kv = model.apply({"params": params}, jnp.concatenate([text, negative]), method="encode_text")
+    pairs = jnp.stack([text, negative], axis=1).reshape(2 * batch, *text.shape[1:])
+    kv = model.apply({"params": params}, pairs, method="encode_text")
     cache = ro.empty_cache(model, config, 2 * batch, start + frames, height, width)
     done = []
     for first, last in attention.chunk_bounds(given) if given else ():
         clean = initial[:, first:last]
-        cache, _ = ro.write_chunk(model, config, params, kv, cache, jnp.concatenate([clean, clean]), first)
+        cache, _ = ro.write_chunk(model, config, params, kv, cache, jnp.repeat(clean, 2, axis=0), first)
         done.append(clean)
 
     def step(cache, noise, chunk, first, _):

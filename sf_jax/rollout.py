@@ -230,32 +230,51 @@ def generate_chunk(
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
     """
-    frozen, frozen_text = jax.lax.stop_gradient((params, text))
-    timesteps = jnp.asarray(config.timesteps, jnp.float32)
+    frozen = jax.lax.stop_gradient((params, text))
     layout = chunk_layout(cache, config, start, noise.shape[1])
     past = jax.lax.stop_gradient(cache)
-
-    def denoise(step, x):
-        clean, _ = _predict(model, config, frozen, x, timesteps[step], frozen_text, layout, past)
-        return config.schedule.add_noise(clean, draw("renoise", chunk, step, x.shape), timesteps[step + 1])
-
-    x = jax.lax.stop_gradient(jax.lax.fori_loop(0, exit_step, denoise, noise))
-    if differentiate is None:
-        clean, _ = _predict(model, config, frozen, x, timesteps[exit_step], frozen_text, layout, past)
-    else:
+    kv, clean, x = _denoise(model, config, *frozen, past, layout, jax.lax.stop_gradient(noise), chunk, exit_step, draw)
+    if differentiate is not None:
+        t = jnp.asarray(config.timesteps, jnp.float32)[exit_step]
         seen = cache if differentiate == "straight_through" else past
-        clean, noisy_kv = _predict(model, config, params, x, timesteps[exit_step], text, layout, seen)
+        clean, noisy_kv = _predict(model, config, params, x, t, text, layout, seen)
         clean = jnp.where(live, clean, jax.lax.stop_gradient(clean))
-    context = _context_input(config, jax.lax.stop_gradient(clean), draw, chunk)
-    written, kv = write_chunk(model, config, frozen, frozen_text, past, context, start, config.context_timestep)
     if differentiate == "straight_through":
 
         def pass_gradient(value, noisy):
             return value + jnp.where(live, noisy - jax.lax.stop_gradient(noisy), 0)
 
-        kv = jax.tree.map(pass_gradient, jax.lax.stop_gradient(kv), noisy_kv)
-        written = kv_cache.write(cache, kv.k, kv.v, start)
-    return written, clean, x
+        kv = jax.tree.map(pass_gradient, kv, noisy_kv)
+    else:
+        cache = past
+    return kv_cache.write(cache, kv.k, kv.v, start), clean, x
+
+
+def _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw):
+    """All calls of the network for one chunk, without gradient, in one loop: one copy of the network is compiled.
+
+    The calls are the denoising steps up to the exit step, then the clean pass. Returns the clean pass's keys and
+    values, the clean chunk and the exit step's input.
+    """
+    timesteps = jnp.asarray([*config.timesteps, config.context_timestep], jnp.float32)
+
+    def call(step, carry):
+        clean, x, _ = carry
+        kind = (step > 0).astype(jnp.int32) + (step > exit_step)
+        inputs = (
+            lambda: noise,
+            lambda: config.schedule.add_noise(clean, draw("renoise", chunk, step - 1, noise.shape), timesteps[step]),
+            lambda: _context_input(config, clean, draw, chunk),
+        )
+        now = jax.lax.switch(kind, inputs)
+        t = jnp.where(step > exit_step, timesteps[-1], timesteps[step])
+        predicted, kv = _predict(model, config, params, now, t, text, layout, cache)
+        return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
+
+    kv = jax.eval_shape(lambda: _predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
+    clean, x, kv = jax.lax.fori_loop(0, exit_step + 2, call, (jnp.zeros_like(noise), noise, empty))
+    return jax.lax.stop_gradient((kv, clean, x))
 
 
 def rollout(

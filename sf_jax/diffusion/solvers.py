@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,42 @@ def _correct(sigma, log_ratio, i, order):
     return sigma[i + 1] / sigma[i], slope_after, -alpha * grow - slope_before - slope_after, slope_before
 
 
+@flax.struct.dataclass
+class SolverState:
+    """Where a solver is.
+
+    Attributes:
+      x: the sample at the next noise level, float32 [B, F, H, W, C].
+      last: the (corrected) sample of the step before.
+      clean: the last two clean predictions, newest first.
+    """
+
+    x: jax.Array
+    last: jax.Array
+    clean: tuple[jax.Array, jax.Array]
+
+
+def start(noise: jax.Array) -> SolverState:
+    """The state before the first step."""
+    zeros = jnp.zeros_like(noise)
+    return SolverState(noise, zeros, (zeros, zeros))
+
+
+def rows(solver: Solver) -> tuple[np.ndarray, ...]:
+    """What each step needs to know, float32: timestep [steps], sigma [steps], weights [steps, 4] and [steps, 3]."""
+    return (solver.timesteps, solver.sigmas[:-1], *solver.weights())
+
+
+def step(state: SolverState, row: tuple, flow: Callable[[jax.Array, jax.Array], jax.Array]) -> SolverState:
+    """One step with its entry of `rows`; `flow` is called with the sample and the timestep."""
+    t, sigma, correct, predict = row
+    clean, before = state.x - sigma * flow(state.x, t), state.clean
+    corrected = correct[0] * state.last + correct[1] * clean + correct[2] * before[0] + correct[3] * before[1]
+    x = jnp.where(correct[0] > 0, corrected, state.x)
+    following = predict[0] * x + predict[1] * clean + predict[2] * before[0]
+    return SolverState(following, x, (clean, before[0]))
+
+
 def integrate(solver: Solver, flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array) -> jax.Array:
     """Solves from noise to clean.
 
@@ -118,23 +155,8 @@ def integrate(solver: Solver, flow: Callable[[jax.Array, jax.Array], jax.Array],
     Returns:
       The clean latents, float32 [B, F, H, W, C].
     """
-    corrector, predictor = solver.weights()
-    uses_corrector = bool(np.any(corrector))
-
-    def step(carry, row):
-        x, last, before, older = carry
-        t, sigma, correct, predict = row
-        clean = x - sigma * flow(x, t)
-        if uses_corrector:
-            corrected = correct[0] * last + correct[1] * clean + correct[2] * before + correct[3] * older
-            x = jnp.where(correct[0] > 0, corrected, x)
-        following = predict[0] * x + predict[1] * clean + predict[2] * before
-        return (following, x, clean, before), None
-
-    zeros = jnp.zeros_like(noise)
-    rows = (solver.timesteps, solver.sigmas[:-1], corrector, predictor)
-    (x, *_), _ = jax.lax.scan(step, (noise, zeros, zeros, zeros), jax.tree.map(jnp.asarray, rows))
-    return x
+    table = jax.tree.map(jnp.asarray, rows(solver))
+    return jax.lax.scan(lambda state, row: (step(state, row, flow), None), start(noise), table)[0].x
 
 
 def euler(flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, shift: float, steps: int) -> jax.Array:
@@ -151,12 +173,12 @@ def euler(flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, s
     """
     sigmas = jnp.append(jnp.asarray(FlowSchedule(shift, steps).sigmas), 0.0)
 
-    def step(x, i):
+    def one(x, i):
         t = jnp.full((x.shape[0], 1), 1000.0) * sigmas[i]
         following = x + (sigmas[i + 1] - sigmas[i]) * flow(x, t)
         return following, following
 
-    _, rest = jax.lax.scan(step, noise, jnp.arange(steps))
+    _, rest = jax.lax.scan(one, noise, jnp.arange(steps))
     return jnp.concatenate([noise[None], rest])
 
 
