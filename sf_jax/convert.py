@@ -1,19 +1,69 @@
-"""Rewrites a weight file in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
+"""Rewrites weight files: other tensor names, another number type, another container.
 
+Names between the official code, diffusers and transformers, tensor by tensor and bit by bit:
+`python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --output=diffusion_pytorch_model.safetensors --to=diffusers`.
+The input is a safetensors file, a folder (or the index) of shards or a .pt file; what it is, is recognised. `--part`
+chooses from a checkpoint of several networks, and names the network in a `.pt` output:
+`python -m sf_jax.convert --input=self_forcing_dmd.pt --output=student.safetensors --part=generator_ema`.
+
+Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
 This is how the weights that the package ships were made from those that training left.
 """
 
 import sys
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 from absl import app, flags, logging
 
 from sf_jax.files import check_writable
+from sf_jax.weights import load
+from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.package import load_package, save_package
+from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
+from sf_jax.weights.safetensors_io import write_safetensors
+from sf_jax.weights.tensors import TensorFile
+from sf_jax.weights.torch_io import PARTS, write_torch
 
-_INPUT = flags.DEFINE_string("input", None, "File that sf_jax.train wrote")
-_OUTPUT = flags.DEFINE_string("output", None, "File to write")
-_DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Type of the numbers")
+_DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+_INPUT = flags.DEFINE_string("input", None, "Weight file, or folder of shards")
+_OUTPUT = flags.DEFINE_string("output", None, "File to write: .safetensors, or .pt (which needs PyTorch)")
+_TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")
+_PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
+)
+
+
+def _convert(tensors: TensorFile, output: Path) -> str:
+    """Writes the tensors as the flags say; returns what it did."""
+    guess = recognise(tensors.shapes, tensors.metadata)
+    if guess.kind == "package":
+        # Its tensors have the official names; what else its header says is lost with it.
+        guess = recognise(tensors.shapes)
+    if guess.kind == "unknown":
+        raise ValueError(f"{tensors.path}: this is a {guess.title}")
+    naming = _TO.value or guess.naming
+    if naming not in NAMINGS[guess.kind]:
+        raise ValueError(f"to is {naming!r}: for a {guess.title} it must be one of {', '.join(NAMINGS[guess.kind])}")
+    source, target = (entries_of(guess.kind, guess.config, name) for name in (guess.naming, naming))
+    tensors = load.normalised(tensors, [entry.name for entry in source])
+    load.check(source, tensors, param_shapes_of(guess.kind, guess.config), guess.title)
+    tensors = load.translated(source, target, tensors)
+    if _DTYPE.value:
+        tensors = tensors.astype(_DTYPES[_DTYPE.value])
+    if output.suffix in TORCH_SUFFIXES:
+        part = _PART.value or tensors.part
+        # In the official checkpoints of several networks a transformer sits in a wrapper that calls it `model`.
+        prefix = "model." if part and guess.kind == "transformer" and naming == "official" else ""
+        write_torch(output, tensors.renamed({prefix + name: name for name in tensors}), part)
+    else:
+        # Readers of PyTorch's world refuse files without this entry.
+        write_safetensors(output, tensors, {"format": "pt"})
+    part = f" ({tensors.part})" if tensors.part else ""
+    return f"{guess.title}{part}, {len(tensors)} tensors, {guess.naming} -> {naming}"
 
 
 def main(arguments: list[str]) -> None:
@@ -23,11 +73,22 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         output = Path(_OUTPUT.value)
+        if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
+            raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
         check_writable(output.parent, "output")
-        save_package(output, load_package(_INPUT.value), _DTYPE.value)
+        to_torch = output.suffix in TORCH_SUFFIXES
+        with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
+            if "sf_jax" in tensors.metadata and _TO.value is None and not to_torch:
+                dtype = _DTYPE.value or "float16"
+                if dtype == "bfloat16":
+                    raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
+                save_package(output, load_package(_INPUT.value), dtype)
+                done = "package of sf_jax"
+            else:
+                done = _convert(tensors, output)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+        sys.exit("error: " + " ".join(str(error).split()))
+    print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

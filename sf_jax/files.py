@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and folders that can be written."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
       ValueError: The folder cannot be written.
+      OSError: The disk is full.
     """
     path = Path(path)
     check_writable(path.parent, "path")
@@ -54,5 +56,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"cannot write {path}: the disk is full, make room or choose another folder") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)

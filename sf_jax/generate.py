@@ -1,79 +1,102 @@
-"""Generates videos: `python -m sf_jax.generate --prompt="a 7 moving left, fast"`.
+"""Video from a prompt.
 
-Without arguments it uses the shipped student of moving digits. Writes an mp4, a GIF and a contact sheet per prompt.
+    python -m sf_jax.generate --prompt="a 7 moving left, fast"
+    python -m sf_jax.generate --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --prompt="a cat in the snow"
+
+Without --model, the shipped student of moving digits; with it, Wan2.1 and what was distilled from it. Writes an mp4 per
+video and a contact sheet while later chunks are still being made.
 """
 
-import re
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
+import jax
 from absl import app, flags, logging
 
-from sf_jax import files
-from sf_jax.inference import video_io
-from sf_jax.inference.pipeline import Pipeline, load_pipeline
+from sf_jax.diffusion.solvers import SOLVERS
+from sf_jax.inference import digits_job, wan_job
 
-_PROMPT = flags.DEFINE_string("prompt", "a 3 moving up and right, slowly", "What to show")
+_PROMPT = flags.DEFINE_string("prompt", None, "What to show")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file with a prompt a line, instead of --prompt")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "Weights that sf_jax.train wrote; 'teacher' is the shipped teacher; default: the shipped student",
+    "Digits: weights that sf_jax.train wrote, or 'teacher' (default: the shipped student). "
+    "Wan: weights of a causal network, .pt or .safetensors (default: the bidirectional one of --model)",
 )
-_FRAMES = flags.DEFINE_integer("frames", None, "Latent frames (default: 48 for a student, its own for a teacher)")
+_FRAMES = flags.DEFINE_integer("frames", None, "Frames of the video (digits: 48; Wan: 81, 1 + a multiple of 4)")
 _SAMPLES = flags.DEFINE_integer("num_samples", 1, "Videos per prompt", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise", lower_bound=0)
-_GUIDANCE = flags.DEFINE_float("guidance", None, "A teacher's guidance scale")
-_FPS = flags.DEFINE_float("fps", 12.0, "Frames per second of the files", lower_bound=1.0, upper_bound=50.0)
-_SCALE = flags.DEFINE_integer("scale", 12, "Enlargement of the pixels", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale of a teacher or of many steps (Wan: 6)")
+_FPS = flags.DEFINE_float("fps", None, "Frames per second of the files (digits: 12; Wan: 16)", 1.0, 50.0)
 _OUT = flags.DEFINE_string("out", "out", "Folder for the files")
+_SCALE = flags.DEFINE_integer("scale", digits_job.SCALE, "Digits: enlargement of the pixels", lower_bound=1)
+
+_MODEL = flags.DEFINE_string("model", None, "Wan: model folder, official or of diffusers")
+# Wan's flags whose names are fields of `wan_job.Job`; None means that the job's default stands.
+_WAN = {
+    "part": flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model"),
+    "height": flags.DEFINE_integer("height", None, "Rows of pixels, a multiple of 16 (480)"),
+    "width": flags.DEFINE_integer("width", None, "Columns of pixels, a multiple of 16 (832)"),
+    "image": flags.DEFINE_string("image", None, "First frame (the network needs to know lone first frames)"),
+    "video": flags.DEFINE_string("video", None, "Video to extend; --frames counts its frames too"),
+    "solver": flags.DEFINE_enum("solver", None, ["few", *SOLVERS], "Few steps (default) or a many-step solver"),
+    "steps": flags.DEFINE_integer("steps", None, "Steps of the solver (50)", lower_bound=1),
+    "shift": flags.DEFINE_float("shift", None, "Shift of the schedule (5; bidirectional 8)"),
+    "negative_prompt": flags.DEFINE_string("negative_prompt", None, "What many steps are guided away from"),
+    "denoising_steps": flags.DEFINE_list("denoising_steps", None, "The few steps (1000,750,500,250)"),
+    "chunk": flags.DEFINE_integer("chunk", None, "Latent frames generated together (3)", lower_bound=1),
+    "window": flags.DEFINE_integer("window", None, "Latent frames that a chunk sees, itself included (all)"),
+    "sink": flags.DEFINE_integer("sink", None, "First latent frames that stay visible in a window (0)"),
+    "vae": flags.DEFINE_enum("vae", None, list(wan_job.DECODERS), "Decoder (wan)"),
+    "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Numbers (bfloat16; float32 on a CPU)"),
+    "save_latents": flags.DEFINE_bool("save_latents", None, "Write latents, .npy float32 [F, H, W, C], too"),
+    "vbench_names": flags.DEFINE_bool("vbench_names", None, "Name the files prompt-index.mp4"),
+}
 
 
 def _prompts() -> list[str]:
     """The prompts of the command line."""
     if _PROMPTS.value is None:
-        return [_PROMPT.value]
+        return [_PROMPT.value if _PROMPT.value is not None else "a 3 moving up and right, slowly"]
+    if _PROMPT.value is not None:
+        raise ValueError("prompt and prompts are both given: choose one")
     try:
-        lines = [line.strip() for line in Path(_PROMPTS.value).read_text().splitlines()]
-    except OSError as error:
-        raise ValueError(f"prompts: cannot read {_PROMPTS.value} ({error.strerror})") from error
+        lines = [line.strip() for line in Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"prompts: cannot read {_PROMPTS.value} ({reason})") from error
     lines = [line for line in lines if line]
     if not lines:
         raise ValueError(f"prompts: {_PROMPTS.value} holds no prompt: give one a line")
     return lines
 
 
-def _name(prompt: str, sample: int, samples: int) -> str:
-    """A file name made of the prompt."""
-    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_") or "empty"
-    return words if samples == 1 else f"{words}_{sample}"
+def _digits() -> list[Path]:
+    given = [name for name, flag in _WAN.items() if flag.value is not None]
+    if given:
+        raise ValueError(f"{given[0]} is given without model: it is for Wan, whose folder --model names")
+    optional = {"frames": _FRAMES.value, "guidance": _GUIDANCE.value, "fps": _FPS.value}
+    optional = {name: value for name, value in optional.items() if value is not None}
+    common = {"num_samples": _SAMPLES.value, "seed": _SEED.value, "scale": _SCALE.value, "out": _OUT.value}
+    return digits_job.run(_prompts(), _CHECKPOINT.value, **optional, **common)
 
 
-def generate(pipe: Pipeline, prompts: list[str], names: list[str], frames: int, seed: int, out: Path) -> list[Path]:
-    """Streams the videos of all prompts together and writes their files; prints a line per chunk."""
-    began = time.perf_counter()
-    parts: list[np.ndarray] = []
-    for pixels in pipe.stream(prompts, frames, seed):
-        parts.append(pixels)
-        done, seconds = sum(p.shape[1] for p in parts), time.perf_counter() - began
-        print(f"chunk {len(parts)}: {done}/{frames} frames, {seconds:.2f} s", flush=True)
-        if len(parts) == 1:
-            first = seconds
-    total = time.perf_counter() - began
-    rate = f", then {(frames - parts[0].shape[1]) * len(prompts) / (total - first):.0f} frames/s" if parts[1:] else ""
-    print(f"first chunk after {first:.2f} s{rate}", flush=True)
-    videos = [video_io.upscale(video, _SCALE.value) for video in np.concatenate(parts, axis=1)]
-    written = []
-    for name, video in zip(names, videos, strict=True):
-        video_io.write_mp4(out / f"{name}.mp4", video, _FPS.value)
-        video_io.write_gif(out / f"{name}.gif", video, _FPS.value)
-        written += [out / f"{name}.mp4", out / f"{name}.gif"]
-    sheet = out / (f"{names[0]}.png" if len(names) == 1 else "contact_sheet.png")
-    small = np.concatenate(parts, axis=1)
-    video_io.write_png(sheet, video_io.contact_sheet(small, every=max(1, frames // 16), labels=prompts, factor=3))
-    return [*written, sheet]
+def _wan() -> list[Path]:
+    if _PROMPT.value is None and _PROMPTS.value is None:
+        raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
+    fields = {name: flag.value for name, flag in _WAN.items()}
+    fields |= {"frames": _FRAMES.value, "guidance": _GUIDANCE.value, "fps": _FPS.value}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if "denoising_steps" in fields:
+        try:
+            fields["denoising_steps"] = tuple(int(step) for step in fields["denoising_steps"])
+        except ValueError as error:
+            raise ValueError(f"denoising_steps is {','.join(fields['denoising_steps'])}: whole numbers only") from error
+    if jax.default_backend() == "cpu":
+        fields.setdefault("dtype", "float32")
+    common = {"num_samples": _SAMPLES.value, "seed": _SEED.value, "out": _OUT.value, "checkpoint": _CHECKPOINT.value}
+    return wan_job.run(wan_job.Job(model=_MODEL.value, prompts=tuple(_prompts()), **fields, **common))
 
 
 def main(arguments: list[str]) -> None:
@@ -82,15 +105,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f'unexpected argument {arguments[1]!r}: put prompts into --prompt="..."')
     try:
-        out = files.check_writable(_OUT.value)
-        pipe = load_pipeline(_CHECKPOINT.value, _GUIDANCE.value)
-        frames = _FRAMES.value if _FRAMES.value is not None else pipe.max_frames or 48
-        prompts = [prompt for prompt in _prompts() for _ in range(_SAMPLES.value)]
-        names = [_name(prompt, i % _SAMPLES.value, _SAMPLES.value) for i, prompt in enumerate(prompts)]
-        if len(set(names)) < len(names):
-            names = [f"{i:03d}_{name}" for i, name in enumerate(names)]
-        print(f"{pipe.package.kind}, {len(prompts)} x {frames} frames", flush=True)
-        written = generate(pipe, prompts, names, frames, _SEED.value, out)
+        written = _digits() if _MODEL.value is None else _wan()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("wrote", *written, sep="\n  ")

@@ -123,7 +123,7 @@ def test_official_names_round_trip_bit_by_bit():
     with pytest.raises(ValueError, match=r"1 tensors missing \['head.head.bias'\]"):
         transformer.from_official(tensors, SMALL, wan.param_shapes(SMALL))
     bad = transformer.to_official(params, SMALL) | {"head.head.bias": np.zeros(3)}
-    with pytest.raises(ValueError, match="head/bias is .3,., must be .16,."):
+    with pytest.raises(ValueError, match="head.head.bias is .3,., must be .16,."):
         transformer.from_official(bad, SMALL, wan.param_shapes(SMALL))
 
 

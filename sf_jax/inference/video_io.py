@@ -1,4 +1,4 @@
-"""Writing videos and images: mp4, gif, png and contact sheets.
+"""Reading and writing videos and images: mp4, gif, png and contact sheets.
 
 A file appears under its final name when it is complete, or not at all.
 """
@@ -14,7 +14,7 @@ from typing import IO
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sf_jax.files import replacing
 
@@ -30,6 +30,56 @@ def upscale(video: np.ndarray, factor: int) -> np.ndarray:
     if factor < 1:
         raise ValueError(f"factor: got {factor}, allowed: 1 or more")
     return np.asarray(video).repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
+    """Reads an image and fits it: scaled until it covers the frame, then cut to its middle.
+
+    Args:
+      path: The image, any format that Pillow reads; transparency becomes black.
+      height: Rows wanted.
+      width: Columns wanted.
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      ValueError: The file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image: cannot read {path} ({error}), allowed: an image file") from error
+    return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))
+
+
+def read_video(path: str | Path, height: int, width: int) -> np.ndarray:
+    """Reads a video and fits its frames as `read_image` does; its frame rate is kept as it is.
+
+    Args:
+      path: The video, any format that ffmpeg reads.
+      height: Rows wanted.
+      width: Columns wanted.
+
+    Returns:
+      uint8 [F, height, width, 3].
+
+    Raises:
+      ValueError: The file is missing or no video.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"video: {path} does not exist")
+    fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic,crop={width}:{height}"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path.absolute())]
+    command += ["-vf", fit, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True)
+    frames = len(done.stdout) // (height * width * 3)
+    if done.returncode or not frames:
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["it has no frames"])[-1]
+        raise ValueError(f"video: cannot read {path} ({reason}), allowed: a video file")
+    return np.frombuffer(done.stdout, np.uint8).reshape(frames, height, width, 3)
 
 
 class Mp4Writer:

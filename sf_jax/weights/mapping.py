@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -77,6 +78,24 @@ def by_leaf(entries: Sequence[Entry], names: Iterable[str] | None = None) -> dic
     return {path: [layers[i] for i in sorted(layers, key=lambda i: i or 0)] for path, layers in leaves.items()}
 
 
+def file_shapes(entries: Sequence[Entry], like: dict) -> dict[str, tuple[int, ...]]:
+    """The file's name -> the shape that the tensor has there, for a tree of our structure and shapes."""
+    shapes = {}
+    for entry in entries:
+        leaf = leaf_at(like, entry.path)
+        # One element, seen as the whole: only the shape is wanted.
+        ours = np.broadcast_to(np.int8(0), leaf.shape if entry.layer is None else leaf.shape[1:])
+        shapes[entry.name] = entry.layout.theirs(ours).shape
+    return shapes
+
+
+def leaf_at(tree: dict, path: Sequence[str]):
+    """The leaf at a path of a tree of dicts."""
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
 def to_params(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], like: dict, what: str, dtype=None) -> dict:
     """Our parameter tree from a file's tensors.
 
@@ -85,7 +104,7 @@ def to_params(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], like:
       tensors: name -> array; may read from a file only when asked, each tensor is asked for once.
       like: a tree of our structure and shapes (arrays or `ShapeDtypeStruct`).
       what: what the weights belong to, for messages.
-      dtype: type of the result; None keeps the file's.
+      dtype: type of the result; None keeps the file's (where the layers of a leaf differ, one that holds all of them).
 
     Returns:
       A tree like `like` of numpy arrays.
@@ -110,6 +129,8 @@ def to_params(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], like:
                 return np.ascontiguousarray(value, dtype or value.dtype)
             if out is None:
                 out = np.empty(shape.shape, dtype or value.dtype)
+            if dtype is None and value.dtype != out.dtype:
+                out = out.astype(jnp.promote_types(out.dtype, value.dtype), copy=False)
             out[i] = value
         return out
 
@@ -125,10 +146,7 @@ def to_tensors(entries: Sequence[Entry], params: dict, convert: Callable = np.as
     out = {}
     for entry in entries:
         if entry.path not in leaves:
-            leaf = params
-            for part in entry.path:
-                leaf = leaf[part]
-            leaves[entry.path] = convert(leaf)
+            leaves[entry.path] = convert(leaf_at(params, entry.path))
         leaf = leaves[entry.path]
         out[entry.name] = np.ascontiguousarray(entry.layout.theirs(leaf if entry.layer is None else leaf[entry.layer]))
     return out

@@ -8,13 +8,13 @@ import pathlib
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sf_jax.config import from_dict, to_dict
-from sf_jax.files import replacing
 from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import transformer
+from sf_jax.weights.load import file_tensors
+from sf_jax.weights.safetensors_io import write_safetensors
 
 SHIPPED = {"teacher": "digits_teacher.safetensors", "student": "digits_student.safetensors"}
 
@@ -46,13 +46,10 @@ class Package:
 
 def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float32") -> None:
     """Writes a package; the file appears under its name only when it is complete."""
-    path = pathlib.Path(path)
-    tensors = transformer.to_official(jax.device_get(package.params), package.config)
-    tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     header = to_dict(dataclasses.replace(package, params={}))
     header.pop("params")
-    with replacing(path) as unfinished:
-        save_file(tensors, unfinished, metadata={"sf_jax": json.dumps(header)})
+    tensors = file_tensors(transformer.entries(package.config), package.params).astype(dtype)
+    write_safetensors(path, tensors, {"sf_jax": json.dumps(header)})
 
 
 def shipped_path(kind: str) -> pathlib.Path:

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from sf_jax.models import umt5
+from sf_jax.models import streaming, umt5
+from sf_jax.models import vae as vae_model
 from sf_jax.weights import mapping
 from sf_jax.weights import umt5 as umt5_weights
-from tests.goldens.folder import Folder, Result, relative
+from sf_jax.weights import vae as vae_weights
+from tests.goldens.folder import Folder, Result, channels_last, relative
 
 
 def t5(folder: Folder) -> Iterator[Result]:
@@ -35,3 +37,33 @@ def t5(folder: Folder) -> Iterator[Result]:
     for key in sorted(key for key in arrays if key.startswith("rel_bucket_L")):
         table = umt5.position_buckets(len(arrays[key]), config.num_buckets, config.max_distance)
         yield Result(key, float((table != arrays[key]).sum()), 0.0, "pairs that differ")
+
+
+def vae(folder: Folder) -> Iterator[Result]:
+    """11: latents of a video and of its first frame, and pixels of latents, whole and by chunks."""
+    arrays, _ = folder.arrays("11_vae.npz")
+    tensors = load_file(folder.path / "weights_vae.safetensors")
+    config = vae_weights.vae_config_of({name: value.shape for name, value in tensors.items()})
+    model, like = vae_model.WanVae(config), vae_model.param_shapes(config)
+    params = mapping.to_params(vae_weights.entries(config), tensors, like, "video VAE", np.float32)
+    encode, decode = (
+        jax.jit(lambda params, x, method=method: model.apply({"params": params}, x, method=method))
+        for method in ("encode", "decode")
+    )
+    video = np.moveaxis(arrays["video"], 1, -1)
+    latents = encode(params, video)
+    yield Result("latents", relative(latents, channels_last(arrays["latent"])))
+    first = encode(params, video[:, :1])
+    yield Result("latents of the first frame", relative(first, channels_last(arrays["latent_first_frame_only"])))
+    pixels = np.asarray(decode(params, channels_last(arrays["z"])))
+    yield Result("pixels", relative(pixels, channels_last(arrays["decoded_unclamped"])))
+    again = np.clip(decode(params, latents), -1, 1)
+    yield Result("pixels of the latents, clipped", relative(again, channels_last(arrays["decode_roundtrip"])))
+    step = jax.jit(lambda params, cache, z: model.apply({"params": params}, cache, z, method="decode_chunk"))
+    z, parts = channels_last(arrays["z"]), []
+    cache = streaming.empty_decode_cache(model, z.shape[0], *z.shape[2:4])
+    for start, stop in ((0, 1), (1, 3), (3, z.shape[1])):
+        cache, part = step(params, cache, z[:, start:stop])
+        parts.append(np.asarray(part))
+    differ = float((np.concatenate(parts, axis=1) != pixels).sum())
+    yield Result("pixels by chunks", differ, 0.0, "values that differ from those of the whole decode")

@@ -1,0 +1,300 @@
+"""The work of `python -m sf_jax.generate --model=...`: loads Wan's networks and writes the videos of many prompts."""
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sf_jax import files
+from sf_jax import rollout as ro
+from sf_jax.diffusion.solvers import Solver
+from sf_jax.inference import video_io, wan
+from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.models.tiny_vae import TinyVaeDecoder
+from sf_jax.models.umt5 import Umt5Encoder
+from sf_jax.models.vae import WanVae
+from sf_jax.weights.folders import ModelFiles, find_model
+from sf_jax.weights.networks import load_network
+
+DECODERS = {"wan": "vae", "tiny": "tiny_vae"}
+NAME_BYTES = 180  # of 255 that file systems take, with room for the index, the suffix and a temporary name
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to generate; one field per flag of the command.
+
+    Attributes:
+      model: model folder.
+      prompts: texts.
+      checkpoint: weights of a causal transformer; None is the folder's own bidirectional one.
+      part: which network of the checkpoint.
+      frames: pixel frames of the whole video, given ones included.
+      height: pixel rows.
+      width: pixel columns.
+      seed: seed of the noise.
+      num_samples: videos per prompt.
+      fps: frames a second of the files.
+      out: folder for the files.
+      image: first frame.
+      video: video to extend.
+      solver: "few" (a distilled student) or one of `solvers.SOLVERS`.
+      steps: evaluations of the solver.
+      shift: shift of the schedule; None is 5, for a bidirectional network 8.
+      guidance: scale, where there is a solver.
+      negative_prompt: what to guide away from.
+      denoising_steps: of the few-step student, on the even scale.
+      chunk: latent frames generated together.
+      window: latent frames that a chunk sees, itself included; None for all.
+      sink: first latent frames that stay visible.
+      vae: "wan" or "tiny".
+      dtype: of parameters and computation.
+      save_latents: whether to write the latents beside the videos.
+      vbench_names: whether to name the files `prompt-index.mp4`.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    checkpoint: str | None = None
+    part: str | None = None
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    seed: int = 0
+    num_samples: int = 1
+    fps: float = 16.0
+    out: str = "out"
+    image: str | None = None
+    video: str | None = None
+    solver: str = "few"
+    steps: int = 50
+    shift: float | None = None
+    guidance: float = 6.0
+    negative_prompt: str = ""
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    chunk: int = 3
+    window: int | None = None
+    sink: int = 0
+    vae: str = "wan"
+    dtype: str = "bfloat16"
+    save_latents: bool = False
+    vbench_names: bool = False
+
+    def __post_init__(self):
+        """Refuses what can be seen to be wrong before anything is loaded."""
+        for field, size in (("height", self.height), ("width", self.width)):
+            if size < 16 or size % 16:
+                near = max(16, round(size / 16) * 16)
+                raise ValueError(f"{field} is {size}: it must be a multiple of 16, such as {near}")
+        if self.vae not in DECODERS:
+            raise ValueError(f"vae is {self.vae!r}: it must be one of {', '.join(DECODERS)}")
+        if self.image and self.video:
+            raise ValueError("image and video are both given: choose one")
+        empty = [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]
+        if empty or not self.prompts:
+            raise ValueError("prompt is empty: say what to show" + (f" (prompt {empty[0] + 1})" if empty else ""))
+        if self.checkpoint is None and (self.image or self.video):
+            raise ValueError("image and video need a causal network: give its weights as checkpoint")
+        if self.solver == "few" and self.checkpoint is None:
+            raise ValueError(
+                "solver is 'few': a model without checkpoint is Wan's bidirectional one, which needs many steps; "
+                "give a Self Forcing checkpoint, or choose the solver unipc, dpm++ or euler"
+            )
+        latent, _, rollout = wan.latent_frames(self.frames), self.sampling, self.rollout
+        if rollout is not None and not self.video:
+            wan.check_frames(rollout, latent, 1 if self.image else 0)
+
+    @property
+    def sampling(self) -> wan.Sampling:
+        """How each video is made."""
+        solver = None
+        if self.solver != "few":
+            solver = Solver(self.solver, self.shift or (5.0 if self.checkpoint else 8.0), self.steps)
+        sides = (self.height // wan.SPATIAL_FACTOR, self.width // wan.SPATIAL_FACTOR)
+        return wan.Sampling(wan.latent_frames(self.frames), *sides, self.seed, solver, self.guidance)
+
+    @property
+    def rollout(self) -> ro.RolloutConfig | None:
+        """Chunks and steps of a causal network; None for a bidirectional one."""
+        if self.checkpoint is None:
+            return None
+        return ro.RolloutConfig(
+            steps=self.denoising_steps,
+            shift=self.shift or 5.0,
+            chunk=self.chunk,
+            first_frame_alone=self.image is not None,
+            window=self.window,
+            sink=self.sink,
+            context_noise="none",
+        )
+
+
+def video_name(prompt: str, sample: int, job: Job) -> str:
+    """File name, without suffix, of a video; VBench wants the prompt itself and the index of the sample."""
+    text = re.sub(r"[/\x00]", " ", prompt) if job.vbench_names else re.sub(r"\W+", "_", prompt.lower()).strip("_")
+    text = text.encode()[:NAME_BYTES].decode(errors="ignore") or "video"
+    return f"{text}-{sample}" if job.vbench_names or job.num_samples > 1 else text
+
+
+def embed_prompts(model: ModelFiles, prompts: Sequence[str], dtype: str) -> dict[str, np.ndarray]:
+    """Embeddings [512, 4096] of prompts; the encoder is in memory only meanwhile."""
+    tokenizer = load_tokenizer(model.tokenizer)
+    config, params = load_network(model.text_encoder, "umt5")
+    encoder = Umt5Encoder(dataclasses.replace(config, dtype=dtype))
+    embed = jax.jit(lambda params, ids, mask: encoder.apply({"params": params}, ids, mask, method="embed"))
+    found = {}
+    for prompt in dict.fromkeys(prompts):
+        ids, mask = tokenizer.encode([prompt])
+        if ids.max() >= config.vocab:
+            raise ValueError(
+                f"{model.text_encoder} knows {config.vocab} tokens, {model.tokenizer} has token {ids.max()}: they do "
+                "not belong together"
+            )
+        found[prompt] = np.asarray(embed(params, ids, mask)[0].astype(dtype))
+    return found
+
+
+def given_latents(job: Job, model: ModelFiles) -> np.ndarray | None:
+    """Latents [1, I, H, W, C] of the given image or video; None where none is given."""
+    if job.image is None and job.video is None:
+        return None
+    if job.image is not None:
+        pixels = video_io.read_image(job.image, job.height, job.width)[None]
+    else:
+        pixels = video_io.read_video(job.video, job.height, job.width)
+        # as many of the last frames as make whole chunks
+        latent = (len(pixels) - 1) // wan.TEMPORAL_FACTOR + 1
+        latent = latent // job.chunk * job.chunk
+        if latent < 1:
+            raise ValueError(
+                f"video {job.video} has {len(pixels)} frames: a chunk of {job.chunk} latent frames needs at least "
+                f"{(job.chunk - 1) * wan.TEMPORAL_FACTOR + 1}"
+            )
+        pixels = pixels[-((latent - 1) * wan.TEMPORAL_FACTOR + 1) :]
+        wan.check_frames(job.rollout, job.sampling.frames, latent)
+    config, params = load_network(model.vae, "vae")
+    return np.asarray(wan.encode_video(WanVae(config), params, pixels[None]))
+
+
+def load_pipeline(job: Job, model: ModelFiles, mesh: Mesh) -> wan.WanPipeline:
+    """The transformer and the decoder, copied to every device of the mesh."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    path = model.transformer if job.checkpoint is None else job.checkpoint
+    _, params = load_network(path, "transformer", model.config, job.dtype, job.part, everywhere)
+    kind = DECODERS[job.vae]
+    vae_config, vae_params = load_network(getattr(model, kind), kind, None, job.dtype, None, everywhere)
+    module = WanVae if kind == "vae" else TinyVaeDecoder
+    vae = module(dataclasses.replace(vae_config, dtype=job.dtype))
+    config = dataclasses.replace(model.config, dtype=job.dtype, remat="none")
+    return wan.WanPipeline(config, params, job.rollout, vae, vae_params, mesh)
+
+
+def run(job: Job) -> list[Path]:
+    """Does the job; prints a line per chunk and, at the end, the times. Returns the files.
+
+    Raises:
+      ValueError: if something given is wrong; the message says what to change.
+      OSError: if a file cannot be written.
+    """
+    out = files.check_writable(job.out)
+    needed = ["vae", "text_encoder", "tokenizer", *(["tiny_vae"] if job.vae == "tiny" else [])]
+    model = find_model(job.model, [*needed, *([] if job.checkpoint else ["transformer"])])
+    if model.config is None:
+        raise ValueError(f"model folder {job.model} has no config.json of a transformer")
+    wanted = [(prompt, sample) for prompt in job.prompts for sample in range(job.num_samples)]
+    names = [video_name(prompt, sample, job) for prompt, sample in wanted]
+    if len(set(names)) < len(names):
+        names = [f"{i:04d}_{name}" for i, name in enumerate(names)]
+    mine = range(jax.process_index(), len(wanted), jax.process_count())
+    devices = jax.local_devices()[: max(1, len(mine))]
+    mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    print(f"{len(wanted)} x {job.frames} frames of {job.height}x{job.width} on {len(devices)} device(s)", flush=True)
+    negative = [job.negative_prompt] if job.sampling.solver else []
+    texts = embed_prompts(model, [*job.prompts, *negative], job.dtype)
+    initial = given_latents(job, model)
+    pipe = load_pipeline(job, model, mesh)
+    print("loaded", flush=True)
+    written, times = [], Times()
+    for first in range(0, len(mine), len(devices)):
+        batch = list(mine[first : first + len(devices)])
+        # every device needs a video; what is there twice is written once
+        padded = batch + batch[:1] * (len(devices) - len(batch))
+        text = np.stack([texts[wanted[i][0]] for i in padded])
+        unwanted = texts[job.negative_prompt][None] if negative else None
+        given = None if initial is None else np.repeat(initial, len(padded), axis=0)
+        stream = pipe.stream(text, unwanted, np.asarray(padded), job.sampling, given)
+        label = f"videos {first + 1}-{first + len(batch)} of {len(mine)}, "
+        written += _write(job, out, [names[i] for i in batch], stream, times, label)
+    print(times.summary(len(devices)), flush=True)
+    return written
+
+
+@dataclasses.dataclass
+class Times:
+    """Times of the chunks, in seconds.
+
+    Attributes:
+      first: until the first frames were there, of each batch.
+      denoise: of each later chunk, and its pixel frames per video.
+      decode: of each later chunk.
+    """
+
+    first: list[float] = dataclasses.field(default_factory=list)
+    denoise: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    decode: list[float] = dataclasses.field(default_factory=list)
+
+    def summary(self, videos: int) -> str:
+        """The lines at the end; chunks that had to wait for a compiler are not among the later ones."""
+        lines = [f"time to first frame {self.first[-1]:.2f} s" + (" (compilation included)" * (len(self.first) == 1))]
+        if self.denoise:
+            denoise, decode = sum(t for t, _ in self.denoise), sum(self.decode)
+            frames = videos * sum(n for _, n in self.denoise)
+            lines.append(f"{(denoise + decode) / len(self.denoise):.2f} s per chunk")
+            lines.append(f"{frames / denoise:.2f} FPS without decoding, {frames / (denoise + decode):.2f} FPS with it")
+        return "; ".join(lines)
+
+
+def _write(job, out, names, stream, times, label) -> list[Path]:
+    """Writes the videos of one batch while their later chunks are being made."""
+    began = before = time.perf_counter()
+    latents, small, done = [], [], 0
+    paths = [out / f"{name}.mp4" for name in names]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(video_io.Mp4Writer(path, job.fps, (job.height, job.width))) for path in paths]
+        for chunk, (clean, pixels) in enumerate(stream):
+            jax.block_until_ready(clean)
+            denoised = time.perf_counter()
+            pixels = np.asarray(pixels)
+            decoded = time.perf_counter()
+            if chunk == 0:
+                times.first.append(decoded - began)
+            elif chunk > 1:  # the second chunk compiles the decoder once more
+                times.denoise.append((denoised - before, pixels.shape[1]))
+                times.decode.append(decoded - denoised)
+            before = decoded
+            done += pixels.shape[1]
+            print(f"{label}chunk {chunk + 1}: {done}/{job.frames} frames, {decoded - began:.2f} s", flush=True)
+            for writer, video in zip(writers, pixels, strict=False):
+                writer.append(video)
+            step = max(1, job.height // 120)
+            small.append(pixels[: len(names), :, ::step, ::step])
+            if job.save_latents:
+                latents.append(np.asarray(clean.astype(jnp.float32)))
+    if job.save_latents:
+        for path, video in zip(paths, np.concatenate(latents, axis=1), strict=False):
+            with files.replacing(path.with_suffix(".npy")) as unfinished, open(unfinished, "wb") as file:
+                np.save(file, video)
+            paths = [*paths, path.with_suffix(".npy")]
+    sheet = out / f"{names[0]}.png"
+    video_io.write_png(
+        sheet,
+        video_io.contact_sheet(np.concatenate(small, axis=1), every=max(1, job.frames // 8), labels=names, factor=1),
+    )
+    return [*paths, sheet]

@@ -1,0 +1,195 @@
+"""What networks over streamed video share: the past that their layers keep, and convolutions that look back.
+
+A network that is causal in time goes through a video piece by piece. Each of its layers that looks back needs the last
+few frames that went through it; they are the explicit state of the stream, a `StreamCache`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class StreamCache:
+    """What a network keeps of the past; its shapes do not depend on the chunks.
+
+    Attributes:
+      frames: [B, k, H, W, C] each: the last frames that went into every layer that looks back, in the network's order.
+      started: whether the video's first frame has gone through (static).
+    """
+
+    frames: tuple[jax.Array, ...]
+    started: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+class Past:
+    """The past of one call, layer by layer: hands out the old frames in order and collects the new ones.
+
+    Attributes:
+      first: whether the call is that of the video's first latent frame.
+      new: what the next call's `Past` is made of.
+    """
+
+    def __init__(self, frames: Sequence[jax.Array] | None, first: bool):
+        """Starts with the `new` frames of the call before; None is a past of zeros."""
+        self._old = None if frames is None else iter(frames)
+        self.first = first
+        self.new: list[jax.Array] = []
+
+    def extend(self, x: jax.Array, count: int) -> jax.Array:
+        """Puts the layer's last `count` frames before `x` [B, n, H, W, C]: [B, count + n, H, W, C]."""
+        x = jnp.concatenate([self._next(x, count), x], axis=1)
+        self.new.append(x[:, -count:])
+        return x
+
+    def skip(self, x: jax.Array, count: int) -> None:
+        """Leaves the past of a layer, which would see `x`, as it is."""
+        self.new.append(self._next(x, count))
+
+    def _next(self, x, count):
+        return jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype) if self._old is None else next(self._old)
+
+
+def run_stream(
+    network: nn.Module, cache: StreamCache | None, x: jax.Array, group: int = 1
+) -> tuple[StreamCache, jax.Array]:
+    """Runs a causal network over the next frames of a video: a video's first frame by itself, then group by group.
+
+    One group at a time under `scan`: memory does not grow with the frames, and every group goes through the same
+    operations on the same shapes, whatever the number of frames.
+
+    Args:
+      network: called with frames [B, 1 (the video's first) or group, H, W, C] and a `Past`.
+      cache: what the call before returned; None for a new video.
+      x: [B, n, H, W, C], n a multiple of `group`, one more for a video's first frames.
+      group: frames that the network takes at once.
+
+    Returns:
+      The new cache, and the outputs [B, m, H', W', C'] of all frames.
+    """
+    frames, outputs = None if cache is None else cache.frames, []
+    if cache is None or not cache.started:
+        past = Past(frames, first=True)
+        outputs.append(network(x[:, :1], past))
+        frames, x = tuple(past.new), x[:, 1:]
+    if x.shape[1]:
+
+        def step(network, frames, x):
+            past = Past(frames, first=False)
+            out = network(x, past)
+            return tuple(past.new), out
+
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+        frames, out = scan(network, frames, x.reshape(x.shape[0], -1, group, *x.shape[2:]))
+        outputs.append(out.reshape(out.shape[0], -1, *out.shape[3:]))
+    out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    return StreamCache(frames, started=True), out
+
+
+def check_latents(shape: tuple[int, ...], z_dim: int, cache: StreamCache | None = None) -> None:
+    """Refuses latents that a decoder cannot read, or that belong to a video of another size than the cache's.
+
+    Raises:
+      ValueError: naming the shape and what it must be.
+    """
+    if len(shape) != 5 or shape[-1] != z_dim or shape[1] < 1:
+        raise ValueError(f"latents have the shape {tuple(shape)}: it must be [B, F, H, W, {z_dim}] with F >= 1")
+    if cache is not None:
+        batch, _, height, width, _ = cache.frames[0].shape
+        if (batch, height, width) != (shape[0], *shape[2:4]):
+            raise ValueError(
+                f"latents have the shape {tuple(shape)}: the cache is for B = {batch}, H = {height}, W = {width}"
+            )
+
+
+def empty_decode_cache(model: nn.Module, batch: int, height: int, width: int) -> StreamCache:
+    """The cache before a video's first frame, zeros; `height` and `width` are those of the latents.
+
+    Args:
+      model: a `WanVae` or a `TinyVaeDecoder`.
+      batch: videos that are decoded together.
+      height: latent rows.
+      width: latent columns.
+    """
+    shapes = _cache_shapes(model, batch, height, width)
+    return StreamCache(tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_shapes(model, batch, height, width):
+    """What a new video's first latent frame leaves behind; tracing a large decoder takes seconds."""
+    latents = jax.ShapeDtypeStruct((batch, 1, height, width, model.config.z_dim), jnp.float32)
+    run = functools.partial(model.init_with_output, jax.random.key(0), None, method="stream")
+    return jax.eval_shape(run, latents)[0][0].frames
+
+
+class Conv(nn.Module):
+    """A convolution over [frames,] rows and columns: `kernel` [*window, in, out] and `bias` [out] are float32.
+
+    Rows and columns are padded with zeros so that they keep their size where `stride` is 1; over frames nothing is
+    padded (see `Past.extend`). With a stride of 2, the padding is one row below and one column to the right.
+    """
+
+    features: int
+    window: tuple[int, ...]
+    dtype: str
+    stride: int = 1
+    frame_stride: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, F, H, W, C_in] to [B, F - (kt - 1), H, W, features], rows, columns and frames divided by the strides."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.window, x.shape[-1], self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if set(self.window) == {1}:
+            x = jnp.matmul(x, kernel.reshape(kernel.shape[-2:]))
+        elif len(self.window) == 2:
+            x = self._plane(x, kernel)
+        else:
+            x = jax.lax.platform_dependent(x, kernel, cpu=self._unfolded, default=self._volume)
+        if self.use_bias:
+            x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return x
+
+    def _padding(self):
+        if self.stride == 2:
+            return ((0, 1), (0, 1))
+        return tuple((size // 2, size // 2) for size in self.window[-2:])
+
+    def _plane(self, x, kernel):
+        """Every frame by itself; `kernel` [kh, kw, in, out]."""
+        frames = x.reshape(-1, *x.shape[2:])
+        out = jax.lax.conv_general_dilated(
+            frames, kernel, (self.stride,) * 2, self._padding(), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return out.reshape(*x.shape[:2], *out.shape[1:])
+
+    def _volume(self, x, kernel):
+        strides, padding = (self.frame_stride, self.stride, self.stride), ((0, 0), *self._padding())
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+    def _unfolded(self, x, kernel):
+        """The same, the window's frames put side by side as channels: XLA's 3D convolution is slow on CPUs."""
+        span = x.shape[1] - len(kernel) + 1
+        taps = [x[:, k : k + span : self.frame_stride] for k in range(len(kernel))]
+        kernel = jnp.moveaxis(kernel, 0, 2).reshape(*self.window[1:], -1, self.features)
+        return self._plane(jnp.concatenate(taps, axis=-1), kernel)
+
+
+def split_frames(x: jax.Array, count: int) -> jax.Array:
+    """[B, n, H, W, count*C] to [B, count*n, H, W, C]: the first C channels are the earliest frame."""
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height, width, count, channels // count).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(batch, frames * count, height, width, channels // count)
+
+
+def double_size(x: jax.Array) -> jax.Array:
+    """[B, n, H, W, C] to [B, n, 2H, 2W, C], every position four times."""
+    batch, frames, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, channels))
+    return x.reshape(batch, frames, 2 * height, 2 * width, channels)

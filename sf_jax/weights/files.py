@@ -1,0 +1,132 @@
+"""Opens weight files of every kind: safetensors, shards of them, and PyTorch's pickles."""
+
+import json
+import re
+from pathlib import Path
+
+from sf_jax.weights.safetensors_io import open_safetensors
+from sf_jax.weights.tensors import TensorFile
+from sf_jax.weights.torch_io import open_torch
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
+# A zip archive, and pickles of the protocols 2 to 5.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def open_tensors(path: Path | str, part: str | None = None, need_part: bool = True) -> TensorFile:
+    """Opens a weight file; what it is, is told from its content, not from its suffix.
+
+    Args:
+      path: a safetensors file, an index (`*.safetensors.index.json`) or folder of shards, or a PyTorch pickle, of which
+        no code is ever run.
+      part: which state dict of a checkpoint that holds several (see `PARTS`). None takes generator_ema, else generator,
+        else model.
+      need_part: refuse `part` for a file that is a single state dict; otherwise it is ignored then.
+
+    Returns:
+      The tensors, of which only names, shapes and types have been read. They are numpy arrays with the file's types
+      (bfloat16 and float8 are those of `ml_dtypes`), aligned to 64 bytes.
+
+    Raises:
+      ValueError: the file is missing, damaged, unfinished or something else, or does not have that part.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _file_of_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a weight file or a folder of shards")
+    if path.suffix == ".json":
+        tensors = _index(path)
+    else:
+        tensors = _by_content(path, part)
+    if part is not None and tensors.part is None and need_part:
+        tensors.close()
+        raise ValueError(f"part is {part!r}: {path} is a single state dict, leave part out")
+    return tensors
+
+
+def _by_content(path: Path, part: str | None) -> TensorFile:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    # Safetensors first: the length that they begin with can look like the beginning of anything else.
+    if start[4:9] == b"\0\0\0\0{":
+        return open_safetensors(path)
+    if start.startswith(_PICKLES):
+        return open_torch(path, part)
+    text = start.lstrip().lower()
+    if not start:
+        fault = "it is empty; perhaps an unfinished download"
+    elif text.startswith(b"version https://git-lfs"):
+        fault = "it is the pointer of git-lfs: fetch the file itself with 'git lfs pull'"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        fault = "it is a web page: the download failed"
+    elif path.suffix == ".safetensors" and any(start):
+        return open_safetensors(path)
+    else:
+        guess = (
+            "allowed: safetensors files and what torch.save wrote" if any(start) else "perhaps an unfinished download"
+        )
+        fault = f"it starts with {start[:16]!r}; {guess}"
+    raise ValueError(f"{path} is no weight file: {fault}")
+
+
+def _file_of_folder(folder: Path) -> Path:
+    """The index or the only weight file of a folder."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(file for suffix in (".safetensors", *TORCH_SUFFIXES) for file in folder.glob(f"*{suffix}"))
+    found = indices or files
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        inside = sorted(child.parent.name for child in folder.glob("*/*.safetensors*"))
+        hint = f"; its folders {', '.join(dict.fromkeys(inside))} have some: give one of them" if inside else ""
+        raise ValueError(f"{folder} has no weight file (*.safetensors, its index, or .pt, .pth, .bin){hint}")
+    if all(_SHARD.match(file.name) for file in found):
+        raise ValueError(f"{folder} has {len(found)} shards but not their index, *.safetensors.index.json")
+    raise ValueError(f"{folder} has several weight files: give one of {', '.join(file.name for file in found[:8])}")
+
+
+def _index(path: Path) -> TensorFile:
+    """Opens the shards that an index names."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise TypeError("weight_map is no table of file names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no index of shards (it must hold a weight_map): {error}") from error
+    files = sorted(set(names.values()))
+    outside = [file for file in files if Path(file).name != file]
+    if outside:
+        raise ValueError(f"{path} names files of other folders: {outside[:4]}")
+    missing = [file for file in files if not (path.parent / file).is_file()]
+    if missing:
+        raise ValueError(f"{path.parent} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:4])}")
+    shards = {}
+    try:
+        for file in files:
+            shards[file] = _by_content(path.parent / file, None)
+        lost = [name for name, file in names.items() if name not in shards[file]]
+        if lost:
+            raise ValueError(f"{path}: {len(lost)} tensors are not in the shards it names, such as {lost[0]!r}")
+    except ValueError:
+        for shard in shards.values():
+            shard.close()
+        raise
+
+    def close():
+        for shard in shards.values():
+            shard.close()
+
+    return TensorFile(
+        path,
+        {name: shards[file].shapes[name] for name, file in names.items()},
+        {name: shards[file].dtypes[name] for name, file in names.items()},
+        lambda name: shards[names[name]][name],
+        shards[files[0]].metadata,
+        None,
+        close,
+    )

@@ -1,0 +1,137 @@
+"""Model folders, official and of diffusers: where the networks are, and the sizes in `config.json`."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sf_jax.models import wan
+
+# What is looked for, the first that is there is taken; the official folder's names stand before those of diffusers.
+_PLACES = {
+    "transformer": (
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ),
+    "vae": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+    "text_encoder": (
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_t5_umt5-xxl-enc-bf16.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "text_encoder/model.safetensors",
+    ),
+    "tokenizer": ("google/umt5-xxl", "tokenizer"),
+    "tiny_vae": ("taew2_1.safetensors", "taew2_1.pth"),
+}
+_FOLDERS = ("tokenizer",)
+# Our field -> its official and its diffusers key. What is None there and absent has the default of Wan2.1.
+_KEYS = {
+    "ffn_dim": ("ffn_dim", "ffn_dim"),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "num_layers": ("num_layers", "num_layers"),
+    "channels": ("in_dim", "in_channels"),
+    "freq_dim": ("freq_dim", "freq_dim"),
+}
+_OPTIONAL = {"text_dim": "text_dim", "text_len": "text_len", "eps": "eps"}
+# Keys with the only values that the network is built for.
+_FIXED = {
+    "model_type": ("t2v",),
+    "image_dim": (None,),
+    "added_kv_proj_dim": (None,),
+    "pos_embed_seq_len": (None,),
+    "qk_norm": (True, "rms_norm_across_heads"),
+    "cross_attn_norm": (True,),
+    "patch_size": ([1, 2, 2],),
+    "window_size": ([-1, -1],),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model; what was not needed and is not there is None.
+
+    Attributes:
+      config: sizes of the transformer, from the `config.json` next to it.
+      transformer: its safetensors file or index of shards.
+      vae: the video VAE.
+      text_encoder: the text encoder, a file or an index of shards.
+      tokenizer: the folder of its tokenizer.
+      tiny_vae: the small decoder.
+    """
+
+    config: wan.WanConfig | None
+    transformer: Path | None
+    vae: Path | None
+    text_encoder: Path | None
+    tokenizer: Path | None
+    tiny_vae: Path | None
+
+
+def find_model(
+    folder: Path | str, needed: Sequence[str] = ("transformer", "vae", "text_encoder", "tokenizer")
+) -> ModelFiles:
+    """Finds the files of a model in a folder as Wan2.1 was published (`Wan2.1-T2V-1.3B`) or as diffusers keeps it.
+
+    Args:
+      folder: the folder.
+      needed: fields of `ModelFiles` without which it is no use.
+
+    Raises:
+      ValueError: naming what is missing and what was looked for, or what is wrong with the sizes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"model folder {folder} does not exist")
+    found = {}
+    for part, places in _PLACES.items():
+        paths = [folder / place for place in places]
+        found[part] = next((path for path in paths if (path.is_dir if part in _FOLDERS else path.is_file)()), None)
+    missing = [f"{part} (looked for {', '.join(_PLACES[part])})" for part in needed if found[part] is None]
+    if missing:
+        raise ValueError(f"model folder {folder} lacks: {'; '.join(missing)}")
+    config = None if found["transformer"] is None else read_config(found["transformer"].with_name("config.json"))
+    return ModelFiles(config=config, **found)
+
+
+def read_config(path: Path | str) -> wan.WanConfig:
+    """Sizes of a transformer from its `config.json`, official or of diffusers.
+
+    Raises:
+      ValueError: naming the key that is missing or has a value that the network cannot have.
+    """
+    path = Path(path)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the sizes of the transformer cannot be read from it ({error})") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no table of sizes")
+    for key, allowed in _FIXED.items():
+        if key in stored and stored[key] not in allowed:
+            kind = "; image-to-video and other variants are not supported" if allowed in (("t2v",), (None,)) else ""
+            raise ValueError(f"{path}: {key} is {stored[key]!r}, allowed: {allowed[0]!r}{kind}")
+    official = "dim" in stored
+    keys = {field: names[0 if official else 1] for field, names in _KEYS.items()}
+    head = "dim" if official else "attention_head_dim"
+    absent = [key for key in (head, *keys.values()) if key not in stored]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}: it is not the config.json of a Wan2.1 transformer")
+    keys |= {field: key for field, key in _OPTIONAL.items() if key in stored}
+    sizes = {field: stored[key] for field, key in keys.items()} | {"dim": stored[head]}
+    for field, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float) if field == "eps" else int) or value <= 0:
+            raise ValueError(f"{path}: {keys.get(field, head)} is {value!r}, it must be a number above 0")
+    outputs = stored.get("out_dim" if official else "out_channels", sizes["channels"])
+    if outputs not in (None, sizes["channels"]):
+        raise ValueError(
+            f"{path}: {sizes['channels']} channels in and {outputs} out; image-to-video and other variants are not "
+            "supported"
+        )
+    if not official:
+        sizes["dim"] *= sizes["num_heads"]
+    try:
+        return wan.wan_1_3b(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,206 @@
+"""From weight files into device arrays and back, tensor by tensor."""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sf_jax.weights import mapping, transformer, vae
+from sf_jax.weights.mapping import Entry
+from sf_jax.weights.recognise import recognise
+from sf_jax.weights.tensors import TensorFile, empty_aligned
+
+# Rows and columns of the tiles in which matrices are transposed; 6 times as fast as numpy's way through the whole.
+_TILE = 128
+
+
+def normalised(tensors: TensorFile, names: Iterable[str]) -> TensorFile:
+    """The same tensors without the wrappers in their names; prefixes go only where one of `names` remains.
+
+    Where all of `names` are those of a decoder (the tiny VAE), the tensors of the file's encoder are left out.
+
+    Raises:
+      ValueError: if two names become the same.
+    """
+    wanted, found = set(names), {}
+    if all(name.startswith("decoder.") for name in wanted):
+        tensors = tensors.without(vae.TINY_UNUSED)
+    for name in tensors:
+        bare = functools.reduce(lambda text, wrapper: text.replace(wrapper, ""), transformer.WRAPPERS, name)
+        if bare not in wanted and transformer.strip_wrappers(name) in wanted:
+            bare = transformer.strip_wrappers(name)
+        if bare in found:
+            raise ValueError(f"{tensors.path}: {found[bare]} and {name} are both {bare}")
+        found[bare] = name
+    return tensors.renamed(found)
+
+
+def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) -> None:
+    """Refuses a file whose names or shapes are not those of the map, before anything of it is read.
+
+    Args:
+      entries: the map.
+      tensors: the file, names normalised.
+      like: a tree of our structure and shapes.
+      what: what the weights are wanted for, for the message.
+
+    Raises:
+      ValueError: with the missing, the unexpected and the misshaped names, and what the file seems to be.
+    """
+    expected, found = mapping.file_shapes(entries, like), set(tensors)
+    there = {(entry.path, entry.layer) for entry in entries if entry.name in found}
+    missing = sorted(entry.name for entry in entries if (entry.path, entry.layer) not in there)
+    unexpected = sorted(found - set(expected))
+    shapes = tensors.shapes
+    wrong = [name for name in expected if name in found and shapes[name] != expected[name]]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors missing {missing[:4]}")
+    if unexpected:
+        faults.append(f"{len(unexpected)} unexpected {unexpected[:4]}")
+    if wrong:
+        some = ", ".join(f"{name} is {shapes[name]}, must be {expected[name]}" for name in wrong[:4])
+        faults.append(f"{len(wrong)} of the wrong shape: {some}")
+    if faults:
+        guess = recognise(shapes, tensors.metadata)
+        raise ValueError(
+            f"{tensors.path}: these are not the weights of this {what}: {'; '.join(faults)}. "
+            f"It seems to be: {guess.description}"
+        )
+
+
+def load_params(
+    entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str, dtype=None, shardings: dict | None = None
+) -> dict:
+    """Loads a file into device arrays; of every leaf only this process's shards are in host memory, one leaf at a time.
+
+    On the CPU the host memory of a leaf becomes its device memory: nothing is there twice.
+
+    Args:
+      entries: the map.
+      tensors: the file; wrappers and prefixes in its names are allowed. Each tensor is read once.
+      like: a tree of our structure and shapes (arrays or `ShapeDtypeStruct`).
+      what: what the weights belong to, for messages.
+      dtype: type of the numbers; None keeps the file's (where the layers of a leaf differ, one that holds all).
+      shardings: a tree like `like` of shardings; None puts all on the default device.
+
+    Returns:
+      A tree like `like` of `jax.Array`.
+
+    Raises:
+      ValueError: naming the tensors that are missing, unexpected or misshaped, or because the file is damaged.
+    """
+    tensors = normalised(tensors, (entry.name for entry in entries))
+    check(entries, tensors, like, what)
+    leaves = mapping.by_leaf(entries, tensors)
+
+    def leaf(path, shape, sharding=None):
+        found = leaves[tuple(part.key for part in path)]
+        kept = functools.reduce(jnp.promote_types, [tensors.dtypes[entry.name] for entry in found])
+        return _load_leaf(found, tensors, tuple(shape.shape), np.dtype(dtype or kept), sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, like, *(() if shardings is None else (shardings,)))
+
+
+def _load_leaf(found, tensors, shape, dtype, sharding) -> jax.Array:
+    """One leaf; its shards are filled tensor by tensor, and each is put on its devices."""
+    if sharding is None:
+        placed = {None: tuple((0, size) for size in shape)}
+    else:
+        indices = sharding.addressable_devices_indices_map(shape)
+        placed = {device: _bounds(index, shape) for device, index in indices.items()}
+    buffers = _fill(found, tensors, dtype, set(placed.values()))
+    if sharding is None:
+        (buffer,) = buffers.values()
+        return jax.block_until_ready(jax.device_put(buffer, may_alias=True))
+    shards = [jax.device_put(buffers[bounds], device, may_alias=True) for device, bounds in placed.items()]
+    # Waiting bounds the host memory: the buffers of this leaf are free before those of the next are made.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
+
+
+def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _fill(found, tensors, dtype, shards) -> dict[tuple, np.ndarray]:
+    """Host arrays of some parts of a leaf, by their bounds along each axis."""
+    buffers = {}
+    for entry in found:
+        wanted = [bounds for bounds in shards if entry.layer is None or bounds[0][0] <= entry.layer < bounds[0][1]]
+        if not wanted:
+            continue
+        value = entry.layout.ours(tensors[entry.name])
+        for bounds in wanted:
+            part = value[tuple(slice(*ends) for ends in (bounds if entry.layer is None else bounds[1:]))]
+            if entry.layer is None and part.size == value.size and value.dtype == dtype and value.flags.c_contiguous:
+                buffers[bounds] = value
+                continue
+            if bounds not in buffers:
+                buffers[bounds] = empty_aligned(tuple(stop - start for start, stop in bounds), dtype)
+            _copy(part, buffers[bounds] if entry.layer is None else buffers[bounds][entry.layer - bounds[0][0]])
+    return buffers
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """`target[...] = source`, fast for transposed matrices."""
+    if source.dtype == target.dtype and source.dtype.kind == "V":
+        # numpy moves the types of ml_dtypes one by one, integers by the block.
+        integers = np.dtype(f"u{source.dtype.itemsize}")
+        source, target = source.view(integers), target.view(integers)
+    if source.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for row in range(0, source.shape[0], _TILE):
+        for column in range(0, source.shape[1], _TILE):
+            tile = np.s_[row : row + _TILE, column : column + _TILE]
+            target[tile] = source[tile]
+
+
+def file_tensors(entries: Sequence[Entry], params: dict) -> TensorFile:
+    """The tensors of a file from our parameter tree, made one at a time when they are asked for, for the writers."""
+    by_name = {entry.name: entry for entry in entries}
+
+    def read(name):
+        entry = by_name[name]
+        leaf = mapping.leaf_at(params, entry.path)
+        if entry.layer is not None and isinstance(leaf, jax.Array):
+            # Not leaf[layer], which compiles a program for every layer.
+            leaf = jax.lax.dynamic_index_in_dim(leaf, np.int32(entry.layer), keepdims=False)
+        elif entry.layer is not None:
+            leaf = leaf[entry.layer]
+        return entry.layout.theirs(np.asarray(leaf))
+
+    dtypes = {name: np.dtype(mapping.leaf_at(params, entry.path).dtype) for name, entry in by_name.items()}
+    return TensorFile("parameters", mapping.file_shapes(entries, params), dtypes, read)
+
+
+def translated(source: Sequence[Entry], target: Sequence[Entry], tensors: TensorFile) -> TensorFile:
+    """The same network's tensors with the names and layouts of another map, bit by bit.
+
+    Args:
+      source: the map of `tensors`.
+      target: the map to write.
+      tensors: the file, names normalised and checked.
+    """
+    there = {(entry.path, entry.layer): entry for entry in reversed(source) if entry.name in tensors}
+    pairs = {entry.name: (entry, there[entry.path, entry.layer]) for entry in target}
+
+    def turned(name, value):
+        entry, stored = pairs[name]
+        return value if entry.layout is stored.layout else entry.layout.theirs(stored.layout.ours(value))
+
+    shapes: Mapping[str, tuple] = {
+        name: turned(name, np.broadcast_to(np.int8(0), tensors.shapes[stored.name])).shape
+        for name, (_, stored) in pairs.items()
+    }
+    return TensorFile(
+        tensors.path,
+        shapes,
+        {name: tensors.dtypes[stored.name] for name, (_, stored) in pairs.items()},
+        lambda name: turned(name, tensors[pairs[name][1].name]),
+        tensors.metadata,
+        tensors.part,
+        tensors.close,
+    )

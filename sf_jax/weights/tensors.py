@@ -1,0 +1,121 @@
+"""Named tensors that are read when they are asked for: what every reader gives and every writer takes."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+# XLA's CPU backend takes over an array without a copy if it is aligned so.
+_ALIGNMENT = 64
+
+
+class TensorFile(Mapping):
+    """Tensors by name, each of which is read when it is asked for (and read again when asked for again).
+
+    Attributes:
+      path: the file or folder, for messages.
+      shapes: name -> shape, known without reading the tensors.
+      dtypes: name -> numpy type.
+      metadata: the strings of a safetensors header.
+      part: which of a checkpoint's state dicts these are, None for a file that is one.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, np.dtype],
+        read: Callable[[str], np.ndarray],
+        metadata: Mapping[str, str] | None = None,
+        part: str | None = None,
+        close: Callable[[], None] = lambda: None,
+    ):
+        self.path = Path(path)
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.dtypes = {name: np.dtype(dtypes[name]) for name in shapes}
+        self.metadata = dict(metadata or {})
+        self.part = part
+        self._read, self._close = read, close
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; tensors that were read stay."""
+        self._close()
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorFile":
+        """The same tensors under other names: `names` is new -> old; what it does not have is left out."""
+        return TensorFile(
+            self.path,
+            {new: self.shapes[old] for new, old in names.items()},
+            {new: self.dtypes[old] for new, old in names.items()},
+            lambda new: self._read(names[new]),
+            self.metadata,
+            self.part,
+            self._close,
+        )
+
+    def without(self, prefix: str) -> "TensorFile":
+        """The tensors whose names do not start with `prefix`."""
+        return self.renamed({name: name for name in self if not name.startswith(prefix)})
+
+    def astype(self, dtype) -> "TensorFile":
+        """The same tensors with all floating numbers of one type."""
+        dtype = np.dtype(dtype)
+        dtypes = {name: dtype if is_float(old) else old for name, old in self.dtypes.items()}
+        return TensorFile(
+            self.path,
+            self.shapes,
+            dtypes,
+            lambda name: self._read(name).astype(dtypes[name], copy=False),
+            self.metadata,
+            self.part,
+            self._close,
+        )
+
+
+def is_float(dtype) -> bool:
+    """Whether a numpy type is a floating type, those of `ml_dtypes` included."""
+    dtype = np.dtype(dtype)
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
+def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An uninitialised array that XLA's CPU backend can take over without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def checked_tensor(tensors: TensorFile, name: str) -> np.ndarray:
+    """A tensor in C order, as a writer needs it.
+
+    Raises:
+      ValueError: if it is not of the shape and type that `tensors` announced.
+    """
+    value = np.asarray(tensors[name], order="C")
+    if value.shape != tensors.shapes[name] or value.dtype != tensors.dtypes[name]:
+        described = f"{tensors.shapes[name]} of {tensors.dtypes[name]}"
+        raise ValueError(f"{name} is {value.shape} of {value.dtype}, announced as {described}")
+    return value

@@ -1,0 +1,149 @@
+"""`python -m sf_jax.generate --model=...` on a small model folder: what it writes, and one line for every mistake."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from sf_jax.inference import wan, wan_job
+from sf_jax.inference.wan_job import Job
+from tests.wan_folder import make_folder
+
+SMALL = {"frames": 33, "height": 32, "width": 48, "dtype": "float32", "prompts": ("a cat in the snow", "a dog runs")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model folder."""
+    return make_folder(tmp_path_factory.mktemp("models") / "wan")
+
+
+def job(folder, out, **changes):
+    fields = SMALL | {"model": str(folder), "checkpoint": f"{folder}/student.safetensors", "out": str(out)}
+    return Job(**fields | changes)
+
+
+def test_student_writes_videos_latents_and_a_sheet(folder, tmp_path, capsys):
+    written = wan_job.run(job(folder, tmp_path, save_latents=True, num_samples=2))
+    names = [f"{prompt}-{i}" for prompt in ("a_cat_in_the_snow", "a_dog_runs") for i in range(2)]
+    assert {path.name for path in written} == {f"{n}.{end}" for n in names for end in ("mp4", "npy")} | {
+        f"{n}.png" for n in names
+    }
+    videos = [iio.imread(tmp_path / f"{name}.mp4") for name in names]
+    assert all(video.shape == (33, 32, 48, 3) for video in videos)
+    latents = [np.load(tmp_path / f"{name}.npy") for name in names]
+    assert all(x.shape == (9, 4, 6, 16) and x.dtype == np.float32 for x in latents)
+    assert all(np.abs(latents[0] - other).max() > 0.1 for other in latents[1:])
+    printed = capsys.readouterr().out
+    assert printed.count("chunk ") == 4 * 3 and "time to first frame" in printed and "FPS without decoding" in printed
+
+
+def test_a_video_is_the_same_on_any_number_of_devices(folder, tmp_path):
+    code = f"""
+import dataclasses, sys, numpy as np
+from tests.test_generate_wan import job
+from sf_jax.inference import wan_job
+prompts = ("a cat", "a dog", "a cat runs")
+wan_job.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_latents=True, vbench_names=True))
+"""
+    for devices in (1, 2):
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / str(devices))], env=env, check=True)
+    for name in ("a cat-0", "a dog-0", "a cat runs-0"):
+        one, two = (np.load(tmp_path / count / f"{name}.npy") for count in "12")
+        np.testing.assert_array_equal(one, two)
+        one, two = (iio.imread(tmp_path / count / f"{name}.mp4") for count in "12")
+        np.testing.assert_array_equal(one, two)
+
+
+def test_image_video_and_many_steps(folder, tmp_path):
+    one = {"prompts": ("a cat in the snow",), "save_latents": True}
+    student = wan_job.run(job(folder, tmp_path / "a", frames=9, **one))
+    image = iio.imread(student[0])[0]
+    iio.imwrite(tmp_path / "first.png", image)
+    wan_job.run(job(folder, tmp_path / "b", image=str(tmp_path / "first.png"), frames=13, **one))
+    assert iio.imread(tmp_path / "b" / "a_cat_in_the_snow.mp4").shape[0] == 13
+    longer = wan_job.run(job(folder, tmp_path / "c", video=str(student[0]), frames=21, vae="tiny", **one))
+    assert iio.imread(longer[0]).shape[0] == 21 and np.load(longer[1]).shape[0] == 6
+    many = {"solver": "unipc", "steps": 2, "guidance": 3.0, "negative_prompt": "a dog", **one}
+    causal = wan_job.run(job(folder, tmp_path / "d", frames=9, **many))
+    teacher = wan_job.run(job(folder, tmp_path / "e", frames=9, checkpoint=None, **many))
+    assert np.load(causal[1]).shape == np.load(teacher[1]).shape == (3, 4, 6, 16)
+    without = wan_job.run(job(folder, tmp_path / "f", frames=9, **many | {"negative_prompt": "snow"}))
+    assert np.abs(np.load(without[1]) - np.load(causal[1])).max() > 1e-3
+
+
+def test_lengths_that_can_be_made_are_named():
+    rollout = Job(model="m", prompts=("a",), checkpoint="c").rollout
+    with pytest.raises(ValueError, match="frames is 77 .20 latent frames, 0 of them given.*: 69 or 81"):
+        wan.check_frames(rollout, 20)
+    alone = dataclasses.replace(rollout, first_frame_alone=True)
+    with pytest.raises(ValueError, match="of them given.*: 73 or 85"):
+        wan.check_frames(alone, 21, 1)
+    with pytest.raises(ValueError, match="nearest"):
+        wan.check_frames(rollout, 2000)
+    assert wan.latent_frames(81) == 21
+
+
+GOOD = ["--prompt=a cat", "--frames=9", "--height=32", "--width=48"]
+
+
+def generate(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "sf_jax.generate", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=none", *GOOD, "--solver=unipc"], "model folder none does not exist"),
+        (["--model={folder}", *GOOD], "solver is 'few': a model without checkpoint"),
+        (["--model={folder}", "--checkpoint=none.pt", *GOOD], "none.pt does not exist"),
+        (["--model={folder}", "--checkpoint={folder}/student.safetensors", *GOOD, "--frames=80"], "frames is 80"),
+        (["--model={folder}", "--checkpoint={folder}/student.safetensors", *GOOD, "--frames=13"], "9 or 21"),
+        (["--model={folder}", *GOOD, "--height=40", "--solver=euler"], "height is 40: it must be a multiple of 16"),
+        (["--model={folder}", *GOOD, "--prompt= ", "--solver=euler"], "prompt is empty"),
+        (["--model={folder}", "--solver=euler"], "prompt is missing"),
+        (["--height=64"], "height is given without model"),
+        (["--model={folder}", "--checkpoint={folder}/Wan2.1_VAE.safetensors", *GOOD], "VAE"),
+        (
+            [
+                "--model={folder}",
+                "--checkpoint={folder}/student.safetensors",
+                *GOOD,
+                "--frames=13",
+                "--image={folder}/config.json",
+            ],
+            "image",
+        ),
+        (
+            ["--model={folder}", "--checkpoint={folder}/student.safetensors", *GOOD, "--video={folder}/config.json"],
+            "video",
+        ),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(arguments, message, folder, tmp_path):
+    done = generate(*[a.format(folder=folder) for a in arguments], f"--out={tmp_path}/out")
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="a full disk needs the rights to mount one")
+def test_a_full_disk_leaves_no_half_written_video(folder, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk]).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises((OSError, ValueError), match="cannot write"):
+            wan_job.run(job(folder, disk, prompts=("a cat",)))
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
