@@ -95,7 +95,8 @@ def check_frames(config: ro.RolloutConfig, frames: int, given: int = 0) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _student_chunk(model, config, size, params, text, cache, key, examples, start, chunk):
+def student_chunk(model, config, size, params, text, cache, key, examples, start, chunk):
+    """The next chunk of a few-step student, of `size` (n, H, W, C); returns the new cache and the latents."""
     noise = _chunk_noise(key, examples, chunk, size)
     last, draw = len(config.steps) - 1, ro.key_draw(key, examples)
     return ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)[:2]
@@ -138,7 +139,8 @@ def encode_text(model: WanTransformer, params: dict, text: jax.Array):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(vae, params, cache, latents):
+def decode(vae, params, cache, latents):
+    """The next pixels, uint8; returns the decoder's new cache and the pixels."""
     cache, pixels = vae.apply({"params": params}, cache, latents, method="decode_chunk")
     return cache, to_uint8(pixels)
 
@@ -238,7 +240,7 @@ class WanPipeline:
         for chunk in latents:
             pixels = None
             if self.vae is not None:
-                cache, pixels = self.run(_decode, self.vae, self.vae_params, cache, chunk)
+                cache, pixels = self.run(decode, self.vae, self.vae_params, cache, chunk)
             yield chunk, pixels
 
     def _latents(self, text, negative, examples, sampling, initial):
@@ -263,7 +265,7 @@ class WanPipeline:
             shape = (size, sampling.height, sampling.width, self.config.channels)
             common = (self.params, kv, cache, key, examples, start, chunk)
             if sampling.solver is None:
-                cache, clean = self.run(_student_chunk, self.model, self.rollout, shape, *common)
+                cache, clean = self.run(student_chunk, self.model, self.rollout, shape, *common)
             else:
                 how = (sampling.solver, sampling.guidance)
                 cache, clean = self.run(_diffusion_chunk, self.model, self.rollout, shape, *how, *common)

@@ -67,3 +67,6 @@ def vae(folder: Folder) -> Iterator[Result]:
         parts.append(np.asarray(part))
     differ = float((np.concatenate(parts, axis=1) != pixels).sum())
     yield Result("pixels by chunks", differ, 0.0, "values that differ from those of the whole decode")
+
+
+CASES = {"11_vae.npz": vae, "12_t5.npz": t5}

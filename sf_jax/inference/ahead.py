@@ -1,0 +1,132 @@
+"""Compiles full-size generation ahead of time for TPUs that are not there, and says what memory a chip needs.
+
+libtpu's compiler runs on any machine: `pip install "sf_jax[aot]"`, no TPU is needed.
+"""
+
+import dataclasses
+import os
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sf_jax import rollout as ro
+from sf_jax.inference import wan
+from sf_jax.models import wan as transformer
+from sf_jax.models.streaming import empty_decode_cache
+
+# Memory of a chip in bytes, from the vendor's documentation.
+HBM = {"v5p": 95 * 2**30, "v6e": 32 * 2**30, "v5e": 16 * 2**30, "v4": 32 * 2**30}
+# libtpu asks a metadata server about the machine it is on unless it is told
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program compiled for one topology.
+
+    Attributes:
+      program: what it does.
+      arguments: bytes of a chip's arguments, parameters and caches included.
+      temporary: bytes that it needs meanwhile, results that take no argument's place included.
+      seconds: how long compiling took.
+    """
+
+    program: str
+    arguments: int
+    temporary: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a chip while it runs."""
+        return self.arguments + self.temporary
+
+
+def tpu_mesh(topology: str) -> Mesh:
+    """The mesh of a TPU slice such as "v5p:2x2x1", axis `data`.
+
+    Raises:
+      ValueError: if libtpu is missing or does not know the topology.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of libtpu, which raises whatever it likes
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"topology {topology} cannot be had ({reason}): pip install 'sf_jax[aot]'") from error
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def compile_generation(
+    config: transformer.WanConfig,
+    rollout: ro.RolloutConfig,
+    vae: nn.Module,
+    vae_shapes: dict,
+    sampling: wan.Sampling,
+    mesh: Mesh,
+) -> list[Compiled]:
+    """Compiles what `WanPipeline.stream` runs for a few-step student, a video per chip, all numbers bfloat16.
+
+    Args:
+      config: the transformer; `attention` must name the implementation ("splash"), as there is no TPU to choose for.
+      rollout: how it generates.
+      vae: the decoder.
+      vae_shapes: its parameters' shapes.
+      sampling: size of the videos.
+      mesh: from `tpu_mesh`.
+    """
+    model, batch = transformer.WanTransformer(config), mesh.size
+
+    def on_mesh(tree, *axes):
+        spread = NamedSharding(mesh, PartitionSpec(*axes))
+
+        def leaf(a):
+            dtype = jnp.bfloat16 if a.dtype == jnp.float32 else a.dtype
+            return jax.ShapeDtypeStruct(a.shape, dtype, sharding=spread)
+
+        return jax.tree.map(leaf, tree)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+
+    params = on_mesh(transformer.param_shapes(config))
+    prompt = shape(batch, config.text_len, config.text_dim, dtype=jnp.bfloat16)
+    text = on_mesh(jax.eval_shape(lambda p, t: wan.encode_text(model, p, t), params, prompt), None, "data")
+    size = (rollout.chunk, sampling.height, sampling.width, config.channels)
+    cache = jax.eval_shape(lambda: ro.empty_cache(model, rollout, batch, sampling.frames, *size[1:3]))
+    k, v = on_mesh((cache.k, cache.v), None, "data")
+    cache = cache.replace(k=k, v=v, frames=on_mesh(cache.frames))
+    key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+    examples, latents = shape(batch, dtype=jnp.int32), shape(batch, *size)
+    decoder = on_mesh(vae_shapes)
+    stream = on_mesh(jax.eval_shape(lambda: empty_decode_cache(vae, batch, *size[1:3])), "data")
+    programs = {
+        "prompt to keys and values": (wan.encode_text, model, params, prompt),
+        "one chunk of the student": (
+            wan.student_chunk,
+            *(model, rollout, size, params, text, cache, key, examples, number, number),
+        ),
+        "first chunk to pixels": (wan.decode, vae, decoder, stream, latents),
+        "later chunk to pixels": (wan.decode, vae, decoder, stream.replace(started=True), latents),
+    }
+    with jax.set_mesh(mesh):
+        return [_compile(name, *arguments) for name, arguments in programs.items()]
+
+
+def _compile(name, program, *arguments) -> Compiled:
+    began = time.perf_counter()
+    memory = program.lower(*arguments).compile().memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes + results
+    return Compiled(name, memory.argument_size_in_bytes, temporary, time.perf_counter() - began)
