@@ -37,6 +37,12 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     # Only for reading .pt/.pth checkpoints; nothing else imports torch.
     "convert": ["torch>=2.4"],
+    # Fetching published weights.
+    "download": ["huggingface_hub>=0.26"],
+    # What the networks are compared with in tests/test_parity.py.
+    "parity": ["torch>=2.4", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0"],
+    # libtpu's compiler, which needs no TPU. Where there is none, set JAX_PLATFORMS=cpu, or JAX looks for one.
+    "aot": ["jax[tpu]>=0.10"],
     # ruff is capped because its formatting style changes between minor versions.
     "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17,<0.18"],
     "logs": ["tensorboardX>=2.6.2", "wandb>=0.18"],

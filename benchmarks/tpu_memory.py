@@ -14,8 +14,8 @@ from sf_jax.models.vae import WanVae, param_shapes, wan_vae
 from sf_jax.models.wan import wan_1_3b
 
 
-def measure(topology: str) -> list[ahead.Compiled]:
-    """Compiles everything for a topology."""
+def measure(topology: str, only=ahead.PROGRAMS) -> list[ahead.Compiled]:
+    """Compiles the programs for a topology."""
     config = wan_1_3b(dtype="bfloat16", attention="splash", remat="none")
     rollout = ro.RolloutConfig(context_noise="none")
     vae = wan_vae(dtype="bfloat16")

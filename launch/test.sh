@@ -3,21 +3,24 @@
 #
 #   bash launch/test.sh          everything
 #   bash launch/test.sh --fast   without the slow tests
+#   bash launch/test.sh --all    also what needs PyTorch, diffusers and libtpu (1 GB more to install)
 #
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 # Tests run on the CPU unless JAX_PLATFORMS is set.
 set -euo pipefail
 
 fast_only=0
+extras="test"
 for arg in "$@"; do
   case "$arg" in
     --fast) fast_only=1 ;;
+    --all) extras="test,parity,aot" ;;
     -h | --help)
-      printf 'usage: bash launch/test.sh [--fast]\n'
+      printf 'usage: bash launch/test.sh [--fast | --all]\n'
       exit 0
       ;;
     *)
-      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast]\n' "$arg" >&2
+      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast | --all]\n' "$arg" >&2
       exit 2
       ;;
   esac
@@ -47,7 +50,7 @@ last_part() {
   exec "$@"
 }
 
-part "set-up" setup_venv test
+part "set-up" setup_venv "$extras"
 part "ruff check" "$VENV_PYTHON" -m ruff check .
 part "ruff format" "$VENV_PYTHON" -m ruff format --check .
 

@@ -6,6 +6,7 @@ libtpu's compiler runs on any machine: `pip install "sf_jax[aot]"`, no TPU is ne
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from sf_jax.models.streaming import empty_decode_cache
 
 # Memory of a chip in bytes, from the vendor's documentation.
 HBM = {"v5p": 95 * 2**30, "v6e": 32 * 2**30, "v5e": 16 * 2**30, "v4": 32 * 2**30}
+PROGRAMS = ("prompt to keys and values", "one chunk of the student", "first chunk to pixels", "later chunk to pixels")
 # libtpu asks a metadata server about the machine it is on unless it is told
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -75,6 +77,7 @@ def compile_generation(
     vae_shapes: dict,
     sampling: wan.Sampling,
     mesh: Mesh,
+    only: Sequence[str] = PROGRAMS,
 ) -> list[Compiled]:
     """Compiles what `WanPipeline.stream` runs for a few-step student, a video per chip, all numbers bfloat16.
 
@@ -85,6 +88,7 @@ def compile_generation(
       vae_shapes: its parameters' shapes.
       sampling: size of the videos.
       mesh: from `tpu_mesh`.
+      only: which of `PROGRAMS`; the decoder takes a compiler minutes.
     """
     model, batch = transformer.WanTransformer(config), mesh.size
 
@@ -112,16 +116,16 @@ def compile_generation(
     decoder = on_mesh(vae_shapes)
     stream = on_mesh(jax.eval_shape(lambda: empty_decode_cache(vae, batch, *size[1:3])), "data")
     programs = {
-        "prompt to keys and values": (wan.encode_text, model, params, prompt),
-        "one chunk of the student": (
+        PROGRAMS[0]: (wan.encode_text, model, params, prompt),
+        PROGRAMS[1]: (
             wan.student_chunk,
             *(model, rollout, size, params, text, cache, key, examples, number, number),
         ),
-        "first chunk to pixels": (wan.decode, vae, decoder, stream, latents),
-        "later chunk to pixels": (wan.decode, vae, decoder, stream.replace(started=True), latents),
+        PROGRAMS[2]: (wan.decode, vae, decoder, stream, latents),
+        PROGRAMS[3]: (wan.decode, vae, decoder, stream.replace(started=True), latents),
     }
     with jax.set_mesh(mesh):
-        return [_compile(name, *arguments) for name, arguments in programs.items()]
+        return [_compile(name, *arguments) for name, arguments in programs.items() if name in only]
 
 
 def _compile(name, program, *arguments) -> Compiled:
