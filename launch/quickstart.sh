@@ -3,7 +3,8 @@
 # Everything lands in runs/quickstart (or in the folder given as the first argument).
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 setup_venv
 python="$VENV_PYTHON"
 out="${1:-runs/quickstart}"

@@ -1,0 +1,161 @@
+"""The networks against those of diffusers and transformers, on the same CPU.
+
+  python -m benchmarks.vs_diffusers              # all rows; needs pip install 'sf_jax[parity]'
+  python -m benchmarks.vs_diffusers --row=vae    # one row: dit, vae, vae_narrow, umt5, dit_large
+  python -m benchmarks.vs_diffusers --large      # all rows and dit_large (dim 1536, 4 layers)
+
+Protocol: one process; both sides have all cores (`torch.set_num_threads(os.cpu_count())`; XLA takes them by itself),
+float32, the same sizes, weights and inputs. Ours is jitted, theirs runs as the libraries ship it (eager, under
+`inference_mode`). Each side runs once to compile or warm up, then they take turns `--repeats` times, with a pause
+between them so that the idle threads of one do not slow the other down. What is timed is the network alone: inputs are
+there in the layout of each side. The table has the median and, since other work on the machine can only add time, the
+minimum; `ratio` is ours / theirs, below 1 where ours is faster. `difference` is the relative L2 difference of the
+outputs, so that the work is known to be the same. A line of JSON per row is appended to `--json`.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from sf_jax.models.umt5 import Umt5Encoder
+from sf_jax.models.vae import WanVae
+from sf_jax.models.wan import WanTransformer, bidirectional_layout
+from sf_jax.weights import mapping
+from sf_jax.weights.recognise import entries_of, param_shapes_of, recognise
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "numpy")
+PAUSE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+      what: the sizes, for the table.
+      ours: runs ours once and waits for it.
+      theirs: runs theirs once.
+      difference: relative L2 difference of the outputs of one run each.
+    """
+
+    what: str
+    ours: Callable[[], np.ndarray]
+    theirs: Callable[[], np.ndarray]
+
+
+def _params(kind: str, model: torch.nn.Module, **changes) -> tuple:
+    """Our sizes and parameters from a library's network."""
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    guess = recognise({name: value.shape for name, value in tensors.items()})
+    config = dataclasses.replace(guess.config, **changes)
+    entries = entries_of(kind, config, guess.naming)
+    params = mapping.to_params(entries, tensors, param_shapes_of(kind, config), kind)
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def _random(model: torch.nn.Module) -> torch.nn.Module:
+    """Random matrices, also where a library starts with zeros."""
+    for value in model.parameters():
+        if value.ndim > 1:
+            value.normal_(0, value[0].numel() ** -0.5)
+    return model
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def _to_torch(x: np.ndarray) -> torch.Tensor:
+    """[B, F, H, W, C] to PyTorch's [B, C, F, H, W]."""
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def _ours(model, params, *arguments, **options) -> Callable[[], jax.Array]:
+    """A jitted call of one of our networks; static layouts are closed over."""
+    run = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments, **options))
+    arguments = [jnp.asarray(a) for a in arguments]
+    return lambda: jax.block_until_ready(run(params, *arguments))
+
+
+def dit(dim: int, layers: int, ffn_dim: int, head_dim: int, frames: int = 3) -> Row:
+    """The transformer, all frames of 30x52 latents seeing each other, 512 text tokens."""
+    heads = dim // head_dim
+    sizes = {"num_attention_heads": heads, "attention_head_dim": head_dim, "ffn_dim": ffn_dim, "num_layers": layers}
+    theirs = _random(diffusers.WanTransformer3DModel(**sizes, text_dim=1024).eval().requires_grad_(False))
+    config, params = _params("transformer", theirs, num_heads=heads, remat="none")
+    x, text, t = _normal(1, frames, 30, 52, 16), _normal(1, 512, 1024), np.float32([500])
+    layout = bidirectional_layout(frames)
+    inputs = _to_torch(x), torch.from_numpy(t), torch.from_numpy(text)
+    return Row(
+        f"transformer forward: dim {dim}, {layers} layers, {frames} x 30x52 latents",
+        _ours(WanTransformer(config), params, x, t[:, None], text, layout=layout),
+        lambda: np.moveaxis(theirs(*inputs, return_dict=False)[0].numpy(), 1, -1),
+    )
+
+
+def vae(dim: int, blocks: int, frames: int = 3, side: int = 16) -> Row:
+    """The decoder of the VAE, frame by frame on both sides."""
+    theirs = _random(diffusers.AutoencoderKLWan(base_dim=dim, num_res_blocks=blocks).eval().requires_grad_(False))
+    config, params = _params("vae", theirs)
+    latents = _normal(1, frames, side, side, 16)
+    ours = _ours(WanVae(config), params, latents, method="decode")
+    inputs = _to_torch(latents * np.float32(config.std) + np.float32(config.mean))
+    return Row(
+        f"VAE decode: dim {dim}, {blocks} blocks, {frames} x {side}x{side} latents",
+        lambda: np.clip(ours(), -1, 1),
+        lambda: np.moveaxis(theirs.decode(inputs, return_dict=False)[0].numpy(), 1, -1),
+    )
+
+
+def umt5(dim: int, layers: int, length: int = 512) -> Row:
+    """The text encoder over a padded prompt."""
+    sizes = transformers.UMT5Config(
+        vocab_size=1024, d_model=dim, d_kv=64, d_ff=dim * 5 // 2, num_heads=dim // 64, num_layers=layers
+    )
+    theirs = _random(transformers.UMT5EncoderModel(sizes).eval().requires_grad_(False))
+    config, params = _params("umt5", theirs)
+    ids = np.random.default_rng(0).integers(0, sizes.vocab_size, (1, length)).astype(np.int32)
+    mask = (np.arange(length) < length // 2).astype(np.int32)[None]
+    ours = _ours(Umt5Encoder(config), params, ids, mask)
+    inputs = torch.from_numpy(ids), torch.from_numpy(mask)
+    return Row(
+        f"UMT5 forward: dim {dim}, {layers} layers, {length} tokens",
+        lambda: ours()[:, : length // 2],
+        lambda: theirs(*inputs).last_hidden_state.numpy()[:, : length // 2],
+    )
+
+
+ROWS = {
+    "dit": lambda: dit(dim=384, layers=6, ffn_dim=1536, head_dim=64),
+    "vae": lambda: vae(dim=96, blocks=2),
+    "vae_narrow": lambda: vae(dim=32, blocks=1),
+    "umt5": lambda: umt5(dim=1024, layers=4),
+    "dit_large": lambda: dit(dim=1536, layers=4, ffn_dim=8960, head_dim=128),
+}
+
+
+def measure(row: Row, repeats: int) -> dict:
+    """Seconds of both sides, taking turns, and how far their outputs are apart."""
+    outputs = [np.asarray(side(), np.float64) for side in (row.ours, row.theirs)]
+    difference = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
+    seconds = {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        for name, side in (("ours", row.ours), ("theirs", row.theirs)):
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - began)
+    return {"what": row.what, "seconds": seconds, "difference": float(difference)}
