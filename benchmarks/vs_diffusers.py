@@ -23,18 +23,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from sf_jax.models.umt5 import Umt5Encoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.weights import mapping
 from sf_jax.weights.recognise import entries_of, param_shapes_of, recognise
+
+try:
+    import diffusers
+    import torch
+    import transformers
+except ImportError as error:
+    raise SystemExit(f"error: {error}; pip install 'sf_jax[parity]'") from error
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "numpy")
 PAUSE = 0.1
@@ -83,9 +87,9 @@ def _to_torch(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
 
-def _ours(model, params, *arguments, **options) -> Callable[[], jax.Array]:
-    """A jitted call of one of our networks; static layouts are closed over."""
-    run = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments, **options))
+def _jitted(function: Callable, params: dict, *arguments: np.ndarray) -> Callable[[], jax.Array]:
+    """A call of one of our networks that waits for its result."""
+    run = jax.jit(function)
     arguments = [jnp.asarray(a) for a in arguments]
     return lambda: jax.block_until_ready(run(params, *arguments))
 
@@ -97,11 +101,11 @@ def dit(dim: int, layers: int, ffn_dim: int, head_dim: int, frames: int = 3) -> 
     theirs = _random(diffusers.WanTransformer3DModel(**sizes, text_dim=1024).eval().requires_grad_(False))
     config, params = _params("transformer", theirs, num_heads=heads, remat="none")
     x, text, t = _normal(1, frames, 30, 52, 16), _normal(1, 512, 1024), np.float32([500])
-    layout = bidirectional_layout(frames)
+    model, layout = WanTransformer(config), bidirectional_layout(frames)
     inputs = _to_torch(x), torch.from_numpy(t), torch.from_numpy(text)
     return Row(
         f"transformer forward: dim {dim}, {layers} layers, {frames} x 30x52 latents",
-        _ours(WanTransformer(config), params, x, t[:, None], text, layout=layout),
+        _jitted(lambda p, x, t, text: model.apply({"params": p}, x, t, text, layout), params, x, t[:, None], text),
         lambda: np.moveaxis(theirs(*inputs, return_dict=False)[0].numpy(), 1, -1),
     )
 
@@ -110,12 +114,11 @@ def vae(dim: int, blocks: int, frames: int = 3, side: int = 16) -> Row:
     """The decoder of the VAE, frame by frame on both sides."""
     theirs = _random(diffusers.AutoencoderKLWan(base_dim=dim, num_res_blocks=blocks).eval().requires_grad_(False))
     config, params = _params("vae", theirs)
-    latents = _normal(1, frames, side, side, 16)
-    ours = _ours(WanVae(config), params, latents, method="decode")
+    model, latents = WanVae(config), _normal(1, frames, side, side, 16)
     inputs = _to_torch(latents * np.float32(config.std) + np.float32(config.mean))
     return Row(
         f"VAE decode: dim {dim}, {blocks} blocks, {frames} x {side}x{side} latents",
-        lambda: np.clip(ours(), -1, 1),
+        _jitted(lambda p, z: model.apply({"params": p}, z, method="decode").clip(-1, 1), params, latents),
         lambda: np.moveaxis(theirs.decode(inputs, return_dict=False)[0].numpy(), 1, -1),
     )
 
@@ -129,18 +132,18 @@ def umt5(dim: int, layers: int, length: int = 512) -> Row:
     config, params = _params("umt5", theirs)
     ids = np.random.default_rng(0).integers(0, sizes.vocab_size, (1, length)).astype(np.int32)
     mask = (np.arange(length) < length // 2).astype(np.int32)[None]
-    ours = _ours(Umt5Encoder(config), params, ids, mask)
+    model, text = Umt5Encoder(config), length // 2
     inputs = torch.from_numpy(ids), torch.from_numpy(mask)
     return Row(
         f"UMT5 forward: dim {dim}, {layers} layers, {length} tokens",
-        lambda: ours()[:, : length // 2],
-        lambda: theirs(*inputs).last_hidden_state.numpy()[:, : length // 2],
+        _jitted(lambda p, ids, mask: model.apply({"params": p}, ids, mask)[:, :text], params, ids, mask),
+        lambda: theirs(*inputs).last_hidden_state.numpy()[:, :text],
     )
 
 
 ROWS = {
     "dit": lambda: dit(dim=384, layers=6, ffn_dim=1536, head_dim=64),
-    "vae": lambda: vae(dim=96, blocks=2),
+    "vae": lambda: vae(dim=96, blocks=2, side=8),
     "vae_narrow": lambda: vae(dim=32, blocks=1),
     "umt5": lambda: umt5(dim=1024, layers=4),
     "dit_large": lambda: dit(dim=1536, layers=4, ffn_dim=8960, head_dim=128),
@@ -159,3 +162,47 @@ def measure(row: Row, repeats: int) -> dict:
             side()
             seconds[name].append(time.perf_counter() - began)
     return {"what": row.what, "seconds": seconds, "difference": float(difference)}
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", choices=list(ROWS), default=None, help="only this row")
+    parser.add_argument("--large", action="store_true", help="dit_large, too")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path("out/vs_diffusers.jsonl"), help="file to append to")
+    args = parser.parse_args()
+    threads = os.cpu_count()
+    torch.set_num_threads(threads)
+    machine = {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": _device(),
+        "threads": threads,
+    }
+    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    print(f"{machine['device']}, {threads} threads, float32; median (minimum) of {args.repeats} runs, seconds")
+    print(f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    for name in [args.row] if args.row else [name for name in ROWS if args.large or name != "dit_large"]:
+        with torch.inference_mode():
+            row = measure(ROWS[name](), args.repeats)
+        sides = [row["seconds"][side] for side in ("ours", "theirs")]
+        middle, least = [float(np.median(side)) for side in sides], [min(side) for side in sides]
+        cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(middle, least, strict=True)]
+        ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
+        print(f"{row['what']:58s}{cells[0]:>16s}{cells[1]:>16s}{ratio:>14s}{row['difference']:12.1e}", flush=True)
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"row": name, **row, **machine}) + "\n")
+
+
+def _device() -> str:
+    """The processor, as Linux names it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+if __name__ == "__main__":
+    main()

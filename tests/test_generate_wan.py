@@ -43,6 +43,7 @@ def test_student_writes_videos_latents_and_a_sheet(folder, tmp_path, capsys):
     assert printed.count("chunk ") == 4 * 3 and "time to first frame" in printed and "FPS without decoding" in printed
 
 
+@pytest.mark.slow
 def test_a_video_is_the_same_on_any_number_of_devices(folder, tmp_path):
     code = f"""
 import dataclasses, sys, numpy as np
@@ -61,6 +62,7 @@ wan_job.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_l
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_image_video_and_many_steps(folder, tmp_path):
     one = {"prompts": ("a cat in the snow",), "save_latents": True}
     student = wan_job.run(job(folder, tmp_path / "a", frames=9, **one))

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
-import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from sf_jax.files import check_writable
@@ -106,6 +104,9 @@ def captions_words() -> tuple[str, ...]:
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """Returns all scans, enlarged: uint8 [1797, 12, 12], white ink on black, and their digits [1797]."""
+    import scipy.ndimage  # here, as the two are a third of the start of commands that never build the data
+    import sklearn.datasets
+
     digits = sklearn.datasets.load_digits()
     factor = SPRITE / digits.images.shape[1]
     large = scipy.ndimage.zoom(digits.images / 16.0, (1, factor, factor), order=3, mode="grid-constant", grid_mode=True)
