@@ -56,8 +56,8 @@ part "ruff format" "$VENV_PYTHON" -m ruff format --check .
 
 # Two processes: most of a test is one-threaded compilation, so the fast tests take XLA's quick
 # one. The slow tests run what users run: fully optimised programs.
-fast=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$VENV_PYTHON" -m pytest -q -n 2 --dist worksteal -m "not slow")
-slow=("$VENV_PYTHON" -m pytest -q -n 2 --dist worksteal -m slow)
+fast=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal -m "not slow")
+slow=("$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal -m slow)
 
 if ((fast_only)); then
   last_part "fast tests" "${fast[@]}"
