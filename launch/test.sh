@@ -54,19 +54,18 @@ part "set-up" setup_venv "$extras"
 part "ruff check" "$VENV_PYTHON" -m ruff check .
 part "ruff format" "$VENV_PYTHON" -m ruff format --check .
 
-# Two processes: most of a test is one-threaded compilation, so the fast tests take XLA's quick
-# one. The slow tests run what users run: fully optimised programs.
-fast=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal -m "not slow")
-slow=("$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal -m slow)
+# Two processes: most of a test is one-threaded compilation, so all take XLA's quick one but for the
+# long comparisons with the official code, which run what users run: fully optimised programs.
+quick=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1)
+tests=("$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal)
+goldens=tests/test_goldens.py
+fast=("${quick[@]}" "${tests[@]}" -m "not slow")
+slow=("${quick[@]}" "${tests[@]}" -m slow --ignore="$goldens")
+official=("${tests[@]}" -m slow "$goldens")
 
 if ((fast_only)); then
   last_part "fast tests" "${fast[@]}"
 fi
-# Without this look, 'nothing is marked slow' and 'the slow tests were not found' would be
-# the same exit code 5 of pytest; now that code is a failure wherever it comes up.
-if ! grep -rqE --include='*.py' 'mark\.slow\b' tests; then
-  say "nothing in tests/ is marked slow: the fast tests are all"
-  last_part "fast tests" "${fast[@]}"
-fi
 part "fast tests" "${fast[@]}"
-last_part "slow tests" "${slow[@]}"
+part "slow tests" "${slow[@]}"
+last_part "slow comparisons with the official code" "${official[@]}"
