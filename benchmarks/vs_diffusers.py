@@ -3,14 +3,17 @@
   python -m benchmarks.vs_diffusers              # all rows; needs pip install 'sf_jax[parity]'
   python -m benchmarks.vs_diffusers --row=vae    # one row: dit, vae, vae_narrow, umt5, dit_large
   python -m benchmarks.vs_diffusers --large      # all rows and dit_large (dim 1536, 4 layers)
+  python -m benchmarks.vs_diffusers --one_core   # CPU time on one core, for machines that others use, too
 
-Protocol: one process; both sides have all cores (`torch.set_num_threads(os.cpu_count())`; XLA takes them by itself),
-float32, the same sizes, weights and inputs. Ours is jitted, theirs runs as the libraries ship it (eager, under
-`inference_mode`). Each side runs once to compile or warm up, then they take turns `--repeats` times, with a pause
-between them so that the idle threads of one do not slow the other down. What is timed is the network alone: inputs are
-there in the layout of each side. The table has the median and, since other work on the machine can only add time, the
-minimum; `ratio` is ours / theirs, below 1 where ours is faster. `difference` is the relative L2 difference of the
-outputs, so that the work is known to be the same. A line of JSON per row is appended to `--json`.
+Protocol: one process, float32, the same sizes, weights and inputs on both sides. Both have all cores
+(`torch.set_num_threads(os.cpu_count())`; XLA takes them by itself). Ours is jitted, theirs runs as the libraries ship
+it: eager, under `inference_mode`. Each side runs once to compile or warm up, then they take turns `--repeats` times,
+with a pause between them in which idle threads stop spinning. Timed is the network alone, its inputs lie ready in the
+layout of its side. The table has the median and, as other work on the machine only adds time, the minimum; `ratio` is
+ours / theirs, below 1 where ours is faster; `others` is the share of all cores that other processes had meanwhile (on
+Linux): where it is not small, the ratio says little, since the two sides suffer differently. With `--one_core` the
+process keeps to one core and its CPU time is counted, which others hardly change. `difference` is the relative L2
+difference of the outputs, so that the work is known to be the same. A line of JSON per row is appended to `--json`.
 """
 
 import argparse
@@ -50,13 +53,12 @@ class Row:
 
     Attributes:
       what: the sizes, for the table.
-      ours: runs ours once and waits for it.
-      theirs: runs theirs once.
-      difference: relative L2 difference of the outputs of one run each.
+      ours: runs ours once, waits for it and returns the output.
+      theirs: the same for theirs; arrays of one shape.
     """
 
     what: str
-    ours: Callable[[], np.ndarray]
+    ours: Callable[[], jax.Array]
     theirs: Callable[[], np.ndarray]
 
 
@@ -71,7 +73,9 @@ def _params(kind: str, model: torch.nn.Module, **changes) -> tuple:
 
 
 def _random(model: torch.nn.Module) -> torch.nn.Module:
-    """Random matrices, also where a library starts with zeros."""
+    """Random matrices, also where a library starts with zeros; for inference only."""
+    torch.manual_seed(0)
+    model.eval().requires_grad_(False)
     for value in model.parameters():
         if value.ndim > 1:
             value.normal_(0, value[0].numel() ** -0.5)
@@ -98,7 +102,7 @@ def dit(dim: int, layers: int, ffn_dim: int, head_dim: int, frames: int = 3) -> 
     """The transformer, all frames of 30x52 latents seeing each other, 512 text tokens."""
     heads = dim // head_dim
     sizes = {"num_attention_heads": heads, "attention_head_dim": head_dim, "ffn_dim": ffn_dim, "num_layers": layers}
-    theirs = _random(diffusers.WanTransformer3DModel(**sizes, text_dim=1024).eval().requires_grad_(False))
+    theirs = _random(diffusers.WanTransformer3DModel(**sizes, text_dim=1024))
     config, params = _params("transformer", theirs, num_heads=heads, remat="none")
     x, text, t = _normal(1, frames, 30, 52, 16), _normal(1, 512, 1024), np.float32([500])
     model, layout = WanTransformer(config), bidirectional_layout(frames)
@@ -112,7 +116,7 @@ def dit(dim: int, layers: int, ffn_dim: int, head_dim: int, frames: int = 3) -> 
 
 def vae(dim: int, blocks: int, frames: int = 3, side: int = 16) -> Row:
     """The decoder of the VAE, frame by frame on both sides."""
-    theirs = _random(diffusers.AutoencoderKLWan(base_dim=dim, num_res_blocks=blocks).eval().requires_grad_(False))
+    theirs = _random(diffusers.AutoencoderKLWan(base_dim=dim, num_res_blocks=blocks))
     config, params = _params("vae", theirs)
     model, latents = WanVae(config), _normal(1, frames, side, side, 16)
     inputs = _to_torch(latents * np.float32(config.std) + np.float32(config.mean))
@@ -128,7 +132,7 @@ def umt5(dim: int, layers: int, length: int = 512) -> Row:
     sizes = transformers.UMT5Config(
         vocab_size=1024, d_model=dim, d_kv=64, d_ff=dim * 5 // 2, num_heads=dim // 64, num_layers=layers
     )
-    theirs = _random(transformers.UMT5EncoderModel(sizes).eval().requires_grad_(False))
+    theirs = _random(transformers.UMT5EncoderModel(sizes))
     config, params = _params("umt5", theirs)
     ids = np.random.default_rng(0).integers(0, sizes.vocab_size, (1, length)).astype(np.int32)
     mask = (np.arange(length) < length // 2).astype(np.int32)[None]
@@ -150,18 +154,31 @@ ROWS = {
 }
 
 
-def measure(row: Row, repeats: int) -> dict:
-    """Seconds of both sides, taking turns, and how far their outputs are apart."""
+def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict:
+    """Seconds of both sides, taking turns; how far their outputs are apart; what other processes used meanwhile."""
     outputs = [np.asarray(side(), np.float64) for side in (row.ours, row.theirs)]
     difference = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
-    seconds = {"ours": [], "theirs": []}
+    seconds, others = {"ours": [], "theirs": []}, []
     for _ in range(repeats):
         for name, side in (("ours", row.ours), ("theirs", row.theirs)):
             time.sleep(PAUSE)
-            began = time.perf_counter()
+            before, began = _machine_time(), clock()
             side()
-            seconds[name].append(time.perf_counter() - began)
-    return {"what": row.what, "seconds": seconds, "difference": float(difference)}
+            seconds[name].append(clock() - began)
+            others.append([after - start for after, start in zip(_machine_time(), before, strict=True)])
+    wall, busy, own = np.sum(others, axis=0)
+    share = float(max(busy - own, 0) / (wall * os.cpu_count())) if busy else None
+    return {"what": row.what, "seconds": seconds, "difference": float(difference), "others": share}
+
+
+def _machine_time() -> tuple[float, float, float]:
+    """Seconds: on the clock, of all cores at work (0 where the system does not say), of this process at work."""
+    stat = Path("/proc/stat")
+    busy = 0.0
+    if stat.is_file():
+        user, nice, system, _, _, *interrupts = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), busy, time.process_time()
 
 
 def main() -> None:
@@ -169,31 +186,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=list(ROWS), default=None, help="only this row")
     parser.add_argument("--large", action="store_true", help="dit_large, too")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--one_core", action="store_true", help="CPU time on one core instead of time on all")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("out/vs_diffusers.jsonl"), help="file to append to")
     args = parser.parse_args()
-    threads = os.cpu_count()
+    threads, clock = os.cpu_count(), time.perf_counter
+    if args.one_core:
+        # Before JAX and PyTorch start their threads, which inherit it.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        threads, clock = 1, time.process_time
     torch.set_num_threads(threads)
     machine = {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "device": _device(),
         "threads": threads,
+        "time": "CPU" if args.one_core else "clock",
     }
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
-    print(f"{machine['device']}, {threads} threads, float32; median (minimum) of {args.repeats} runs, seconds")
-    print(f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}")
+    print(f"{machine['device']}, threads: {threads}, float32; {machine['time']} time: ", end="")
+    print(f"median (minimum) of {args.repeats} runs, seconds")
+    print(f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}{'others':>8s}")
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for name in [args.row] if args.row else [name for name in ROWS if args.large or name != "dit_large"]:
         with torch.inference_mode():
-            row = measure(ROWS[name](), args.repeats)
-        sides = [row["seconds"][side] for side in ("ours", "theirs")]
-        middle, least = [float(np.median(side)) for side in sides], [min(side) for side in sides]
-        cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(middle, least, strict=True)]
-        ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
-        print(f"{row['what']:58s}{cells[0]:>16s}{cells[1]:>16s}{ratio:>14s}{row['difference']:12.1e}", flush=True)
+            row = measure(ROWS[name](), args.repeats, clock)
+        print(_line(row), flush=True)
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps({"row": name, **row, **machine}) + "\n")
+
+
+def _line(row: dict) -> str:
+    """A line of the table."""
+    sides = [row["seconds"][side] for side in ("ours", "theirs")]
+    middle, least = [float(np.median(side)) for side in sides], [min(side) for side in sides]
+    cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(middle, least, strict=True)]
+    ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
+    others = "?" if row["others"] is None else f"{row['others']:.0%}"
+    return f"{row['what']:58s}{cells[0]:>16s}{cells[1]:>16s}{ratio:>14s}{row['difference']:12.1e}{others:>8s}"
 
 
 def _device() -> str:

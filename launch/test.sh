@@ -3,7 +3,8 @@
 #
 #   bash launch/test.sh          everything
 #   bash launch/test.sh --fast   without the slow tests
-#   bash launch/test.sh --all    also what needs PyTorch, diffusers and libtpu (1 GB more to install)
+#   bash launch/test.sh --parity also what needs PyTorch, diffusers and transformers
+#   bash launch/test.sh --all    also what needs libtpu (1 GB more to install in all)
 #
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 # Tests run on the CPU unless JAX_PLATFORMS is set.
@@ -14,13 +15,14 @@ extras="test"
 for arg in "$@"; do
   case "$arg" in
     --fast) fast_only=1 ;;
+    --parity) extras="test,parity" ;;
     --all) extras="test,parity,aot" ;;
     -h | --help)
-      printf 'usage: bash launch/test.sh [--fast | --all]\n'
+      printf 'usage: bash launch/test.sh [--fast | --parity | --all]\n'
       exit 0
       ;;
     *)
-      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast | --all]\n' "$arg" >&2
+      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast | --parity | --all]\n' "$arg" >&2
       exit 2
       ;;
   esac
