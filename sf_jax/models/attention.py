@@ -19,7 +19,8 @@ Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # Logits of one query block, in elements: above this the queries are processed in blocks, one after the other.
-MAX_LOGITS = 1 << 25
+# Beyond 16 MB CPUs slow down, as every block's logits are new memory pages.
+MAX_LOGITS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)

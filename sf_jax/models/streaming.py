@@ -46,6 +46,11 @@ class Past:
         self.new.append(x[:, -count:])
         return x
 
+    def extend_known(self, x: jax.Array, count: int) -> jax.Array:
+        """As `extend`, for a `Conv`: nothing is put before the video's first frames, and the `Conv` skips those taps."""
+        extended = self.extend(x, count)
+        return x if self.first else extended
+
     def skip(self, x: jax.Array, count: int) -> None:
         """Leaves the past of a layer, which would see `x`, as it is."""
         self.new.append(self._next(x, count))
@@ -130,8 +135,9 @@ def _cache_shapes(model, batch, height, width):
 class Conv(nn.Module):
     """A convolution over [frames,] rows and columns: `kernel` [*window, in, out] and `bias` [out] are float32.
 
-    Rows and columns are padded with zeros so that they keep their size where `stride` is 1; over frames nothing is
-    padded (see `Past.extend`). With a stride of 2, the padding is one row below and one column to the right.
+    Rows and columns are padded with zeros so that they keep their size where `stride` is 1; with a stride of 2, the
+    padding is one row below and one column to the right. Over frames nothing is padded (see `Past`): of less frames
+    than the window has, the missing ones are those before the video, zeros that need no work.
     """
 
     features: int
@@ -143,15 +149,18 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, F, H, W, C_in] to [B, F - (kt - 1), H, W, features], rows, columns and frames divided by the strides."""
+        """[B, F, H, W, C_in] to [B, max(F - (kt - 1), 1), H, W, features], H, W and frames divided by the strides."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.window, x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if set(self.window) == {1}:
             x = jnp.matmul(x, kernel.reshape(kernel.shape[-2:]))
         elif len(self.window) == 2:
             x = self._plane(x, kernel)
+        elif x.shape[1] == 1:
+            x = self._plane(x, kernel[-1])
         else:
-            x = jax.lax.platform_dependent(x, kernel, cpu=self._unfolded, default=self._volume)
+            kernel = kernel[-x.shape[1] :]
+            x = jax.lax.platform_dependent(x, kernel, cpu=self._by_planes, default=self._volume)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return x
@@ -173,12 +182,24 @@ class Conv(nn.Module):
         strides, padding = (self.frame_stride, self.stride, self.stride), ((0, 0), *self._padding())
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
-    def _unfolded(self, x, kernel):
-        """The same, the window's frames put side by side as channels: XLA's 3D convolution is slow on CPUs."""
+    def _by_planes(self, x, kernel):
+        """The same as a sum of 2D convolutions: XLA's 3D one is slow on CPUs."""
         span = x.shape[1] - len(kernel) + 1
-        taps = [x[:, k : k + span : self.frame_stride] for k in range(len(kernel))]
-        kernel = jnp.moveaxis(kernel, 0, 2).reshape(*self.window[1:], -1, self.features)
-        return self._plane(jnp.concatenate(taps, axis=-1), kernel)
+        if len(kernel) == 3 and self.frame_stride == 1 and span % 2 == 0 and self.dtype == "float32":
+            return self._by_pairs(x, kernel)
+        return sum(self._plane(x[:, k : k + span : self.frame_stride], kernel[k]) for k in range(len(kernel)))
+
+    def _by_pairs(self, x, kernel):
+        """Two frames from four 2D convolutions instead of six: Winograd's F(2, 3) over time (arXiv 1509.09308)."""
+        even, odd = x[:, 0::2], x[:, 1::2]
+        a, b, c, d = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
+        ends, middle = (kernel[0] + kernel[2]) / 2, kernel[1] / 2
+        first, plus, minus, last = (
+            self._plane(frames, tap)
+            for frames, tap in ((a - c, kernel[0]), (b + c, ends + middle), (c - b, ends - middle), (b - d, kernel[2]))
+        )
+        out = jnp.stack([first + plus + minus, plus - minus - last], axis=2)
+        return out.reshape(x.shape[0], -1, *out.shape[3:])
 
 
 def split_frames(x: jax.Array, count: int) -> jax.Array:

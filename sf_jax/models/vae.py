@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
         h = x
         for number in (1, 2):
             h = nn.silu(ChannelNorm(name=f"norm{number}")(h))
-            h = Conv(self.features, (3, 3, 3), self.dtype, name=f"conv{number}")(past.extend(h, 2))
+            h = Conv(self.features, (3, 3, 3), self.dtype, name=f"conv{number}")(past.extend_known(h, 2))
         if x.shape[-1] != self.features:
             x = Conv(self.features, (1, 1, 1), self.dtype, name="shortcut")(x)
         return x + h
@@ -177,7 +177,7 @@ class Upsample(nn.Module):
         if self.time and past.first:
             past.skip(x, 2)  # the frames after it see zeros in its place
         elif self.time:
-            x = Conv(2 * x.shape[-1], (3, 1, 1), self.dtype, name="time_conv")(past.extend(x, 2))
+            x = Conv(2 * x.shape[-1], (3, 1, 1), self.dtype, name="time_conv")(past.extend_known(x, 2))
             x = split_frames(x, 2)
         return Conv(x.shape[-1] // 2, (3, 3), self.dtype, name="conv")(double_size(x))
 
@@ -208,13 +208,13 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, past: Past) -> jax.Array:
         """[B, 1 (first) or 4k, h, w, 3] to [B, 1 or k, H, W, 2C]."""
         config, last = self.config, len(self.config.dim_mult) - 1
-        x = Conv(config.dim, (3, 3, 3), config.dtype, name="conv_in")(past.extend(x, 2))
+        x = Conv(config.dim, (3, 3, 3), config.dtype, name="conv_in")(past.extend_known(x, 2))
         for i, mult in enumerate(config.dim_mult):
             way = (Downsample, config.temporal_downsample[i]) if i < last else ()
             x = Level(config.dim * mult, config.num_res_blocks, config.dtype, *way, name=f"levels_{i}")(x, past)
         x = Middle(config.dtype, name="middle")(x, past)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
-        x = Conv(2 * config.z_dim, (3, 3, 3), config.dtype, name="conv_out")(past.extend(x, 2))
+        x = Conv(2 * config.z_dim, (3, 3, 3), config.dtype, name="conv_out")(past.extend_known(x, 2))
         return Conv(2 * config.z_dim, (1, 1, 1), config.dtype, name="quant")(x)
 
 
@@ -229,13 +229,13 @@ class Decoder(nn.Module):
         config, last = self.config, len(self.config.dim_mult) - 1
         x = Conv(config.z_dim, (1, 1, 1), config.dtype, name="quant")(x)
         top = config.dim * config.dim_mult[-1]
-        x = Conv(top, (3, 3, 3), config.dtype, name="conv_in")(past.extend(x, 2))
+        x = Conv(top, (3, 3, 3), config.dtype, name="conv_in")(past.extend_known(x, 2))
         x = Middle(config.dtype, name="middle")(x, past)
         for i, mult in enumerate(reversed(config.dim_mult)):
             way = (Upsample, config.temporal_downsample[-1 - i]) if i < last else ()
             x = Level(config.dim * mult, config.num_res_blocks + 1, config.dtype, *way, name=f"levels_{i}")(x, past)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
-        return Conv(3, (3, 3, 3), config.dtype, name="conv_out")(past.extend(x, 2))
+        return Conv(3, (3, 3, 3), config.dtype, name="conv_out")(past.extend_known(x, 2))
 
 
 class WanVae(nn.Module):
