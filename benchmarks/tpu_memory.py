@@ -1,9 +1,10 @@
 """Memory per TPU chip of full-size generation, from libtpu's compiler; no TPU is needed.
 
-  python -m benchmarks.tpu_memory --topology=v5p:2x2x1 --topology=v6e:2x2
+  JAX_PLATFORMS=cpu python -m benchmarks.tpu_memory --topology=v5p:2x2x1 --topology=v6e:2x2
 
 Wan2.1-T2V-1.3B, 480x832, 21 latent frames (81 frames), 4 steps, chunks of 3, a video per chip, bfloat16, the whole
 cache (no window). Together is what a chip holds while the program runs; the arguments of the others stay beside it.
+The decoder takes a compiler minutes; JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1 makes that seconds.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def measure(topology: str, only=ahead.PROGRAMS) -> list[ahead.Compiled]:
     rollout = ro.RolloutConfig(context_noise="none")
     vae = wan_vae(dtype="bfloat16")
     return ahead.compile_generation(
-        config, rollout, WanVae(vae), param_shapes(vae), wan.Sampling(), ahead.tpu_mesh(topology)
+        config, rollout, WanVae(vae), param_shapes(vae), wan.Sampling(), ahead.tpu_mesh(topology), only
     )
 
 

@@ -22,7 +22,7 @@ from sf_jax.models.streaming import empty_decode_cache
 
 # Memory of a chip in bytes, from the vendor's documentation.
 HBM = {"v5p": 95 * 2**30, "v6e": 32 * 2**30, "v5e": 16 * 2**30, "v4": 32 * 2**30}
-PROGRAMS = ("prompt to keys and values", "one chunk of the student", "first chunk to pixels", "later chunk to pixels")
+PROGRAMS = ("prompt to keys and values", "one chunk of the student", "first frame to pixels", "later frame to pixels")
 # libtpu asks a metadata server about the machine it is on unless it is told
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -112,7 +112,7 @@ def compile_generation(
     k, v = on_mesh((cache.k, cache.v), None, "data")
     cache = cache.replace(k=k, v=v, frames=on_mesh(cache.frames))
     key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
-    examples, latents = shape(batch, dtype=jnp.int32), shape(batch, *size)
+    examples, latents = shape(batch, dtype=jnp.int32), shape(batch, 1, *size[1:])
     decoder = on_mesh(vae_shapes)
     stream = on_mesh(jax.eval_shape(lambda: empty_decode_cache(vae, batch, *size[1:3])), "data")
     programs = {

@@ -140,7 +140,7 @@ def encode_text(model: WanTransformer, params: dict, text: jax.Array):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(vae, params, cache, latents):
-    """The next pixels, uint8; returns the decoder's new cache and the pixels."""
+    """The pixels, uint8, of the next latent frame [B, 1, H, W, C]; returns the decoder's new cache and the pixels."""
     cache, pixels = vae.apply({"params": params}, cache, latents, method="decode_chunk")
     return cache, to_uint8(pixels)
 
@@ -238,10 +238,16 @@ class WanPipeline:
             cache = empty_decode_cache(self.vae, batch, sampling.height, sampling.width)
             cache = jax.tree.map(self.place, cache)
         for chunk in latents:
-            pixels = None
-            if self.vae is not None:
-                cache, pixels = self.run(decode, self.vae, self.vae_params, cache, chunk)
-            yield chunk, pixels
+            if self.vae is None:
+                yield chunk, None
+                continue
+            # Frame by frame, so that chunks of all sizes share two programs: compilers take minutes for a large decoder.
+            pixels = []
+            for i in range(chunk.shape[1]):
+                frame = jax.lax.dynamic_slice_in_dim(chunk, i, 1, axis=1)
+                cache, new = self.run(decode, self.vae, self.vae_params, cache, frame)
+                pixels.append(new)
+            yield chunk, jnp.concatenate(pixels, axis=1)
 
     def _latents(self, text, negative, examples, sampling, initial):
         key = key_for(sampling.seed, 0, Purpose.SAMPLE)

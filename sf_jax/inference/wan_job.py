@@ -231,7 +231,8 @@ def run(job: Job) -> list[Path]:
         given = None if initial is None else np.repeat(initial, len(padded), axis=0)
         stream = pipe.stream(text, unwanted, np.asarray(padded), job.sampling, given)
         label = f"videos {first + 1}-{first + len(batch)} of {len(mine)}, "
-        written += _write(job, out, [names[i] for i in batch], stream, times, label)
+        count = 0 if initial is None else initial.shape[1]
+        written += _write(job, out, [names[i] for i in batch], stream, count, times, label)
     print(times.summary(len(devices)), flush=True)
     return written
 
@@ -241,7 +242,7 @@ class Times:
     """Times of the chunks, in seconds.
 
     Attributes:
-      first: until the first frames were there, of each batch.
+      first: until the first new frames were there, of each batch.
       denoise: of each later chunk, and its pixel frames per video.
       decode: of each later chunk.
     """
@@ -261,24 +262,26 @@ class Times:
         return "; ".join(lines)
 
 
-def _write(job, out, names, stream, times, label) -> list[Path]:
-    """Writes the videos of one batch while their later chunks are being made."""
+def _write(job, out, names, stream, given, times, label) -> list[Path]:
+    """Writes the videos of one batch, `given` latent frames first, while their later chunks are being made."""
     began = before = time.perf_counter()
     latents, small, done = [], [], 0
     paths = [out / f"{name}.mp4" for name in names]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(video_io.Mp4Writer(path, job.fps, (job.height, job.width))) for path in paths]
+        start = 0
         for chunk, (clean, pixels) in enumerate(stream):
             jax.block_until_ready(clean)
             denoised = time.perf_counter()
             pixels = np.asarray(pixels)
             decoded = time.perf_counter()
-            if chunk == 0:
+            if start == given:
                 times.first.append(decoded - began)
-            elif chunk > 1:  # the second chunk compiles the decoder once more
+            elif start > max(given, 1):  # a compiler works before the first new chunk and the first two decoded frames
                 times.denoise.append((denoised - before, pixels.shape[1]))
                 times.decode.append(decoded - denoised)
             before = decoded
+            start += clean.shape[1]
             done += pixels.shape[1]
             print(f"{label}chunk {chunk + 1}: {done}/{job.frames} frames, {decoded - began:.2f} s", flush=True)
             for writer, video in zip(writers, pixels, strict=False):

@@ -47,7 +47,7 @@ class Past:
         return x
 
     def extend_known(self, x: jax.Array, count: int) -> jax.Array:
-        """As `extend`, for a `Conv`: nothing is put before the video's first frames, and the `Conv` skips those taps."""
+        """As `extend`, for a `Conv`, which needs nothing before the video's first frame."""
         extended = self.extend(x, count)
         return x if self.first else extended
 
