@@ -75,6 +75,15 @@ _make_venv() {
   "$python" -m venv --clear "$VENV_DIR" || die "'$python -m venv' failed (see above)"
 }
 
+# ",cuda" or ",tpu" where there is such a machine and nothing otherwise: the extra that brings JAX's backend.
+accelerator_extra() {
+  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+    printf ',cuda\n'
+  elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+    printf ',tpu\n'
+  fi
+}
+
 # What an installation depends on: setup.py, the extras, the place, the top-level packages.
 _install_key() {
   {

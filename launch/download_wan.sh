@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# Downloads Wan2.1-T2V-1.3B and a Self Forcing checkpoint from the Hugging Face hub.
+# Downloads Wan2.1-T2V-1.3B and a Self Forcing checkpoint from the Hugging Face hub, and the tiny decoder from GitHub.
 #
 #   bash launch/download_wan.sh [FOLDER]     default: weights
 #
 # About 17 GB for the model (11 GB of it the text encoder) and 6 GB for the checkpoint. A download that was interrupted
-# goes on where it stopped. Without a network, copy the folders by hand (the script says which files).
+# goes on where it stopped. Without a network, copy the folders by hand (the script says which files). JAX is installed
+# for the machine's GPU or TPU, where it has one.
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 set -euo pipefail
 
 folder="${1:-weights}"
 if [[ "$folder" == -* ]]; then
-  sed -n '2,9p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,10p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
   exit 2
 fi
 folder="$(mkdir -p -- "$folder" && CDPATH='' cd -- "$folder" && pwd -P)"
 
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
-setup_venv convert,download
+setup_venv "convert,download$(accelerator_extra)"
 
 if ! "$VENV_PYTHON" - "$folder" <<'PY'
 import sys
+import urllib.request
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -29,6 +31,11 @@ folder = Path(sys.argv[1])
 try:
     snapshot_download("Wan-AI/Wan2.1-T2V-1.3B", local_dir=folder / "Wan2.1-T2V-1.3B", ignore_patterns=["assets/*"])
     hf_hub_download("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", local_dir=folder)
+    tiny = folder / "Wan2.1-T2V-1.3B" / "taew2_1.pth"
+    if not tiny.exists():
+        unfinished = tiny.with_suffix(".part")
+        urllib.request.urlretrieve("https://github.com/madebyollin/taehv/raw/main/taew2_1.pth", unfinished)
+        unfinished.rename(tiny)
 except Exception as error:  # whatever it is, what to do is the same
     print(f"{type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
     sys.exit(1)
@@ -37,7 +44,8 @@ then
   die "the download failed (see above). With a network, run this again: it goes on where it stopped. Without one, fetch
   on another machine https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B (config.json, diffusion_pytorch_model.safetensors,
   Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) into $folder/Wan2.1-T2V-1.3B and
-  https://huggingface.co/gdhe17/Self-Forcing (checkpoints/self_forcing_dmd.pt) into $folder/checkpoints"
+  https://huggingface.co/gdhe17/Self-Forcing (checkpoints/self_forcing_dmd.pt) into $folder/checkpoints; for --vae=tiny
+  also https://github.com/madebyollin/taehv (taew2_1.pth) into $folder/Wan2.1-T2V-1.3B"
 fi
 
 say "done; next:"

@@ -2,7 +2,8 @@
 
 Names between the official code, diffusers and transformers, tensor by tensor and bit by bit:
 `python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --output=diffusion_pytorch_model.safetensors --to=diffusers`.
-The input is a safetensors file, a folder (or the index) of shards or a .pt file; what it is, is recognised. `--part`
+The input is a safetensors file, a folder (or the index) of shards, a model folder (for its transformer) or a .pt file;
+what it is, is recognised. `--part`
 chooses from a checkpoint of several networks, and names the network in a `.pt` output:
 `python -m sf_jax.convert --input=self_forcing_dmd.pt --output=student.safetensors --part=generator_ema`.
 
@@ -10,13 +11,13 @@ Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert
 This is how the weights that the package ships were made from those that training left.
 """
 
-import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
+from sf_jax import command
 from sf_jax.files import check_writable
 from sf_jax.weights import load
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
@@ -28,7 +29,7 @@ from sf_jax.weights.torch_io import PARTS, write_torch
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
-_INPUT = flags.DEFINE_string("input", None, "Weight file, or folder of shards")
+_INPUT = flags.DEFINE_string("input", None, "Weight file, folder of shards, or model folder")
 _OUTPUT = flags.DEFINE_string("output", None, "File to write: .safetensors, or .pt (which needs PyTorch)")
 _TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")
 _PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
@@ -66,31 +67,24 @@ def _convert(tensors: TensorFile, output: Path) -> str:
     return f"{guess.title}{part}, {len(tensors)} tensors, {guess.naming} -> {naming}"
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Command line: see the module's docstring."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        output = Path(_OUTPUT.value)
-        if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
-            raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
-        check_writable(output.parent, "output")
-        to_torch = output.suffix in TORCH_SUFFIXES
-        with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
-            if "sf_jax" in tensors.metadata and _TO.value is None and not to_torch:
-                dtype = _DTYPE.value or "float16"
-                if dtype == "bfloat16":
-                    raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
-                save_package(output, load_package(_INPUT.value), dtype)
-                done = "package of sf_jax"
-            else:
-                done = _convert(tensors, output)
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    output = Path(_OUTPUT.value)
+    if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
+    check_writable(output.parent, "output")
+    to_torch = output.suffix in TORCH_SUFFIXES
+    with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
+        if "sf_jax" in tensors.metadata and _TO.value is None and not to_torch:
+            dtype = _DTYPE.value or "float16"
+            if dtype == "bfloat16":
+                raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
+            save_package(output, load_package(_INPUT.value), dtype)
+            done = "package of sf_jax"
+        else:
+            done = _convert(tensors, output)
     print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["input", "output"])
-    app.run(main)
+    command.run(main, required=["input", "output"])

@@ -6,16 +6,15 @@ Without --checkpoint it evaluates the shipped student; --train_judge=FILE trains
 """
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
-from sf_jax import files
+from sf_jax import command, files
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
 
@@ -135,18 +134,11 @@ def run(values: flags.FlagValues) -> list[Path]:
     return paths
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Command line: see the module's docstring."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        paths = run(flags.FLAGS)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print("wrote", *paths, sep="\n  ")
+    print("wrote", *run(flags.FLAGS), sep="\n  ")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main)

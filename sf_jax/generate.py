@@ -7,14 +7,14 @@ Without --model, the shipped student of moving digits; with it, Wan2.1 and what 
 video and a contact sheet while later chunks are still being made.
 """
 
-import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
+from sf_jax import command
 from sf_jax.diffusion.solvers import SOLVERS
-from sf_jax.inference import digits_job, wan_job
+from sf_jax.inference import digits_job, wan, wan_job
 
 _PROMPT = flags.DEFINE_string("prompt", None, "What to show")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file with a prompt a line, instead of --prompt")
@@ -24,13 +24,15 @@ _CHECKPOINT = flags.DEFINE_string(
     "Digits: weights that sf_jax.train wrote, or 'teacher' (default: the shipped student). "
     "Wan: weights of a causal network, .pt or .safetensors (default: the bidirectional one of --model)",
 )
-_FRAMES = flags.DEFINE_integer("frames", None, "Frames of the video (digits: 48; Wan: 81, 1 + a multiple of 4)")
+_FRAMES = flags.DEFINE_integer(
+    "frames", None, "Frames of the video (digits: 48; Wan: 81, 1 + a multiple of 4; with --image one chunk more)"
+)
 _SAMPLES = flags.DEFINE_integer("num_samples", 1, "Videos per prompt", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise", lower_bound=0, upper_bound=2**32 - 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale of a teacher or of many steps (Wan: 6)")
 _FPS = flags.DEFINE_float("fps", None, "Frames per second of the files (digits: 12; Wan: 16)", 1.0, 50.0)
 _OUT = flags.DEFINE_string("out", "out", "Folder for the files")
-_SCALE = flags.DEFINE_integer("scale", digits_job.SCALE, "Digits: enlargement of the pixels", lower_bound=1)
+_SCALE = flags.DEFINE_integer("scale", None, f"Digits: enlargement ({digits_job.SCALE})", lower_bound=1)
 
 _MODEL = flags.DEFINE_string("model", None, "Wan: model folder, official or of diffusers")
 # Wan's flags whose names are fields of `wan_job.Job`; None means that the job's default stands.
@@ -62,7 +64,7 @@ def _prompts() -> list[str]:
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
     try:
-        lines = [line.strip() for line in Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(_PROMPTS.value).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"prompts: cannot read {_PROMPTS.value} ({reason})") from error
@@ -76,10 +78,25 @@ def _digits() -> list[Path]:
     given = [name for name, flag in _WAN.items() if flag.value is not None]
     if given:
         raise ValueError(f"{given[0]} is given without model: it is for Wan, whose folder --model names")
-    optional = {"frames": _FRAMES.value, "guidance": _GUIDANCE.value, "fps": _FPS.value}
+    optional = {"frames": _FRAMES.value, "guidance": _GUIDANCE.value, "fps": _FPS.value, "scale": _SCALE.value}
     optional = {name: value for name, value in optional.items() if value is not None}
-    common = {"num_samples": _SAMPLES.value, "seed": _SEED.value, "scale": _SCALE.value, "out": _OUT.value}
+    common = {"num_samples": _SAMPLES.value, "seed": _SEED.value, "out": _OUT.value}
     return digits_job.run(_prompts(), _CHECKPOINT.value, **optional, **common)
+
+
+def _check_meant(fields: dict) -> None:
+    """Refuses flags of Wan that would change nothing beside the others."""
+    few, causal = fields.get("solver", wan_job.Job.solver) == "few", _CHECKPOINT.value is not None
+    unmeant = {
+        "scale is for the moving digits": ["scale"] if _SCALE.value is not None else [],
+        "a few-step student has none: choose a --solver": ["steps", "guidance", "negative_prompt"] if few else [],
+        "it is for few steps, without --solver": [] if few else ["denoising_steps"],
+        "it is for a causal network: give --checkpoint": [] if causal else ["part", "chunk", "window", "sink"],
+    }
+    for reason, names in unmeant.items():
+        for name in names:
+            if name == "scale" or name in fields:
+                raise ValueError(f"{name} changes nothing here: {reason}")
 
 
 def _wan() -> list[Path]:
@@ -88,6 +105,11 @@ def _wan() -> list[Path]:
     fields = {name: flag.value for name, flag in _WAN.items()}
     fields |= {"frames": _FRAMES.value, "guidance": _GUIDANCE.value, "fps": _FPS.value}
     fields = {name: value for name, value in fields.items() if value is not None}
+    _check_meant(fields)
+    if "image" in fields and "frames" not in fields:
+        chunk = fields.get("chunk", wan_job.Job.chunk)
+        more = -(-(wan.latent_frames(wan_job.Job.frames) - 1) // chunk) * chunk
+        fields["frames"] = 1 + wan.TEMPORAL_FACTOR * more
     if "denoising_steps" in fields:
         try:
             fields["denoising_steps"] = tuple(int(step) for step in fields["denoising_steps"])
@@ -99,17 +121,10 @@ def _wan() -> list[Path]:
     return wan_job.run(wan_job.Job(model=_MODEL.value, prompts=tuple(_prompts()), **fields, **common))
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Command line: see the module's docstring."""
-    logging.set_verbosity(logging.WARNING)
-    if len(arguments) > 1:
-        raise app.UsageError(f'unexpected argument {arguments[1]!r}: put prompts into --prompt="..."')
-    try:
-        written = _digits() if _MODEL.value is None else _wan()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print("wrote", *written, sep="\n  ")
+    print("wrote", *(_digits() if _MODEL.value is None else _wan()), sep="\n  ")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -10,7 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from sf_jax.inference import wan, wan_job
+from sf_jax.inference import video_io, wan, wan_job
 from sf_jax.inference.wan_job import Job
 from tests.wan_folder import make_folder
 
@@ -92,6 +92,72 @@ def test_lengths_that_can_be_made_are_named():
     assert wan.latent_frames(81) == 21
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": float("nan")}, "guidance is nan: it must be a finite number"),
+        ({"shift": 0.0}, "shift is 0.0: it must be a finite number above 0"),
+        ({"fps": -1.0}, "fps is -1.0"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"image": ""}, "image is empty"),
+        ({"sink": -1, "window": 6}, "sink is -1 frames: it must be at least 0"),
+        ({"window": 2}, "window is 2 frames: it must be at least chunk [+] sink = 3 [+] 0"),
+    ],
+)
+def test_jobs_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        job("folder", "out", **changes)
+
+
+def test_vbench_counts_the_samples_of_a_prompt_on():
+    named = dataclasses.replace(job("m", "out"), prompts=("a cat", "a/dog", "a cat"), vbench_names=True, num_samples=2)
+    assert wan_job.video_names(named) == ["a cat-0", "a cat-1", "a dog-0", "a dog-1", "a cat-2", "a cat-3"]
+    plain = dataclasses.replace(named, vbench_names=False, num_samples=1)
+    assert wan_job.video_names(plain) == ["0000_a_cat", "0001_a_dog", "0002_a_cat"]
+
+
+def test_times_leave_compilation_out_where_they_can():
+    times = wan_job.Times([5.0], [wan_job.ChunkTime(4.0, 1.0, 9, compiled=True)])
+    assert times.summary() == (
+        "time to first frame 5.00 s (compilation included); 5.00 s per chunk (compilation included); "
+        "2.25 FPS without decoding, 1.80 FPS with it (compilation included)"
+    )
+    times.chunks.append(wan_job.ChunkTime(1.0, 1.0, 12, compiled=False))
+    assert times.summary().endswith("2.00 s per chunk; 12.00 FPS without decoding, 6.00 FPS with it")
+    assert wan_job.Times().summary() == "no video for this process"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps=7"], "steps changes nothing here: a few-step student has none"),
+        (["--solver=euler", "--denoising_steps=500"], "denoising_steps changes nothing here"),
+        (["--scale=2"], "scale changes nothing here"),
+    ],
+)
+def test_flags_without_a_meaning_are_refused(flags, message, folder, tmp_path):
+    done = generate(f"--model={folder}", f"--checkpoint={folder}/student.safetensors", *GOOD, *flags)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_cut_video_is_refused_before_anything_is_loaded(folder, tmp_path):
+    whole = tmp_path / "whole.mp4"
+    video_io.write_mp4(whole, np.random.default_rng(0).integers(0, 256, (33, 32, 48, 3), np.uint8), 16)
+    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match="video: cannot read"):
+        wan_job.run(job("nowhere", tmp_path, video=str(tmp_path / "cut.mp4"), frames=45))
+
+
+def test_only_what_is_needed_must_be_in_the_folder(folder, tmp_path):
+    part = shutil.copytree(folder, tmp_path / "part")
+    for name in ("diffusion_pytorch_model.safetensors", "Wan2.1_VAE.safetensors"):
+        (part / name).unlink()
+    changes = {"prompts": ("a cat",), "frames": 9, "checkpoint": f"{folder}/student.safetensors", "vae": "tiny"}
+    assert len(wan_job.run(job(part, tmp_path / "out", **changes))) == 2
+    with pytest.raises(ValueError, match="lacks: vae"):
+        wan_job.run(job(part, tmp_path / "out", **changes | {"vae": "wan"}))
+
+
 GOOD = ["--prompt=a cat", "--frames=9", "--height=32", "--width=48"]
 
 
@@ -112,6 +178,9 @@ def generate(*arguments):
         (["--model={folder}", *GOOD, "--height=40", "--solver=euler"], "height is 40: it must be a multiple of 16"),
         (["--model={folder}", *GOOD, "--prompt= ", "--solver=euler"], "prompt is empty"),
         (["--model={folder}", "--solver=euler"], "prompt is missing"),
+        (["--model={folder}", *GOOD, "--seed=4294967296"], "flag --seed=4294967296"),
+        (["--model={folder}", "--prompt=a", "cat"], "unexpected argument 'cat'"),
+        (["--model={folder}", *GOOD, "--solver=foo"], "flag --solver=foo"),
         (["--height=64"], "height is given without model"),
         (["--model={folder}", "--checkpoint={folder}/Wan2.1_VAE.safetensors", *GOOD], "VAE"),
         (

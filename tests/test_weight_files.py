@@ -193,9 +193,22 @@ def test_shards_are_one_file_and_a_missing_one_is_named(tmp_path):
     index.unlink()
     with pytest.raises(ValueError, match="has 3 shards but not their index"):
         open_tensors(tmp_path)
-    with pytest.raises(ValueError, match="has no weight file .* its folders transformer have some"):
-        shards(tmp_path / "model" / "transformer", tensors)
+    with pytest.raises(ValueError, match="has no weight file .* its folders parts have some"):
+        shards(tmp_path / "model" / "parts", tensors)
         open_tensors(tmp_path / "model")
+
+
+def test_of_a_model_folder_the_transformer_is_taken(tmp_path):
+    _, _, tensors = network("transformer", "official")
+    write_safetensors(tmp_path / "official" / "diffusion_pytorch_model.safetensors", in_memory(tensors))
+    (tmp_path / "official" / "Wan2.1_VAE.pth").write_bytes(b"PK\x03\x04")
+    shards(tmp_path / "diffusers" / "transformer", tensors)
+    for place in (tmp_path / "diffusers" / "transformer").iterdir():
+        if place.name.endswith("index.json"):
+            place.rename(place.with_name("diffusion_pytorch_model.safetensors.index.json"))
+    for kind in ("official", "diffusers"):
+        with open_tensors(tmp_path / kind) as stored:
+            assert set(stored) == set(tensors)
 
 
 OFFICIAL = {

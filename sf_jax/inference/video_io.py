@@ -70,9 +70,9 @@ def read_video(path: str | Path, height: int, width: int) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"video: {path} does not exist")
+        raise ValueError(f"video: {path} {'is a folder' if path.is_dir() else 'does not exist'}, allowed: a video file")
     fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic,crop={width}:{height}"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path.absolute())]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-nostdin", "-i", str(path.absolute())]
     command += ["-vf", fit, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True)
     frames = len(done.stdout) // (height * width * 3)

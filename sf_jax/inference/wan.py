@@ -241,7 +241,7 @@ class WanPipeline:
             if self.vae is None:
                 yield chunk, None
                 continue
-            # Frame by frame, so that chunks of all sizes share two programs: compilers take minutes for a large decoder.
+            # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.
             pixels = []
             for i in range(chunk.shape[1]):
                 frame = jax.lax.dynamic_slice_in_dim(chunk, i, 1, axis=1)

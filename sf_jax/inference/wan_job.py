@@ -1,7 +1,9 @@
 """The work of `python -m sf_jax.generate --model=...`: loads Wan's networks and writes the videos of many prompts."""
 
+import collections
 import contextlib
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.umt5 import Umt5Encoder
 from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
-from sf_jax.weights.networks import load_network
+from sf_jax.weights.networks import check_network, load_network
 
 DECODERS = {"wan": "vae", "tiny": "tiny_vae"}
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index, the suffix and a temporary name
@@ -95,6 +97,17 @@ class Job:
                 raise ValueError(f"{field} is {size}: it must be a multiple of 16, such as {near}")
         if self.vae not in DECODERS:
             raise ValueError(f"vae is {self.vae!r}: it must be one of {', '.join(DECODERS)}")
+        for field in ("checkpoint", "image", "video", "model", "out"):
+            if getattr(self, field) == "":
+                raise ValueError(f"{field} is empty: give a path or leave it out")
+        for field in ("guidance", "shift", "fps"):
+            value, low = getattr(self, field), -math.inf if field == "guidance" else 0.0
+            if value is not None and not low < value < math.inf:
+                raise ValueError(f"{field} is {value}: it must be a finite number" + " above 0" * (low == 0.0))
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}: it must be at least 1")
         if self.image and self.video:
             raise ValueError("image and video are both given: choose one")
         empty = [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]
@@ -116,7 +129,8 @@ class Job:
         """How each video is made."""
         solver = None
         if self.solver != "few":
-            solver = Solver(self.solver, self.shift or (5.0 if self.checkpoint else 8.0), self.steps)
+            usual = 5.0 if self.checkpoint else 8.0
+            solver = Solver(self.solver, usual if self.shift is None else self.shift, self.steps)
         sides = (self.height // wan.SPATIAL_FACTOR, self.width // wan.SPATIAL_FACTOR)
         return wan.Sampling(wan.latent_frames(self.frames), *sides, self.seed, solver, self.guidance)
 
@@ -127,7 +141,7 @@ class Job:
             return None
         return ro.RolloutConfig(
             steps=self.denoising_steps,
-            shift=self.shift or 5.0,
+            shift=5.0 if self.shift is None else self.shift,
             chunk=self.chunk,
             first_frame_alone=self.image is not None,
             window=self.window,
@@ -136,11 +150,25 @@ class Job:
         )
 
 
-def video_name(prompt: str, sample: int, job: Job) -> str:
-    """File name, without suffix, of a video; VBench wants the prompt itself and the index of the sample."""
-    text = re.sub(r"[/\x00]", " ", prompt) if job.vbench_names else re.sub(r"\W+", "_", prompt.lower()).strip("_")
-    text = text.encode()[:NAME_BYTES].decode(errors="ignore") or "video"
-    return f"{text}-{sample}" if job.vbench_names or job.num_samples > 1 else text
+def video_names(job: Job) -> list[str]:
+    """File names, without suffix, of the videos, every prompt's samples in order.
+
+    VBench wants the prompt itself and the number of the sample; a prompt that comes again is counted on.
+    """
+    names, seen = [], collections.Counter()
+    for prompt in job.prompts:
+        if job.vbench_names:
+            text = re.sub(r"[/\x00]", " ", prompt)
+        else:
+            text = re.sub(r"\W+", "_", prompt.lower()).strip("_")
+        text = text.encode()[:NAME_BYTES].decode(errors="ignore") or "video"
+        for sample in range(job.num_samples):
+            if job.vbench_names:
+                sample, seen[text] = seen[text], seen[text] + 1
+            names.append(f"{text}-{sample}" if job.vbench_names or job.num_samples > 1 else text)
+    if len(set(names)) < len(names):
+        names = [f"{i:04d}_{name}" for i, name in enumerate(names)]
+    return names
 
 
 def embed_prompts(model: ModelFiles, prompts: Sequence[str], dtype: str) -> dict[str, np.ndarray]:
@@ -161,26 +189,36 @@ def embed_prompts(model: ModelFiles, prompts: Sequence[str], dtype: str) -> dict
     return found
 
 
-def given_latents(job: Job, model: ModelFiles) -> np.ndarray | None:
-    """Latents [1, I, H, W, C] of the given image or video; None where none is given."""
-    if job.image is None and job.video is None:
-        return None
+def given_pixels(job: Job) -> np.ndarray | None:
+    """Pixels [F, H, W, 3] of the given image or video; None where none is given."""
     if job.image is not None:
-        pixels = video_io.read_image(job.image, job.height, job.width)[None]
-    else:
-        pixels = video_io.read_video(job.video, job.height, job.width)
-        # as many of the last frames as make whole chunks
-        latent = (len(pixels) - 1) // wan.TEMPORAL_FACTOR + 1
-        latent = latent // job.chunk * job.chunk
-        if latent < 1:
-            raise ValueError(
-                f"video {job.video} has {len(pixels)} frames: a chunk of {job.chunk} latent frames needs at least "
-                f"{(job.chunk - 1) * wan.TEMPORAL_FACTOR + 1}"
-            )
-        pixels = pixels[-((latent - 1) * wan.TEMPORAL_FACTOR + 1) :]
-        wan.check_frames(job.rollout, job.sampling.frames, latent)
-    config, params = load_network(model.vae, "vae")
-    return np.asarray(wan.encode_video(WanVae(config), params, pixels[None]))
+        return video_io.read_image(job.image, job.height, job.width)[None]
+    if job.video is None:
+        return None
+    pixels = video_io.read_video(job.video, job.height, job.width)
+    # as many of the last frames as make whole chunks
+    latent = (len(pixels) - 1) // wan.TEMPORAL_FACTOR + 1
+    latent = latent // job.chunk * job.chunk
+    if latent < 1:
+        raise ValueError(
+            f"video {job.video} has {len(pixels)} frames: a chunk of {job.chunk} latent frames needs at least "
+            f"{(job.chunk - 1) * wan.TEMPORAL_FACTOR + 1}"
+        )
+    wan.check_frames(job.rollout, job.sampling.frames, latent)
+    return pixels[-((latent - 1) * wan.TEMPORAL_FACTOR + 1) :]
+
+
+def check_files(job: Job, model: ModelFiles, out: Path, names: Sequence[str]) -> None:
+    """Refuses weight files that do not fit, and names that folders have, before anything long begins."""
+    for name in names:
+        for suffix in (".mp4", ".png", ".npy"):
+            if (out / f"{name}{suffix}").is_dir():
+                raise ValueError(f"out: {out / name}{suffix} is a folder: a file of that name is to be written")
+    path = model.transformer if job.checkpoint is None else job.checkpoint
+    check_network(path, "transformer", model.config, job.part)
+    check_network(model.text_encoder, "umt5")
+    for kind in {DECODERS[job.vae], *(["vae"] if job.image or job.video else [])}:
+        check_network(getattr(model, kind), kind)
 
 
 def load_pipeline(job: Job, model: ModelFiles, mesh: Mesh) -> wan.WanPipeline:
@@ -204,21 +242,25 @@ def run(job: Job) -> list[Path]:
       OSError: if a file cannot be written.
     """
     out = files.check_writable(job.out)
-    needed = ["vae", "text_encoder", "tokenizer", *(["tiny_vae"] if job.vae == "tiny" else [])]
-    model = find_model(job.model, [*needed, *([] if job.checkpoint else ["transformer"])])
+    given = given_pixels(job)
+    needed = {DECODERS[job.vae], "text_encoder", "tokenizer", *(["vae"] if given is not None else [])}
+    model = find_model(job.model, [*sorted(needed), *([] if job.checkpoint else ["transformer"])])
     if model.config is None:
-        raise ValueError(f"model folder {job.model} has no config.json of a transformer")
-    wanted = [(prompt, sample) for prompt in job.prompts for sample in range(job.num_samples)]
-    names = [video_name(prompt, sample, job) for prompt, sample in wanted]
-    if len(set(names)) < len(names):
-        names = [f"{i:04d}_{name}" for i, name in enumerate(names)]
+        raise ValueError(f"model folder {job.model} has no config.json of a transformer, nor transformer/config.json")
+    names = video_names(job)
+    check_files(job, model, out, names)
+    wanted = [prompt for prompt in job.prompts for _ in range(job.num_samples)]
     mine = range(jax.process_index(), len(wanted), jax.process_count())
     devices = jax.local_devices()[: max(1, len(mine))]
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
-    print(f"{len(wanted)} x {job.frames} frames of {job.height}x{job.width} on {len(devices)} device(s)", flush=True)
+    size = f"{job.frames} frames of {job.height}x{job.width}"
+    print(f"{len(wanted)} x {size} on {len(devices)} x {devices[0].device_kind}, {job.dtype}", flush=True)
     negative = [job.negative_prompt] if job.sampling.solver else []
     texts = embed_prompts(model, [*job.prompts, *negative], job.dtype)
-    initial = given_latents(job, model)
+    initial = None
+    if given is not None:
+        config, params = load_network(model.vae, "vae")
+        initial = np.asarray(wan.encode_video(WanVae(config), params, given[None]))
     pipe = load_pipeline(job, model, mesh)
     print("loaded", flush=True)
     written, times = [], Times()
@@ -226,46 +268,61 @@ def run(job: Job) -> list[Path]:
         batch = list(mine[first : first + len(devices)])
         # every device needs a video; what is there twice is written once
         padded = batch + batch[:1] * (len(devices) - len(batch))
-        text = np.stack([texts[wanted[i][0]] for i in padded])
+        text = np.stack([texts[wanted[i]] for i in padded])
         unwanted = texts[job.negative_prompt][None] if negative else None
-        given = None if initial is None else np.repeat(initial, len(padded), axis=0)
-        stream = pipe.stream(text, unwanted, np.asarray(padded), job.sampling, given)
+        start = None if initial is None else np.repeat(initial, len(padded), axis=0)
+        stream = pipe.stream(text, unwanted, np.asarray(padded), job.sampling, start)
         label = f"videos {first + 1}-{first + len(batch)} of {len(mine)}, "
         count = 0 if initial is None else initial.shape[1]
         written += _write(job, out, [names[i] for i in batch], stream, count, times, label)
-    print(times.summary(len(devices)), flush=True)
+    print(times.summary(), flush=True)
     return written
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkTime:
+    """How long a new chunk took: seconds until its latents were there, then until its pixels; frames of all videos."""
+
+    denoise: float
+    decode: float
+    frames: int
+    compiled: bool
 
 
 @dataclasses.dataclass
 class Times:
-    """Times of the chunks, in seconds.
+    """Times of a job.
 
     Attributes:
-      first: until the first new frames were there, of each batch.
-      denoise: of each later chunk, and its pixel frames per video.
-      decode: of each later chunk.
+      first: seconds until the first new frames were there, of each batch.
+      chunks: the new chunks; those for which programs were compiled count only where there are no others.
     """
 
     first: list[float] = dataclasses.field(default_factory=list)
-    denoise: list[tuple[float, int]] = dataclasses.field(default_factory=list)
-    decode: list[float] = dataclasses.field(default_factory=list)
+    chunks: list[ChunkTime] = dataclasses.field(default_factory=list)
 
-    def summary(self, videos: int) -> str:
-        """The lines at the end; chunks that had to wait for a compiler are not among the later ones."""
-        lines = [f"time to first frame {self.first[-1]:.2f} s" + (" (compilation included)" * (len(self.first) == 1))]
-        if self.denoise:
-            denoise, decode = sum(t for t, _ in self.denoise), sum(self.decode)
-            frames = videos * sum(n for _, n in self.denoise)
-            lines.append(f"{(denoise + decode) / len(self.denoise):.2f} s per chunk")
-            lines.append(f"{frames / denoise:.2f} FPS without decoding, {frames / (denoise + decode):.2f} FPS with it")
-        return "; ".join(lines)
+    def summary(self) -> str:
+        """The line at the end."""
+        if not self.chunks:
+            return "no video for this process"
+        compiling = " (compilation included)"
+        chunks = [chunk for chunk in self.chunks if not chunk.compiled]
+        note, chunks = ("", chunks) if chunks else (compiling, self.chunks)
+        denoise, decode = sum(chunk.denoise for chunk in chunks), sum(chunk.decode for chunk in chunks)
+        frames = sum(chunk.frames for chunk in chunks)
+        return "; ".join(
+            [
+                f"time to first frame {self.first[-1]:.2f} s" + compiling * (len(self.first) == 1),
+                f"{(denoise + decode) / len(chunks):.2f} s per chunk{note}",
+                f"{frames / denoise:.2f} FPS without decoding, {frames / (denoise + decode):.2f} FPS with it{note}",
+            ]
+        )
 
 
 def _write(job, out, names, stream, given, times, label) -> list[Path]:
     """Writes the videos of one batch, `given` latent frames first, while their later chunks are being made."""
     began = before = time.perf_counter()
-    latents, small, done = [], [], 0
+    cold, latents, small, done = not times.first, [], [], 0
     paths = [out / f"{name}.mp4" for name in names]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(video_io.Mp4Writer(path, job.fps, (job.height, job.width))) for path in paths]
@@ -275,11 +332,13 @@ def _write(job, out, names, stream, given, times, label) -> list[Path]:
             denoised = time.perf_counter()
             pixels = np.asarray(pixels)
             decoded = time.perf_counter()
-            if start == given:
-                times.first.append(decoded - began)
-            elif start > max(given, 1):  # a compiler works before the first new chunk and the first two decoded frames
-                times.denoise.append((denoised - before, pixels.shape[1]))
-                times.decode.append(decoded - denoised)
+            if start >= given:
+                # a compiler works before the first new chunk and before the first two decoded frames
+                compiled = cold and start <= max(given, 1)
+                frames = pixels.shape[1] * len(names)
+                times.chunks.append(ChunkTime(denoised - before, decoded - denoised, frames, compiled))
+                if start == given:
+                    times.first.append(decoded - began)
             before = decoded
             start += clean.shape[1]
             done += pixels.shape[1]
@@ -295,9 +354,10 @@ def _write(job, out, names, stream, given, times, label) -> list[Path]:
             with files.replacing(path.with_suffix(".npy")) as unfinished, open(unfinished, "wb") as file:
                 np.save(file, video)
             paths = [*paths, path.with_suffix(".npy")]
-    sheet = out / f"{names[0]}.png"
-    video_io.write_png(
-        sheet,
-        video_io.contact_sheet(np.concatenate(small, axis=1), every=max(1, job.frames // 8), labels=names, factor=1),
-    )
-    return [*paths, sheet]
+    if job.vbench_names:  # its folders hold videos alone
+        return paths
+    for name, video in zip(names, np.concatenate(small, axis=1), strict=True):
+        sheet = video_io.contact_sheet(video[None], every=max(1, job.frames // 8), factor=1)
+        paths.append(out / f"{name}.png")
+        video_io.write_png(paths[-1], sheet)
+    return paths

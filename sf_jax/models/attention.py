@@ -20,7 +20,8 @@ Segment = tuple[jax.Array, jax.Array, jax.Array | None]
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # Logits of one query block, in elements: above this the queries are processed in blocks, one after the other.
 # Beyond 16 MB CPUs slow down, as every block's logits are new memory pages.
-MAX_LOGITS = 1 << 22
+MAX_LOGITS = {"cpu": 1 << 22}
+MAX_LOGITS_ELSEWHERE = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,10 @@ def check_window(window: int | None, sink: int, chunks: Sequence[int]) -> None:
         if sink:
             raise ValueError(f"sink is {sink} but window is None: a sink needs a window")
         return
-    if sink < 0 or window < max(chunks) + sink:
-        raise ValueError(
-            f"window is {window} frames: it must be at least chunk + sink = {max(chunks)} + {sink} and sink >= 0"
-        )
+    if sink < 0:
+        raise ValueError(f"sink is {sink} frames: it must be at least 0")
+    if window < max(chunks) + sink:
+        raise ValueError(f"window is {window} frames: it must be at least chunk + sink = {max(chunks)} + {sink}")
 
 
 def bidirectional(frames: int) -> Pattern:
@@ -192,7 +193,7 @@ def attend(
     q: jax.Array,
     segments: Sequence[Segment],
     implementation: str = "auto",
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> jax.Array:
     """Softmax attention of `q` over the keys of several segments together.
 
@@ -204,7 +205,7 @@ def attend(
       segments: (k [B, S, N, D], v [B, S, N, D], mask) each; the mask is None, bool [S], or an int32 scalar n for the
         first n keys. At least one key must be visible.
       implementation: "xla" (any device), "cudnn" (GPU, 16 bit), "splash" (TPU) or "auto".
-      max_logits: largest number of logits that "xla" holds at once.
+      max_logits: largest number of logits that "xla" holds at once; None is the backend's.
 
     Returns:
       [B, T, N, D], dtype of `q`.
@@ -218,6 +219,7 @@ def attend(
     q = (q * dim**-0.5).transpose(0, 2, 1, 3)
     segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)
     keys = sum(k.shape[-1] for k, _, _ in segments)
+    max_logits = max_logits or MAX_LOGITS.get(jax.default_backend(), MAX_LOGITS_ELSEWHERE)
     blocks = -(-batch * heads * length * keys // max_logits)
     if blocks == 1:
         return _attend_block(q, segments).transpose(0, 2, 1, 3)

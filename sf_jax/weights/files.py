@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from sf_jax.weights.folders import find_transformer
 from sf_jax.weights.safetensors_io import open_safetensors
 from sf_jax.weights.tensors import TensorFile
 from sf_jax.weights.torch_io import open_torch
@@ -18,8 +19,8 @@ def open_tensors(path: Path | str, part: str | None = None, need_part: bool = Tr
     """Opens a weight file; what it is, is told from its content, not from its suffix.
 
     Args:
-      path: a safetensors file, an index (`*.safetensors.index.json`) or folder of shards, or a PyTorch pickle, of which
-        no code is ever run.
+      path: a safetensors file, an index (`*.safetensors.index.json`) or folder of shards, a model folder (for its
+        transformer), or a PyTorch pickle, of which no code is ever run.
       part: which state dict of a checkpoint that holds several (see `PARTS`). None takes generator_ema, else generator,
         else model.
       need_part: refuse `part` for a file that is a single state dict; otherwise it is ignored then.
@@ -75,12 +76,15 @@ def _by_content(path: Path, part: str | None) -> TensorFile:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The index or the only weight file of a folder."""
+    """The index or the only weight file of a folder; of a model folder, its transformer."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(file for suffix in (".safetensors", *TORCH_SUFFIXES) for file in folder.glob(f"*{suffix}"))
     found = indices or files
     if len(found) == 1:
         return found[0]
+    transformer = find_transformer(folder)
+    if transformer is not None:
+        return transformer
     if not found:
         inside = sorted(child.parent.name for child in folder.glob("*/*.safetensors*"))
         hint = f"; its folders {', '.join(dict.fromkeys(inside))} have some: give one of them" if inside else ""
@@ -97,7 +101,8 @@ def _index(path: Path) -> TensorFile:
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise TypeError("weight_map is no table of file names")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no index of shards (it must hold a weight_map): {error}") from error
+        reason = "" if isinstance(error, KeyError) else f": {error}"
+        raise ValueError(f"{path} is no index of shards (it must hold a weight_map){reason}") from error
     files = sorted(set(names.values()))
     outside = [file for file in files if Path(file).name != file]
     if outside:

@@ -26,6 +26,7 @@ _PLACES = {
     "tiny_vae": ("taew2_1.safetensors", "taew2_1.pth"),
 }
 _FOLDERS = ("tokenizer",)
+_CONFIGS = ("config.json", "transformer/config.json")
 # Our field -> its official and its diffusers key. What is None there and absent has the default of Wan2.1.
 _KEYS = {
     "ffn_dim": ("ffn_dim", "ffn_dim"),
@@ -53,7 +54,7 @@ class ModelFiles:
     """The files of a model; what was not needed and is not there is None.
 
     Attributes:
-      config: sizes of the transformer, from the `config.json` next to it.
+      config: sizes of the transformer, from the `config.json` next to it or where that would be.
       transformer: its safetensors file or index of shards.
       vae: the video VAE.
       text_encoder: the text encoder, a file or an index of shards.
@@ -67,6 +68,11 @@ class ModelFiles:
     text_encoder: Path | None
     tokenizer: Path | None
     tiny_vae: Path | None
+
+
+def find_transformer(folder: Path | str) -> Path | None:
+    """The transformer's weights in a model folder, or None."""
+    return next((path for place in _PLACES["transformer"] if (path := Path(folder) / place).is_file()), None)
 
 
 def find_model(
@@ -91,8 +97,11 @@ def find_model(
     missing = [f"{part} (looked for {', '.join(_PLACES[part])})" for part in needed if found[part] is None]
     if missing:
         raise ValueError(f"model folder {folder} lacks: {'; '.join(missing)}")
-    config = None if found["transformer"] is None else read_config(found["transformer"].with_name("config.json"))
-    return ModelFiles(config=config, **found)
+    if found["transformer"] is not None:
+        sizes = [found["transformer"].with_name("config.json")]
+    else:
+        sizes = [path for place in _CONFIGS if (path := folder / place).is_file()]
+    return ModelFiles(config=read_config(sizes[0]) if sizes else None, **found)
 
 
 def read_config(path: Path | str) -> wan.WanConfig:

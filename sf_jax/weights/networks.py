@@ -6,8 +6,15 @@ from typing import Any
 import jax
 
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.load import load_params
+from sf_jax.weights.load import check, load_params, normalised
 from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
+
+
+def check_network(path: Path | str, kind: str, config: Any = None, part: str | None = None) -> None:
+    """Refuses what `load_network` would refuse by the names and shapes alone; nothing else is read."""
+    with open_tensors(path, part) as tensors:
+        config, entries, like = _mapped(path, tensors, kind, config)
+        check(entries, normalised(tensors, (entry.name for entry in entries)), like, kind)
 
 
 def load_network(
@@ -35,12 +42,17 @@ def load_network(
       ValueError: if the file is damaged or not that of such a network; the message says what it seems to be.
     """
     with open_tensors(path, part) as tensors:
-        guess = recognise(tensors.shapes, tensors.metadata)
-        if config is None:
-            if guess.kind != kind:
-                raise ValueError(f"{path}: a {kind} is needed; this seems to be: {guess.description}")
-            config = guess.config
-        naming = guess.naming if guess.naming in NAMINGS[kind] else NAMINGS[kind][0]
-        entries, like = entries_of(kind, config, naming), param_shapes_of(kind, config)
+        config, entries, like = _mapped(path, tensors, kind, config)
         shardings = None if sharding is None else jax.tree.map(lambda _: sharding, like)
         return config, load_params(entries, tensors, like, kind, dtype, shardings)
+
+
+def _mapped(path, tensors, kind, config):
+    """Sizes of the network, its name map and our shapes."""
+    guess = recognise(tensors.shapes, tensors.metadata)
+    if config is None:
+        if guess.kind != kind:
+            raise ValueError(f"{path}: a {kind} is needed; this seems to be: {guess.description}")
+        config = guess.config
+    naming = guess.naming if guess.naming in NAMINGS[kind] else NAMINGS[kind][0]
+    return config, entries_of(kind, config, naming), param_shapes_of(kind, config)
