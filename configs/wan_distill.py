@@ -4,8 +4,8 @@
 
 Variants: `1_3b` (teacher Wan2.1-1.3B), `14b` (teacher Wan2.1-14B, as the official release), `framewise` (chunks of one
 latent frame, teacher 1.3B). Student and critic are always 1.3B. Hardware: the official run used 64 H100s; every variant
-is checked here by evaluating the shapes of both updates. Training needs Wan2.1's weights and prompt embeddings, which
-this version cannot read yet: `sf_jax.train` says so and stops.
+is checked here by evaluating the shapes of both updates. Training needs prompt embeddings and the teacher's weights as
+its start, which `sf_jax.train` cannot take yet: it says so and stops.
 """
 
 from ml_collections import ConfigDict
