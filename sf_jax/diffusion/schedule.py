@@ -16,7 +16,9 @@ TRAIN_STEPS = 1000
 
 @functools.lru_cache(maxsize=32)
 def _sigmas(shift: float, steps: int) -> np.ndarray:
-    sigmas = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)[:-1]
+    # As PyTorch's linspace rounds: from both ends, with a float32 step. The network feels the last bit of a timestep.
+    step, i = np.float64(np.float32(-1 / steps)), np.arange(steps)
+    sigmas = np.where(i < (steps + 1) // 2, 1 + step * i, step * (i - steps)).astype(np.float32)
     shift = np.float32(shift)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
