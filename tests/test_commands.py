@@ -103,6 +103,7 @@ def test_train_answers_a_wrong_command_line_in_one_line(arguments, message):
     assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_convert_and_evaluate(tmp_path):
     shipped = "sf_jax/assets/digits_student.safetensors"
     copy = tmp_path / "copy.safetensors"

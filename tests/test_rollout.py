@@ -41,7 +41,7 @@ def mostly_slow(*fast):
     )
 
 
-@mostly_slow("chunk-wise", "window and sink", "first frame alone")
+@mostly_slow("window and sink", "first frame alone")
 def test_cached_rollout_equals_one_block_causal_forward(name):
     config, frames, noise, text, draw = case(name)
     params = random_params()
