@@ -1,6 +1,6 @@
 """Wan2.1-T2V-1.3B from a file on disk: memory while loading, and a first chunk end to end.
 
-  python -m benchmarks.full_size --folder=/tmp/wan_random
+  python -m benchmarks.full_size --folder=wan_random
 
 Writes a transformer (2.8 GB, bfloat16) and a VAE of the real sizes with random weights to the folder, then, in a
 process of its own, loads the transformer and says how much memory that took at its peak (VmHWM, Python and JAX

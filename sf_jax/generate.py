@@ -87,15 +87,16 @@ def _digits() -> list[Path]:
 def _check_meant(fields: dict) -> None:
     """Refuses flags of Wan that would change nothing beside the others."""
     few, causal = fields.get("solver", wan_job.Job.solver) == "few", _CHECKPOINT.value is not None
+    if _SCALE.value is not None:
+        raise ValueError("scale changes nothing here: it is for the moving digits")
     unmeant = {
-        "scale is for the moving digits": ["scale"] if _SCALE.value is not None else [],
         "a few-step student has none: choose a --solver": ["steps", "guidance", "negative_prompt"] if few else [],
         "it is for few steps, without --solver": [] if few else ["denoising_steps"],
         "it is for a causal network: give --checkpoint": [] if causal else ["part", "chunk", "window", "sink"],
     }
     for reason, names in unmeant.items():
         for name in names:
-            if name == "scale" or name in fields:
+            if name in fields:
                 raise ValueError(f"{name} changes nothing here: {reason}")
 
 

@@ -1,6 +1,6 @@
 """Flow matching on real videos: how teachers are trained.
 
-Source: paper, Section 3.1; official `CausalDiffusion` (model/diffusion.py) for the causal variants.
+Source: paper, Section 3.1. `causal.py` has the causal variants, whose frames have levels and weights of their own.
 """
 
 import jax

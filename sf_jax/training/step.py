@@ -14,7 +14,7 @@ from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
 from sf_jax.models import attention
 from sf_jax.models.patch_codec import PatchCodec, to_float
 from sf_jax.models.wan import Layout, WanTransformer, bidirectional_layout, init_params
-from sf_jax.objectives import dmd, ode, scores, sid
+from sf_jax.objectives import causal, dmd, ode, scores, sid
 from sf_jax.objectives.flow import flow_loss
 from sf_jax.rng import Purpose, key_for
 from sf_jax.training.state import Network, TrainState, make_optimizer, new_network, update
@@ -39,9 +39,9 @@ def make_optimizers(config: TrainConfig) -> Optimizers:
 
 def causal_layout(config: TrainConfig) -> Layout:
     """The student's layout for a whole training video at once (block-causal)."""
-    frames, rollout = config.data.frames, config.rollout
-    chunks = attention.split_chunks(frames, rollout.chunk, rollout.first_frame_alone)
-    return Layout(frames=np.arange(frames), pattern=attention.block_causal(chunks, rollout.window, rollout.sink))
+    rollout = config.rollout
+    chunks = attention.split_chunks(config.data.frames, rollout.chunk, rollout.first_frame_alone)
+    return causal.causal_layout(chunks, False, rollout.window, rollout.sink)
 
 
 def new_state(config: TrainConfig, params: dict | None = None, critic: dict | None = None) -> TrainState:
