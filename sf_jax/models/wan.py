@@ -219,6 +219,21 @@ class Block(nn.Module):
         return carry, KeysValues(*self.cross_attn.keys_values(text))
 
     def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array | None],
+        text: KeysValues,
+        context: KeysValues | None,
+        slot: jax.Array | None,
+        shared: _Shared,
+    ) -> tuple[tuple[jax.Array, jax.Array | None], KeysValues | None]:
+        """Runs the block on (`x` [B, T, dim], tapped outputs [taps + 1, B, T, dim] or None); `slot` is its tap."""
+        x, tapped = carry
+        x, kv = self.run(x, text, context, shared)
+        if tapped is not None:  # outside of `run`: recomputing that must not keep the taps of every layer
+            tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)
+        return (x, tapped), kv
+
+    def run(
         self, x: jax.Array, text: KeysValues, context: KeysValues | None, shared: _Shared
     ) -> tuple[jax.Array, KeysValues | None]:
         """Runs the block on `x` [B, T, dim]; also returns the own keys and values if asked for."""
@@ -309,12 +324,12 @@ class WanTransformer(nn.Module):
         self.head = Linear(outputs, config.dtype, nn.initializers.zeros)
         block = Block
         if config.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False, methods=["__call__"])
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False, methods=["run"])
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.num_layers}
         self.blocks = nn.scan(
             block,
             methods={
-                "__call__": {**layers, "in_axes": (0, 0, nn.broadcast)},
+                "__call__": {**layers, "in_axes": (0, 0, 0, nn.broadcast)},
                 "text_kv": {**layers, "in_axes": nn.broadcast},
             },
         )(config)
@@ -349,22 +364,44 @@ class WanTransformer(nn.Module):
           float32 flow [B, F, H, W, C]; with `return_kv` also KeysValues [L, B, F*tokens, N, D].
         """
         config = self.config
+        h, _, kv, time = self._trunk(x, t, text, layout, context, return_kv)
+        shift, scale = jnp.moveaxis(self.head_modulation[:, None] + time[:, :, None], 2, 0)
+        h = layer_norm(h, config.eps).reshape(*x.shape[:2], -1, config.dim).astype(jnp.float32)
+        h = (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(config.dtype)
+        flow = _unpatchify(self.head(h).astype(jnp.float32), config.grid(*x.shape[2:4]), config)
+        return (flow, kv) if return_kv else flow
+
+    def features(
+        self, x: jax.Array, t: jax.Array, text: jax.Array | KeysValues, layout: Layout, taps: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Outputs [taps, B, T, dim] of the blocks `taps` (indices), and the time embedding float32 [B, F or 1, dim].
+
+        Other arguments as in `__call__`. What a discriminator on this network looks at.
+
+        Raises:
+          ValueError: if a tap is no block.
+        """
+        if not taps or min(taps) < 0 or max(taps) >= self.config.num_layers or len(set(taps)) != len(taps):
+            raise ValueError(f"taps is {taps}: give different blocks out of 0 to {self.config.num_layers - 1}")
+        _, tapped, _, time = self._trunk(x, t, text, layout, taps=taps)
+        return tapped, time
+
+    def _trunk(self, x, t, text, layout, context=None, return_kv=False, taps=()):
+        """All blocks: last output [B, T, dim], tapped outputs, own keys and values, time embedding."""
+        config = self.config
         if x.shape[-1] != config.channels:
             raise ValueError(f"latents have {x.shape[-1]} channels (last axis), the model has {config.channels}")
         if not isinstance(text, KeysValues):
             text = self.encode_text(text)
-        batch, frames, height, width, _ = x.shape
-        grid = config.grid(height, width)
-        features = self.time_out(nn.silu(self.time_in(time_features(t, config.freq_dim))))
-        modulation = self.time_projection(nn.silu(features)).reshape(*t.shape, 6, config.dim)
-        rotation = rope.rotation(layout.frames, grid, config.head_dim)
+        grid = config.grid(*x.shape[2:4])
+        time = self.time_out(nn.silu(self.time_in(time_features(t, config.freq_dim))))
         context_rotation = None
         if context is not None:
             context = KeysValues(context.k, context.v)
             context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
         shared = _Shared(
-            modulation=modulation,
-            own_rotation=rotation,
+            modulation=self.time_projection(nn.silu(time)).reshape(*t.shape, 6, config.dim),
+            own_rotation=rope.rotation(layout.frames, grid, config.head_dim),
             context_rotation=context_rotation,
             context_mask=layout.context_mask,
             pattern=layout.pattern,
@@ -374,14 +411,15 @@ class WanTransformer(nn.Module):
             implementation=config.attention,
             return_kv=return_kv,
         )
-        h, kv = self.blocks(
-            self.patch_embedding(_patchify(x.astype(config.dtype), config.patch)), text, context, shared
-        )
-        shift, scale = jnp.moveaxis(self.head_modulation[:, None] + features[:, :, None], 2, 0)
-        h = layer_norm(h, config.eps).reshape(batch, frames, -1, config.dim).astype(jnp.float32)
-        h = (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(config.dtype)
-        flow = _unpatchify(self.head(h).astype(jnp.float32), grid, config)
-        return (flow, kv) if return_kv else flow
+        h = self.patch_embedding(_patchify(x.astype(config.dtype), config.patch))
+        tapped = slots = None
+        if taps:
+            # one slot more, into which all blocks without a tap write
+            tapped = jnp.zeros((len(taps) + 1, *h.shape), h.dtype)
+            slots = np.full(config.num_layers, len(taps), np.int32)
+            slots[list(taps)] = np.arange(len(taps))
+        (h, tapped), kv = self.blocks((h, tapped), text, context, slots, shared)
+        return h, None if tapped is None else tapped[: len(taps)], kv, time
 
 
 def init_params(config: WanConfig, key: jax.Array) -> dict:

@@ -9,11 +9,11 @@ import sys
 
 import jax
 
-from tests.goldens import cases, cases_inference, cases_networks, cases_training
+from tests.goldens import cases, cases_gan, cases_inference, cases_networks, cases_training
 from tests.goldens.folder import Folder, Result
 
 # file name -> the function that compares it
-CASES = {**cases.CASES, **cases_inference.CASES, **cases_networks.CASES, **cases_training.CASES}
+CASES = {**cases.CASES, **cases_inference.CASES, **cases_networks.CASES, **cases_training.CASES, **cases_gan.CASES}
 
 
 def run(path, prefixes=(), report=print) -> tuple[int, int, list[str]]:

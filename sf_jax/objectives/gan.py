@@ -1,0 +1,170 @@
+"""The adversarial objective: the student against a discriminator on the critic's features.
+
+Source: paper, Section 3.3; official `GAN` (model/gan.py), which does not run as shipped; R3GAN (arXiv 2501.05441) for
+the relativistic loss with both gradient penalties, here by finite differences (APT, arXiv 2501.08316).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sf_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from sf_jax.models.wan import WanTransformer, bidirectional_layout
+from sf_jax.objectives.scores import ScoreConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GanConfig:
+    """The adversarial loss.
+
+    Attributes:
+      head: the discriminator's head.
+      relativistic: whether a video is judged against its partner of the other kind, or alone.
+      generator_weight: weight of the student's loss.
+      critic_weight: weight of the discriminator's loss.
+      r1_weight: weight of the penalty on the discriminator's slope at real videos; 0 is none.
+      r2_weight: the same at the student's videos.
+      r1_sigma: size of the random step of the finite difference at real videos.
+      r2_sigma: the same at the student's videos.
+      head_lr: learning rate of the head over that of the critic's other parameters.
+      warmup: iterations in which the head alone learns, before the student and the rest of the critic do.
+    """
+
+    head: DiscriminatorConfig = DiscriminatorConfig()
+    relativistic: bool = True
+    generator_weight: float = 1e-2
+    critic_weight: float = 1e-2
+    r1_weight: float = 0.0
+    r2_weight: float = 0.0
+    r1_sigma: float = 0.01
+    r2_sigma: float = 0.01
+    head_lr: float = 1.0
+    warmup: int = 0
+
+    def __post_init__(self):
+        """Refuses values that no loss can have."""
+        for name in ("generator_weight", "critic_weight", "r1_weight", "r2_weight", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"gan.{name} is {getattr(self, name)}: it must be at least 0")
+        for name in ("r1_sigma", "r2_sigma", "head_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"gan.{name} is {getattr(self, name)}: it must be above 0")
+
+
+def logits(
+    params: dict,
+    critic: WanTransformer,
+    head: DiscriminatorConfig,
+    noisy: jax.Array,
+    t: jax.Array,
+    text: jax.Array,
+) -> jax.Array:
+    """float32 logits [B, classes] of noisy videos; high is real.
+
+    Args:
+      params: `{"critic": the network's, "head": the discriminator's}`.
+      critic: the network.
+      head: the discriminator's head.
+      noisy: [B, F, H, W, C].
+      t: float [B, 1].
+      text: [B, S, text_dim] prompt embeddings.
+    """
+    layout = bidirectional_layout(noisy.shape[1])
+    features, time = critic.apply(
+        {"params": params["critic"]}, noisy, t, text, layout, head.taps, method=WanTransformer.features
+    )
+    return Discriminator(critic.config, head).apply({"params": params["head"]}, features, time)
+
+
+def _together(params, critic, head, first, second, t, text):
+    """Logits of two batches of the same times and prompts, in one pass."""
+    both = logits(params, critic, head, *(jnp.concatenate(pair) for pair in ((first, second), (t, t), (text, text))))
+    return jnp.split(both, 2)
+
+
+def generator_loss(
+    video: jax.Array,
+    real: jax.Array,
+    critic: tuple[WanTransformer, dict],
+    text: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    real_noise: jax.Array,
+    score: ScoreConfig,
+    config: GanConfig,
+) -> tuple[jax.Array, dict]:
+    """The student's loss; its gradient runs through the discriminator into `video`, not into its parameters.
+
+    Args:
+      video: [B, F, H, W, C] the student's clean latents, differentiable.
+      real: [B, F, H, W, C] real latents.
+      critic: network, and its parameters as in `logits`.
+      text: [B, S, text_dim] prompt embeddings.
+      t: float [B, 1] times from `scores.score_time`.
+      noise: [B, F, H, W, C] standard normal, for `video`.
+      real_noise: [B, F, H, W, C] standard normal, for `real`.
+      score: how the critic is asked.
+      config: the loss.
+
+    Returns:
+      Scalar loss, and aux: `fake_logit` and `real_logit`, means.
+    """
+    schedule, params = score.student_schedule, jax.lax.stop_gradient(critic[1])
+    noisy, noisy_real = schedule.add_noise(video, noise, t), schedule.add_noise(real, real_noise, t)
+    fake_logit, real_logit = _together(params, critic[0], config.head, noisy, noisy_real, t, text)
+    margin = fake_logit - real_logit if config.relativistic else fake_logit
+    loss = config.generator_weight * jax.nn.softplus(-margin).mean()
+    return loss, {"fake_logit": fake_logit.mean(), "real_logit": real_logit.mean()}
+
+
+def critic_loss(
+    params: dict,
+    model: WanTransformer,
+    video: jax.Array,
+    real: jax.Array,
+    text: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    steps: tuple[jax.Array, jax.Array],
+    score: ScoreConfig,
+    config: GanConfig,
+) -> tuple[jax.Array, dict]:
+    """The discriminator's loss `D + 0.5 (R1 + R2)` on the student's and real videos.
+
+    Args:
+      params: `{"critic": the network's, "head": the discriminator's}`.
+      model: the critic's network.
+      video: [B, F, H, W, C] the student's clean latents (taken as constants).
+      real: [B, F, H, W, C] real latents.
+      text: [B, S, text_dim] prompt embeddings.
+      t: float [B, 1] times from `scores.score_time`.
+      noise: [B, F, H, W, C] standard normal, for both kinds of videos.
+      steps: two of [B, F, H, W, C] standard normal: directions of the finite differences at real and student's videos.
+      score: how the critic is asked.
+      config: the loss.
+
+    Returns:
+      Scalar loss, and aux: `discriminator_loss`, `r1`, `r2`, `fake_logit` and `real_logit` [B, classes].
+    """
+    schedule = score.student_schedule
+    noisy, noisy_real = (schedule.add_noise(jax.lax.stop_gradient(x), noise, t) for x in (video, real))
+    fake_logit, real_logit = _together(params, model, config.head, noisy, noisy_real, t, text)
+    if config.relativistic:
+        loss = jax.nn.softplus(fake_logit - real_logit).mean()
+    else:
+        loss = jax.nn.softplus(-real_logit).mean() + jax.nn.softplus(fake_logit).mean()
+    loss = config.critic_weight * loss
+    aux = {"discriminator_loss": loss, "fake_logit": fake_logit, "real_logit": real_logit}
+    total = loss
+    penalties = (
+        ("r1", config.r1_weight, config.r1_sigma, noisy_real, real_logit, steps[0]),
+        ("r2", config.r2_weight, config.r2_sigma, noisy, fake_logit, steps[1]),
+    )
+    for name, weight, sigma, at, logit, step in penalties:
+        if not weight:
+            continue
+        moved = logits(params, model, config.head, at + sigma * step, t, text)
+        aux[name] = weight * jnp.square((moved - logit) / sigma).mean()
+        total = total + 0.5 * aux[name]
+    return total, aux
