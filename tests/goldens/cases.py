@@ -43,7 +43,8 @@ def bidirectional(folder: Folder):
         flow = _forward(model, params, x, t, text, layout)
         yield Result(f"{call} flow", relative(flow, channels_last(arrays[f"{call}_flow"])))
         clean = FlowSchedule(meta["timestep_shift"]).to_clean(flow, x, t)
-        yield Result(f"{call} clean", relative(clean, channels_last(arrays[f"{call}_x0"])))
+        if f"{call}_x0" in arrays:
+            yield Result(f"{call} clean", relative(clean, channels_last(arrays[f"{call}_x0"])))
 
 
 def causal_train(folder: Folder):
