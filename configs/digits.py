@@ -5,6 +5,10 @@
   python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill \
       --config.init_weights=runs/init/student.safetensors
 
+Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `consistency` (a start without ODE pairs,
+along a causal network: `--config.teacher_weights=runs/causal/causal.safetensors`), `sid` and `gan` (other objectives),
+`causvid` and `tf_dmd` (the baselines without rollouts). Every one of them continues from the same kinds of files.
+
 Videos are 9 latent frames of 6x6x8 (24x24 pixels), 9 tokens a frame; the network has 1.2 million parameters. `init`
 and `distill` start from the teacher that the package ships; `--config.teacher_weights=FILE` takes another.
 `docs/digits.md` has the time that each stage takes and what comes out.
@@ -94,7 +98,57 @@ def _distill() -> dict:
     }
 
 
-VARIANTS = {"teacher": _teacher, "init": _init, "distill": _distill}
+def _causal() -> dict:
+    """A many-step causal network by teacher forcing, from the teacher's weights."""
+    changes = {"stage": "causal", "steps": 1500, "init_weights": "shipped", "causal": {"forcing": "teacher"}}
+    return _teacher() | changes
+
+
+def _diffusion_forcing() -> dict:
+    """A many-step causal network by diffusion forcing."""
+    return _causal() | {"causal": {"forcing": "diffusion"}}
+
+
+def _consistency() -> dict:
+    """The student's start by consistency along a many-step causal network, without ODE pairs."""
+    changes = {"init": "consistency", "teacher_weights": None, "consistency": {"solver_steps": 24, "guidance": 2.5}}
+    return _init() | changes
+
+
+def _sid() -> dict:
+    """Self Forcing with SiD."""
+    return _distill() | {"objective": "sid"}
+
+
+def _gan() -> dict:
+    """Self Forcing with a relativistic GAN against real clips."""
+    head = {"taps": (1, 2, 3), "ffn_dim": 256}
+    weights = {"generator_weight": 1.0, "critic_weight": 1.0, "r1_weight": 0.1, "r2_weight": 0.1}
+    return _distill() | {"objective": "gan", "gan": {"head": head, "relativistic": True, **weights}}
+
+
+def _causvid() -> dict:
+    """The baseline DF+DMD (CausVid): the student sees real clips, noised by chunk."""
+    return _distill() | {"student_input": "diffusion_forcing"}
+
+
+def _tf_dmd() -> dict:
+    """The baseline TF+DMD: as `causvid`, with the clean chunks before each noisy one."""
+    return _distill() | {"student_input": "teacher_forcing"}
+
+
+VARIANTS = {
+    "teacher": _teacher,
+    "causal": _causal,
+    "diffusion_forcing": _diffusion_forcing,
+    "init": _init,
+    "consistency": _consistency,
+    "distill": _distill,
+    "sid": _sid,
+    "gan": _gan,
+    "causvid": _causvid,
+    "tf_dmd": _tf_dmd,
+}
 
 
 def get_config(variant: str = "distill") -> ConfigDict:

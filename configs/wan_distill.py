@@ -37,6 +37,7 @@ def get_config(variant: str = "1_3b") -> ConfigDict:
             "chunk": 1 if variant == "framewise" else 3,
             "context_noise": "exact",
         },
+        "gan": {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}},
         "score": {"guidance": 4.0, "student_shift": 5.0, "score_shift": 8.0, "time_shift": 5.0},
         "optimizer": {"lr": 2e-6, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "clip": 10.0},
         "critic_optimizer": {"lr": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "clip": 10.0},

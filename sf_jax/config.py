@@ -9,13 +9,18 @@ from collections.abc import Mapping
 import ml_collections
 
 from sf_jax.models.wan import WanConfig
+from sf_jax.objectives.gan import GanConfig
 from sf_jax.objectives.scores import ScoreConfig
 from sf_jax.rollout import CACHE_GRADIENTS, RolloutConfig
 
-STAGES = ("teacher", "init", "distill")
+STAGES = ("teacher", "causal", "init", "distill")
 OPTIMIZERS = ("adamw", "muon")
-OBJECTIVES = ("dmd", "sid")
+OBJECTIVES = ("dmd", "sid", "gan")
 DECAYS = ("constant", "cosine")
+FORCINGS = ("teacher", "diffusion")
+INITS = ("ode", "consistency")
+INPUTS = ("rollout", "diffusion_forcing", "teacher_forcing")
+EXITS = ("same", "per_chunk", "last")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -109,6 +114,64 @@ class OdeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CausalConfig:
+    """Causal diffusion training (stage "causal").
+
+    Attributes:
+      forcing: "teacher" (the chunks before are clean) or "diffusion" (they have noise levels of their own).
+      context_noise: with teacher forcing, the highest timestep to which the clean chunks are noised; 0 is none. Each
+        chunk draws its level evenly from the schedule's entries up to it.
+    """
+
+    forcing: str = "teacher"
+    context_noise: float = 0.0
+
+    def __post_init__(self):
+        """Refuses noise where there is no clean context."""
+        _one_of("causal.forcing", self.forcing, FORCINGS)
+        if not 0 <= self.context_noise <= 1000:
+            raise ValueError(f"causal.context_noise is {self.context_noise}: it must be in [0, 1000]")
+        if self.context_noise and self.forcing == "diffusion":
+            raise ValueError(f"causal.context_noise is {self.context_noise}: with diffusion forcing it must be 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyConfig:
+    """Causal consistency distillation (stage "init" with `init` "consistency").
+
+    Attributes:
+      solver_steps: entries of the teacher's Euler table; neighbours must agree on where they lead.
+      guidance: the teacher's guidance scale.
+    """
+
+    solver_steps: int = 48
+    guidance: float = 3.0
+
+    def __post_init__(self):
+        """Refuses tables without neighbours."""
+        _at_least(self, 2, "solver_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) in place of all parameters of a trained network.
+
+    Attributes:
+      rank: of the adapters of every matrix in the blocks; 0 trains the network itself.
+      alpha: the adapters' product counts `alpha / rank`.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+
+    def __post_init__(self):
+        """Refuses negative ranks and adapters that do nothing."""
+        _at_least(self, 0, "rank")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha is {self.alpha}: it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is trained on.
 
@@ -141,26 +204,41 @@ class TrainConfig:
     """Everything that a training run depends on.
 
     Attributes:
-      stage: "teacher" (flow matching on videos), "init" (regression on the teacher's ODE pairs) or "distill" (Self
-        Forcing).
-      objective: the distribution-matching loss of "distill".
+      stage: "teacher" (flow matching on videos), "causal" (causal diffusion on videos), "init" (the few-step student's
+        start) or "distill" (Self Forcing and its baselines).
+      init: how "init" learns: by regression on a teacher's "ode" pairs, or by "consistency" along a causal teacher.
+      objective: the loss of "distill".
+      student_input: what the student of "distill" is trained on: its own "rollout" (Self Forcing), or real videos
+        noised by chunk with noisy ("diffusion_forcing", CausVid) or clean ("teacher_forcing") chunks before them.
       seed: seed of every random number of the run.
       steps: iterations; in "distill" each is a critic update, every `generator_every`-th also a student update.
       batch_size: videos of an update, over all devices.
+      accumulate: parts that the batch is computed in, one after the other; the update is that of the whole batch.
       generator_every: critic updates per student update.
+      share_rollout: whether the critic learns from the student update's rollout where there is one.
+      exits: exit step of a training rollout: one for all chunks ("same"), "per_chunk", or always the "last".
+      rollout_frames: latent frames of the rollouts; each iteration draws one of them. Empty is `data.frames`. The loss
+        sees the last `data.frames` of longer ones, whose first frame is then encoded again as an image.
+      image_to_video: whether the first latent frame is given; needs `rollout.first_frame_alone` and videos.
       cache_gradient: what of the gradient crosses a chunk, see `rollout.replay`.
+      on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the update.
       model: sizes of the trained network.
       teacher: sizes of the teacher; None is `model`.
       critic: sizes of the critic; None is `model`.
       teacher_weights: file of the teacher's weights; "shipped" is the package's own; None only where none is needed.
       critic_weights: file that the critic starts from; None is the teacher's weights.
-      init_weights: file that the trained network starts from; None is random ("teacher"), or the teacher's weights.
+      init_weights: file that the trained network starts from; None is random, or the teacher's weights.
       rollout: how the student generates.
       score: how teacher and critic are asked.
+      gan: the adversarial loss.
+      causal: causal diffusion training.
+      ode: ODE pairs of "init".
+      consistency: consistency distillation of "init".
+      lora: adapters of the trained network.
+      critic_lora: adapters of the critic.
       optimizer: of the trained network.
       critic_optimizer: of the critic.
       ema: of the trained network.
-      ode: ODE pairs of "init".
       data: dataset and sizes.
       mesh: devices.
       frozen_dtype: type in which frozen networks are kept.
@@ -170,12 +248,20 @@ class TrainConfig:
     """
 
     stage: str = "distill"
+    init: str = "ode"
     objective: str = "dmd"
+    student_input: str = "rollout"
     seed: int = 0
     steps: int = 1000
     batch_size: int = 32
+    accumulate: int = 1
     generator_every: int = 5
+    share_rollout: bool = False
+    exits: str = "same"
+    rollout_frames: tuple[int, ...] = ()
+    image_to_video: bool = False
     cache_gradient: str = "stop"
+    on_nonfinite: str = "stop"
     model: WanConfig = WanConfig()
     teacher: WanConfig | None = None
     critic: WanConfig | None = None
@@ -184,10 +270,15 @@ class TrainConfig:
     init_weights: str | None = None
     rollout: RolloutConfig = RolloutConfig()
     score: ScoreConfig = ScoreConfig()
+    gan: GanConfig = GanConfig()
+    causal: CausalConfig = CausalConfig()
+    ode: OdeConfig = OdeConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    lora: LoraConfig = LoraConfig()
+    critic_lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     critic_optimizer: OptimizerConfig = OptimizerConfig(lr=4e-7)
     ema: EmaConfig = EmaConfig()
-    ode: OdeConfig = OdeConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     frozen_dtype: str = "float32"
@@ -197,24 +288,64 @@ class TrainConfig:
 
     def __post_init__(self):
         """Refuses combinations that cannot run."""
-        _one_of("stage", self.stage, STAGES)
-        _one_of("objective", self.objective, OBJECTIVES)
-        _one_of("cache_gradient", self.cache_gradient, CACHE_GRADIENTS)
-        _one_of("frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
-        _at_least(
-            self, 1, "steps", "batch_size", "generator_every", "log_every", "checkpoint_every", "keep_checkpoints"
-        )
-        self.rollout.chunks(self.data.frames)
+        for name, allowed in (
+            ("stage", STAGES),
+            ("init", INITS),
+            ("objective", OBJECTIVES),
+            ("student_input", INPUTS),
+            ("exits", EXITS),
+            ("cache_gradient", CACHE_GRADIENTS),
+            ("on_nonfinite", ("stop", "skip")),
+            ("frozen_dtype", ("float32", "bfloat16")),
+        ):
+            _one_of(name, getattr(self, name), allowed)
+        counts = ("steps", "batch_size", "accumulate", "generator_every", "log_every", "checkpoint_every")
+        _at_least(self, 1, *counts, "keep_checkpoints")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate is {self.accumulate}: it must divide batch_size, {self.batch_size}")
         self.model.grid(self.data.height, self.data.width)
-        if self.stage != "teacher" and self.teacher_weights is None and self.data.name == "digits":
-            raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give a file or 'shipped'")
-        if self.stage == "init" and not self.rollout.warp:
+        if self.stage in ("init", "distill") and self.teacher_weights is None and self.data.name == "digits":
+            wants = (
+                "a file of stage 'causal'"
+                if self.stage == "init" and self.init == "consistency"
+                else "a file or 'shipped'"
+            )
+            raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give {wants}")
+        if self.image_to_video and not self.rollout.first_frame_alone:
+            raise ValueError("image_to_video is True: rollout.first_frame_alone must be True too")
+        given = int(self.image_to_video)
+        self.rollout.chunks(self.data.frames - given, given)
+        if self.stage == "init":
+            self._check_init()
+        if self.stage == "distill":
+            self._check_distill()
+
+    def _check_init(self):
+        if self.init == "ode" and not self.rollout.warp:
             raise ValueError("rollout.warp is False: ODE pairs are made at warped steps, stage 'init' needs True")
-        if self.stage == "init" and any(self.ode.solver_steps * s % 1000 for s in self.rollout.steps):
+        if self.init == "ode" and any(self.ode.solver_steps * s % 1000 for s in self.rollout.steps):
             raise ValueError(
                 f"ode.solver_steps is {self.ode.solver_steps}: it must hit every step of rollout.steps "
                 f"{self.rollout.steps}"
             )
+
+    def _check_distill(self):
+        own = self.student_input == "rollout"
+        for name, value in (("share_rollout", self.share_rollout), ("rollout_frames", self.rollout_frames)):
+            if value and not own:
+                raise ValueError(f"{name} is {value}: student_input is {self.student_input!r}, it must be 'rollout'")
+        if self.objective == "gan" and self.critic_lora.rank:
+            raise ValueError("critic_lora.rank is above 0: the GAN's critic is trained whole, it must be 0")
+        if self.objective == "gan" and max(self.gan.head.taps) >= self.critic_model.num_layers:
+            last = self.critic_model.num_layers - 1
+            raise ValueError(f"gan.head.taps is {self.gan.head.taps}: the critic's blocks are 0 to {last}")
+        low, chunk = self.data.frames, self.rollout.chunk
+        for frames in self.rollout_frames:
+            if frames < low or (frames - low) % chunk:
+                raise ValueError(
+                    f"rollout_frames is {self.rollout_frames}: each must be data.frames, {low}, or a multiple of "
+                    f"rollout.chunk, {chunk}, more"
+                )
 
     @property
     def teacher_model(self) -> WanConfig:

@@ -16,6 +16,12 @@ class Purpose(enum.IntEnum):
     GENERATOR = 5
     CRITIC = 6
     SAMPLE = 7
+    CAUSAL = 8
+    CONSISTENCY = 9
+    ROLLOUT_FRAMES = 10
+    HEAD_INIT = 11
+    LORA_INIT = 12
+    CRITIC_LORA_INIT = 13
 
 
 def key_for(seed: int, step: jax.Array | int, purpose: Purpose) -> jax.Array:

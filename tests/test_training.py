@@ -20,8 +20,9 @@ from configs import digits, wan_distill
 from sf_jax.config import config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.models.wan import init_params
-from sf_jax.training import checkpoint, loop, metrics, sharding, stages
+from sf_jax.training import checkpoint, loop, metrics, self_forcing, sharding, stages
 from sf_jax.training import step as steps
+from sf_jax.training.media import Media
 from sf_jax.weights.package import load_package, save_package
 from tests.helpers import random_params, tree_relative
 
@@ -118,6 +119,14 @@ def test_killed_run_continues_bit_exactly(teacher, tmp_path):
     assert (tmp_path / "killed" / names).read_bytes() == (tmp_path / "whole" / names).read_bytes()
 
 
+MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: latents[:, -1:])
+
+
+def step_functions(config, media=MEDIA):
+    """The update functions of "distill", by name."""
+    return {p.name: steps.make_step(config, p) for p in self_forcing.programs(config, media)}
+
+
 def batch_for(config):
     text = jax.random.normal(jax.random.key(1), (config.batch_size, 10, 64))
     return {"text": text, "negative": jnp.zeros((1, 10, 64))}
@@ -129,11 +138,11 @@ def test_each_update_changes_its_own_network_only(teacher):
     state = steps.new_state(config, params, params)
     state = state.replace(model=state.model.replace(params=random_params(config.model, 5)))
     frozen, batch = {"teacher": params}, batch_for(config)
-    after, values = jax.jit(steps.make_generator_step(config))(state, frozen, batch)
+    after, values = jax.jit(step_functions(config)["student"])(state, frozen, batch)
     chex.assert_trees_all_equal(after.critic, state.critic)
     assert tree_relative(after.model.params, state.model.params) > 0 and values["generator_grad_norm"] > 0
     assert after.step == state.step
-    after, values = jax.jit(steps.make_critic_step(config))(state, frozen, batch)
+    after, values = jax.jit(step_functions(config)["critic"])(state, frozen, batch)
     chex.assert_trees_all_equal(after.model, state.model)
     assert tree_relative(after.critic.params, state.critic.params) > 0 and values["critic_grad_norm"] > 0
     assert after.step == state.step + 1
@@ -156,7 +165,7 @@ def test_average_starts_when_told():
 EIGHT = """
 import sys, jax, numpy as np
 sys.path.insert(0, ".")
-from tests.test_training import batch_for, small_config
+from tests.test_training import batch_for, small_config, step_functions
 from tests.helpers import random_params, tree_relative
 from sf_jax.config import MeshConfig
 from sf_jax.training import loop, sharding, stages, step as steps
@@ -170,7 +179,7 @@ for devices, mesh_config in ((jax.devices()[:1], MeshConfig()), (jax.devices(), 
     state = steps.new_state(config, params, jax.device_get(random_params(config.model, 1)))
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     frozen = {"teacher": random_params(config.model, 2)}
-    updates = (("g", steps.make_generator_step(config), 1), ("c", steps.make_critic_step(config), 1))
+    updates = tuple((name, function, None) for name, function in step_functions(config).items())
     stage = stages.Stage(None, None, frozen, {"negative": 0}, ("text",), None, updates)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     values = {}
@@ -221,10 +230,10 @@ def test_full_size_recipe_has_the_right_shapes(variant):
     state = jax.eval_shape(lambda: steps.new_state(config))
     text = jax.ShapeDtypeStruct((64, 512, 4096), jnp.bfloat16)
     batch = {"text": text, "negative": jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16)}
-    for make in (steps.make_generator_step, steps.make_critic_step):
-        after, values = jax.eval_shape(make(config), state, {"teacher": teacher}, batch)
+    for function in step_functions(config).values():
+        after, values = jax.eval_shape(function, state, {"teacher": teacher}, batch)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-        assert all(v.shape == () for v in values.values())
+        assert all(v.shape == () or name.endswith("nonfinite") for name, v in values.items())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +241,7 @@ def test_full_size_recipe_has_the_right_shapes(variant):
     [
         ({"stepz": 3}, "unknown config key stepz; did you mean steps?"),
         ({"rollout": {"widow": 3}}, "unknown config key rollout.widow; did you mean rollout.window?"),
-        ({"stage": "train"}, "stage is 'train': it must be one of teacher, init, distill"),
+        ({"stage": "train"}, "stage is 'train': it must be one of teacher, causal, init, distill"),
         ({"steps": 0}, "steps is 0: it must be at least 1"),
         ({"steps": "many"}, "steps is 'many': it must be of type int"),
         ({"data": {"frames": 10}}, "frames is 10: with chunk=3 it must be a multiple of 3"),
@@ -259,7 +268,7 @@ def test_every_field_of_a_config_file_can_be_set():
     typed = from_dict(config)
     assert typed.init_weights == "a.safetensors" and typed.rollout.window == 12
     assert from_dict(config_dict({"stage": "teacher"})).stage == "teacher"
-    with pytest.raises(ValueError, match="configs/digits.py has teacher, init, distill"):
+    with pytest.raises(ValueError, match="configs/digits.py has teacher, causal, diffusion_forcing"):
         digits.get_config("other")
 
 

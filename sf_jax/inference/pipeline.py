@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
-from sf_jax.diffusion.solvers import teacher_trajectory
+from sf_jax.diffusion.solvers import Solver, teacher_trajectory
+from sf_jax.many_step import guided_rollout
 from sf_jax.models.patch_codec import PatchCodec, to_uint8
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanTransformer
@@ -30,6 +31,14 @@ def _chunk(model, config, size, params, text, cache, key, examples, start, chunk
     return cache, to_uint8(codec.decode(clean))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _causal_video(model, config, solver, guidance, shape, params, text, key, examples, codec):
+    """A whole video of a many-step causal network; pixels are uint8."""
+    noise = ro.example_noise(key, examples, shape)
+    video = guided_rollout(model, config, params, text, jnp.zeros_like(text), noise, solver, guidance)
+    return to_uint8(codec.decode(video))
+
+
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """A network with its text encoder and codec.
@@ -38,7 +47,7 @@ class Pipeline:
       package: the network.
       codec: latents to pixels.
       text: prompts to embeddings.
-      teacher_steps: Euler steps of a teacher.
+      teacher_steps: solver steps of a teacher, and of each chunk of a many-step causal network.
     """
 
     package: Package
@@ -83,7 +92,7 @@ class Pipeline:
           first_index: index of the first prompt; the others count on.
 
         Yields:
-          uint8 [B, n, h, w, 1], the frames of each chunk; a teacher gives all at once.
+          uint8 [B, n, h, w, 1], the frames of each chunk; many-step networks give all at once.
 
         Raises:
           ValueError: on frames or words that the model does not know.
@@ -107,6 +116,23 @@ class Pipeline:
                 jnp.zeros_like(text),
             )
             yield np.asarray(to_uint8(self.codec.decode(path[-1])))
+            return
+        if self.package.kind == "causal":
+            shape = (len(prompts), frames, height, width, channels)
+            yield np.asarray(
+                _causal_video(
+                    self.model,
+                    self.package.rollout,
+                    Solver("unipc", self.teacher_steps, self.package.shift),
+                    self.package.guidance,
+                    shape,
+                    self.params,
+                    text,
+                    key,
+                    examples,
+                    self.codec,
+                )
+            )
             return
         config = self.package.rollout
         text = _encode_text(self.model, self.params, text)
@@ -143,7 +169,7 @@ def load_pipeline(path: Path | str | None = None, guidance: float | None = None)
     path = shipped_path("student" if path is None else path) if path in (None, "teacher", "student") else path
     package = load_package(path)
     if guidance is not None:
-        if package.kind != "teacher":
+        if package.kind == "student":
             raise ValueError(f"guidance is {guidance}: a student has none (it was distilled from a guided teacher)")
         package = dataclasses.replace(package, guidance=float(guidance))
     codec, text = PatchCodec.load(), WordEmbedding()

@@ -27,6 +27,58 @@ def causal_layout(chunks: tuple[int, ...], teacher_forcing: bool, window: int | 
     return Layout(frames=positions, pattern=make(chunks, window, sink))
 
 
+def causal_flow(
+    params: dict,
+    model: WanTransformer,
+    layout: Layout,
+    clean: jax.Array,
+    text: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    schedule: FlowSchedule,
+    context_t: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Predicted flow of every noised chunk, given the chunks before it.
+
+    With diffusion forcing those chunks are noisy themselves, each at its own level; with teacher forcing they are
+    clean or, as an augmentation, noised to `context_t` with the same noise.
+
+    Args:
+      params: the network's parameters.
+      model: the network.
+      layout: from `causal_layout`; twice as many frames as `clean` has mean teacher forcing.
+      clean: [B, F, H, W, C] clean latents.
+      text: [B, S, text_dim] prompt embeddings.
+      t: float [B, F] timesteps, equal within a chunk (see `per_chunk`); frames at timestep 0 are given as they are.
+      noise: [B, F, H, W, C] standard normal.
+      schedule: the noise schedule.
+      context_t: float [B, F] timesteps of the context in teacher forcing; None is a clean context.
+
+    Returns:
+      The flow and the noisy latents, both [B, F, H, W, C].
+
+    Raises:
+      ValueError: if the layout has another number of frames, or `context_t` is given without teacher forcing.
+    """
+    frames = clean.shape[1]
+    forcing = len(layout.frames) == 2 * frames
+    if len(layout.frames) not in (frames, 2 * frames):
+        raise ValueError(f"the layout has {len(layout.frames)} frames: it must be {frames}, or {2 * frames}")
+    if context_t is not None and not forcing:
+        raise ValueError("context_t is given: it is for teacher forcing alone")
+
+    def noised(t):
+        # the table has no entry for "no noise": a given frame would get the last one's
+        return jnp.where((t == 0)[..., None, None, None], clean, schedule.add_noise(clean, noise, t))
+
+    noisy = noised(t)
+    x, times = noisy, t
+    if forcing:
+        given_t = jnp.zeros_like(t) if context_t is None else context_t
+        x, times = jnp.concatenate([noised(given_t), noisy], axis=1), jnp.concatenate([given_t, t], axis=1)
+    return model.apply({"params": params}, x, times, text, layout)[:, -frames:], noisy
+
+
 def causal_loss(
     params: dict,
     model: WanTransformer,
@@ -38,41 +90,33 @@ def causal_loss(
     schedule: FlowSchedule,
     context_t: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-    """Weighted mean squared error of the predicted flow of every chunk, given the chunks before it.
+    """Weighted mean squared error of `causal_flow`, whose arguments these are.
 
-    With diffusion forcing those chunks are noisy themselves, each at its own level; with teacher forcing they are
-    clean or, as an augmentation, noised to `context_t` with the same noise.
-
-    Args:
-      params: the network's parameters.
-      model: the network.
-      layout: from `causal_layout`; twice as many frames as `clean` has mean teacher forcing.
-      clean: [B, F, H, W, C] clean latents.
-      text: [B, S, text_dim] prompt embeddings.
-      t: float [B, F] timesteps, equal within a chunk (see `per_chunk`).
-      noise: [B, F, H, W, C] standard normal.
-      schedule: the noise schedule; its `training_weight` weighs the frames.
-      context_t: float [B, F] timesteps of the context in teacher forcing; None is a clean context.
+    `schedule.training_weight` weighs the frames; those at timestep 0 are given, not learned.
 
     Returns:
       Scalar loss, and aux: `clean` [B, F, H, W, C], the prediction.
-
-    Raises:
-      ValueError: if the layout has another number of frames, or `context_t` is given without teacher forcing.
     """
-    frames = clean.shape[1]
-    forcing = len(layout.frames) == 2 * frames
-    if len(layout.frames) not in (frames, 2 * frames):
-        raise ValueError(f"the layout has {len(layout.frames)} frames: it must be {frames}, or {2 * frames}")
-    if context_t is not None and not forcing:
-        raise ValueError("context_t is given: it is for teacher forcing alone")
-    noisy = schedule.add_noise(clean, noise, t)
-    x, times = noisy, t
-    if forcing:
-        given = clean if context_t is None else schedule.add_noise(clean, noise, context_t)
-        given_t = jnp.zeros_like(t) if context_t is None else context_t
-        x, times = jnp.concatenate([given, noisy], axis=1), jnp.concatenate([given_t, t], axis=1)
-    flow = model.apply({"params": params}, x, times, text, layout)[:, -frames:]
+    flow, noisy = causal_flow(params, model, layout, clean, text, t, noise, schedule, context_t)
     error = jnp.square(flow - (noise - clean)).mean(axis=(2, 3, 4))
-    loss = (error * schedule.training_weight(t)).mean()
+    learned = (t != 0).astype(error.dtype)
+    loss = (error * schedule.training_weight(t) * learned).sum() / jnp.maximum(learned.sum(), 1)
     return loss, {"clean": schedule.to_clean(flow, noisy, t)}
+
+
+def causal_video(
+    params: dict,
+    model: WanTransformer,
+    layout: Layout,
+    clean: jax.Array,
+    text: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    schedule: FlowSchedule,
+) -> jax.Array:
+    """Clean prediction [B, F, H, W, C] of `causal_flow`, whose arguments these are; given frames come back unchanged.
+
+    The student's output in the baselines without rollouts (paper, Table 2; official `CausVid._run_generator`).
+    """
+    flow, noisy = causal_flow(params, model, layout, clean, text, t, noise, schedule)
+    return jnp.where((t == 0)[..., None, None, None], noisy, schedule.to_clean(flow, noisy, t))

@@ -36,7 +36,8 @@ def generator_loss(
 
     Returns:
       Scalar loss `0.5 mean(gradient^2)` (as the official code reports it), and
-      aux: `gradient` [B, F, H, W, C] and `gradient_norm`, its mean absolute value.
+      aux: `gradient` [B, F, H, W, C]; `gradient_norm`, its mean absolute value; and `critic_lag`, the critic's loss on
+      this video, which grows when the critic does not keep up with the student.
     """
     fixed = jax.lax.stop_gradient(video)
     noisy = config.student_schedule.add_noise(fixed, noise, t)
@@ -53,7 +54,8 @@ def generator_loss(
     # Its derivative in `video` is gradient / count, exactly; mse(video, video - gradient) would lose digits.
     surrogate = (weight * gradient * video).sum() / count
     loss = surrogate + jax.lax.stop_gradient(value - surrogate)
-    return loss, {"gradient": gradient, "gradient_norm": norm}
+    lag = jnp.square(config.student_schedule.to_flow(fake, noisy, t) - (noise - fixed)).mean()
+    return loss, {"gradient": gradient, "gradient_norm": norm, "critic_lag": lag}
 
 
 def critic_loss(

@@ -19,13 +19,14 @@ def generator_loss(
     t: jax.Array,
     noise: jax.Array,
     config: ScoreConfig,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
     """The student's SiD loss; the gradient runs through both score networks into `video` (not into their parameters).
 
     Arguments as in `dmd.generator_loss`; `config.sid_alpha` weighs the second term.
 
     Returns:
-      Scalar loss and an empty aux.
+      Scalar loss, and aux: `critic_lag`, see `dmd.generator_loss`.
     """
     noisy = config.student_schedule.add_noise(video, noise, t)
     frozen_teacher, frozen_critic = (jax.lax.stop_gradient(net[1]) for net in (teacher, critic))
@@ -34,4 +35,7 @@ def generator_loss(
     real = predict_guided(teacher[0], frozen_teacher, schedule, noisy, t, text, negative, config.guidance)
     loss = (real - fake) * ((real - video) - config.sid_alpha * (real - fake))
     loss = loss / jax.lax.stop_gradient(video_mean(jnp.abs(video - real)))
-    return jnp.nan_to_num(loss, posinf=0.0, neginf=0.0).mean(), {}
+    loss = jnp.nan_to_num(loss, posinf=0.0, neginf=0.0)
+    weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
+    lag = jnp.square(config.student_schedule.to_flow(fake, noisy, t) - (noise - video)).mean()
+    return (weight * loss).sum() / weight.sum(), {"critic_lag": jax.lax.stop_gradient(lag)}

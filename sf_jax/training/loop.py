@@ -40,7 +40,7 @@ def train(config: TrainConfig, workdir: Path | str) -> Path:
         state = _run(config, stage, mesh, manager, state, start, workdir)
     finally:
         manager.close()
-    package = package_of(config, student_params(state.model))
+    package = package_of(config, student_params(state.model), stage.frozen)
     path = workdir / f"{package.kind}.safetensors"
     save_package(path, package)
     return path
@@ -67,7 +67,7 @@ def _start(config: TrainConfig, stage: Stage, mesh, manager) -> tuple[TrainState
 
 
 def compile_updates(stage: Stage, mesh, state: TrainState) -> list:
-    """(name, jitted update with donated state, every) of the stage."""
+    """(name, jitted update with donated state, whether an iteration runs it) of the stage."""
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     frozen_shardings = sharding.tree_shardings(stage.frozen, mesh)
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -81,9 +81,9 @@ def compile_updates(stage: Stage, mesh, state: TrainState) -> list:
                 out_shardings=(state_shardings, everywhere),
                 donate_argnums=0,
             ),
-            every,
+            due,
         )
-        for name, update, every in stage.updates
+        for name, update, due in stage.updates
     ]
 
 
@@ -98,8 +98,8 @@ def _run(config: TrainConfig, stage: Stage, mesh, manager, state: TrainState, st
     try:
         for step in range(start, config.steps):
             metrics = {}
-            for _, update, every in updates:
-                if step % every:
+            for _, update, runs in updates:
+                if not runs(step):
                     continue
                 batch = next(stage.iterator)
                 batch = {key: jax.device_put(batch[key], split) for key in stage.keys}

@@ -49,7 +49,7 @@ class Log:
         self._bar.update(1)
         if step % self._every and step != self._steps and not due:
             return
-        values = {name: value.item() for name, value in jax.device_get(self._pending).items()}
+        values = {name: value.item() for name, value in jax.device_get(self._pending).items() if value.ndim == 0}
         seconds = (time.perf_counter() - self._since) / self._counted
         self._file.write(json.dumps({"step": step, **values, "seconds_per_step": round(seconds, 4)}) + "\n")
         self._file.flush()

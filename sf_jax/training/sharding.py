@@ -26,6 +26,7 @@ RULES = {
     "text": None,
     "time": None,
     "part": None,
+    "rank": None,
 }
 
 _ATTENTION = {
@@ -58,6 +59,29 @@ AXES = {
     ("head", "bias"): ("patch",),
     ("head_modulation",): ("part", "part", "embed"),
     ("ns_coeffs",): ("part",),  # constants of Muon's iteration, part of its state
+    # the discriminator's head; its blocks are stacked like layers
+    **{("register_blocks", "cross_attn", *path): axes for path, axes in _ATTENTION.items()},
+    ("register_blocks", "ffn_in", "kernel"): ("layers", "embed", "mlp"),
+    ("register_blocks", "ffn_in", "bias"): ("layers", "mlp"),
+    ("register_blocks", "ffn_out", "kernel"): ("layers", "mlp", "embed"),
+    ("register_blocks", "ffn_out", "bias"): ("layers", "embed"),
+    ("register_blocks", "norm3", "scale"): ("layers", "embed"),
+    ("register_blocks", "norm3", "bias"): ("layers", "embed"),
+    ("registers",): ("part", "embed"),
+    ("register_norm", "scale"): ("embed",),
+    ("classifier_norm", "scale"): ("embed",),
+    ("classifier_norm", "bias"): ("embed",),
+    ("classifier_in", "kernel"): ("embed", "width"),
+    ("classifier_in", "bias"): ("width",),
+    ("classifier_out", "kernel"): ("embed", "patch"),
+    ("classifier_out", "bias"): ("patch",),
+}
+# adapters of a matrix [layers, in, out]: `down` [layers, in, rank] and `up` [layers, rank, out]
+AXES |= {
+    (*path, part): (axes[0], axes[1], "rank") if part == "down" else (axes[0], "rank", axes[2])
+    for path, axes in list(AXES.items())
+    if path[0] == "blocks" and path[-1] == "kernel"
+    for part in ("down", "up")
 }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grain
@@ -20,7 +20,9 @@ from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rng import Purpose, key_for
+from sf_jax.training import self_forcing, supervised
 from sf_jax.training import step as steps
+from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import Package, load_package, shipped_path
 
 PAIR_BATCH = 64
@@ -37,7 +39,7 @@ class Stage:
       constants: arrays that belong to every batch.
       keys: what of a batch the updates read.
       iterator: endless batches, with `get_state` and `set_state`.
-      updates: (name, update program, every how many iterations), in order; the last one counts the iteration.
+      updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
     """
 
     params: dict | None
@@ -46,7 +48,7 @@ class Stage:
     constants: dict
     keys: tuple[str, ...]
     iterator: grain.DatasetIterator
-    updates: tuple[tuple[str, steps.Step, int], ...]
+    updates: tuple[tuple[str, steps.Step, Callable[[int], bool]], ...]
 
 
 def _load(path: str, wanted: WanConfig, field: str) -> Package:
@@ -63,9 +65,10 @@ def _cast(params: dict, dtype: str) -> dict:
 
 
 def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
-    """Prepares the stage of a config; may build the data set for "teacher" and the ODE pairs for "init".
+    """Prepares the stage of a config; may build the data set, and the ODE pairs of "init".
 
-    A run that is not `fresh` goes on from a checkpoint: the weights that it once started from are not read again.
+    A run that is not `fresh` goes on from a checkpoint: the weights that it once started from are not read again, but
+    for those that adapters are added to.
 
     Raises:
       ValueError: if data or weights are missing or do not fit.
@@ -74,41 +77,79 @@ def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
         raise ValueError(f"data.name is {config.data.name!r}: training reads 'digits'; other sources are not there yet")
     codec, text = PatchCodec.load(), WordEmbedding()
     _check_digits(config, codec, text)
+    media = digits_media(codec)
+    wanted = fresh or config.lora.rank
     params = None
-    if fresh and config.init_weights is not None:
+    if wanted and config.init_weights is not None:
         params = _load(config.init_weights, config.model, "init_weights").params
-    if config.stage == "teacher":
-        iterator = _video_iterator(config, text)
-        updates = (("", steps.make_teacher_step(config, codec), 1),)
-        return Stage(params, None, {}, {}, ("video", "text"), iterator, updates)
-    teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
-    if teacher.kind != "teacher":
-        raise ValueError(f"teacher_weights {config.teacher_weights} is a {teacher.kind}: give a teacher")
-    if params is None and config.model == config.teacher_model:
+    teacher = _teacher(config)
+    if wanted and params is None and teacher is not None and config.model == config.teacher_model:
         params = teacher.params
-    if config.stage == "init":
-        pairs = _pairs(config, workdir, teacher, text)
-        iterator = _pair_iterator(pairs, config, text)
-        return Stage(params, None, {}, {}, ("trajectory", "text"), iterator, (("", steps.make_init_step(config), 1),))
-    # Self Forcing needs no videos, only prompts.
+    if config.lora.rank and params is None:
+        raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
+    frozen = {"model_base": _cast(params, config.frozen_dtype)} if config.lora.rank else {}
+    if config.stage == "init" and config.init == "ode":
+        iterator = _pair_iterator(_pairs(config, workdir, teacher, text), config, text)
+        return Stage(params, None, frozen, {}, ("trajectory", "text"), iterator, _updates(config, media))
+    keys = ("text",) if _prompts_only(config) else ("video", "text")
+    iterator = _prompt_iterator(config, text) if _prompts_only(config) else _video_iterator(config, text)
+    if config.stage in ("teacher", "causal"):
+        return Stage(params, None, frozen, {}, keys, iterator, _updates(config, media))
+    frozen["teacher"] = _cast(teacher.params, config.frozen_dtype)
+    constants, critic = {"negative": text.encode([""])}, None
+    if config.stage == "distill":
+        critic = _critic(config, teacher, fresh or config.critic_lora.rank)
+        if config.critic_lora.rank:
+            frozen["critic_base"] = _cast(critic, config.frozen_dtype)
+    return Stage(params, critic, frozen, constants, keys, iterator, _updates(config, media))
+
+
+def _updates(config: TrainConfig, media: Media) -> tuple:
+    """The update programs of a stage."""
+    programs = {
+        "teacher": lambda: [supervised.teacher_program(config, media)],
+        "causal": lambda: [supervised.causal_program(config, media)],
+        "ode": lambda: [supervised.ode_program(config)],
+        "consistency": lambda: [supervised.consistency_program(config, media)],
+        "distill": lambda: self_forcing.programs(config, media),
+    }[config.init if config.stage == "init" else config.stage]()
+    return tuple((program.name, steps.make_step(config, program), program.due) for program in programs)
+
+
+def _prompts_only(config: TrainConfig) -> bool:
+    """Whether the stage needs no videos, as Self Forcing with DMD or SiD from text."""
+    own = config.stage == "distill" and config.student_input == "rollout" and config.objective != "gan"
+    return own and not config.image_to_video
+
+
+def _teacher(config: TrainConfig) -> Package | None:
+    """The stage's teacher: bidirectional, but for consistency, which follows a causal one."""
+    if config.stage in ("teacher", "causal"):
+        return None
+    teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
+    kind = "causal" if config.stage == "init" and config.init == "consistency" else "teacher"
+    if teacher.kind != kind:
+        raise ValueError(
+            f"teacher_weights {config.teacher_weights} is a {teacher.kind} network: here it must be a {kind} network"
+        )
+    return teacher
+
+
+def _critic(config: TrainConfig, teacher: Package, wanted: bool) -> dict | None:
+    """The critic's parameters to start from."""
+    if wanted and config.critic_weights is not None:
+        return _load(config.critic_weights, config.critic_model, "critic_weights").params
+    if config.critic_model == config.teacher_model:
+        return teacher.params
+    if not wanted:
+        return None
+    raise ValueError("critic_weights is None: a critic of other sizes than the teacher needs weights to start from")
+
+
+def _prompt_iterator(config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
+    """Endless batches of captions."""
     prompts = moving_digits.all_captions()
-    iterator = pipeline.prompt_iterator(prompts, batch_size=config.batch_size, seed=config.seed, text_encoder=text)
-    if not fresh:
-        critic = teacher if config.critic_model == config.teacher_model else None
-    elif config.critic_weights is not None:
-        critic = _load(config.critic_weights, config.critic_model, "critic_weights")
-    elif config.critic_model == config.teacher_model:
-        critic = teacher
-    else:
-        raise ValueError("critic_weights is None: a critic of other sizes than the teacher needs weights to start from")
-    frozen = {"teacher": _cast(teacher.params, config.frozen_dtype)}
-    updates = (
-        ("generator", steps.make_generator_step(config), config.generator_every),
-        ("critic", steps.make_critic_step(config), 1),
-    )
-    return Stage(
-        params, critic and critic.params, frozen, {"negative": text.encode([""])}, ("text",), iterator, updates
-    )
+    return pipeline.prompt_iterator(prompts, batch_size=config.batch_size, seed=config.seed, text_encoder=text)
 
 
 def _video_iterator(config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
@@ -120,7 +161,8 @@ def _video_iterator(config: TrainConfig, text: WordEmbedding) -> grain.DatasetIt
         num_frames=config.data.frames,
         seed=config.seed,
         text_encoder=text,
-        text_dropout=config.data.text_dropout,
+        # only networks that are sampled with guidance need to know the empty prompt
+        text_dropout=config.data.text_dropout if config.stage in ("teacher", "causal") else 0.0,
     )
 
 
@@ -205,16 +247,24 @@ def _collate_pairs(pairs, *, text_encoder):
     }
 
 
-def package_of(config: TrainConfig, params: dict) -> Package:
-    """What a finished run leaves: its averaged weights with all that is needed to use them."""
-    teacher = config.stage == "teacher"
+def package_of(config: TrainConfig, params: dict, frozen: dict | None = None) -> Package:
+    """What a finished run leaves: its averaged weights with all that is needed to use them.
+
+    Args:
+      config: of the run.
+      params: what was trained, see `steps.student_params`.
+      frozen: with adapters, the trees that hold the network they are added to.
+    """
+    kind = config.stage if config.stage in ("teacher", "causal") else "student"
+    if config.lora.rank:
+        params = jax.device_get(steps.model_params(config, params, frozen))
     return Package(
-        kind="teacher" if teacher else "student",
+        kind=kind,
         config=dataclasses.replace(config.model, remat="none"),
         rollout=config.rollout,
         frames=config.data.frames,
         size=(config.data.height, config.data.width),
-        shift=config.score.score_shift if teacher else config.rollout.shift,
+        shift=config.score.score_shift if kind == "teacher" else config.rollout.shift,
         guidance=config.score.guidance,
         params=params,
     )

@@ -1,5 +1,7 @@
 """What a training run carries from step to step, and how optimisers update it."""
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -74,10 +76,19 @@ def new_network(params: dict, optimizer: optax.GradientTransformation, ema: bool
 
 
 def update(
-    network: Network, grads: dict, optimizer: optax.GradientTransformation, ema: EmaConfig | None
+    network: Network,
+    grads: dict,
+    optimizer: optax.GradientTransformation,
+    ema: EmaConfig | None,
+    scale: Callable | None = None,
 ) -> tuple[Network, jax.Array]:
-    """One optimiser step; also returns the gradient's global norm before clipping."""
+    """One optimiser step; also returns the gradient's global norm before clipping.
+
+    `scale`: (path of a parameter, updates so far) -> factor of its change; None is 1 for all.
+    """
     changes, opt_state = optimizer.update(grads, network.opt_state, network.params)
+    if scale is not None:
+        changes = jax.tree_util.tree_map_with_path(lambda path, x: x * scale(path, network.updates), changes)
     params = optax.apply_updates(network.params, changes)
     updates = network.updates + 1
     average = network.ema

@@ -1,26 +1,62 @@
-"""The update programs: each is one jitted, donated function (state, frozen, batch) -> (state, metrics)."""
+"""The machinery of update programs: each is one jitted, donated function (state, frozen, batch) -> (state, metrics).
+
+What is computed is in `supervised.py` and `self_forcing.py`; here it is done in parts of the batch, checked for
+numbers that are not finite, and applied.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
-from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
-from sf_jax.models import attention
-from sf_jax.models.patch_codec import PatchCodec, to_float
-from sf_jax.models.wan import Layout, WanTransformer, bidirectional_layout, init_params
-from sf_jax.objectives import causal, dmd, ode, scores, sid
-from sf_jax.objectives.flow import flow_loss
+from sf_jax.models.discriminator import init_discriminator
+from sf_jax.models.wan import init_params
 from sf_jax.rng import Purpose, key_for
+from sf_jax.training import lora
 from sf_jax.training.state import Network, TrainState, make_optimizer, new_network, update
 
-OBJECTIVES = {"dmd": dmd.generator_loss, "sid": sid.generator_loss}
 Step = Callable[[TrainState, dict, dict], tuple[TrainState, dict]]
+# Entries of a batch that belong to all its examples.
+CONSTANTS = ("negative",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """One loss of a program.
+
+    Attributes:
+      network: which network it trains, "model" or "critic".
+      prefix: of the names of its metrics.
+      function: (params, state, frozen, batch, prepared) -> (scalar, metrics), differentiated in `params`.
+    """
+
+    network: str
+    prefix: str
+    function: Callable[..., tuple[jax.Array, dict]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One update program.
+
+    Attributes:
+      name: what the progress and the documents call it.
+      prepare: (state, frozen, batch, examples) -> (prepared, metrics), without gradient; `examples` int32 [B] are the
+        global indices of the batch's examples, from which all noise is drawn.
+      losses: what is differentiated; every loss sees the state as it was before the program.
+      ends: whether the iteration ends with it.
+      due: whether an iteration (counted from 0) runs it.
+    """
+
+    name: str
+    prepare: Callable[..., tuple[Any, dict]]
+    losses: tuple[Loss, ...]
+    ends: bool
+    due: Callable[[int], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,156 +73,128 @@ def make_optimizers(config: TrainConfig) -> Optimizers:
     return Optimizers(make_optimizer(config.optimizer, updates), make_optimizer(config.critic_optimizer, config.steps))
 
 
-def causal_layout(config: TrainConfig) -> Layout:
-    """The student's layout for a whole training video at once (block-causal)."""
-    rollout = config.rollout
-    chunks = attention.split_chunks(config.data.frames, rollout.chunk, rollout.first_frame_alone)
-    return causal.causal_layout(chunks, False, rollout.window, rollout.sink)
-
-
 def new_state(config: TrainConfig, params: dict | None = None, critic: dict | None = None) -> TrainState:
-    """The state at step 0, from given parameters or random ones."""
+    """The state at step 0, from given parameters or random ones.
+
+    With adapters, the given parameters are the frozen network's and the state holds the adapters alone.
+    """
     optimizers = make_optimizers(config)
     if params is None:
         params = init_params(config.model, key_for(config.seed, 0, Purpose.INIT))
+    if config.lora.rank:
+        params = lora.init_adapters(params, config.lora, key_for(config.seed, 0, Purpose.LORA_INIT))
     network = new_network(params, optimizers.model, ema=True)
     critic_network = None
     if config.stage == "distill":
         if critic is None:
             critic = init_params(config.critic_model, key_for(config.seed, 0, Purpose.CRITIC_INIT))
+        if config.critic_lora.rank:
+            key = key_for(config.seed, 0, Purpose.CRITIC_LORA_INIT)
+            critic = lora.init_adapters(critic, config.critic_lora, key)
+        if config.objective == "gan":
+            key = key_for(config.seed, 0, Purpose.HEAD_INIT)
+            critic = {"critic": critic, "head": init_discriminator(config.critic_model, config.gan.head, key)}
         critic_network = new_network(critic, optimizers.critic, ema=False)
     return TrainState(step=jnp.zeros((), jnp.int32), model=network, critic=critic_network)
 
 
-def _noise(key, batch, shape):
-    """Noise keyed by the example's index in the global batch: the same however the batch is split over devices."""
-    return ro.example_noise(key, jnp.arange(batch, dtype=jnp.int32), (batch, *shape))
+def model_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
+    """The student's parameters, from what is trained of it."""
+    return lora.merge(frozen["model_base"], params, config.lora) if config.lora.rank else params
 
 
-def make_teacher_step(config: TrainConfig, codec: PatchCodec) -> Step:
-    """Flow matching on real videos; the batch holds `video` uint8 [B, F, h, w, 1] and `text` [B, S, text_dim]."""
-    model, schedule = WanTransformer(config.model), FlowSchedule(config.score.score_shift)
-    optimizer = make_optimizers(config).model
-    layout = bidirectional_layout(config.data.frames)
-
-    def step(state, frozen, batch):
-        del frozen
-        key = key_for(config.seed, state.step, Purpose.FLOW)
-        clean = codec.encode(to_float(batch["video"]))
-        size = clean.shape[0]
-        # stratified: the batch covers all noise levels evenly
-        place = (jnp.arange(size) + jax.random.uniform(jax.random.fold_in(key, size))) / size
-        t = jnp.asarray(schedule.timesteps)[(place * TRAIN_STEPS).astype(jnp.int32)][:, None]
-        noise = _noise(key, size, clean.shape[1:])
-        (loss, _), grads = jax.value_and_grad(flow_loss, has_aux=True)(
-            state.model.params, model, layout, clean, batch["text"], t, noise, schedule
-        )
-        network, norm = update(state.model, grads, optimizer, config.ema)
-        return state.replace(step=state.step + 1, model=network), {"loss": loss, "grad_norm": norm}
-
-    return step
+def critic_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
+    """The critic's parameters, from what is trained of it (with the GAN's head beside them)."""
+    return lora.merge(frozen["critic_base"], params, config.critic_lora) if config.critic_lora.rank else params
 
 
-def make_init_step(config: TrainConfig) -> Step:
-    """Regression on ODE pairs; the batch holds `trajectory` [B, S + 1, F, H, W, C] and `text` [B, N, text_dim]."""
-    model, schedule = WanTransformer(config.model), config.rollout.schedule
-    optimizer = make_optimizers(config).model
-    layout = causal_layout(config)
-    chunks = attention.split_chunks(config.data.frames, config.rollout.chunk, config.rollout.first_frame_alone)
-    timesteps = jnp.asarray(config.rollout.timesteps + (0.0,), jnp.float32)
+def make_step(config: TrainConfig, program: Program) -> Step:
+    """The function of a program, not yet jitted."""
+    optimizers = make_optimizers(config)
 
     def step(state, frozen, batch):
-        del frozen
-        key = key_for(config.seed, state.step, Purpose.ODE_INDEX)
-        size = batch["trajectory"].shape[0]
-        draw = jax.random.randint(key, (size, len(chunks)), 0, len(config.rollout.steps))
-        index = jnp.repeat(draw, np.asarray(chunks), axis=1, total_repeat_length=config.data.frames)
-        (loss, _), grads = jax.value_and_grad(ode.ode_loss, has_aux=True)(
-            state.model.params, model, layout, batch["trajectory"], batch["text"], index, timesteps, schedule
-        )
-        network, norm = update(state.model, grads, optimizer, config.ema)
-        return state.replace(step=state.step + 1, model=network), {"loss": loss, "grad_norm": norm}
-
-    return step
-
-
-def _student_rollout(config: TrainConfig, params: dict, text: jax.Array, key: jax.Array):
-    """A training rollout from fresh noise; returns it with the exit step (one for all chunks)."""
-    student, data = WanTransformer(config.model), config.data
-    size = text.shape[0]
-    exit_key, noise_key, draw_key = (jax.random.fold_in(key, i) for i in range(3))
-    exit_step = jax.random.randint(exit_key, (), 0, len(config.rollout.steps))
-    noise = _noise(noise_key, size, (data.frames, data.height, data.width, config.model.channels))
-    draw = ro.key_draw(draw_key, jnp.arange(size, dtype=jnp.int32))
-    return ro.rollout(student, config.rollout, params, text, noise, exit_step, draw), exit_step
-
-
-def _score_draws(config: TrainConfig, key: jax.Array, exit_step: jax.Array, shape: tuple[int, ...]):
-    """Random times [B, 1] and noise [B, F, H, W, C] at which the scores are asked."""
-    low, high = scores.time_bounds(config.score, *ro.exit_range(config.rollout, exit_step))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, 3), i))(jnp.arange(shape[0]))
-    even = jax.vmap(lambda k: jax.random.randint(k, (1,), low, high))(keys)
-    return scores.score_time(config.score, even), _noise(jax.random.fold_in(key, 4), shape[0], shape[1:])
-
-
-def make_generator_step(config: TrainConfig) -> Step:
-    """The student's update of Self Forcing (paper, Algorithm 1); the batch holds `text` and `negative`.
-
-    Rollout without gradient, replay of the exit step with gradient, distribution-matching loss, optimiser, EMA.
-    """
-    student, teacher, critic = (
-        WanTransformer(sizes) for sizes in (config.model, config.teacher_model, config.critic_model)
-    )
-    optimizer = make_optimizers(config).model
-
-    def step(state, frozen, batch):
-        key = key_for(config.seed, state.step, Purpose.GENERATOR)
-        text, negative = batch["text"], jnp.broadcast_to(batch["negative"], batch["text"].shape)
-        past, exit_step = _student_rollout(config, state.model.params, text, key)
-        t, noise = _score_draws(config, key, exit_step, past.video.shape)
-
-        def loss(params):
-            video = ro.replay(student, config.rollout, params, text, past, config.cache_gradient)
-            return OBJECTIVES[config.objective](
-                video,
-                (teacher, frozen["teacher"]),
-                (critic, state.critic.params),
-                text,
-                negative,
-                t,
-                noise,
-                config.score,
+        grads, metrics = _gradients(program, state, frozen, batch, config.accumulate)
+        before = state
+        for loss, gradient in zip(program.losses, grads, strict=True):
+            is_model = loss.network == "model"
+            network, new = _apply(
+                getattr(before, loss.network),
+                gradient,
+                metrics[f"{loss.prefix}loss"],
+                getattr(optimizers, loss.network),
+                config.ema if is_model else None,
+                None if is_model else _change_scale(config),
             )
-
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.model.params)
-        network, norm = update(state.model, grads, optimizer, config.ema)
-        metrics = {"generator_loss": value, "generator_grad_norm": norm, "exit_step": exit_step}
-        metrics |= {"dmd_gradient_norm": aux["gradient_norm"]} if "gradient_norm" in aux else {}
-        return state.replace(model=network), metrics
+            state = state.replace(**{loss.network: network})
+            metrics |= {f"{loss.prefix}{name}": value for name, value in new.items()}
+        return state.replace(step=state.step + program.ends), metrics
 
     return step
 
 
-def make_critic_step(config: TrainConfig) -> Step:
-    """The critic's update of Self Forcing, on a rollout of its own; the batch holds `text`. Ends the iteration."""
-    critic = WanTransformer(config.critic_model)
-    optimizer = make_optimizers(config).critic
+def _gradients(program, state, frozen, batch, parts):
+    """Mean gradients of all losses and mean metrics, over `parts` parts of the batch one after the other."""
+    constants = {name: batch[name] for name in CONSTANTS if name in batch}
+    split = {name: value for name, value in batch.items() if name not in constants}
+    examples = jnp.arange(jax.tree.leaves(split)[0].shape[0], dtype=jnp.int32)
 
-    def step(state, frozen, batch):
-        del frozen
-        key = key_for(config.seed, state.step, Purpose.CRITIC)
-        past, exit_step = _student_rollout(config, state.model.params, batch["text"], key)
-        t, noise = _score_draws(config, key, exit_step, past.video.shape)
-        (value, _), grads = jax.value_and_grad(dmd.critic_loss, has_aux=True)(
-            state.critic.params, critic, past.video, batch["text"], t, noise, config.score
-        )
-        network, norm = update(state.critic, grads, optimizer, None)
-        metrics = {"critic_loss": value, "critic_grad_norm": norm}
-        return state.replace(step=state.step + 1, critic=network), metrics
+    def one(split, examples):
+        whole = split | constants
+        prepared, metrics = program.prepare(state, frozen, whole, examples)
+        grads = []
+        for loss in program.losses:
+            params = getattr(state, loss.network).params
+            function = jax.value_and_grad(loss.function, has_aux=True)
+            (value, aux), gradient = function(params, state, frozen, whole, prepared)
+            grads.append(gradient)
+            metrics |= {f"{loss.prefix}loss": value} | aux
+        return grads, metrics
 
-    return step
+    if parts == 1:
+        return one(split, examples)
+
+    def interleaved(x):
+        # [B / parts, parts]: every device keeps its examples
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    xs = jax.tree.map(interleaved, (split, examples))
+    first = jax.tree.map(lambda x: x[0], xs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(lambda: one(*first)))
+
+    def body(total, part):
+        return jax.tree.map(lambda a, b: a + b / parts, total, one(*part)), None
+
+    return jax.lax.scan(body, zeros, xs)[0]
+
+
+def _change_scale(config: TrainConfig):
+    """How the critic's changes are scaled, (path, updates so far) -> factor; None where they are not."""
+    if config.objective != "gan":
+        return None
+
+    def scale(path, updates):
+        if path[0].key == "head":
+            return config.gan.head_lr
+        return jnp.where(updates < config.gan.warmup, 0.0, 1.0)
+
+    return scale
+
+
+def _apply(network: Network, grads: dict, loss: jax.Array, optimizer, ema, scale) -> tuple[Network, dict]:
+    """The updated network, or the old one where the loss or a gradient is not finite."""
+    new, norm = update(network, grads, optimizer, ema, scale)
+    wrong = jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in jax.tree.leaves(grads)])
+    finite = jnp.isfinite(loss) & (wrong.sum() == 0)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, network)
+    return new, {"grad_norm": norm, "finite": finite, "nonfinite": wrong}
+
+
+def leaf_names(params: dict) -> list[str]:
+    """Names of the entries of the metric `nonfinite`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    return ["/".join(str(part.key) for part in path) for path, _ in paths]
 
 
 def student_params(network: Network) -> dict:
-    """The weights to use: the average where there is one."""
+    """What is trained of the student, averaged where there is an average."""
     return network.params if network.ema is None else network.ema

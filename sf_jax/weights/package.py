@@ -24,13 +24,13 @@ class Package:
     """A network ready to use.
 
     Attributes:
-      kind: "student" (causal, few steps) or "teacher" (bidirectional, many steps).
+      kind: "student" (causal, few steps), "teacher" (bidirectional, many steps) or "causal" (causal, many steps).
       config: sizes.
       rollout: how the student generates.
       frames: latent frames of its training videos.
       size: latent (rows, columns).
-      shift: shift of the schedule it was trained with.
-      guidance: guidance scale to sample a teacher with.
+      shift: shift of the schedule it is sampled with.
+      guidance: guidance scale to sample a many-step network with.
       params: parameters, float32 numpy.
     """
 

@@ -1,0 +1,43 @@
+"""Low-rank adapters: small matrices are trained in place of the network's (LoRA, arXiv 2106.09685)."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sf_jax.config import LoraConfig
+
+
+def init_adapters(params: dict, config: LoraConfig, key: jax.Array) -> dict:
+    """Adapters of every matrix [layers, in, out] of the blocks: `down` [layers, in, r] random, `up` [layers, r, out] 0.
+
+    Raises:
+      ValueError: if the rank is above a matrix's smaller side.
+    """
+    adapters = {}
+    for path, kernel in flatten_dict(params["blocks"]).items():
+        if path[-1] != "kernel":
+            continue
+        layers, inputs, outputs = kernel.shape
+        name = "/".join(path[:-1])
+        if config.rank > min(inputs, outputs):
+            raise ValueError(
+                f"lora.rank is {config.rank}: blocks/{name} is {inputs}x{outputs}, the rank must be smaller"
+            )
+        own, bound = jax.random.fold_in(key, zlib.crc32(name.encode())), inputs**-0.5
+        adapters[("blocks", *path, "down")] = jax.random.uniform(
+            own, (layers, inputs, config.rank), "float32", -bound, bound
+        )
+        adapters[("blocks", *path, "up")] = jnp.zeros((layers, config.rank, outputs))
+    return unflatten_dict(adapters)
+
+
+def merge(params: dict, adapters: dict, config: LoraConfig) -> dict:
+    """The network with its adapters added, `kernel + alpha / rank down @ up`; differentiable in `adapters` alone."""
+    merged, flat = flatten_dict(jax.lax.stop_gradient(params)), flatten_dict(adapters)
+    for *path, part in flat:
+        if part == "down":
+            product = config.alpha / config.rank * (flat[(*path, "down")] @ flat[(*path, "up")])
+            merged[tuple(path)] = merged[tuple(path)] + product.astype(merged[tuple(path)].dtype)
+    return unflatten_dict(merged)

@@ -1,0 +1,257 @@
+"""The programs of Self Forcing (paper, Algorithm 1) and of the baselines without rollouts: student and critic."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sf_jax import rollout as ro
+from sf_jax.config import TrainConfig
+from sf_jax.models.wan import WanTransformer
+from sf_jax.objectives import causal, dmd, gan, scores, sid
+from sf_jax.rng import Purpose, key_for
+from sf_jax.training.media import Media
+from sf_jax.training.step import Loss, Program, critic_params, model_params
+from sf_jax.training.supervised import layout_of, per_chunk_index, per_example
+
+OBJECTIVES = {"dmd": dmd.generator_loss, "sid": sid.generator_loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The three networks of a run."""
+
+    student: WanTransformer
+    teacher: WanTransformer
+    critic: WanTransformer
+
+
+def programs(config: TrainConfig, media: Media) -> list[Program]:
+    """Student and critic programs of every rollout length; the student's come first in an iteration.
+
+    With `share_rollout` the iterations that update the student run one program for both networks.
+    """
+    networks = Networks(*(WanTransformer(c) for c in (config.model, config.teacher_model, config.critic_model)))
+    lengths = config.rollout_frames or (config.data.frames,)
+    found = []
+    for index, frames in enumerate(lengths):
+        mine = _chosen(config.seed, index, len(lengths))
+        suffix = f" of {frames} frames" if len(lengths) > 1 else ""
+        found += _of_length(config, media, networks, frames, mine, suffix)
+    return [program for program in found if not program.ends] + [program for program in found if program.ends]
+
+
+def _of_length(config, media, networks, frames, mine, suffix) -> list[Program]:
+    def student_due(step):
+        return mine(step) and step % config.generator_every == 0 and step >= warmup
+
+    warmup = config.gan.warmup if config.objective == "gan" else 0
+    student = Loss("model", "generator_", _student_loss(config, media, networks))
+    critic = Loss("critic", "critic_", _critic_loss(config, media, networks))
+    fake = _fake_videos(config, media, networks, frames)
+    both = Program(f"student and critic{suffix}", fake(Purpose.GENERATOR), (student, critic), True, student_due)
+    alone = Program(f"critic{suffix}", fake(Purpose.CRITIC), (critic,), True, mine)
+    if config.share_rollout:
+        rest = dataclasses.replace(alone, due=lambda step: mine(step) and not student_due(step))
+        return [both, rest]
+    return [dataclasses.replace(both, name=f"student{suffix}", losses=(student,), ends=False), alone]
+
+
+def _chosen(seed: int, index: int, count: int):
+    """Whether an iteration (on the host) has the rollout length `index` of `count`."""
+
+    def chosen(step: int) -> bool:
+        return count == 1 or np.random.default_rng((seed, int(Purpose.ROLLOUT_FRAMES), step)).integers(count) == index
+
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fake:
+    """What a program's losses share: the student's input, and where the scores are asked."""
+
+    past: ro.Rollout | None
+    forced: tuple | None
+    exits: jax.Array
+    t: jax.Array
+    noise: jax.Array
+    key: jax.Array
+    examples: jax.Array
+
+
+jax.tree_util.register_dataclass(_Fake)
+
+
+def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: int):
+    """Makes the `prepare` of a purpose: a rollout (or noised real videos), and the scores' time and noise."""
+
+    def of(purpose):
+        def prepare(state, frozen, batch, examples):
+            key = key_for(config.seed, state.step, purpose)
+            params = model_params(config, state.model.params, frozen)
+            past, forced, metrics = None, None, {}
+            exits = _exits(config, jax.random.fold_in(key, 0), frames)
+            if config.student_input == "rollout":
+                past = _student_rollout(config, media, networks.student, params, batch, key, examples, exits, frames)
+                metrics = _health(past.video) if purpose == Purpose.GENERATOR else {}
+            else:
+                forced = _noised(config, media, batch, key, examples)
+            shape = (len(examples), config.data.frames, config.data.height, config.data.width, config.model.channels)
+            t, noise = _score_draws(config, key, examples, exits, shape)
+            return _Fake(past, forced, exits, t, noise, key, examples), metrics
+
+        return prepare
+
+    return of
+
+
+def _exits(config: TrainConfig, key: jax.Array, frames: int) -> jax.Array:
+    """int32 [chunks]: the exit step of every chunk."""
+    given = int(config.image_to_video)
+    count, last = len(config.rollout.chunks(frames - given, given)[1]), len(config.rollout.steps) - 1
+    if config.exits == "last":
+        return jnp.full((count,), last, jnp.int32)
+    shape = (count,) if config.exits == "per_chunk" else ()
+    return jnp.broadcast_to(jax.random.randint(key, shape, 0, last + 1), (count,))
+
+
+def _student_rollout(config, media, student, params, batch, key, examples, exits, frames) -> ro.Rollout:
+    """A training rollout from fresh noise, behind the given image where there is one."""
+    given, data = int(config.image_to_video), config.data
+    shape = (len(examples), frames - given, data.height, data.width, config.model.channels)
+    noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
+    draw = ro.key_draw(jax.random.fold_in(key, 2), examples)
+    initial = media.clean(batch)[:, :1] if given else None
+    return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial)
+
+
+def _noised(config, media, batch, key, examples) -> tuple:
+    """Real videos, a denoising timestep for every chunk, and noise: the input of the baselines' student."""
+    clean = media.clean(batch)
+    steps = jnp.asarray(config.rollout.timesteps, jnp.float32)
+    t = steps[per_chunk_index(config, jax.random.fold_in(key, 1), examples, len(steps))]
+    t = t.at[:, 0].set(0.0) if config.image_to_video else t
+    return clean, t, ro.example_noise(jax.random.fold_in(key, 2), examples, clean.shape)
+
+
+def _score_draws(config, key, examples, exits, shape):
+    """Random times [B, 1] and noise [B, F, H, W, C] at which the scores are asked."""
+    bounds = jnp.int32(config.rollout.schedule.steps), jnp.int32(0)
+    if config.student_input == "rollout" and config.exits != "per_chunk":
+        bounds = ro.exit_range(config.rollout, exits[0])
+    low, high = scores.time_bounds(config.score, *bounds)
+    time_key, noise_key = jax.random.fold_in(key, 3), jax.random.fold_in(key, 4)
+    even = per_example(time_key, examples, lambda k: jax.random.randint(k, (1,), low, high))
+    return scores.score_time(config.score, even), ro.example_noise(noise_key, examples, shape)
+
+
+def _health(video: jax.Array) -> dict:
+    """What shows a student going wrong: latents that leave their range, and videos that stand still."""
+    return {
+        "saturation": (jnp.abs(video) > 3).mean(dtype=jnp.float32),
+        "motion": jnp.abs(jnp.diff(video, axis=1)).mean(),
+    }
+
+
+def _video(config, media, networks, params, frozen, batch, fake: _Fake):
+    """The student's videos of the scores' length, differentiable in `params`, and where their loss counts."""
+    if fake.forced is not None:
+        clean, t, noise = fake.forced
+        layout = layout_of(config, config.student_input == "teacher_forcing")
+        video = causal.causal_video(
+            params, networks.student, layout, clean, batch["text"], t, noise, config.rollout.schedule
+        )
+        return video, None
+    total, window = fake.past.video.shape[1], config.data.frames
+    first_live = _first_live(config, total)
+    video = ro.replay(
+        networks.student, config.rollout, params, batch["text"], fake.past, config.cache_gradient, first_live
+    )
+    return _last_window(config, media, frozen, video, window)
+
+
+def _first_live(config: TrainConfig, total: int) -> int:
+    """The first new chunk that takes a gradient: no chunk that begins before the last `data.frames` does."""
+    given = int(config.image_to_video)
+    chunks = config.rollout.chunks(total - given, given)[1]
+    starts = given + np.cumsum((0, *chunks[:-1]))
+    return int((starts < total - config.data.frames).sum())
+
+
+def _last_window(config, media, frozen, video, window):
+    """The last `window` frames of a rollout, the first of them encoded again as an image, and the loss's mask.
+
+    Source: official `SelfForcingModel._run_generator`; the mask leaves out the first chunk, which holds that image.
+    """
+    total = video.shape[1]
+    if total == window:
+        if not config.image_to_video:
+            return video, None
+        return video, (jnp.arange(window) >= 1)[None, :, None, None, None]
+    image = jax.lax.stop_gradient(media.as_image(frozen, video[:, : total - window + 1]))
+    video = jnp.concatenate([image.astype(video.dtype), video[:, total - window + 1 :]], axis=1)
+    hidden = 1 if config.rollout.first_frame_alone else config.rollout.chunk
+    return video, (jnp.arange(window) >= hidden)[None, :, None, None, None]
+
+
+def _student_loss(config: TrainConfig, media: Media, networks: Networks):
+    """The student's loss: replay of the exit steps, then the distribution-matching objective."""
+
+    def loss(params, state, frozen, batch, fake):
+        params = model_params(config, params, frozen)
+        video, mask = _video(config, media, networks, params, frozen, batch, fake)
+        critic = critic_params(config, state.critic.params, frozen)
+        if config.objective == "gan":
+            real = media.clean(batch)
+            real_noise = ro.example_noise(jax.random.fold_in(fake.key, 5), fake.examples, real.shape)
+            return gan.generator_loss(
+                video,
+                real,
+                (networks.critic, critic),
+                batch["text"],
+                fake.t,
+                fake.noise,
+                real_noise,
+                config.score,
+                config.gan,
+            )
+        negative = jnp.broadcast_to(batch["negative"], batch["text"].shape)
+        value, aux = OBJECTIVES[config.objective](
+            video,
+            (networks.teacher, frozen["teacher"]),
+            (networks.critic, critic),
+            batch["text"],
+            negative,
+            fake.t,
+            fake.noise,
+            config.score,
+            mask,
+        )
+        metrics = {"critic_lag": aux["critic_lag"], "exit_step": fake.exits.mean(dtype=jnp.float32)}
+        return value, metrics | ({"dmd_gradient_norm": aux["gradient_norm"]} if "gradient_norm" in aux else {})
+
+    return loss
+
+
+def _critic_loss(config: TrainConfig, media: Media, networks: Networks):
+    """The critic's loss on the student's videos, which are constants here."""
+
+    def loss(params, state, frozen, batch, fake):
+        student = jax.lax.stop_gradient(model_params(config, state.model.params, frozen))
+        if fake.past is not None:
+            video, _ = _last_window(config, media, frozen, fake.past.video, config.data.frames)
+        else:
+            video, _ = _video(config, media, networks, student, frozen, batch, fake)
+        video = jax.lax.stop_gradient(video)
+        params = critic_params(config, params, frozen)
+        if config.objective == "gan":
+            real = media.clean(batch)
+            steps = [ro.example_noise(jax.random.fold_in(fake.key, i), fake.examples, real.shape) for i in (6, 7)]
+            value, aux = gan.critic_loss(
+                params, networks.critic, video, real, batch["text"], fake.t, fake.noise, steps, config.score, config.gan
+            )
+            return value, {name: aux[name].mean() for name in aux}
+        return dmd.critic_loss(params, networks.critic, video, batch["text"], fake.t, fake.noise, config.score)
+
+    return loss

@@ -1,0 +1,331 @@
+"""Every stage and objective at toy size: what learns, which way it goes, what has no gradient, options that agree."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sf_jax.config import from_dict
+from sf_jax.objectives import gan
+from sf_jax.training import lora, self_forcing, sharding, supervised
+from sf_jax.training import step as steps
+from sf_jax.training.media import Media
+from tests.helpers import SIZE, SMALL, random_params, tree_relative
+
+MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: 0.5 * latents[:, -1:])
+FRAMES = 6
+
+
+def make_config(**changes):
+    model = dataclasses.asdict(SMALL)
+    optimizer = {"lr": 3e-3, "beta1": 0.9, "clip": 1e3, "weight_decay": 0.0}
+    return from_dict(
+        {
+            "model": model,
+            "batch_size": 4,
+            "generator_every": 1,
+            "teacher_weights": "unused",
+            "rollout": {"chunk": 3, "shift": 3.0, **changes.pop("rollout", {})},
+            "data": {"frames": FRAMES, "height": SIZE[0], "width": SIZE[1]},
+            "score": {"guidance": 1.5, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 3.0},
+            "optimizer": optimizer,
+            "critic_optimizer": optimizer,
+            "gan": {"head": {"taps": (0, 1)}, "r1_weight": 0.1, "r2_weight": 0.1, **changes.pop("gan", {})},
+            "ema": {"decay": 0.9, "start": 0},
+            **changes,
+        }
+    )
+
+
+def make_batch(config, frames=FRAMES):
+    keys = jax.random.split(jax.random.key(3), 3)
+    text = jax.random.normal(keys[0], (config.batch_size, SMALL.text_len, SMALL.text_dim))
+    latent = jax.random.normal(keys[1], (config.batch_size, frames, *SIZE, SMALL.channels))
+    trajectory = jax.random.normal(keys[2], (config.batch_size, 5, frames, *SIZE, SMALL.channels))
+    return {"text": text, "latent": latent, "trajectory": trajectory, "negative": jnp.zeros((1, *text.shape[1:]))}
+
+
+def setting(config):
+    """State, frozen networks and batch."""
+    state = steps.new_state(config, random_params(seed=1), random_params(seed=2))
+    frozen = {"teacher": random_params(seed=4)}
+    if config.lora.rank:
+        frozen["model_base"] = random_params(seed=1)
+    if config.critic_lora.rank:
+        frozen["critic_base"] = random_params(seed=2)
+    return state, frozen, make_batch(config)
+
+
+def repeat(function, state, frozen, batch, times):
+    """Runs a step again and again with the random numbers of step 0; returns the state and the metrics."""
+    run = jax.jit(function)
+    seen = []
+    for _ in range(times):
+        state, metrics = run(state.replace(step=jnp.zeros((), jnp.int32)), frozen, batch)
+        seen.append(jax.device_get(metrics))
+    return state, seen
+
+
+SUPERVISED = {
+    "teacher": (lambda c: supervised.teacher_program(c, MEDIA), {"stage": "teacher"}),
+    "teacher forcing": (lambda c: supervised.causal_program(c, MEDIA), {"stage": "causal"}),
+    "context noise": (
+        lambda c: supervised.causal_program(c, MEDIA),
+        {"stage": "causal", "causal": {"context_noise": 100.0}},
+    ),
+    "diffusion forcing": (
+        lambda c: supervised.causal_program(c, MEDIA),
+        {"stage": "causal", "causal": {"forcing": "diffusion"}},
+    ),
+    "frame-wise": (lambda c: supervised.causal_program(c, MEDIA), {"stage": "causal", "rollout": {"chunk": 1}}),
+    "image to video": (
+        lambda c: supervised.causal_program(c, MEDIA),
+        {"stage": "causal", "image_to_video": True, "rollout": {"chunk": 5, "first_frame_alone": True}},
+    ),
+    "ode": (supervised.ode_program, {"stage": "init"}),
+    "consistency": (
+        lambda c: supervised.consistency_program(c, MEDIA),
+        {"stage": "init", "init": "consistency", "consistency": {"solver_steps": 8}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_the_loss_of_the_same_draws_falls(name):
+    make, changes = SUPERVISED[name]
+    config = make_config(**changes)
+    state, frozen, batch = setting(config)
+    after, seen = repeat(steps.make_step(config, make(config)), state, frozen, batch, 30)
+    losses = [float(metrics["loss"]) for metrics in seen]
+    assert losses[-1] < 0.7 * losses[0], losses
+    assert int(after.model.updates) == 30 and all(bool(metrics["finite"]) for metrics in seen)
+
+
+DISTILL = {
+    "dmd": {},
+    "dmd, straight through": {"cache_gradient": "straight_through"},
+    "dmd, per chunk": {"exits": "per_chunk"},
+    "dmd, last step": {"exits": "last"},
+    "dmd, window": {"rollout": {"chunk": 1, "window": 3, "sink": 1}},
+    "dmd, long": {"rollout_frames": (9,)},
+    "dmd, image": {"image_to_video": True, "rollout": {"chunk": 5, "first_frame_alone": True}},
+    "dmd, adapters": {"lora": {"rank": 2}, "critic_lora": {"rank": 2}},
+    "dmd, times of the exit": {"score": {"guidance": 1.5, "from_exit": True, "to_exit": True, "fake_guidance": 1.5}},
+    "DF+DMD": {"student_input": "diffusion_forcing"},
+    "TF+DMD": {"student_input": "teacher_forcing"},
+}
+
+
+def video_and_gradient(config, state, frozen, batch):
+    """The student's videos on the draws of step 0, and what DMD says is wrong with them."""
+    program = next(p for p in self_forcing.programs(config, MEDIA) if not p.ends)
+    networks = self_forcing.Networks(*(self_forcing.WanTransformer(SMALL) for _ in range(3)))
+
+    @jax.jit
+    def run(state):
+        fake, _ = program.prepare(state, frozen, batch, jnp.arange(config.batch_size))
+        params = steps.model_params(config, state.model.params, frozen)
+        video, mask = self_forcing._video(config, MEDIA, networks, params, frozen, batch, fake)
+        _, aux = self_forcing.OBJECTIVES["dmd"](
+            video,
+            (networks.teacher, frozen["teacher"]),
+            (networks.critic, steps.critic_params(config, state.critic.params, frozen)),
+            batch["text"],
+            jnp.broadcast_to(batch["negative"], batch["text"].shape),
+            fake.t,
+            fake.noise,
+            config.score,
+            mask,
+        )
+        weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape)
+        return video, aux["gradient"] * weight
+
+    return jax.device_get(run(state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISTILL)
+def test_the_student_goes_against_the_gradient_and_the_critic_learns(name):
+    config = make_config(**DISTILL[name])
+    state, frozen, batch = setting(config)
+    student, critic = (steps.make_step(config, p) for p in self_forcing.programs(config, MEDIA))
+    video, gradient = video_and_gradient(config, state, frozen, batch)
+    after, seen = repeat(student, state, frozen, batch, 3)
+    moved = video_and_gradient(config, after, frozen, batch)[0] - video
+    cosine = -(moved * gradient).sum() / np.linalg.norm(moved) / np.linalg.norm(gradient)
+    assert cosine > 0.1, cosine
+    chex.assert_trees_all_equal(after.critic, state.critic)
+    assert seen[0]["generator_finite"] and seen[0]["critic_lag"] > 0
+    after, seen = repeat(critic, state, frozen, batch, 30)
+    losses = [float(metrics["critic_loss"]) for metrics in seen]
+    assert losses[-1] < 0.8 * losses[0], losses
+    chex.assert_trees_all_equal(after.model, state.model)
+
+
+@pytest.mark.slow
+def test_sid_lowers_its_loss():
+    config = make_config(objective="sid")
+    state, frozen, batch = setting(config)
+    student, _ = (steps.make_step(config, p) for p in self_forcing.programs(config, MEDIA))
+    _, seen = repeat(student, state, frozen, batch, 12)
+    losses = [float(metrics["generator_loss"]) for metrics in seen]
+    assert losses[-1] < losses[0] - 0.2 * abs(losses[0]), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("relativistic", [True, False])
+def test_gan_students_look_more_real_and_critics_tell_apart(relativistic):
+    config = make_config(objective="gan", gan={"relativistic": relativistic, "generator_weight": 1.0})
+    state, frozen, batch = setting(config)
+    student, critic = (steps.make_step(config, p) for p in self_forcing.programs(config, MEDIA))
+    trained, seen = repeat(critic, state, frozen, batch, 20)
+    gap = [float(metrics["real_logit"] - metrics["fake_logit"]) for metrics in seen]
+    assert gap[-1] > gap[0] + 0.5, gap
+    assert "r1" in seen[0] and "r2" in seen[0]
+    chex.assert_trees_all_equal(trained.model, state.model)
+    after, seen = repeat(student, trained, frozen, batch, 10)
+    logits = [float(metrics["fake_logit"]) for metrics in seen]
+    assert logits[-1] > logits[0] + 0.1, logits
+    chex.assert_trees_all_equal(after.critic, trained.critic)
+
+
+def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
+    config = make_config(objective="gan", gan={"warmup": 1, "head_lr": 2.0}, batch_size=2)
+    state, frozen, batch = setting(config)
+    student, critic = self_forcing.programs(config, MEDIA)
+    assert [student.due(step) for step in range(2)] == [False, True] and critic.due(0)
+    run = jax.jit(steps.make_step(config, critic))
+    first, _ = run(state, frozen, batch)
+    chex.assert_trees_all_equal(first.critic.params["critic"], state.critic.params["critic"])
+    plain = dataclasses.replace(config, gan=dataclasses.replace(config.gan, head_lr=1.0))
+    slower, _ = jax.jit(steps.make_step(plain, self_forcing.programs(plain, MEDIA)[1]))(state, frozen, batch)
+    change = [jax.tree.map(jnp.subtract, s.critic.params["head"], state.critic.params["head"]) for s in (first, slower)]
+    chex.assert_trees_all_close(change[0], jax.tree.map(lambda x: 2 * x, change[1]), rtol=1e-4, atol=1e-7)
+    second, _ = run(first, frozen, batch)
+    assert tree_relative(second.critic.params["critic"], state.critic.params["critic"]) > 0
+
+
+def test_discriminator_gradients_stay_where_they_belong():
+    config = make_config(objective="gan", batch_size=2)
+    state, _, batch = setting(config)
+    model = self_forcing.WanTransformer(SMALL)
+    t = jnp.full((2, 1), 500.0)
+
+    def student(params, video):
+        args = (batch["text"], t, batch["latent"], batch["latent"], config.score, config.gan)
+        return gan.generator_loss(video, batch["latent"], (model, params), *args)[0]
+
+    own, video = jax.jit(jax.grad(student, argnums=(0, 1)))(state.critic.params, batch["latent"] + 1)
+    assert all(not np.any(x) for x in jax.tree.leaves(own)) and np.any(video)
+
+
+@pytest.mark.parametrize("name", ["dmd", "gan", "share"])
+def test_parts_of_a_batch_give_the_update_of_the_whole(name):
+    changes = {"gan": {"objective": "gan"}, "share": {"share_rollout": True}}.get(name, {})
+    results = []
+    for parts in (1, 2):
+        config = make_config(accumulate=parts, batch_size=4, **changes)
+        state, frozen, batch = setting(config)
+        program = self_forcing.programs(config, MEDIA)[0]
+        results.append(jax.jit(steps.make_step(config, program))(state, frozen, batch))
+    (whole, metrics), (split, others) = results
+    for name in metrics:
+        if not name.endswith(("nonfinite", "finite")):
+            np.testing.assert_allclose(metrics[name], others[name], rtol=2e-5, err_msg=name)
+    assert tree_relative(split.model.opt_state, whole.model.opt_state) < 1e-5
+
+
+def test_a_shared_rollout_gives_both_updates_of_separate_programs_on_the_same_draws():
+    config = make_config(batch_size=2)
+    state, frozen, batch = setting(config)
+    shared = dataclasses.replace(config, share_rollout=True)
+    both, alone = self_forcing.programs(shared, MEDIA)
+    assert both.due(0) and not alone.due(0) and both.ends and alone.ends
+    student = next(p for p in self_forcing.programs(config, MEDIA) if not p.ends)
+    after, _ = jax.jit(steps.make_step(shared, both))(state, frozen, batch)
+    expected, _ = jax.jit(steps.make_step(config, student))(state, frozen, batch)
+    assert tree_relative(after.model.params, expected.model.params) < 1e-6
+    critic = dataclasses.replace(student, losses=(both.losses[1],))
+    expected, _ = jax.jit(steps.make_step(config, critic))(state, frozen, batch)
+    assert tree_relative(after.critic.params, expected.critic.params) < 1e-6
+
+
+def test_updates_that_are_not_finite_change_nothing():
+    config = make_config(batch_size=2)
+    state, frozen, batch = setting(config)
+    critic = jax.jit(steps.make_step(config, self_forcing.programs(config, MEDIA)[1]))
+    bad = state.model.params | {"head_modulation": state.model.params["head_modulation"].at[0, 0, 0].set(jnp.nan)}
+    broken = state.replace(model=state.model.replace(params=bad))
+    after, metrics = critic(broken, frozen, batch)
+    assert not metrics["critic_finite"]
+    chex.assert_trees_all_equal(after.critic, state.critic)
+    names = steps.leaf_names(state.critic.params)
+    assert len(names) == len(metrics["critic_nonfinite"]) and metrics["critic_nonfinite"][names.index("head/bias")] > 0
+
+
+def test_only_the_last_window_of_a_long_rollout_takes_a_gradient():
+    config = make_config(rollout_frames=(FRAMES, 12), batch_size=2)
+    found = self_forcing.programs(config, MEDIA)
+    assert [p.name for p in found if not p.ends] == ["student of 6 frames", "student of 12 frames"]
+    for step in range(20):
+        assert sum(p.due(step) for p in found if p.ends) == 1
+    assert {p.name for step in range(20) for p in found if p.ends and p.due(step)} == {p.name for p in found if p.ends}
+    assert self_forcing._first_live(config, 12) == 2
+    image = make_config(image_to_video=True, rollout={"chunk": 5, "first_frame_alone": True})
+    assert self_forcing._first_live(image, 11) == 1 and self_forcing._first_live(image, 6) == 0
+    video = jnp.arange(12.0)[None, :, None, None, None] * jnp.ones((1, 12, 2, 2, 1))
+    cut, mask = self_forcing._last_window(config, MEDIA, {}, video, FRAMES)
+    np.testing.assert_array_equal(cut[0, :, 0, 0, 0], [3.0, 7, 8, 9, 10, 11])  # MEDIA halves frame 6, the first of them
+    np.testing.assert_array_equal(mask[0, :, 0, 0, 0], [False] * 3 + [True] * 3)
+
+
+def test_adapters_start_as_the_network_and_are_all_that_learns():
+    config = make_config(lora={"rank": 2, "alpha": 4.0})
+    params = random_params()
+    adapters = lora.init_adapters(params, config.lora, jax.random.key(0))
+    chex.assert_trees_all_equal(lora.merge(params, adapters, config.lora), params)
+    assert len(jax.tree.leaves(adapters)) == 2 * 10
+    moved = jax.tree.map(lambda x: x + 0.1, adapters)
+    merged = lora.merge(params, moved, config.lora)
+    kernel = params["blocks"]["ffn_in"]["kernel"]
+    pair = moved["blocks"]["ffn_in"]["kernel"]
+    np.testing.assert_allclose(merged["blocks"]["ffn_in"]["kernel"], kernel + 2 * pair["down"] @ pair["up"], rtol=1e-5)
+    with pytest.raises(ValueError, match="lora.rank is 99: blocks/.* is .*, the rank must be smaller"):
+        lora.init_adapters(params, dataclasses.replace(config.lora, rank=99), jax.random.key(0))
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": "gan"}, {"lora": {"rank": 2}, "critic_lora": {"rank": 2}}])
+def test_every_leaf_of_every_state_has_a_sharding_rule(changes):
+    config = make_config(**changes)
+    state = jax.eval_shape(lambda: steps.new_state(config))
+    sharding.tree_shardings(state, sharding.make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 3}, "accumulate is 3: it must divide batch_size, 4"),
+        ({"objective": "wgan"}, "objective is 'wgan': it must be one of dmd, sid, gan"),
+        ({"student_input": "teacher_forcing", "share_rollout": True}, "share_rollout is True: student_input is"),
+        ({"rollout_frames": (7,)}, "rollout_frames is (7,): each must be data.frames, 6, or a multiple"),
+        ({"image_to_video": True}, "image_to_video is True: rollout.first_frame_alone must be True too"),
+        (
+            {"objective": "gan", "gan": {"head": {"taps": (5,)}}},
+            "gan.head.taps is (5,): the critic's blocks are 0 to 1",
+        ),
+        ({"gan": {"r1_sigma": 0.0}}, "gan.r1_sigma is 0.0: it must be above 0"),
+        ({"causal": {"forcing": "none"}}, "causal.forcing is 'none'"),
+        ({"causal": {"forcing": "diffusion", "context_noise": 5.0}}, "with diffusion forcing it must be 0"),
+        ({"lora": {"rank": -1}}, "rank is -1"),
+        ({"objective": "gan", "critic_lora": {"rank": 1}}, "critic_lora.rank is above 0"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore': it must be one of stop, skip"),
+    ],
+)
+def test_bad_options_are_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        make_config(**changes)
+    assert message in str(error.value)
