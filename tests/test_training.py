@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from configs import digits, wan_distill
 from sf_jax.config import config_dict, from_dict
 from sf_jax.data import moving_digits
+from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models.wan import init_params
 from sf_jax.training import checkpoint, loop, metrics, self_forcing, sharding, stages
 from sf_jax.training import step as steps
@@ -49,7 +50,9 @@ def data_dir(tmp_path_factory):
 def small_config(stage, **changes):
     values = digits.VARIANTS[stage]()
     values["model"] = SMALL | {"freq_dim": 16}
-    values["data"] = values["data"] | {"frames": 6}
+    values["data"] = values["data"] | {"frames": 6, "dir": changes.pop("data_dir", "data")}
+    if "gan" in values:
+        values["gan"] = values["gan"] | {"head": {"taps": (0, 1)}}
     return from_dict(values | {"batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2, **changes})
 
 
@@ -58,9 +61,9 @@ def losses(workdir):
     return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
 
 
-@pytest.mark.parametrize("stage", ["distill", pytest.param("teacher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["distill", *(pytest.param(s, marks=pytest.mark.slow) for s in ("teacher", "gan"))])
 def test_interrupted_run_continues_bit_exactly(stage, teacher, request, tmp_path, monkeypatch, capsys):
-    data_dir = request.getfixturevalue("data_dir") if stage == "teacher" else str(tmp_path / "no_data")
+    data_dir = str(tmp_path / "no_data") if stage == "distill" else request.getfixturevalue("data_dir")
     config = small_config(stage, teacher_weights=teacher, ema={"decay": 0.9, "start": 0}, generator_every=1)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
     whole = loop.train(config, tmp_path / "whole")
@@ -78,7 +81,7 @@ def test_interrupted_run_continues_bit_exactly(stage, teacher, request, tmp_path
     monkeypatch.undo()
     capsys.readouterr()
     parts = loop.train(config, tmp_path / "parts")
-    assert stage == "teacher" or not (tmp_path / "no_data").exists()  # Self Forcing reads no videos
+    assert not (tmp_path / "no_data").exists()  # Self Forcing reads no videos
     assert "resuming from step 2" in capsys.readouterr().out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert parts.read_bytes() == whole.read_bytes()
@@ -86,6 +89,33 @@ def test_interrupted_run_continues_bit_exactly(stage, teacher, request, tmp_path
         changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.5))
         loop.train(changed, tmp_path / "whole")
     assert loop.train(dataclasses.replace(config, log_every=3), tmp_path / "whole").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_every_stage_continues_from_the_files_of_the_others(teacher, data_dir, tmp_path):
+    def run(variant, **changes):
+        config = small_config(variant, steps=2, generator_every=1, data_dir=data_dir, **changes)
+        path = loop.train(config, tmp_path / f"{variant}{len(list(tmp_path.iterdir()))}")
+        pipe = load_pipeline(path)
+        video = pipe.generate(["a 3 moving left"], pipe.max_frames or 12, 0)
+        assert video.dtype == np.uint8 and video.shape[1:] == (pipe.max_frames or 12, 24, 24, 1)
+        return str(path)
+
+    causal = run("causal", init_weights=teacher)
+    run("diffusion_forcing", init_weights=causal)
+    student = run("consistency", teacher_weights=causal)
+    for variant in ("sid", "gan", "causvid", "tf_dmd"):
+        run(variant, teacher_weights=teacher, init_weights=student)
+    adapted = run("distill", teacher_weights=teacher, init_weights=student, lora={"rank": 2}, critic_lora={"rank": 2})
+    change = tree_relative(load_package(adapted).params, load_package(student).params)
+    assert 0 < change < 0.1
+    run("distill", teacher_weights=teacher, rollout_frames=(6, 9), exits="per_chunk", accumulate=2, share_rollout=True)
+    image = {"rollout": {"chunk": 5, "first_frame_alone": True}, "image_to_video": True}
+    run("distill", teacher_weights=teacher, **image)
+    with pytest.raises(ValueError, match="is a teacher network: here it must be a causal network"):
+        run("consistency", teacher_weights=teacher)
+    with pytest.raises(ValueError, match="is a causal network: here it must be a teacher network"):
+        run("sid", teacher_weights=causal)
 
 
 def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
@@ -187,7 +217,7 @@ for devices, mesh_config in ((jax.devices()[:1], MeshConfig()), (jax.devices(), 
         state, new = update(state, frozen, batch_for(config))
         values |= new
     kernel = state.model.params["blocks"]["ffn_in"]["kernel"]
-    print(len(devices), kernel.sharding.shard_shape(kernel.shape), {k: float(v) for k, v in values.items()})
+    print(len(devices), kernel.sharding.shard_shape(kernel.shape), {k: np.asarray(v).tolist() for k, v in values.items()})
     results.append(jax.device_get((state, values)))
 one, eight = results
 changes = [jax.tree.map(np.subtract, r[0].model.params, params) for r in results]
