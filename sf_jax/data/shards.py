@@ -1,8 +1,8 @@
 """Datasets that are made once and read often, written shard by shard so that a killed writer loses one shard at most.
 
-A folder holds `recipe.json` (what the records were made from, written first), the ArrayRecord shards (each is there whole
-or not at all) and, written last, what tfds needs to read them: `tfds.builder_from_directory(folder)`. Several processes
-may fill one folder. The bytes of a shard depend on its examples alone.
+A folder holds `recipe.json` (what the records were made from, written first), the ArrayRecord shards (each is there
+whole or not at all) and, written last, what tfds needs to read them: `tfds.builder_from_directory(folder)`. Several
+processes may fill one folder. The bytes of a shard depend on its examples alone.
 """
 
 import bisect
@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -357,11 +356,3 @@ def open_records(
         if seen != told:
             raise _damaged(path, f"{seen} records, {told} expected")
     return Records(builder.as_data_source(split), files, tuple(itertools.accumulate(lengths)), recipe)
-
-
-def hash_of(values: Iterable[str]) -> str:
-    """A short hash of strings, for recipes."""
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(len(value.encode()).to_bytes(8, "little") + value.encode())
-    return digest.hexdigest()[:16]
