@@ -97,12 +97,14 @@ class OdeConfig:
     """ODE pairs for the student's initialisation.
 
     Attributes:
+      teacher: "bidirectional" (a trajectory of the whole video) or "causal" (one per chunk, behind clean chunks).
       pairs: how many trajectories to generate.
       solver_steps: Euler steps of the teacher; a multiple of `1000 / step spacing`, so that every rollout step is hit.
       guidance: the teacher's guidance scale.
       dir: where they are kept; None is a folder inside the workdir.
     """
 
+    teacher: str = "bidirectional"
     pairs: int = 1024
     solver_steps: int = 24
     guidance: float = 2.0
@@ -110,6 +112,7 @@ class OdeConfig:
 
     def __post_init__(self):
         """Refuses empty sets."""
+        _one_of("ode.teacher", self.teacher, ("bidirectional", "causal"))
         _at_least(self, 1, "pairs", "solver_steps")
 
 

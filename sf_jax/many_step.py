@@ -4,11 +4,13 @@ Source: official `CausalDiffusionInferencePipeline`. Prompts and negative prompt
 size, side by side, so that they share every forward pass and a pair stays on its device.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from sf_jax import rollout as ro
-from sf_jax.diffusion.solvers import Solver, guided, integrate
+from sf_jax.diffusion.solvers import Solver, euler, guided, integrate
 from sf_jax.models import attention
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.wan import KeysValues, WanTransformer
@@ -98,3 +100,58 @@ def guided_rollout(
 
     _, clean = ro.run_chunks(step, cache, noise, chunks, start, jnp.zeros(len(chunks)))
     return jnp.concatenate([*done, clean], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def causal_trajectory(
+    model: WanTransformer,
+    config: ro.RolloutConfig,
+    shift: float,
+    steps: int,
+    guidance: float,
+    rows: tuple[int, ...],
+    params: dict,
+    noise: jax.Array,
+    text: jax.Array,
+    negative: jax.Array,
+) -> jax.Array:
+    """Euler trajectories of a causal network: every chunk's own, behind the clean ends of the chunks before.
+
+    Source: Causal Forcing (arXiv 2602.02214), whose students start from an autoregressive teacher's pairs.
+
+    Args:
+      model: see `guided_chunk`, as are `config`, `params` and `guidance`.
+      config: see `guided_chunk`.
+      shift: shift of the schedule.
+      steps: Euler steps.
+      guidance: see `guided_chunk`.
+      rows: which points to keep, 0 (noise) to `steps` (clean), ascending; the last must be `steps`.
+      params: see `guided_chunk`.
+      noise: [B, F, H, W, C].
+      text: prompt embeddings [B, S, text_dim].
+      negative: embeddings [B, S, text_dim] of the negative prompts.
+
+    Returns:
+      [len(rows), B, F, H, W, C].
+    """
+    batch, frames, height, width, _ = noise.shape
+    pairs = jnp.stack([text, negative], axis=1).reshape(2 * batch, *text.shape[1:])
+    kv = model.apply({"params": params}, pairs, method="encode_text")
+    cache = ro.empty_cache(model, config, 2 * batch, frames, height, width)
+
+    def step(cache, noise, chunk, first, _):
+        del chunk
+        layout = ro.chunk_layout(cache, config, first, noise.shape[1])
+
+        def flow(x, t):
+            t = jnp.repeat(jnp.broadcast_to(t, (batch, 1)), 2, axis=0)
+            both = model.apply({"params": params}, jnp.repeat(x, 2, axis=0), t, kv, layout, cache)
+            return guided(both[::2], both[1::2], guidance)
+
+        path = euler(flow, noise, shift, steps)
+        cache, _ = ro.write_chunk(model, config, params, kv, cache, jnp.repeat(path[-1], 2, axis=0), first)
+        return cache, *(path[row] for row in rows)
+
+    chunks = config.chunks(frames)[1]
+    _, *kept = ro.run_chunks(step, cache, noise, chunks, 0, jnp.zeros(len(chunks)))
+    return jnp.stack(kept)

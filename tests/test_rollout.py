@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sf_jax import many_step
 from sf_jax import rollout as ro
+from sf_jax.diffusion.solvers import Solver
 from sf_jax.models import attention, wan
 from tests.helpers import SIZE, SMALL, inputs, random_params, relative, tree_relative
 
@@ -206,3 +208,14 @@ def test_bad_rollouts_are_refused_before_anything_runs():
         ro.replay(MODEL, config, random_params(), text, ring)
     with pytest.raises(ValueError, match="cache_gradient is 'all'"):
         ro.replay(MODEL, config, random_params(), text, ring, "all")
+
+
+def test_causal_trajectories_end_in_the_causal_video():
+    noise, text, _ = inputs(6)
+    model, params = wan.WanTransformer(SMALL), random_params()
+    config = ro.RolloutConfig(shift=3.0, window=6)
+    path = many_step.causal_trajectory(model, config, 3.0, 4, 2.0, (0, 2, 4), params, noise, text, 0 * text)
+    solver = Solver("euler", 3.0, 4)
+    video = many_step.guided_rollout(model, config, params, text, 0 * text, noise, solver, 2.0)
+    chex.assert_trees_all_equal(path[0], noise)
+    chex.assert_trees_all_close(path[2], video, rtol=1e-4, atol=1e-5)

@@ -123,7 +123,7 @@ class Pipeline:
                 _causal_video(
                     self.model,
                     self.package.rollout,
-                    Solver("unipc", self.teacher_steps, self.package.shift),
+                    Solver("unipc", self.package.shift, self.teacher_steps),
                     self.package.guidance,
                     shape,
                     self.params,

@@ -35,7 +35,7 @@ def train(config: TrainConfig, workdir: Path | str) -> Path:
     sharding.check_batch(config.batch_size, mesh)
     manager = checkpoint.open_manager(workdir, config)
     try:
-        stage = open_stage(config, workdir, fresh=manager.latest_step() is None)
+        stage = open_stage(config, workdir, mesh, fresh=manager.latest_step() is None)
         state, start = _start(config, stage, mesh, manager)
         state = _run(config, stage, mesh, manager, state, start, workdir)
     finally:

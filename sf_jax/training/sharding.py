@@ -149,8 +149,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Refuses batches that cannot be split evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % parts:
-        raise ValueError(f"batch_size is {batch_size}: it must be a multiple of mesh.data x mesh.fsdp = {parts}")
+        raise ValueError(f"{name} is {batch_size}: it must be a multiple of mesh.data x mesh.fsdp = {parts}")

@@ -1,31 +1,24 @@
 """What each stage starts from, is fed with, and leaves behind."""
 
 import dataclasses
-import functools
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
-from sf_jax.data import moving_digits, ode_pairs, pipeline
-from sf_jax.diffusion.solvers import teacher_trajectory
+from sf_jax.data import moving_digits, pipeline
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
-from sf_jax.models.wan import WanConfig, WanTransformer
-from sf_jax.rng import Purpose, key_for
-from sf_jax.training import self_forcing, supervised
+from sf_jax.models.wan import WanConfig
+from sf_jax.training import pairs, self_forcing, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import Package, load_package, shipped_path
-
-PAIR_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +57,8 @@ def _cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
 
 
-def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
-    """Prepares the stage of a config; may build the data set, and the ODE pairs of "init".
+def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
+    """Prepares the stage of a config; may build the data set, and on the mesh the ODE pairs of "init".
 
     A run that is not `fresh` goes on from a checkpoint: the weights that it once started from are not read again, but
     for those that adapters are added to.
@@ -89,7 +82,8 @@ def open_stage(config: TrainConfig, workdir: Path, fresh: bool = True) -> Stage:
         raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
     frozen = {"model_base": _cast(params, config.frozen_dtype)} if config.lora.rank else {}
     if config.stage == "init" and config.init == "ode":
-        iterator = _pair_iterator(_pairs(config, workdir, teacher, text), config, text)
+        source = pairs.open_pairs(config, workdir, teacher, moving_digits.all_captions(), text, mesh)
+        iterator = pairs.pair_iterator(source, config, text)
         return Stage(params, None, frozen, {}, ("trajectory", "text"), iterator, _updates(config, media))
     keys = ("text",) if _prompts_only(config) else ("video", "text")
     iterator = _prompt_iterator(config, text) if _prompts_only(config) else _video_iterator(config, text)
@@ -123,11 +117,12 @@ def _prompts_only(config: TrainConfig) -> bool:
 
 
 def _teacher(config: TrainConfig) -> Package | None:
-    """The stage's teacher: bidirectional, but for consistency, which follows a causal one."""
+    """The stage's teacher: bidirectional, but for starts that follow a causal one."""
     if config.stage in ("teacher", "causal"):
         return None
     teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
-    kind = "causal" if config.stage == "init" and config.init == "consistency" else "teacher"
+    causal = config.stage == "init" and (config.init == "consistency" or config.ode.teacher == "causal")
+    kind = "causal" if causal else "teacher"
     if teacher.kind != kind:
         raise ValueError(
             f"teacher_weights {config.teacher_weights} is a {teacher.kind} network: here it must be a {kind} network"
@@ -179,72 +174,6 @@ def _check_digits(config: TrainConfig, codec: PatchCodec, text: WordEmbedding) -
     for field, (seen, allowed) in wanted.items():
         if seen != allowed:
             raise ValueError(f"{field} is {seen}: for moving digits it must be {allowed}")
-
-
-def _pairs(config: TrainConfig, workdir: Path, teacher: Package, text: WordEmbedding) -> ode_pairs.PairSource:
-    """The ODE pairs of an "init" stage, generated where they are missing."""
-    captions, data, ode = moving_digits.all_captions(), config.data, config.ode
-    model = WanTransformer(config.teacher_model)
-    latent = (data.frames, data.height, data.width, config.model.channels)
-    rows = [*(ode.solver_steps * (1000 - s) // 1000 for s in config.rollout.steps), ode.solver_steps]
-
-    def make() -> Iterator[tuple[np.ndarray, str]]:
-        params = jax.tree.map(jnp.asarray, teacher.params)
-        key = key_for(config.seed, 0, Purpose.ODE_PAIRS)
-        bar = tqdm(total=ode.pairs, desc="ode pairs", unit="video", dynamic_ncols=True)
-        for first in range(0, ode.pairs, PAIR_BATCH):
-            index = np.arange(first, first + PAIR_BATCH)
-            chosen = [captions[i % len(captions)] for i in index]
-            noise = ro.example_noise(key, jnp.asarray(index, jnp.int32), (PAIR_BATCH, *latent))
-            prompt = jnp.asarray(text.encode(chosen))
-            path = teacher_trajectory(
-                model,
-                config.rollout.shift,
-                ode.solver_steps,
-                ode.guidance,
-                params,
-                noise,
-                prompt,
-                jnp.zeros_like(prompt),
-            )
-            path = np.moveaxis(np.asarray(path[np.asarray(rows)]), 1, 0)
-            yield from zip(path[: ode.pairs - first], chosen, strict=False)
-            bar.update(min(PAIR_BATCH, ode.pairs - first))
-        bar.close()
-
-    recipe = {
-        "pairs": ode.pairs,
-        "solver_steps": ode.solver_steps,
-        "guidance": ode.guidance,
-        "shift": config.rollout.shift,
-        "steps": list(config.rollout.steps),
-        "seed": config.seed,
-        "teacher": _fingerprint(teacher.params),
-        "latent": list(latent),
-    }
-    return ode_pairs.open_pairs(ode.dir or workdir / "ode_pairs", (len(rows), *latent), recipe, make)
-
-
-def _fingerprint(params: dict) -> str:
-    """A short hash of parameters, so that data made by another teacher is not taken for this one's."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _pair_iterator(source, config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
-    """Endless shuffled batches of pairs."""
-    epochs = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
-    batches = epochs.batch(config.batch_size, batch_fn=functools.partial(_collate_pairs, text_encoder=text))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-
-
-def _collate_pairs(pairs, *, text_encoder):
-    return {
-        "trajectory": np.stack([pair["trajectory"] for pair in pairs]),
-        "text": text_encoder.encode([pair["caption"] for pair in pairs]),
-    }
 
 
 def package_of(config: TrainConfig, params: dict, frozen: dict | None = None) -> Package:
