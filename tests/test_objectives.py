@@ -1,6 +1,7 @@
 """Every stage and objective at toy size: what learns, which way it goes, what has no gradient, options that agree."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from sf_jax.config import from_dict
 from sf_jax.objectives import gan
-from sf_jax.training import lora, self_forcing, sharding, supervised
+from sf_jax.training import health, lora, metrics, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media
 from tests.helpers import SIZE, SMALL, random_params, tree_relative
@@ -329,3 +330,28 @@ def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError) as error:
         make_config(**changes)
     assert message in str(error.value)
+
+
+def test_the_log_names_the_first_bad_tensor_or_counts_what_was_skipped(tmp_path):
+    good = {"critic_loss": jnp.float32(1), "critic_finite": jnp.array(True), "critic_nonfinite": jnp.zeros(2, "int32")}
+    bad = good | {"critic_finite": jnp.array(False), "critic_nonfinite": jnp.array([0, 3])}
+    names = {"critic_": ["a/kernel", "b/bias"]}
+    log = metrics.Log(tmp_path / "stop.jsonl", 0, 8, 4, "test", names=names)
+    for step, values in ((1, good), (2, bad), (3, good)):
+        log.step(step, values)
+    with pytest.raises(FloatingPointError, match=r"step 2: .* the gradient of b/bias \(3 values\)"):
+        log.step(4, bad)
+    log.close()
+    log = metrics.Log(tmp_path / "skip.jsonl", 0, 8, 4, "test", skip=True, names=names)
+    for step, values in ((1, good), (2, bad), (3, bad), (4, good)):
+        log.step(step, values)
+    log.close()
+    assert json.loads((tmp_path / "skip.jsonl").read_text())["skipped"] == 2
+
+
+def test_figures_that_run_away_are_warned_of():
+    history = [{"critic_lag": 1.0, "motion": 0.2, "critic_loss": 1.0}] * 12
+    assert not health.warnings(history, {"critic_lag": 4.0, "motion": 0.1})
+    assert not health.warnings(history[:5], {"critic_lag": 50.0})
+    found = health.warnings(history, {"critic_lag": 6.0, "motion": 0.01, "critic_loss": 99.0})
+    assert len(found) == 2 and "the critic does not keep up" in found[0] and "stand still" in found[1]

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from sf_jax.config import TrainConfig, difference, to_dict
 
 # A run may be continued with other values of these; every other field is part of what is computed.
-FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "mesh", "data.dir")
+FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "mesh", "data.dir")
 
 
 def open_manager(workdir: pathlib.Path, config: TrainConfig) -> ocp.CheckpointManager:

@@ -12,7 +12,7 @@ from sf_jax.training import checkpoint, sharding
 from sf_jax.training.metrics import Log
 from sf_jax.training.stages import Stage, open_stage, package_of
 from sf_jax.training.state import TrainState
-from sf_jax.training.step import new_state, student_params
+from sf_jax.training.step import leaf_names, new_state, student_params
 from sf_jax.weights.package import save_package
 
 
@@ -93,7 +93,10 @@ def _run(config: TrainConfig, stage: Stage, mesh, manager, state: TrainState, st
     frozen = jax.device_put(stage.frozen, sharding.tree_shardings(stage.frozen, mesh))
     constants = jax.device_put(stage.constants, sharding.replicated(mesh))
     split = sharding.batch_sharding(mesh)
-    log = Log(workdir / "log.jsonl", start, config.steps, config.log_every, config.stage)
+    names = {prefix: leaf_names(state.model.params) for prefix in ("", "generator_")}
+    names |= {"critic_": leaf_names(state.critic.params)} if state.critic is not None else {}
+    skip = config.on_nonfinite == "skip"
+    log = Log(workdir / "log.jsonl", start, config.steps, config.log_every, config.stage, skip, names)
     began = time.perf_counter()
     try:
         for step in range(start, config.steps):
@@ -109,6 +112,11 @@ def _run(config: TrainConfig, stage: Stage, mesh, manager, state: TrainState, st
             log.step(step + 1, metrics, due)  # before the save: what is not finite must not replace a good checkpoint
             if due:
                 checkpoint.save(manager, step + 1, state, stage.iterator.get_state(), config)
+    except FloatingPointError as error:
+        manager.wait_until_finished()
+        newest = manager.latest_step()
+        kept = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} in {workdir} is good"
+        raise FloatingPointError(f"{error}; {kept}. Lower a learning rate, or set on_nonfinite to 'skip'") from None
     finally:
         log.close()
     manager.wait_until_finished()
