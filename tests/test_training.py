@@ -54,7 +54,7 @@ def small_config(stage, **changes):
 
 def losses(workdir):
     lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in metrics.TIMING} for line in lines]
 
 
 @pytest.mark.parametrize("stage", ["distill", pytest.param("teacher", marks=pytest.mark.slow)])
