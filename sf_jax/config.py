@@ -203,6 +203,29 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run shows beside `log.jsonl`.
+
+    Attributes:
+      tensorboard: write event files to `workdir/tensorboard` (needs tensorboardX).
+      wandb_project: project of Weights & Biases to log to (needs wandb); None is none.
+      sample_every: iterations between sample videos of the averaged weights in `workdir/samples`; 0 is never.
+      sample_prompts: what they show.
+    """
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ("a 3 moving up and right, slowly", "a 7 moving left, fast")
+
+    def __post_init__(self):
+        """Refuses samples of nothing."""
+        _at_least(self, 0, "sample_every")
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError(f"log.sample_every is {self.sample_every}: log.sample_prompts must hold a prompt")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything that a training run depends on.
 
@@ -248,6 +271,8 @@ class TrainConfig:
       log_every: iterations between log lines.
       checkpoint_every: iterations between checkpoints.
       keep_checkpoints: how many are kept.
+      grace_seconds: time between SIGTERM and the kill, in which a checkpoint must be written (SLURM's KillWait: 30).
+      log: what is shown beside `log.jsonl`.
     """
 
     stage: str = "distill"
@@ -288,6 +313,8 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    grace_seconds: float = 30.0
+    log: LogConfig = LogConfig()
 
     def __post_init__(self):
         """Refuses combinations that cannot run."""
@@ -306,6 +333,8 @@ class TrainConfig:
         _at_least(self, 1, *counts, "keep_checkpoints")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}: it must divide batch_size, {self.batch_size}")
+        if self.grace_seconds <= 0:
+            raise ValueError(f"grace_seconds is {self.grace_seconds}: it must be positive")
         self.model.grid(self.data.height, self.data.width)
         if self.stage in ("init", "distill") and self.teacher_weights is None and self.data.name == "digits":
             wants = (

@@ -172,10 +172,19 @@ def load_pipeline(path: Path | str | None = None, guidance: float | None = None)
         if package.kind == "student":
             raise ValueError(f"guidance is {guidance}: a student has none (it was distilled from a guided teacher)")
         package = dataclasses.replace(package, guidance=float(guidance))
+    return pipeline_of(package, f"checkpoint {path}")
+
+
+def pipeline_of(package: Package, title: str = "package") -> Pipeline:
+    """A network with the moving digits' text encoder and codec.
+
+    Raises:
+      ValueError: if it is not one of moving digits; `title` names it.
+    """
     codec, text = PatchCodec.load(), WordEmbedding()
     if package.config.channels != codec.channels or package.config.text_dim != text.dim:
         raise ValueError(
-            f"checkpoint {path} has {package.config.channels} latent channels and text_dim {package.config.text_dim}: "
+            f"{title} has {package.config.channels} latent channels and text_dim {package.config.text_dim}: "
             f"moving digits have {codec.channels} and {text.dim}"
         )
     return Pipeline(package, codec, text)

@@ -17,7 +17,7 @@ from sf_jax.models import attention_kernels
 
 Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "whole", "cudnn", "splash")
 # Logits of one query block, in elements: above this the queries are processed in blocks, one after the other.
 # Beyond 16 MB CPUs slow down, as every block's logits are new memory pages.
 MAX_LOGITS = {"cpu": 1 << 22}
@@ -204,7 +204,8 @@ def attend(
       q: [B, T, N, D] queries, any float dtype.
       segments: (k [B, S, N, D], v [B, S, N, D], mask) each; the mask is None, bool [S], or an int32 scalar n for the
         first n keys. At least one key must be visible.
-      implementation: "xla" (any device), "cudnn" (GPU, 16 bit), "splash" (TPU) or "auto".
+      implementation: "xla" (any device), "whole" ("xla" without blocks: all logits at once), "cudnn" (GPU, 16 bit),
+        "splash" (TPU) or "auto".
       max_logits: largest number of logits that "xla" holds at once; None is the backend's.
 
     Returns:
@@ -220,7 +221,7 @@ def attend(
     segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)
     keys = sum(k.shape[-1] for k, _, _ in segments)
     max_logits = max_logits or MAX_LOGITS.get(jax.default_backend(), MAX_LOGITS_ELSEWHERE)
-    blocks = -(-batch * heads * length * keys // max_logits)
+    blocks = 1 if chosen == "whole" else -(-batch * heads * length * keys // max_logits)
     if blocks == 1:
         return _attend_block(q, segments).transpose(0, 2, 1, 3)
     size = -(-length // min(blocks, length))

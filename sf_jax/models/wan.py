@@ -40,7 +40,7 @@ class WanConfig:
       patch: latent (frames, rows, columns) of one token; frames must be 1.
       eps: epsilon of all norms.
       dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are float32 always.
-      attention: "xla", "cudnn" (GPU), "splash" (TPU), or "auto" for what the device has.
+      attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for what the device has.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
     """
 

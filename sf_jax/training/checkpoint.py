@@ -1,74 +1,384 @@
-"""Checkpoints: state, data position and config in one atomic, asynchronous Orbax step."""
+"""Checkpoints: state, data position, config, code version and checksums in one atomic, asynchronous Orbax step.
 
+A step's folder appears under its name only when it is complete. What is in it is checked on the way back: every array
+against a checksum that was made of it on the device, every text against a hash. Folders that do not pass are moved to
+`workdir/damaged`, never removed, and only when an older one did pass.
+"""
+
+import contextlib
+import hashlib
 import json
-import pathlib
+import logging
+import os
 import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from sf_jax.config import TrainConfig, difference, to_dict
+import sf_jax
+from sf_jax.config import TrainConfig, difference, from_dict, to_dict
+from sf_jax.training.fingerprint import measure, shapes_of
 
 # A run may be continued with other values of these; every other field is part of what is computed.
-FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "mesh", "data.dir")
+FREE_FIELDS = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "on_nonfinite",
+    "mesh",
+    "data.dir",
+    "log",
+    "grace_seconds",
+)
 
 
-def open_manager(workdir: pathlib.Path, config: TrainConfig) -> ocp.CheckpointManager:
+def code_version() -> str:
+    """The version of this package and a hash of its source files."""
+    digest = hashlib.sha256()
+    root = Path(sf_jax.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return f"{sf_jax.__version__}+{digest.hexdigest()[:12]}"
+
+
+def plain(config: TrainConfig) -> dict:
+    """A config as JSON gives it back."""
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def _is_field(name: str, fields: tuple[str, ...]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def changed_fields(saved: dict, config: TrainConfig) -> list[str]:
+    """Fields that differ, as `name: old -> new`, but for `FREE_FIELDS`; fields newer than the run have defaults."""
+    with contextlib.suppress(ValueError):  # Fields that this version does not know: compared as they are.
+        saved = plain(from_dict(saved))
+    lines = difference(saved, plain(config))
+    return [line for line in lines if not _is_field(line.split(":")[0], FREE_FIELDS)]
+
+
+def open_manager(workdir: Path, config: TrainConfig) -> ocp.CheckpointManager:
     """The checkpoints of a working directory, without what an interrupted save has left."""
     folder = (workdir / "checkpoints").resolve()
     # Orbax's own clean-up is a thread that nothing waits for: a run that ends early would end in its traceback.
-    if jax.process_index() == 0:
-        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(folder)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep_checkpoints, create=True, enable_async_checkpointing=True
+        max_to_keep=config.keep_checkpoints,
+        create=True,
+        enable_async_checkpointing=True,
+        save_root_metadata=False,
+        # Otherwise every step's own metadata is read now, and a damaged one ends the run here.
+        lightweight_initialize=True,
     )
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state, data_state: dict, config: TrainConfig) -> None:
-    """Starts saving a step; device memory is copied before this returns, the files are written in the background."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(data_state),
-            config=ocp.args.JsonSave(json.loads(json.dumps(to_dict(config)))),
-        ),
-    )
+def remove_unfinished(folder: Path) -> None:
+    """Removes what saves that did not finish have left; they were never checkpoints."""
+    if jax.process_index() == 0:
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def restore(manager: ocp.CheckpointManager, abstract_state, config: TrainConfig):
-    """The newest checkpoint as (step, state, data state), or None if there is none.
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Keeps Orbax's tracebacks from its threads off the terminal: what failed is raised where it is waited for."""
+    logger = logging.getLogger("absl")
 
-    Args:
-      manager: from `open_manager`.
-      abstract_state: the state as `ShapeDtypeStruct`s that carry shardings.
-      config: of this run; must equal the saved one but for `FREE_FIELDS`.
+    def not_orbax(record) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    logger.addFilter(not_orbax)
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_orbax)
+
+
+def _digest(parts: dict) -> str:
+    """A hash of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a few words."""
+    text, seen = "", error
+    while seen is not None:
+        text += f" {seen} {getattr(seen, 'strerror', None) or ''}"
+        seen = seen.__cause__ or seen.__context__
+    for known in ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system"):
+        if known.lower() in text.lower():
+            return known
+    words = " ".join(str(error).split())
+    return f"{words[:160]}{'...' if len(words) > 160 else ''}" or type(error).__name__
+
+
+def read_about(folder: Path) -> dict:
+    """What a checkpoint says of itself: config, code, data position, log, and the shapes and checksums of its arrays.
 
     Raises:
-      ValueError: naming the config fields that differ, or the checkpoint that does not fit.
+      ValueError: if it cannot be read or was changed since it was written.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    changed = [
-        line
-        for line in difference(saved, json.loads(json.dumps(to_dict(config))))
-        if not line.split(":")[0].startswith(FREE_FIELDS)
-    ]
-    if changed:
-        raise ValueError(
-            f"{manager.directory.parent} holds step {step} of a run with another config ({'; '.join(changed[:6])}): "
-            "use another --workdir or the old config"
-        )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
     try:
-        restored = manager.restore(step, args=args)
-    except Exception as error:  # Orbax raises many kinds; the user needs the file and what to do
+        about = ocp.JsonCheckpointHandler().restore(folder / "about", args=ocp.args.JsonRestore())
+        digest = about.pop("digest")
+    except Exception as error:  # Damaged files make Orbax raise nearly anything.
+        raise ValueError(f"what it says of itself cannot be read: {reason_of(error)}") from error
+    if digest != _digest(about):
+        raise ValueError("what it says of itself was changed after it was written")
+    return about
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Finished steps, newest first."""
+    found = [(int(path.name), path) for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run. A context manager: leaving it waits for a save that is under way."""
+
+    def __init__(self, workdir: Path, config: TrainConfig):
+        """Opens or makes `workdir/checkpoints`."""
+        self._workdir, self._config = workdir, config
+        try:
+            self._manager = open_manager(workdir, config)
+        except Exception as error:  # Orbax raises many kinds; the user needs the folder and the reason.
+            raise ValueError(f"cannot open {workdir / 'checkpoints'}: {reason_of(error)}") from error
+        self._folder = Path(self._manager.directory)
+        self._saving: tuple[int, float] | None = None
+        self._code = code_version()
+        self.save_seconds: float | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with contextlib.ExitStack() as stack:
+            if kind is not None:  # The first error is the one to tell.
+                stack.enter_context(contextlib.suppress(Exception))
+            try:
+                self._manager.close()
+            except Exception as failure:
+                raise self._failed(failure) from failure
+
+    @property
+    def newest(self) -> int | None:
+        """The newest complete step."""
+        found = step_folders(self._folder)
+        return found[0][0] if found else None
+
+    def last_good(self) -> str:
+        """The newest complete checkpoint, for messages, after a save under way has ended."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        return self.newest_text()
+
+    def newest_text(self) -> str:
+        """The newest complete checkpoint, for messages, at once."""
+        step = self.newest
+        return (
+            "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self._folder / str(step)}"
+        )
+
+    def save(self, step: int, state, data_state: dict, log: dict) -> None:
+        """Starts saving a step; device memory is copied before this returns, the files are written in the background.
+
+        Args:
+          step: iterations done.
+          state: the state, on the devices.
+          data_state: of the iterator, as JSON can hold it.
+          log: metrics that the log has not written yet.
+
+        Raises:
+          FloatingPointError: if the state is not finite; it is not saved.
+          OSError: if this save, or the one before it, cannot be written.
+        """
+        if self._saving is not None and self._saving[0] == step:
+            return
+        leaves = measure(state)
+        bad = [f"{path} ({leaf.nonfinite} of its values)" for path, leaf in leaves.items() if leaf.nonfinite]
+        if bad:
+            raise FloatingPointError(f"step {step}: {'; '.join(bad[:4])}{' and more' * (len(bad) > 4)} is not finite")
+        about = {
+            "config": plain(self._config),
+            "code": self._code,
+            "data": data_state,
+            "log": log,
+            "leaves": {path: leaf[:3] for path, leaf in leaves.items()},
+        }
+        about = json.loads(json.dumps(about))
+        try:
+            self._manager.wait_until_finished()
+            self._saving = (step, time.perf_counter())
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about | {"digest": _digest(about)})
+            )
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def check(self) -> None:
+        """Raises OSError if the save in the background has failed."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits for the save under way, at most so many seconds; False if it is not finished then.
+
+        Raises:
+          OSError: if it failed.
+        """
+        failure = []
+
+        def finish():
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            return False
+        if failure:
+            raise self._failed(failure[0]) from failure[0]
+        if self._saving is not None:
+            self.save_seconds = time.perf_counter() - self._saving[1]
+        return True
+
+    def _failed(self, error: Exception) -> OSError:
+        """The error for a save that failed, whose leftovers are removed: they would fill the disk."""
+        if isinstance(error, OSError) and "cannot save" in str(error):
+            return error
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        remove_unfinished(self._folder)
+        step = "a step" if self._saving is None else f"step {self._saving[0]}"
+        return OSError(
+            f"cannot save {step} in {self._folder} ({reason_of(error)}): {self.last_good()}; "
+            "make room or mend the folder, then run the same command again to go on from there"
+        )
+
+    def check_config(self, allow_changes: bool = False) -> list[str]:
+        """Compares this run's config with that of the newest checkpoint that can be read.
+
+        Returns:
+          The fields that differ, which is empty unless `allow_changes`.
+
+        Raises:
+          ValueError: naming the fields that differ.
+        """
+        for step, folder in step_folders(self._folder):
+            try:
+                about = read_about(folder)
+            except ValueError:
+                continue  # `restore` says so.
+            return self._compare(step, about, allow_changes)
+        return []
+
+    def _compare(self, step: int, about: dict, allow_changes: bool) -> list[str]:
+        changed = changed_fields(about["config"], self._config)
+        fixed = [line for line in changed if line.startswith("stage:")]  # no flag makes one fit another
+        if fixed:
+            raise ValueError(f"{self._workdir} is the workdir of another stage ({fixed[0]}): use another --workdir")
+        if changed and not allow_changes:
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            raise ValueError(
+                f"{self._workdir} holds step {step} of a run with another config ({'; '.join(changed[:6])}{more}): "
+                "use another --workdir or the old config, or --allow_config_change to go on with the new one"
+            )
+        return changed
+
+    def restore(self, abstract_state, allow_changes: bool = False):
+        """The newest checkpoint that is whole as (step, state, about), or None if there is none at all.
+
+        Args:
+          abstract_state: the state as `ShapeDtypeStruct`s that carry shardings; of any mesh.
+          allow_changes: whether fields of the config may differ.
+
+        Raises:
+          ValueError: if the config or the state's shapes differ, or if none of the checkpoints can be read; nothing is
+            changed then.
+        """
+        faults = []
+        for step, folder in step_folders(self._folder):
+            self._check_permissions(folder)
+            try:
+                about = read_about(folder)
+            except ValueError as error:
+                faults.append((step, str(error)))
+                continue
+            self._compare(step, about, allow_changes)
+            self._check_leaves(step, about, abstract_state)
+            try:
+                state = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+                )["state"]
+            except Exception as error:  # Orbax and TensorStore raise many kinds.
+                faults.append((step, reason_of(error)))
+                continue
+            wrong = [path for path, leaf in measure(state).items() if [*leaf[:3]] != about["leaves"][path]]
+            if wrong:
+                faults.append((step, f"{len(wrong)} arrays are not as they were saved, such as {wrong[0]}"))
+                continue
+            self._move_aside(faults, step)
+            if about["code"] != self._code:
+                print(f"step {step} was saved by {about['code']}, this is {self._code}: numbers may differ", flush=True)
+            return step, state, about
+        if faults:
+            told = "; ".join(f"step {step}: {reason}" for step, reason in faults)
+            raise ValueError(
+                f"none of the checkpoints in {self._folder} can be read ({told}): nothing was changed; "
+                "bring them back from a copy, or use another --workdir to start again"
+            )
+        return None
+
+    def _check_permissions(self, folder: Path) -> None:
+        """Files that may not be read are no damage: moving them aside would lose a good checkpoint."""
+        for path in (folder, *folder.rglob("*")):
+            if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+                raise ValueError(
+                    f"checkpoint {folder} cannot be read ({path.name}: Permission denied): make it readable"
+                )
+
+    def _check_leaves(self, step: int, about: dict, abstract_state) -> None:
+        """Refuses a state of other shapes, which no flag can make fit."""
+        saved = {path: leaf[:2] for path, leaf in about["leaves"].items()}
+        wanted = {path: [*leaf] for path, leaf in shapes_of(abstract_state).items()}
+        if saved == wanted:
+            return
+        path = next(path for path in sorted(saved.keys() | wanted.keys()) if saved.get(path) != wanted.get(path))
+        here, there = (
+            "nothing" if leaf is None else f"{leaf[1]}{leaf[0]}" for leaf in (wanted.get(path), saved.get(path))
+        )
         raise ValueError(
-            f"checkpoint {manager.directory / str(step)} cannot be read ({str(error).splitlines()[0][:200]}): "
-            "remove that folder to continue from the one before it"
-        ) from error
-    return step, restored["state"], restored["data"]
+            f"{self._workdir} holds step {step} of another model or optimiser ({path} is {there}, this config wants "
+            f"{here}): use another --workdir or the old config"
+        )
+
+    def _move_aside(self, faults: list[tuple[int, str]], good: int) -> None:
+        """Moves damaged steps out of the way and says so."""
+        for step, reason in faults:
+            target = self._workdir / "damaged" / str(step)
+            for i in range(1, 1000):
+                if not target.exists():
+                    break
+                target = target.with_name(f"{step}.{i}")
+            if jax.process_index() == 0:
+                target.parent.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(target)
+            print(f"checkpoint of step {step} is damaged ({reason}): moved to {target}, using step {good}", flush=True)
+        if faults:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints moved")
+            self._manager.reload()

@@ -1,53 +1,86 @@
 """The training loop: prepare or resume, update, log, checkpoint, export."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
 from sf_jax.files import check_writable
-from sf_jax.training import checkpoint, sharding
-from sf_jax.training.metrics import Log
-from sf_jax.training.stages import Stage, open_stage, package_of
+from sf_jax.training import sharding
+from sf_jax.training.checkpoint import Checkpoints, one_line_errors
+from sf_jax.training.metrics import Log, peak_flops
+from sf_jax.training.programs import Program, countable, jit_updates, model_flops, rate
+from sf_jax.training.sinks import check_packages, open_sinks
+from sf_jax.training.stages import Stage, open_stage, package_of, updates_of
 from sf_jax.training.state import TrainState
 from sf_jax.training.step import leaf_names, new_state, student_params
-from sf_jax.weights.package import save_package
+from sf_jax.training.stop import StopRequest, stop_on_signals
+from sf_jax.weights.package import Package, save_package
+
+# Takes the averaged weights, and the path without suffix of the files to write.
+Sample = Callable[[Package, Path], None]
 
 
-def train(config: TrainConfig, workdir: Path | str) -> Path:
-    """Runs a stage to its end, continuing from the newest checkpoint in `workdir`.
+def train(
+    config: TrainConfig, workdir: Path | str, sample: Sample | None = None, allow_config_change: bool = False
+) -> Path:
+    """Runs a stage to its end, continuing from the newest checkpoint in `workdir` that is whole.
+
+    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint.
 
     Args:
       config: what to run.
       workdir: folder of checkpoints, log and exported weights.
+      sample: writes sample videos; needed if `config.log.sample_every` is set.
+      allow_config_change: go on although fields of the config differ from the checkpoint's.
 
     Returns:
-      The exported weights, `workdir/teacher.safetensors` or `workdir/student.safetensors`.
+      The exported weights, `workdir/teacher.safetensors`, `causal.safetensors` or `student.safetensors`.
 
     Raises:
       ValueError: on anything that the user must change; nothing in `workdir` is lost.
       FloatingPointError: if a loss or gradient is not finite.
+      OSError: if something cannot be written; the last good checkpoint is named.
+      Stopped: a `SystemExit`, with code 0 after SIGTERM and 130 after Ctrl-C.
     """
     workdir = check_writable(workdir, "workdir")
+    check_packages(config)
+    if config.log.sample_every and sample is None:
+        raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can make samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
-    manager = checkpoint.open_manager(workdir, config)
-    try:
-        stage = open_stage(config, workdir, mesh, fresh=manager.latest_step() is None)
-        state, start = _start(config, stage, mesh, manager)
-        state = _run(config, stage, mesh, manager, state, start, workdir)
-    finally:
-        manager.close()
-    package = package_of(config, student_params(state.model), stage.frozen)
+    with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
+        changed = checkpoints.check_config(allow_config_change)
+        for line in changed:
+            print(f"config changed: {line}", flush=True)
+        stage = open_stage(config, workdir, mesh, fresh=checkpoints.newest is None)
+        state, start, carried = _start(config, stage, mesh, checkpoints, allow_config_change)
+        log = _open_log(config, state, workdir, start, carried)
+        if changed:
+            log.note(start, config_changed=changed)
+        try:
+            sampler = _sampler(config, stage, workdir, sample)
+            state = _run(config, stage, mesh, state, start, checkpoints, log, request, sampler)
+        except FloatingPointError as error:
+            advice = "lower a learning rate, or set on_nonfinite to 'skip'"
+            raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
+        finally:
+            log.close()
+        checkpoints.wait()
+    package = package_of(config, _host(student_params(state.model)), stage.frozen)
     path = workdir / f"{package.kind}.safetensors"
-    save_package(path, package)
+    if jax.process_index() == 0:
+        save_package(path, package)
     return path
 
 
-def _start(config: TrainConfig, stage: Stage, mesh, manager) -> tuple[TrainState, int]:
-    """The state to go on from, placed on the mesh, and its step."""
+def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, allow_config_change: bool):
+    """The state to go on from, placed on the mesh, its step, and what the log had not written."""
 
     def fresh(params, critic):
         return new_state(config, params, critic)
@@ -56,70 +89,123 @@ def _start(config: TrainConfig, stage: Stage, mesh, manager) -> tuple[TrainState
     shapes = jax.eval_shape(fresh, *given)
     shardings = sharding.tree_shardings(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    restored = checkpoint.restore(manager, abstract, config)
+    restored = checkpoints.restore(abstract, allow_config_change)
     if restored is None:
-        given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
-        return jax.jit(fresh, out_shardings=shardings)(*given), 0
-    step, state, data_state = restored
-    stage.iterator.set_state(data_state)
+        given = sharding.put(jax.tree.map(lambda x: np.asarray(x, np.float32), given), mesh)
+        return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}
+    step, state, about = restored
+    try:
+        stage.iterator.set_state(about["data"])
+    except Exception as error:  # Iterators raise what they like about the state of another data pipeline.
+        raise ValueError(
+            f"the data position of step {step} does not fit the data of this config ({error}): use the old data.*, "
+            "batch_size and seed, or another --workdir"
+        ) from error
     print(f"resuming from step {step}", flush=True)
-    return state, step
+    return state, step, about["log"]
 
 
-def compile_updates(stage: Stage, mesh, state: TrainState) -> list:
-    """(name, jitted update with donated state, whether an iteration runs it) of the stage."""
-    state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    frozen_shardings = sharding.tree_shardings(stage.frozen, mesh)
-    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    batch_shardings = dict.fromkeys(stage.keys, split) | dict.fromkeys(stage.constants, everywhere)
-    return [
-        (
-            name,
-            jax.jit(
-                update,
-                in_shardings=(state_shardings, frozen_shardings, batch_shardings),
-                out_shardings=(state_shardings, everywhere),
-                donate_argnums=0,
-            ),
-            due,
-        )
-        for name, update, due in stage.updates
-    ]
-
-
-def _run(config: TrainConfig, stage: Stage, mesh, manager, state: TrainState, start: int, workdir: Path) -> TrainState:
-    """All iterations from `start`."""
-    updates = compile_updates(stage, mesh, state)
-    frozen = jax.device_put(stage.frozen, sharding.tree_shardings(stage.frozen, mesh))
-    constants = jax.device_put(stage.constants, sharding.replicated(mesh))
-    split = sharding.batch_sharding(mesh)
+def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int, carried: dict) -> Log:
     names = {prefix: leaf_names(state.model.params) for prefix in ("", "generator_")}
     names |= {"critic_": leaf_names(state.critic.params)} if state.critic is not None else {}
-    skip = config.on_nonfinite == "skip"
-    log = Log(workdir / "log.jsonl", start, config.steps, config.log_every, config.stage, skip, names)
+    return Log(
+        workdir / "log.jsonl" if jax.process_index() == 0 else workdir / f"log.{jax.process_index()}.jsonl",
+        start,
+        config.steps,
+        config.log_every,
+        config.stage,
+        sinks=open_sinks(config, workdir, start),
+        leaf_names=names,
+        skip=config.on_nonfinite == "skip",
+        carried=carried,
+        frames=config.batch_size * config.data.frames,
+    )
+
+
+def compile_updates(stage: Stage, mesh: Mesh, state: TrainState) -> list[Program]:
+    """The updates of the stage, jitted."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    frozen = sharding.tree_shardings(stage.frozen, mesh)
+    updates = jit_updates(stage.updates, stage.keys, stage.constants, mesh, shardings, frozen)
+    return [Program(*update) for update in updates]
+
+
+def _run(
+    config: TrainConfig,
+    stage: Stage,
+    mesh: Mesh,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    log: Log,
+    request: StopRequest,
+    sample: Callable[[int, TrainState], None],
+) -> TrainState:
+    """All iterations from `start`."""
+    programs = compile_updates(stage, mesh, state)
+    frozen = sharding.put(stage.frozen, mesh)
+    constants = sharding.put_whole(stage.constants, mesh)
     began = time.perf_counter()
-    try:
-        for step in range(start, config.steps):
-            metrics = {}
-            for _, update, runs in updates:
-                if not runs(step):
-                    continue
-                batch = next(stage.iterator)
-                batch = {key: jax.device_put(batch[key], split) for key in stage.keys}
-                state, new = update(state, frozen, batch | constants)
-                metrics |= new
-            due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-            log.step(step + 1, metrics, due)  # before the save: what is not finite must not replace a good checkpoint
-            if due:
-                checkpoint.save(manager, step + 1, state, stage.iterator.get_state(), config)
-    except FloatingPointError as error:
-        manager.wait_until_finished()
-        newest = manager.latest_step()
-        kept = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} in {workdir} is good"
-        raise FloatingPointError(f"{error}; {kept}. Lower a learning rate, or set on_nonfinite to 'skip'") from None
-    finally:
-        log.close()
-    manager.wait_until_finished()
+    for step in range(start, config.steps):
+        metrics = {}
+        for program in programs:
+            if not program.due(step):
+                continue
+            batch = next(stage.iterator)
+            batch = sharding.put_batch({key: batch[key] for key in stage.keys}, mesh) | constants
+            if not program.compiled:
+                with log.clock_stopped():
+                    program.compile(state, frozen, batch)
+                    _tell_speed(config, log, stage, programs, mesh, (state, frozen, batch))
+            state, new = program(state, frozen, batch)
+            metrics |= new
+        request.busy = True
+        log.step(step + 1, metrics)
+        checkpoints.check()
+        stop = request.wanted(step + 1)
+        if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            # What is not finite must not replace a good checkpoint: `settle` raises.
+            checkpoints.save(step + 1, state, stage.iterator.get_state(), log.settle())
+        if stop:
+            raise request.finish(checkpoints, step + 1, config.grace_seconds)
+        with log.clock_stopped():
+            sample(step + 1, state)
+    checkpoints.wait()
+    request.busy = False
     if config.steps > start:
         print(f"{config.stage}: {config.steps - start} steps in {time.perf_counter() - began:.0f} s", flush=True)
     return state
+
+
+def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Program], mesh: Mesh, arguments) -> None:
+    """Gives the log what it needs for the utilisation, where the device's peak is known."""
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    if peak is None or log.flops_per_step is not None:
+        return
+    plain = countable(config)
+    flops = model_flops(config, updates_of(plain, stage.media), arguments)
+    log.flops_per_step = sum(flops[program.name] * rate(program.due, config.steps) for program in programs)
+    log.flops_per_second_peak = peak * mesh.devices.size
+
+
+def _sampler(
+    config: TrainConfig, stage: Stage, workdir: Path, sample: Sample | None
+) -> Callable[[int, TrainState], None]:
+    """Writes the samples of the steps at which they are due."""
+
+    def due(step: int, state: TrainState) -> None:
+        every = config.log.sample_every
+        if not every or step % every:
+            return
+        package = package_of(config, _host(student_params(state.model)), stage.frozen)
+        if jax.process_index() == 0:
+            sample(package, workdir / "samples" / f"step_{step:06d}")
+
+    return due
+
+
+def _host(params: dict) -> dict:
+    """Parameters in host memory, also where other processes hold parts of them."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(params, tiled=True)
+    return jax.device_get(params)

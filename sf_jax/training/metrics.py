@@ -1,24 +1,50 @@
-"""The log of a run: one JSON object a line, and a progress bar with the time left."""
+"""The log of a run: one JSON object a line, a progress bar with the time left, and the search for NaN and Inf."""
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from sf_jax.files import replacing
 from sf_jax.training.health import LINES, warnings
+from sf_jax.training.sinks import Sink
+
+# What of a line depends on the machine; everything else is the same however often a run is interrupted.
+TIMING = ("seconds_per_step", "frames_per_second", "model_flop_utilisation")
+# Dense bfloat16 peak of a device in FLOP/s, by the beginning of its kind; the longest that fits counts.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(kind: str) -> float | None:
+    """Peak of a device kind (`jax.Device.device_kind`), or None where it is not known, as for CPUs."""
+    found = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
 class Log:
-    """Writes `log.jsonl` and a progress bar.
+    """Writes `log.jsonl`, a progress bar and other logs.
 
-    Metrics stay on the device until a line is due, so logging never makes a step wait. Numbers that are not finite end
-    the run (or, with `skip`, are counted as skipped updates), and figures that run away are warned of.
+    Metrics stay on the device until a line is due, so logging never makes a step wait. Of every step until then all are
+    kept: the first step that was not finite can be named. Figures that run away are warned of.
     """
 
     def __init__(
@@ -28,29 +54,41 @@ class Log:
         steps: int,
         every: int,
         title: str,
+        *,
+        sinks: Sequence[Sink] = (),
+        leaf_names: Mapping[str, Sequence[str]] | None = None,
         skip: bool = False,
-        names: Mapping[str, Sequence[str]] | None = None,
+        carried: Mapping | None = None,
+        frames: int = 0,
     ):
         """Opens the log; lines after step `start` (of a run that was killed) are dropped.
 
         Args:
-          path: the file.
-          start: iterations done before.
-          steps: iterations in all.
+          path: of `log.jsonl`.
+          start: iterations done.
+          steps: iterations of the whole run.
           every: iterations between lines.
           title: of the progress bar.
-          skip: whether updates that are not finite (which the update programs leave out) are counted, not an error.
-          names: prefix of an update's metrics -> names of the entries of its metric `nonfinite`.
+          sinks: other logs.
+          leaf_names: prefix of an update's metrics -> names of the entries of its metric `nonfinite`.
+          skip: updates that are not finite were skipped by the update itself, and are only counted.
+          carried: what `settle` returned at step `start`.
+          frames: latent frames of an iteration's batch, for the rate.
         """
         lines = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
         with replacing(path) as unfinished:
             unfinished.write_text("".join(line + "\n" for line in lines))
-        self._file = path.open("a")
-        self._every, self._steps, self._skip, self._names = every, steps, skip, names or {}
-        self._history = [json.loads(line) for line in lines]
-        self._checks: list[tuple[int, str, jax.Array, jax.Array]] = []
-        self._pending: dict[str, jax.Array] = {}
-        self._since, self._counted = time.perf_counter(), 0
+        self._path, self._file = path, path.open("a")
+        self._every, self._steps, self._frames, self._skip = every, steps, frames, skip
+        self._sinks, self._leaf_names = tuple(sinks), leaf_names or {}
+        self._history = [line for line in map(json.loads, lines) if "seconds_per_step" in line][-LINES:]
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        carried = carried or {}
+        self._values: dict[str, float] = dict(carried.get("values", {}))
+        self._skipped = carried.get("skipped", 0)
+        self._since, self._counted, self._left_out = time.perf_counter(), 0, 0.0
+        self.flops_per_second_peak: float | None = None
+        self.flops_per_step: float | None = None
         terminal = sys.stdout.isatty()
         self._bar = tqdm(
             total=steps,
@@ -60,65 +98,129 @@ class Log:
             file=sys.stdout,
             dynamic_ncols=terminal,
             mininterval=1.0 if terminal else 15.0,
+            disable=jax.process_index() != 0,
         )
 
-    def step(self, step: int, metrics: dict[str, jax.Array], due: bool = False) -> None:
-        """Takes the metrics of iteration `step` (counted from 1); `due` writes a line now, whatever `every` says.
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leaves the time of the block out of the time of a step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._left_out += time.perf_counter() - began
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of iteration `step` (counted from 1), and writes a line where one is due.
 
         Raises:
-          FloatingPointError: if an update or a metric since the last line is not finite; the first one is named.
+          FloatingPointError: if a metric of this step or of one since the last line is not finite.
         """
-        for name in [name for name in metrics if name.endswith("nonfinite")]:
-            prefix = name.removesuffix("nonfinite")
-            self._checks.append((step, prefix, metrics[f"{prefix}finite"], metrics[name]))
-        self._pending |= {name: value for name, value in metrics.items() if not name.endswith("finite")}
+        self._pending.append((step, metrics))
         self._counted += 1
         self._bar.update(1)
-        if step % self._every and step != self._steps and not due:
-            return
-        values = {name: value.item() for name, value in jax.device_get(self._pending).items()}
-        seconds = (time.perf_counter() - self._since) / self._counted
-        wrong = self._not_finite()
-        line = {"step": step, **values, "seconds_per_step": round(seconds, 4)}
-        line |= {"skipped": len(wrong)} if wrong and self._skip else {}
-        for text in warnings(self._history, values):
-            line["warnings"] = [*line.get("warnings", ()), text]
-            tqdm.write(f"warning, step {step}: {text}")
-        self._history = [*self._history[1 - LINES :], line]
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._bar.set_postfix(
-            {k: f"{v:.4g}" for k, v in values.items() if "loss" in k} | {"ms": f"{1000 * seconds:.0f}"}
-        )
-        self._pending, self._since, self._counted = {}, time.perf_counter(), 0
-        if wrong and not self._skip:
-            raise FloatingPointError(wrong[0])
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad and not self._skip:
-            raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")
+        if step % self._every == 0 or step == self._steps:
+            self.settle()
+            self._write(step)
 
-    def _not_finite(self) -> list[str]:
-        """What was not finite in the updates since the last line, an entry for each."""
-        checks, self._checks = jax.device_get(self._checks), []
-        found = []
-        for step, prefix, finite, counts in checks:
-            if finite:
-                continue
-            names = self._names.get(prefix, [f"parameter {i}" for i in range(len(counts))])
-            tensors = [f"{name} ({count} values)" for name, count in zip(names, counts, strict=True) if count]
-            what = f"the gradient of {', '.join(tensors[:3])}" if tensors else "the loss alone"
-            found.append(f"step {step}: {prefix}loss or its gradient is not finite: {what}")
-        return found
+    def settle(self) -> dict:
+        """Takes what is on the devices; returns what a run that goes on from here must be given as `carried`.
+
+        Raises:
+          FloatingPointError: naming the first step, and what of it is not finite.
+        """
+        pending, self._pending = jax.device_get(self._pending), []
+        for step, metrics in pending:
+            skipped = [name for name, value in metrics.items() if _is_verdict(name) and not value]
+            faults = _faults(metrics, self._leaf_names)
+            self._skipped += len(skipped)
+            if faults and not (self._skip and skipped):
+                self._line({"step": step, "nonfinite": faults})
+                more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
+                raise FloatingPointError(f"step {step}: {', '.join(faults[:6])} is not finite{more}")
+            for name, value in metrics.items():
+                if np.ndim(value) == 0 and not _is_verdict(name) and math.isfinite(value):
+                    self._values[name] = value.item()
+        return {"values": dict(self._values), "skipped": self._skipped}
+
+    def note(self, step: int, **values) -> None:
+        """Writes a line of its own about `step`."""
+        self._line({"step": step, **values})
 
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Ends the bar and the files."""
         self._bar.close()
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, step: int) -> None:
+        values = self._values | ({"skipped": self._skipped} if self._skip else {})
+        timing = self._timing()
+        line = {"step": step, **values, **timing}
+        if told := warnings(self._history, values):
+            line["warnings"] = told
+            tqdm.write("\n".join(f"warning, step {step}: {text}" for text in told))
+        self._history = [*self._history[1 - LINES :], line]
+        self._line(line)
+        for sink in self._sinks:
+            sink.write(step, values | timing)
+        shown = {k: f"{v:.4g}" for k, v in values.items() if "loss" in k}
+        shown |= {"skipped": self._skipped} if self._skipped else {}
+        shown |= {"ms": f"{1000 * timing['seconds_per_step']:.0f}"}
+        if "frames_per_second" in timing:
+            shown["frames/s"] = f"{timing['frames_per_second']:.4g}"
+        if "model_flop_utilisation" in timing:
+            shown["MFU"] = f"{timing['model_flop_utilisation']:.1%}"
+        self._bar.set_postfix(shown)
+        self._values, self._skipped = {}, 0
+
+    def _timing(self) -> dict[str, float]:
+        """Times since the last line."""
+        now = time.perf_counter()
+        seconds = max(now - self._since - self._left_out, 1e-9) / max(self._counted, 1)
+        self._since, self._counted, self._left_out = now, 0, 0.0
+        found = {"seconds_per_step": round(seconds, 4)}
+        if self._frames:
+            found["frames_per_second"] = round(self._frames / seconds, 2)
+        if self.flops_per_step and self.flops_per_second_peak:
+            found["model_flop_utilisation"] = round(self.flops_per_step / seconds / self.flops_per_second_peak, 4)
+        return found
+
+    def _line(self, values: dict) -> None:
+        if jax.process_index():
+            return
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self._path} ({error.strerror}): make room, then run the same command"
+            ) from error
+
+
+def _is_verdict(name: str) -> bool:
+    """Whether a metric tells that an update was finite, as all its numbers are."""
+    return name.endswith("finite") and not name.endswith("nonfinite")
+
+
+def _faults(metrics: Mapping[str, np.ndarray], leaf_names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of what is not finite in the metrics of a step, the gradients' tensors before the numbers made of them."""
+    found, scalars = [], []
+    for name, value in metrics.items():
+        prefix = name.removesuffix("nonfinite")
+        if name.endswith("nonfinite"):
+            names = leaf_names.get(prefix) or [f"tensor {i}" for i in range(np.size(value))]
+            bad = [f"{leaf} ({count} values)" for leaf, count in zip(names, np.ravel(value), strict=True) if count]
+            found += [f"the {prefix.replace('_', ' ')}gradient of {leaf}" for leaf in bad]
+        elif not _is_verdict(name) and not np.all(np.isfinite(value)):
+            scalars.append(name)
+    return found + scalars
 
 
 def _step(line: str) -> float:
     """The step of a log line; a line cut short by a kill counts as never written."""
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -149,6 +149,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def put(tree, mesh: Mesh):
+    """Places parameters, or a state, as `tree_shardings` says; every process holds the whole of it in host memory."""
+    return jax.tree.map(_place, tree, tree_shardings(tree, mesh))
+
+
+def put_whole(tree, mesh: Mesh):
+    """Places arrays whole on every device."""
+    return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)
+
+
+def put_batch(batch: dict, mesh: Mesh) -> dict:
+    """Places a batch: every process gives its own rows, the first process the first ones."""
+    split = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(split, np.asarray(x)) for name, x in batch.items()}
+
+
+def _place(x, target: NamedSharding) -> jax.Array:
+    """An array on devices that may be other processes' too: each process places its parts."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, target)
+    return jax.make_array_from_callback(x.shape, target, lambda index: np.asarray(x)[index])
+
+
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Refuses batches that cannot be split evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

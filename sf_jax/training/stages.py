@@ -20,6 +20,8 @@ from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import Package, load_package, shipped_path
 
+Update = tuple[str, steps.Step, Callable[[int], bool]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -33,6 +35,7 @@ class Stage:
       keys: what of a batch the updates read.
       iterator: endless batches, with `get_state` and `set_state`.
       updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
+      media: where latents come from.
     """
 
     params: dict | None
@@ -41,7 +44,8 @@ class Stage:
     constants: dict
     keys: tuple[str, ...]
     iterator: grain.DatasetIterator
-    updates: tuple[tuple[str, steps.Step, Callable[[int], bool]], ...]
+    updates: tuple[Update, ...]
+    media: Media | None = None
 
 
 def _load(path: str, wanted: WanConfig, field: str) -> Package:
@@ -84,21 +88,21 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     if config.stage == "init" and config.init == "ode":
         source = pairs.open_pairs(config, workdir, teacher, moving_digits.all_captions(), text, mesh)
         iterator = pairs.pair_iterator(source, config, text)
-        return Stage(params, None, frozen, {}, ("trajectory", "text"), iterator, _updates(config, media))
+        return Stage(params, None, frozen, {}, ("trajectory", "text"), iterator, updates_of(config, media), media)
     keys = ("text",) if _prompts_only(config) else ("video", "text")
     iterator = _prompt_iterator(config, text) if _prompts_only(config) else _video_iterator(config, text)
     if config.stage in ("teacher", "causal"):
-        return Stage(params, None, frozen, {}, keys, iterator, _updates(config, media))
+        return Stage(params, None, frozen, {}, keys, iterator, updates_of(config, media), media)
     frozen["teacher"] = _cast(teacher.params, config.frozen_dtype)
     constants, critic = {"negative": text.encode([""])}, None
     if config.stage == "distill":
         critic = _critic(config, teacher, fresh or config.critic_lora.rank)
         if config.critic_lora.rank:
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
-    return Stage(params, critic, frozen, constants, keys, iterator, _updates(config, media))
+    return Stage(params, critic, frozen, constants, keys, iterator, updates_of(config, media), media)
 
 
-def _updates(config: TrainConfig, media: Media) -> tuple:
+def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
     """The update programs of a stage."""
     programs = {
         "teacher": lambda: [supervised.teacher_program(config, media)],

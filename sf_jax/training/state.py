@@ -95,4 +95,4 @@ def update(
     if ema is not None and average is not None:
         decay = jnp.where(updates > ema.start, ema.decay, 0.0)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-    return Network(params=params, opt_state=opt_state, updates=updates, ema=average), optax.global_norm(grads)
+    return Network(params=params, opt_state=opt_state, updates=updates, ema=average), optax.tree.norm(grads)

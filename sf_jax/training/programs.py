@@ -1,0 +1,148 @@
+"""The compiled updates, and how much arithmetic they are."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.extend import core
+from jax.sharding import Mesh
+
+from sf_jax.config import TrainConfig
+from sf_jax.training import sharding
+from sf_jax.training.step import Step
+
+# Iterations over which the rate of an update is averaged.
+_SAMPLE = 1000
+
+
+def jit_updates(
+    updates: Sequence[tuple[str, Step, Callable]],
+    keys: Sequence[str],
+    constants: Sequence[str],
+    mesh: Mesh,
+    state_shardings,
+    frozen_shardings,
+) -> list:
+    """(name, jitted update with donated state, due) of updates.
+
+    Args:
+      updates: (name, update, due), see `stages.Stage`.
+      keys: what of a batch is split over the devices.
+      constants: names of the arrays that every device gets whole.
+      mesh: the devices.
+      state_shardings: of the state.
+      frozen_shardings: of the frozen networks.
+    """
+    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    batch_shardings = dict.fromkeys(keys, split) | dict.fromkeys(constants, everywhere)
+    return [
+        (
+            name,
+            jax.jit(
+                update,
+                in_shardings=(state_shardings, frozen_shardings, batch_shardings),
+                out_shardings=(state_shardings, everywhere),
+                donate_argnums=0,
+            ),
+            due,
+        )
+        for name, update, due in updates
+    ]
+
+
+@dataclasses.dataclass
+class Program:
+    """One update, compiled once.
+
+    Attributes:
+      name: of the update.
+      update: jitted.
+      due: whether an iteration runs it.
+    """
+
+    name: str
+    update: Callable
+    due: Callable[[int], bool]
+    _compiled: Callable | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it has been compiled."""
+        return self._compiled is not None
+
+    def compile(self, state, frozen, batch) -> None:
+        """Compiles the update for arguments like these; they are not used up."""
+        self._compiled = self.update.lower(state, frozen, batch).compile()
+
+    def __call__(self, state, frozen, batch):
+        """The update."""
+        return self._compiled(state, frozen, batch)
+
+
+def rate(due: Callable[[int], bool], steps: int) -> float:
+    """How often an iteration runs an update, on average."""
+    count = min(steps, _SAMPLE)
+    return sum(due(step) for step in range(count)) / count
+
+
+def countable(config: TrainConfig) -> TrainConfig:
+    """The same computation written so that `matmul_flops` counts the model's arithmetic: nothing is recomputed."""
+    models = {name: getattr(config, name) for name in ("model", "teacher", "critic") if getattr(config, name)}
+    plain = {name: dataclasses.replace(model, remat="none", attention="whole") for name, model in models.items()}
+    return dataclasses.replace(config, **plain)
+
+
+def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable]], arguments: Sequence) -> dict:
+    """Floating-point operations of one call of each update, over all devices.
+
+    Args:
+      config: of the run.
+      updates: (name, update, due), made from `countable(config)`.
+      arguments: (state, frozen, batch) as arrays or shapes.
+
+    Returns:
+      name -> operations of matrix products and convolutions, those of recomputation left out.
+    """
+    trips = rollout_trips(config)
+    return {name: matmul_flops(jax.make_jaxpr(update)(*arguments), trips) for name, update, _ in updates}
+
+
+def rollout_trips(config: TrainConfig) -> float:
+    """Mean number of the network's calls per chunk of a rollout: up to the exit step, then the clean pass."""
+    steps = len(config.rollout.steps)
+    return 1.0 + (steps if config.exits == "last" else (steps + 1) / 2)
+
+
+def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:
+    """Floating-point operations of all matrix products and convolutions of a traced program, over all devices.
+
+    XLA's own count (`cost_analysis`) takes every loop for one pass, and the layers here are a loop.
+
+    Args:
+      jaxpr: of `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
+      dynamic_trips: passes to count for loops whose number of passes is known only when they run.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, given = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = given["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            kernel, features = equation.invars[1].aval.shape, given["dimension_numbers"].rhs_spec[0]
+            inner = math.prod(kernel) // kernel[features]
+            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif name == "cond":
+            total += max(matmul_flops(branch, dynamic_trips) for branch in given["branches"])
+        elif name == "while":
+            total += dynamic_trips * matmul_flops(given["body_jaxpr"], dynamic_trips)
+        else:
+            passes = given["length"] if name == "scan" else 1
+            inside = (x for value in given.values() for x in (value if isinstance(value, (tuple, list)) else (value,)))
+            total += passes * sum(
+                matmul_flops(x, dynamic_trips) for x in inside if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+            )
+    return total

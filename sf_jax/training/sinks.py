@@ -1,0 +1,103 @@
+"""Where a log goes beside `log.jsonl`: TensorBoard and Weights & Biases, both optional."""
+
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from sf_jax.config import TrainConfig, to_dict
+
+_EXTRA = "pip install 'sf_jax[logs]'"
+
+
+class Sink(Protocol):
+    """Takes the values of a log line."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Takes one line."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class TensorBoard:
+    """Event files in `workdir/tensorboard`; what a killed run wrote after `start` is hidden by TensorBoard."""
+
+    def __init__(self, workdir: Path, start: int):
+        """Opens a new event file."""
+        from tensorboardX import SummaryWriter
+
+        # TensorBoard drops steps from `purge_step` on that earlier files hold.
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Takes one line."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases; its id is kept in `workdir/wandb_id.txt`, so that a resumed run goes on in it."""
+
+    def __init__(self, workdir: Path, config: TrainConfig):
+        """Opens the run, or the run that was interrupted.
+
+        Raises:
+          ValueError: if Weights & Biases refuses, for example because nobody is logged in.
+        """
+        import wandb
+
+        kept = workdir / "wandb_id.txt"
+        known = kept.read_text().strip() if kept.is_file() else None
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project,
+                dir=str(workdir),
+                id=known or None,
+                resume="allow",
+                config=to_dict(config),
+                name=workdir.name,
+            )
+        except Exception as error:  # wandb raises kinds of its own
+            raise ValueError(f"log.wandb_project is {config.log.wandb_project!r}: wandb says: {error}") from error
+        kept.write_text(f"{self._run.id}\n")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Takes one line."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the upload."""
+        self._run.finish()
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuses logs whose package is not installed.
+
+    Raises:
+      ValueError: naming the field and what to install.
+    """
+    wanted = {
+        "tensorboardX": config.log.tensorboard and "log.tensorboard is True",
+        "wandb": config.log.wandb_project is not None and f"log.wandb_project is {config.log.wandb_project!r}",
+    }
+    for package, field in wanted.items():
+        if field:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise ValueError(f"{field}: {package} is not installed: {_EXTRA}, or leave the field out") from error
+
+
+def open_sinks(config: TrainConfig, workdir: Path, start: int) -> list[Sink]:
+    """The logs that the config asks for; only the first process has any."""
+    if jax.process_index():
+        return []
+    found: list[Sink] = [TensorBoard(workdir, start)] if config.log.tensorboard else []
+    return found + ([WandB(workdir, config)] if config.log.wandb_project is not None else [])

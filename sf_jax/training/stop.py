@@ -1,0 +1,84 @@
+"""Being asked to stop: SIGTERM (preemption, SLURM, TPU VMs) and Ctrl-C end a run after a step, with a checkpoint."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from sf_jax.training.checkpoint import Checkpoints
+
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has done so; carries the exit code of the process."""
+
+
+class StopRequest:
+    """Whether the run was asked to stop.
+
+    With several processes it is JAX's preemption service that catches SIGTERM, on any of them, and that finds the step
+    after which all of them stop.
+
+    Attributes:
+      busy: there is something to save; a signal at another time ends the run at once.
+    """
+
+    def __init__(self):
+        """Nobody has asked."""
+        self.busy = False
+        self._signal: signal.Signals | None = None
+        self._since = 0.0
+
+    def take(self, number: int, frame=None) -> None:
+        """Handles a signal."""
+        del frame
+        asked = signal.Signals(number)
+        if not self.busy:
+            raise Stopped(EXIT_CODES[asked])
+        if self._signal == asked == signal.SIGINT:
+            raise KeyboardInterrupt  # The second Ctrl-C means now.
+        if self._signal is None:
+            self._signal, self._since = asked, time.monotonic()
+
+    def wanted(self, step: int) -> bool:
+        """Whether to stop after `step`; every process must ask after every step."""
+        if self._signal is None and jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.take(signal.SIGTERM)
+        return self._signal is not None
+
+    def finish(self, checkpoints: Checkpoints, step: int, grace: float) -> Stopped:
+        """Waits for the checkpoint of `step` at most until `grace` seconds after the signal, and says how it went."""
+        name, began = self._signal.name, time.monotonic()
+        if not checkpoints.wait(max(0.0, self._since + grace - began)):
+            told = f"{name}: step {step} was not saved within {grace:g} s (grace_seconds); {checkpoints.newest_text()}"
+            print(f"error: {told}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # Threads of the save would keep the process alive until it is killed.
+        print(
+            f"{name}: saved step {step} in {checkpoints.save_seconds:.1f} s, {time.monotonic() - self._since:.1f} s "
+            f"after the signal (grace_seconds: {grace:g}); the same command goes on from there",
+            flush=True,
+        )
+        return Stopped(EXIT_CODES[self._signal])
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catches SIGTERM and Ctrl-C while the block runs; only in a process's main thread, which Python demands."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield request
+        return
+    before = {number: signal.signal(number, request.take) for number in EXIT_CODES}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
