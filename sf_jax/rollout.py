@@ -19,6 +19,7 @@ import numpy as np
 from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
 from sf_jax.models import attention, kv_cache
 from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.partition import constrain
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 
@@ -121,7 +122,8 @@ def key_draw(key: jax.Array, examples: jax.Array) -> Draw:
 def example_noise(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 `shape` [B, ...], each example drawn from its own key."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
-    return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
+    return constrain(noise, "batch", *[None] * (len(shape) - 1))
 
 
 def empty_cache(

@@ -101,7 +101,7 @@ def test_cudnn_equals_the_plain_one():
 
 def test_bad_choices_of_an_implementation_are_refused():
     q, k, v = qkv()
-    with pytest.raises(ValueError, match="attention is 'flash': it must be one of auto, xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="attention is 'flash': it must be one of auto, xla, whole, cudnn, splash"):
         attention.attend(q, [(k, v, None)], "flash")
     with pytest.raises(ValueError, match="attention is 'cudnn' with float32 heads of 8"):
         attention.attend(q, [(k, v, None)], "cudnn")

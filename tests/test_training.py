@@ -179,9 +179,11 @@ from sf_jax.training import loop, sharding, stages, step as steps
 import dataclasses
 
 config = small_config("distill", teacher_weights="unused", cache_gradient="straight_through")
+config = dataclasses.replace(config, data=dataclasses.replace(config.data, height=8))  # 12 tokens a frame
 params = jax.device_get(random_params(config.model))  # updates donate what is on a device
 results = []
-for devices, mesh_config in ((jax.devices()[:1], MeshConfig()), (jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2))):
+for devices, sizes in ((1, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"fsdp": 4, "context": 2})):
+    mesh_config, devices = MeshConfig(**sizes), jax.devices()[:devices]
     mesh = sharding.make_mesh(mesh_config, devices)
     state = steps.new_state(config, params, jax.device_get(random_params(config.model, 1)))
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
@@ -197,15 +199,15 @@ for devices, mesh_config in ((jax.devices()[:1], MeshConfig()), (jax.devices(), 
     kernel = state.model.params["blocks"]["ffn_in"]["kernel"]
     print(len(devices), kernel.sharding.shard_shape(kernel.shape), jax.tree.map(np.asarray, values))
     results.append(jax.device_get((state, values)))
-one, eight = results
-changes = [jax.tree.map(np.subtract, r[0].model.params, params) for r in results]
-print("loss", abs(eight[1]["generator_loss"] / one[1]["generator_loss"] - 1))
-for name in ("generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"):
-    assert abs(eight[1][name] / one[1][name] - 1) < 1e-5, name
-for a, b in ((one[0].model, eight[0].model), (one[0].critic, eight[0].critic)):
-    assert tree_relative(b.params, a.params) < 1e-5
-    nu = [jax.tree.leaves(n.opt_state) for n in (a, b)]
-    assert tree_relative(nu[1], nu[0]) < 1e-5
+one, *others = results
+for eight in others:
+    print("loss", abs(eight[1]["generator_loss"] / one[1]["generator_loss"] - 1))
+    for name in ("generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"):
+        assert abs(eight[1][name] / one[1][name] - 1) < 1e-5, name
+    for a, b in ((one[0].model, eight[0].model), (one[0].critic, eight[0].critic)):
+        assert tree_relative(b.params, a.params) < 1e-5
+        nu = [jax.tree.leaves(n.opt_state) for n in (a, b)]
+        assert tree_relative(nu[1], nu[0]) < 1e-5
 print("equal")
 """
 
@@ -215,7 +217,7 @@ def test_eight_devices_equal_one():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr[-3000:]
-    assert "(2, 16, 24)" in done.stdout  # the kernel is split over fsdp and tensor
+    assert "(2, 16, 24)" in done.stdout and "(2, 4, 48)" in done.stdout  # the kernel is split over fsdp and tensor
 
 
 def test_every_leaf_has_a_sharding_rule():
@@ -224,7 +226,7 @@ def test_every_leaf_has_a_sharding_rule():
     state = jax.eval_shape(lambda: steps.new_state(config))
     shardings = sharding.tree_shardings(state, mesh)
     spec = shardings.model.opt_state[1].inner_states["adam"].inner_state[0].mu["head"]["kernel"].spec
-    assert tuple(spec) == ("fsdp", None)
+    assert tuple(spec) == (("fsdp", "context"), None)
     with pytest.raises(ValueError, match="no sharding rule for blocks/new/kernel"):
         sharding.tree_shardings({"blocks": {"new": {"kernel": jnp.zeros((2, 3))}}}, mesh)
 
@@ -286,9 +288,16 @@ def test_bad_meshes_and_batches_are_refused():
         ValueError, match="mesh.data=3, mesh.fsdp=1, mesh.context=1, mesh.tensor=1: the sizes must multiply to the 1"
     ):
         sharding.make_mesh(dataclasses.replace(config.mesh, data=3), jax.devices()[:1])
-    with pytest.raises(ValueError, match="mesh.context is 2: tokens are not split over devices yet"):
-        sharding.make_mesh(dataclasses.replace(config.mesh, context=2))
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1), sharding.MESH_AXES)
+    with pytest.raises(ValueError, match="mesh.context is 2: it must divide the 9 tokens of a frame"):
+        sharding.check_config(config, mesh)
+    square = dataclasses.replace(config, data=dataclasses.replace(config.data, height=8))
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), sharding.MESH_AXES)
+    with pytest.raises(ValueError, match="mesh.context x mesh.tensor is 4: it must divide model.num_heads, 2"):
+        sharding.check_config(square, mesh)
     mesh = jax.sharding.AbstractMesh((4, 2, 1, 1), sharding.MESH_AXES)
+    with pytest.raises(ValueError, match="batch_size is 8: .* mesh.data x mesh.fsdp x accumulate = 8 x 2"):
+        sharding.check_config(dataclasses.replace(config, accumulate=2), mesh)
     with pytest.raises(ValueError, match="batch_size is 12: it must be a multiple of mesh.data x mesh.fsdp = 8"):
         sharding.check_batch(12, mesh)
 

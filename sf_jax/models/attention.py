@@ -194,6 +194,7 @@ def attend(
     segments: Sequence[Segment],
     implementation: str = "auto",
     max_logits: int | None = None,
+    split: str = "heads",
 ) -> jax.Array:
     """Softmax attention of `q` over the keys of several segments together.
 
@@ -207,6 +208,7 @@ def attend(
       implementation: "xla" (any device), "whole" ("xla" without blocks: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
       max_logits: largest number of logits that "xla" holds at once; None is the backend's.
+      split: which axis of the queries a `context` of the mesh splits, "heads" or "tokens"; keys are not split in tokens.
 
     Returns:
       [B, T, N, D], dtype of `q`.
@@ -215,7 +217,7 @@ def attend(
     if chosen == "cudnn":
         return attention_kernels.cudnn(q, segments)
     if chosen == "splash":
-        return attention_kernels.splash_attention(q, segments)
+        return attention_kernels.splash_attention(q, segments, split)
     batch, length, heads, dim = q.shape
     q = (q * dim**-0.5).transpose(0, 2, 1, 3)
     segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)

@@ -1,6 +1,5 @@
 """Fused attention of the vendors: cuDNN's on GPUs, Splash on TPUs. `attention.attend` is the entry."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -9,10 +8,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
+from sf_jax.models.partition import mesh_axes
+
 LANES = 128
 # Keys and values are read in blocks of this many; queries in blocks of at most as many.
 BLOCK = 512
-BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 
 def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
@@ -38,11 +38,14 @@ def cudnn(q: jax.Array, segments: Sequence[tuple], implementation: str = "cudnn"
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 
 
-def splash_attention(q: jax.Array, segments: Sequence[tuple], interpret: bool = False) -> jax.Array:
+def splash_attention(
+    q: jax.Array, segments: Sequence[tuple], split: str = "heads", interpret: bool = False
+) -> jax.Array:
     """Attention by the Splash kernel; arguments as in `attention.attend`.
 
     Lengths are padded to the kernel's blocks and heads to its 128 lanes; what is padded or masked has another segment
-    id than the queries. Under a mesh (`jax.set_mesh`) the kernel runs on every device's share of batch and heads.
+    id than the queries. Under a mesh (`jax.set_mesh`) the kernel runs on every device's share of batch and heads, or of
+    batch, heads and queries if `split` is "tokens".
     """
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     hidden = jnp.concatenate([_hidden(k.shape[1], mask) for k, _, mask in segments])
@@ -53,13 +56,13 @@ def splash_attention(q: jax.Array, segments: Sequence[tuple], interpret: bool = 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, hidden)
-    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    split = math.prod(mesh.shape[axis] for axis in batch)
-    batch = batch if batch and q.shape[0] % split == 0 else None
-    heads = HEAD_AXIS if q.shape[2] % mesh.shape.get(HEAD_AXIS, q.shape[2] + 1) == 0 else None
-    spec = PartitionSpec(batch, None, heads, None)
-    specs = (spec, spec, spec, PartitionSpec(None))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, hidden)
+    batch, tokens = mesh_axes("batch", q.shape[0]), None
+    heads = mesh_axes("heads" if split == "heads" else "features", q.shape[2])
+    if split == "tokens":
+        tokens = mesh_axes("tokens", q.shape[1])
+    own, keys = PartitionSpec(batch, tokens, heads, None), PartitionSpec(batch, None, heads, None)
+    specs = (own, keys, keys, PartitionSpec(None))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(q, k, v, hidden)
 
 
 def _hidden(length, mask):

@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from sf_jax.models.partition import constrain
+
 
 @flax.struct.dataclass
 class KVCache:
@@ -50,9 +52,10 @@ def init_cache(
     if not 0 <= sink <= capacity:
         raise ValueError(f"sink is {sink} frames: it must be between 0 and the cache's capacity of {capacity} frames")
     shape = (layers, batch, capacity * tokens_per_frame, heads, head_dim)
+    k, v = (constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None) for _ in range(2))
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=k,
+        v=v,
         frames=jnp.full((capacity,), -1, jnp.int32),
         sink=sink,
     )

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.models import attention, rope
+from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm, time_features
+from sf_jax.models.partition import constrain
 
 REMAT_POLICIES = {
     "none": None,
@@ -186,19 +187,19 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(eps), RMSNorm(eps)
 
     def queries(self, x: jax.Array) -> jax.Array:
-        """[B, T, dim] to [B, T, N, D]."""
+        """[..., dim] to [..., N, D]."""
         return self._heads(self.norm_q(self.q(x)))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, dim] to keys and values [B, T, N, D]."""
+        """[..., dim] to keys and values [..., N, D]."""
         return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
 
     def output(self, x: jax.Array) -> jax.Array:
-        """[B, T, N, D] to [B, T, dim]."""
-        return self.o(x.reshape(*x.shape[:2], -1))
+        """[..., N, D] to [..., dim]."""
+        return self.o(x.reshape(*x.shape[:-2], -1))
 
     def _heads(self, x):
-        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
 
 
 class Block(nn.Module):
@@ -216,7 +217,8 @@ class Block(nn.Module):
 
     def text_kv(self, carry: None, text: jax.Array) -> tuple[None, KeysValues]:
         """Cross-attention keys and values [B, S, N, D] of the projected prompt [B, S, dim]."""
-        return carry, KeysValues(*self.cross_attn.keys_values(text))
+        k, v = (constrain(a, "batch", None, "features", None) for a in self.cross_attn.keys_values(text))
+        return carry, KeysValues(k, v)
 
     def __call__(
         self,
@@ -226,7 +228,7 @@ class Block(nn.Module):
         slot: jax.Array | None,
         shared: _Shared,
     ) -> tuple[tuple[jax.Array, jax.Array | None], KeysValues | None]:
-        """Runs the block on (`x` [B, T, dim], tapped outputs [taps + 1, B, T, dim] or None); `slot` is its tap."""
+        """Runs the block on (`x` [B, F, P, dim], tapped outputs [taps + 1, ...] or None); `slot` is its tap."""
         x, tapped = carry
         x, kv = self.run(x, text, context, shared)
         if tapped is not None:  # outside of `run`: recomputing that must not keep the taps of every layer
@@ -236,27 +238,35 @@ class Block(nn.Module):
     def run(
         self, x: jax.Array, text: KeysValues, context: KeysValues | None, shared: _Shared
     ) -> tuple[jax.Array, KeysValues | None]:
-        """Runs the block on `x` [B, T, dim]; also returns the own keys and values if asked for."""
+        """Runs the block on `x` [B, F, P, dim]; also returns the own keys and values [B, F*P, N, D] if asked for."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
-        frames = x.shape[1] // shared.tokens
+        stream = ("batch", None, "tokens", None)
+        x = constrain(x, *stream)
 
-        def by_frame(a, operation):
-            split = a.reshape(a.shape[0], frames, shared.tokens, -1).astype(jnp.float32)
-            return operation(split).reshape(a.shape).astype(a.dtype)
+        def wide(a, operation):
+            return operation(a.astype(jnp.float32)).astype(a.dtype)
 
         def modulated(a, shift, scale):
-            return by_frame(layer_norm(a, self.config.eps), lambda s: s * (1 + scale[:, :, None]) + shift[:, :, None])
+            return wide(layer_norm(a, self.config.eps), lambda s: s * (1 + scale[:, :, None]) + shift[:, :, None])
 
         h = modulated(x, shift1, scale1)
-        q = self.self_attn.queries(h)
-        k, v = self.self_attn.keys_values(h)
-        y = self.self_attn.output(_pattern_attention(q, k, v, context, shared))
-        x = x + by_frame(y, lambda s: s * gate1[:, :, None])
-        q = self.cross_attn.queries(self.norm3(x))
-        x = x + self.cross_attn.output(attention.attend(q, [(text.k, text.v, None)], shared.implementation))
-        y = self.ffn_out(nn.gelu(self.ffn_in(modulated(x, shift2, scale2)), approximate=True))
-        x = x + by_frame(y, lambda s: s * gate2[:, :, None])
+        q, k, v = (_all_tokens(a) for a in (self.self_attn.queries(h), *self.self_attn.keys_values(h)))
+        y = _pattern_attention(q, k, v, context, shared).reshape(*x.shape[:3], *q.shape[2:])
+        y = self.self_attn.output(constrain(y, "batch", None, "tokens", "features", None))
+        x = constrain(x + wide(y, lambda s: s * gate1[:, :, None]), *stream)
+        q = partition.merge_tokens(self.cross_attn.queries(self.norm3(x)))
+        y = attention.attend(q, [(text.k, text.v, None)], shared.implementation, split="tokens")
+        x = x + self.cross_attn.output(partition.split_tokens(y, x.shape[1]))
+        h = constrain(self.ffn_in(modulated(x, shift2, scale2)), *stream[:3], "features")
+        y = self.ffn_out(nn.gelu(h, approximate=True))
+        x = constrain(x + wide(y, lambda s: s * gate2[:, :, None]), *stream)
         return x, KeysValues(k, v) if shared.return_kv else None
+
+
+def _all_tokens(x):
+    """[B, F, P, N, D] to [B, F*P, N, D] with all tokens of its heads on a device."""
+    x = constrain(x, "batch", None, None, "heads", None)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _pattern_attention(q, k, v, context, shared):
@@ -366,8 +376,9 @@ class WanTransformer(nn.Module):
         config = self.config
         h, _, kv, time = self._trunk(x, t, text, layout, context, return_kv)
         shift, scale = jnp.moveaxis(self.head_modulation[:, None] + time[:, :, None], 2, 0)
-        h = layer_norm(h, config.eps).reshape(*x.shape[:2], -1, config.dim).astype(jnp.float32)
+        h = layer_norm(h, config.eps).astype(jnp.float32)
         h = (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(config.dtype)
+        h = constrain(h, "batch", None, "tokens", None)
         flow = _unpatchify(self.head(h).astype(jnp.float32), config.grid(*x.shape[2:4]), config)
         return (flow, kv) if return_kv else flow
 
@@ -376,7 +387,8 @@ class WanTransformer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Outputs [taps, B, T, dim] of the blocks `taps` (indices), and the time embedding float32 [B, F or 1, dim].
 
-        Other arguments as in `__call__`. What a discriminator on this network looks at.
+        Other arguments as in `__call__`. What a discriminator on this network looks at; where the tokens are split over
+        devices, their order is that of `partition.merge_tokens`.
 
         Raises:
           ValueError: if a tap is no block.
@@ -384,10 +396,10 @@ class WanTransformer(nn.Module):
         if not taps or min(taps) < 0 or max(taps) >= self.config.num_layers or len(set(taps)) != len(taps):
             raise ValueError(f"taps is {taps}: give different blocks out of 0 to {self.config.num_layers - 1}")
         _, tapped, _, time = self._trunk(x, t, text, layout, taps=taps)
-        return tapped, time
+        return jax.vmap(partition.merge_tokens)(tapped), time
 
     def _trunk(self, x, t, text, layout, context=None, return_kv=False, taps=()):
-        """All blocks: last output [B, T, dim], tapped outputs, own keys and values, time embedding."""
+        """All blocks: last output [B, F, P, dim], tapped outputs, own keys and values, time embedding."""
         config = self.config
         if x.shape[-1] != config.channels:
             raise ValueError(f"latents have {x.shape[-1]} channels (last axis), the model has {config.channels}")
@@ -411,7 +423,8 @@ class WanTransformer(nn.Module):
             implementation=config.attention,
             return_kv=return_kv,
         )
-        h = self.patch_embedding(_patchify(x.astype(config.dtype), config.patch))
+        h = self.patch_embedding(_patchify(constrain(x, "batch", *[None] * 4).astype(config.dtype), config.patch))
+        h = constrain(h, "batch", None, "tokens", None)
         tapped = slots = None
         if taps:
             # one slot more, into which all blocks without a tap write
@@ -435,11 +448,11 @@ def param_shapes(config: WanConfig) -> dict:
 
 
 def _patchify(x, patch):
-    """[B, F, H, W, C] to tokens [B, F*h*w, ph*pw*C]."""
+    """[B, F, H, W, C] to tokens [B, F, h*w, ph*pw*C]."""
     batch, frames, height, width, channels = x.shape
     h, w = height // patch[1], width // patch[2]
     x = x.reshape(batch, frames, h, patch[1], w, patch[2], channels).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(batch, frames * h * w, -1)
+    return x.reshape(batch, frames, h * w, -1)
 
 
 def _unpatchify(x, grid, config):

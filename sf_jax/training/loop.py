@@ -53,7 +53,7 @@ def train(
     if config.log.sample_every and sample is None:
         raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can make samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, mesh)
+    sharding.check_config(config, mesh)
     with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
         changed = checkpoints.check_config(allow_config_change)
         for line in changed:
@@ -127,7 +127,7 @@ def compile_updates(stage: Stage, mesh: Mesh, state: TrainState) -> list[Program
     shardings = jax.tree.map(lambda x: x.sharding, state)
     frozen = sharding.tree_shardings(stage.frozen, mesh)
     updates = jit_updates(stage.updates, stage.keys, stage.constants, mesh, shardings, frozen)
-    return [Program(*update) for update in updates]
+    return [Program(*update, mesh) for update in updates]
 
 
 def _run(

@@ -59,11 +59,13 @@ class Program:
       name: of the update.
       update: jitted.
       due: whether an iteration runs it.
+      mesh: the devices.
     """
 
     name: str
     update: Callable
     due: Callable[[int], bool]
+    mesh: Mesh
     _compiled: Callable | None = None
 
     @property
@@ -73,7 +75,8 @@ class Program:
 
     def compile(self, state, frozen, batch) -> None:
         """Compiles the update for arguments like these; they are not used up."""
-        self._compiled = self.update.lower(state, frozen, batch).compile()
+        with jax.set_mesh(self.mesh):  # activations are split as it says
+            self._compiled = self.update.lower(state, frozen, batch).compile()
 
     def __call__(self, state, frozen, batch):
         """The update."""

@@ -10,18 +10,19 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sf_jax.config import MeshConfig
+from sf_jax.config import MeshConfig, TrainConfig
+from sf_jax.models import partition
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = partition.AXES["batch"]
 
-# logical axis -> mesh axis, or None: not split
+# logical axis of a parameter -> mesh axes, or None: not split
 RULES = {
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "width": None,
-    "heads": "tensor",
-    "mlp": "tensor",
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
     "patch": None,
     "text": None,
     "time": None,
@@ -91,8 +92,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
     """
-    if config.context != 1:
-        raise ValueError(f"mesh.context is {config.context}: tokens are not split over devices yet, it must be 1")
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     free = [i for i, size in enumerate(sizes) if size == -1]
@@ -129,11 +128,11 @@ def tree_shardings(tree, mesh: Mesh):
             if axis not in RULES:
                 raise ValueError(f"logical axis {axis!r} of {'/'.join(names)} has no rule in sharding.RULES")
             target = RULES[axis]
-            if target is not None and size % mesh.shape[target]:
-                raise ValueError(
-                    f"mesh.{target} is {mesh.shape[target]}: it must divide {size}, axis {axis!r} of {'/'.join(names)}"
-                )
-            spec.append(target)
+            parts = math.prod(mesh.shape[name] for name in target or ())
+            if size % parts:
+                wanted = " x ".join(f"mesh.{name}" for name in target)
+                raise ValueError(f"{wanted} is {parts}: it must divide {size}, axis {axis!r} of {'/'.join(names)}")
+            spec.append(target if target is None or len(target) > 1 else target[0])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -170,6 +169,29 @@ def _place(x, target: NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(x, target)
     return jax.make_array_from_callback(x.shape, target, lambda index: np.asarray(x)[index])
+
+
+def check_config(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuses meshes that do not divide what the config wants to split.
+
+    Raises:
+      ValueError: naming the mesh axes and what they must divide.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if config.batch_size % (parts * config.accumulate):
+        raise ValueError(
+            f"batch_size is {config.batch_size}: it must be a multiple of mesh.data x mesh.fsdp x accumulate = "
+            f"{parts} x {config.accumulate}"
+        )
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    rows, columns = config.model.grid(config.data.height, config.data.width)
+    if rows * columns % context:
+        raise ValueError(f"mesh.context is {context}: it must divide the {rows * columns} tokens of a frame")
+    for name, model in (("model", config.model), ("teacher", config.teacher_model), ("critic", config.critic_model)):
+        if model.num_heads % (context * tensor):
+            raise ValueError(
+                f"mesh.context x mesh.tensor is {context * tensor}: it must divide {name}.num_heads, {model.num_heads}"
+            )
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
