@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sf_jax.data import captions, moving_digits, pipeline, prompts, videos
 from sf_jax.inference import prepare_job, video_io, wan
@@ -17,8 +18,10 @@ from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import WanVae
 from sf_jax.training.media import wan_media
 from sf_jax.training.pairs import pair_iterator
+from sf_jax.weights import mapping
+from sf_jax.weights import umt5 as umt5_names
 from sf_jax.weights.folders import find_model
-from sf_jax.weights.networks import load_network
+from sf_jax.weights.networks import identify, load_network
 from tests.test_commands import command
 from tests.wan_folder import make_folder
 
@@ -312,6 +315,16 @@ def test_missing_data_is_refused(data, tmp_path):
     assert prompts.open_prompts(tmp_path, **READ)[0]["caption"] == TEXTS[0]
 
 
+def test_a_network_is_known_whatever_its_file(model, tmp_path):
+    path = find_model(model).text_encoder
+    config, params = load_network(path, "umt5")
+    save_file(mapping.to_tensors(umt5_names.entries(config, "transformers"), params), tmp_path / "t.safetensors")
+    assert identify(tmp_path / "t.safetensors", "umt5") == identify(path, "umt5")
+    params["norm"]["scale"] *= 2
+    save_file(mapping.to_tensors(umt5_names.entries(config), params), tmp_path / "o.safetensors")
+    assert identify(tmp_path / "o.safetensors", "umt5")[1] != identify(path, "umt5")[1]
+
+
 # Input of users.
 
 
@@ -345,6 +358,7 @@ def test_bad_video_folders_are_refused(tmp_path):
         captions.find_videos(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.mp4").write_bytes(b"")
+    (tmp_path / "sub" / "thumbnail.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 of 1 videos in .* have no caption \(sub/a.mp4\)"):
         captions.find_videos(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\nsub/a.mp4,a cat\nb.mp4,a dog\n")

@@ -127,9 +127,11 @@ def _of_table(folder, table, there, field) -> tuple[list[Video], int]:
 
 
 def _videos_in(folder) -> list[Path]:
-    """Video files and folders of images, at any depth."""
-    found = {file for file in folder.rglob("*") if _is_kind(file, VIDEO_SUFFIXES)}
-    found |= {file.parent for file in folder.rglob("*") if _is_kind(file, IMAGE_SUFFIXES) and file.parent != folder}
+    """Video files, and folders of images without videos among them, at any depth."""
+    files = list(folder.rglob("*"))
+    found = {file for file in files if _is_kind(file, VIDEO_SUFFIXES)}
+    mixed = {folder, *(file.parent for file in found)}
+    found |= {file.parent for file in files if file.parent not in mixed and _is_kind(file, IMAGE_SUFFIXES)}
     return sorted(found)
 
 
