@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         raise ValueError(f"path: got the folder {path}, allowed: the name of a file")
     # Not tempfile, whose files only their owner may read, which the final file would inherit.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The token keeps processes of several machines apart, whose numbers may be the same.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -2,14 +2,21 @@
 
 The iterators are grain's: `get_state()` gives a small JSON-serialisable dictionary, `set_state()` takes
 it back, and Orbax saves them as they are.
+
+Several processes share a batch: each gets, and reads, its own contiguous rows of it. Which example a row holds, and
+what is drawn for it, depends on the seed and on its place in the whole batch alone, and so does the state: a run may
+be continued by another number of processes.
 """
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
+
+from sf_jax.data.shards import check_processes
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # Counted in batches.
 
@@ -29,6 +36,93 @@ class TextEncoder(Protocol):
         """Embeds B prompts: float32 [B, L, D]."""
 
 
+class EmbeddedPrompts(Protocol):
+    """Random access to embedded prompts: text [L, D], caption str."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class LatentSource(Protocol):
+    """Random access to encoded clips: latent float32 [F, H, W, C], text [L, D], caption str."""
+
+    @property
+    def empty(self) -> np.ndarray:
+        """Embedding [L, D] of the empty prompt."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+Collate = Callable[[Sequence[Any]], dict[str, np.ndarray]]
+
+
+def row_iterator(
+    length: int,
+    collate: Collate,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    draws: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    name: str = "source",
+) -> grain.DatasetIterator:
+    """Iterates over batches that are given as the numbers of their examples, for `collate` to read.
+
+    Args:
+      length: Number of examples.
+      collate: Makes a batch of its rows; a row is an example's index or, with `draws`, (index, numpy generator).
+      batch_size: B, over all processes.
+      seed: Determines order and generators, 0 to 2**32 - 1.
+      shuffle: Whether every epoch has its own random order.
+      repeat: Whether to go on for ever, batches running across epochs; otherwise the last batch may be smaller.
+      draws: Whether rows have random numbers of their own.
+      process_index: Which of the processes this is; it gets the rows [i * B / P, (i + 1) * B / P) of each batch.
+      process_count: P.
+      name: What error messages call the examples.
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
+    if length < 1:
+        raise ValueError(f"{name}: got {length} entries, allowed: 1 or more")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 or more")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed}, allowed: 0 to {2**32 - 1}")
+    check_processes(process_index, process_count)
+    if batch_size % process_count:
+        raise ValueError(f"batch_size: got {batch_size}, allowed: a multiple of the {process_count} processes")
+    if process_count > 1 and not repeat:
+        raise ValueError(f"repeat: got False, allowed: True where there are {process_count} processes")
+    # The operations and their order are part of the stream: grain derives each one's seed from its place.
+    rows = grain.MapDataset.source(range(length)).seed(seed)
+    if shuffle:
+        rows = rows.shuffle()
+    if repeat:
+        rows = rows.repeat()
+    if draws:
+        rows = rows.random_map(_with_generator)
+    size = batch_size // process_count
+    own = slice(process_index * size, (process_index + 1) * size)
+    batches = rows.batch(batch_size, batch_fn=functools.partial(_own_rows, own=own, collate=collate))
+    return iter(batches.to_iter_dataset(_READ))
+
+
+def _with_generator(index: int, rng: np.random.Generator) -> tuple[int, np.random.Generator]:
+    # grain uses the generator again for another row
+    return index, copy.deepcopy(rng)
+
+
+def _own_rows(rows: Sequence[Any], *, own: slice, collate: Collate) -> dict[str, np.ndarray]:
+    return collate(rows[own])
+
+
 def video_iterator(
     source: ClipSource,
     *,
@@ -39,12 +133,14 @@ def video_iterator(
     shuffle: bool = True,
     repeat: bool = True,
     text_dropout: float = 0.0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Iterates over batches of captioned clips.
 
     Args:
       source: The clips.
-      batch_size: B.
+      batch_size: B, over all processes.
       num_frames: Frames of the random temporal crop, F.
       seed: Determines order, crops and dropped captions, 0 to 2**32 - 1.
       text_encoder: Embeds the captions.
@@ -52,6 +148,8 @@ def video_iterator(
       repeat: Whether to go on for ever, batches running across epochs. Otherwise one epoch is
         delivered whole, so that its last batch may be smaller.
       text_dropout: Share of captions replaced by the empty prompt in `text` (`caption` keeps them).
+      process_index: Which of the processes this is.
+      process_count: P; each process gets B / P rows.
 
     Returns:
       An iterator over dictionaries: video uint8 [B, F, H, W, C], text float32 [B, L, D], caption
@@ -60,20 +158,26 @@ def video_iterator(
     Raises:
       ValueError: An argument is out of range.
     """
-    _check_common(len(source), "source", batch_size, seed)
-    if not 0 <= text_dropout <= 1:
-        raise ValueError(f"text_dropout: got {text_dropout}, allowed: 0 to 1")
+    _check_dropout(text_dropout)
+
+    def collate(rows):
+        return _collate([_crop_and_drop(source[i], rng, num_frames, text_dropout) for i, rng in rows], text_encoder)
+
+    batches = row_iterator(
+        len(source),
+        collate,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        repeat=repeat,
+        draws=True,
+        process_index=process_index,
+        process_count=process_count,
+    )
     length = len(source[0]["video"])
     if not 1 <= num_frames <= length:
         raise ValueError(f"num_frames: got {num_frames}, allowed: 1 to the clips' {length} frames")
-    clips = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        clips = clips.shuffle()
-    if repeat:
-        clips = clips.repeat()
-    clips = clips.random_map(functools.partial(_crop_and_drop, num_frames=num_frames, dropout=text_dropout))
-    batches = clips.batch(batch_size, batch_fn=functools.partial(_collate, text_encoder=text_encoder))
-    return iter(batches.to_iter_dataset(_READ))
+    return batches
 
 
 def prompt_iterator(
@@ -82,14 +186,18 @@ def prompt_iterator(
     batch_size: int,
     seed: int,
     text_encoder: TextEncoder,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Iterates over batches of prompts in shuffled epochs, for ever.
 
     Args:
       prompts: The prompts.
-      batch_size: B; batches run across epochs.
+      batch_size: B, over all processes; batches run across epochs.
       seed: Determines the order, 0 to 2**32 - 1.
       text_encoder: Embeds the prompts.
+      process_index: Which of the processes this is.
+      process_count: P; each process gets B / P rows.
 
     Returns:
       An iterator over dictionaries: text float32 [B, L, D], caption str [B].
@@ -97,31 +205,103 @@ def prompt_iterator(
     Raises:
       ValueError: An argument is out of range.
     """
-    _check_common(len(prompts), "prompts", batch_size, seed)
-    epochs = grain.MapDataset.source(list(prompts)).seed(seed).shuffle().repeat()
-    batches = epochs.batch(batch_size, batch_fn=functools.partial(_collate_prompts, text_encoder=text_encoder))
-    return iter(batches.to_iter_dataset(_READ))
+
+    def collate(rows):
+        chosen = [prompts[i] for i in rows]
+        return {"text": text_encoder.encode(chosen), "caption": np.array(chosen)}
+
+    processes = {"process_index": process_index, "process_count": process_count}
+    return row_iterator(len(prompts), collate, batch_size=batch_size, seed=seed, name="prompts", **processes)
 
 
-def _check_common(length: int, name: str, batch_size: int, seed: int) -> None:
-    if length < 1:
-        raise ValueError(f"{name}: got {length} entries, allowed: 1 or more")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 or more")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: got {seed}, allowed: 0 to {2**32 - 1}")
+def embedded_prompt_iterator(
+    source: EmbeddedPrompts, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Iterates over batches of embedded prompts in shuffled epochs, for ever.
+
+    Args:
+      source: The prompts, such as `prompts.open_prompts` gives.
+      batch_size: B, over all processes; batches run across epochs.
+      seed: Determines the order, 0 to 2**32 - 1.
+      process_index: Which of the processes this is.
+      process_count: P; each process gets, and reads, B / P rows.
+
+    Returns:
+      An iterator over dictionaries: text [B, L, D] in the source's type, caption str [B].
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
+
+    def collate(rows):
+        return _stack([source[i] for i in rows])
+
+    processes = {"process_index": process_index, "process_count": process_count}
+    return row_iterator(len(source), collate, batch_size=batch_size, seed=seed, name="prompts", **processes)
 
 
-def _crop_and_drop(
-    clip: dict[str, Any], rng: np.random.Generator, *, num_frames: int, dropout: float
-) -> dict[str, Any]:
+def latent_iterator(
+    source: LatentSource,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    text_dropout: float = 0.0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Iterates over batches of encoded clips with embedded captions.
+
+    Args:
+      source: The clips, such as `videos.open_videos` gives.
+      batch_size: B, over all processes.
+      seed: Determines order and dropped captions, 0 to 2**32 - 1.
+      shuffle: Whether every epoch has its own random order.
+      repeat: Whether to go on for ever, batches running across epochs; otherwise the last batch may be smaller.
+      text_dropout: Share of captions replaced by the empty prompt in `text` (`caption` keeps them).
+      process_index: Which of the processes this is.
+      process_count: P; each process gets, and reads, B / P rows.
+
+    Returns:
+      An iterator over dictionaries: latent float32 [B, F, H, W, C], text [B, L, D] in the source's type, caption
+      str [B].
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
+    _check_dropout(text_dropout)
+
+    def clip(index, rng):
+        found = source[index]
+        return {**found, "text": source.empty} if rng.random() < text_dropout else found
+
+    return row_iterator(
+        len(source),
+        lambda rows: _stack([clip(*row) for row in rows]),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        repeat=repeat,
+        draws=True,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _check_dropout(text_dropout: float) -> None:
+    if not 0 <= text_dropout <= 1:
+        raise ValueError(f"text_dropout: got {text_dropout}, allowed: 0 to 1")
+
+
+def _crop_and_drop(clip: dict[str, Any], rng: np.random.Generator, num_frames: int, dropout: float) -> dict[str, Any]:
     """Crops one clip in time and decides which prompt its text will be."""
     begin = rng.integers(len(clip["video"]) - num_frames + 1)
     prompt = "" if rng.random() < dropout else clip["caption"]
     return {**clip, "video": clip["video"][begin : begin + num_frames], "prompt": prompt}
 
 
-def _collate(clips: Sequence[dict[str, Any]], *, text_encoder: TextEncoder) -> dict[str, np.ndarray]:
+def _collate(clips: Sequence[dict[str, Any]], text_encoder: TextEncoder) -> dict[str, np.ndarray]:
     return {
         "video": np.stack([clip["video"] for clip in clips]),
         "text": text_encoder.encode([clip["prompt"] for clip in clips]),
@@ -131,5 +311,5 @@ def _collate(clips: Sequence[dict[str, Any]], *, text_encoder: TextEncoder) -> d
     }
 
 
-def _collate_prompts(prompts: Sequence[str], *, text_encoder: TextEncoder) -> dict[str, np.ndarray]:
-    return {"text": text_encoder.encode(prompts), "caption": np.array(prompts)}
+def _stack(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -54,13 +54,17 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))
 
 
-def read_video(path: str | Path, height: int, width: int) -> np.ndarray:
-    """Reads a video and fits its frames as `read_image` does; its frame rate is kept as it is.
+def read_video(
+    path: str | Path, height: int, width: int, fps: float | None = None, limit: int | None = None
+) -> np.ndarray:
+    """Reads a video and fits its frames as `read_image` does.
 
     Args:
       path: The video, any format that ffmpeg reads.
       height: Rows wanted.
       width: Columns wanted.
+      fps: Frames a second wanted, by repeating or leaving out frames; None keeps all as they are.
+      limit: How many frames to read at most.
 
     Returns:
       uint8 [F, height, width, 3].
@@ -72,9 +76,10 @@ def read_video(path: str | Path, height: int, width: int) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"video: {path} {'is a folder' if path.is_dir() else 'does not exist'}, allowed: a video file")
     fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic,crop={width}:{height}"
+    fit = fit if fps is None else f"fps={fps},{fit}"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-nostdin", "-i", str(path.absolute())]
-    command += ["-vf", fit, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    done = subprocess.run(command, capture_output=True)
+    command += ["-vf", fit, "-fps_mode", "passthrough", *([] if limit is None else ["-frames:v", str(limit)])]
+    done = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True)
     frames = len(done.stdout) // (height * width * 3)
     if done.returncode or not frames:
         reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["it has no frames"])[-1]

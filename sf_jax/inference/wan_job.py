@@ -18,9 +18,8 @@ from sf_jax import files
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import video_io, wan
-from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.inference.wan_text import embed_prompts
 from sf_jax.models.tiny_vae import TinyVaeDecoder
-from sf_jax.models.umt5 import Umt5Encoder
 from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
 from sf_jax.weights.networks import check_network, load_network
@@ -169,24 +168,6 @@ def video_names(job: Job) -> list[str]:
     if len(set(names)) < len(names):
         names = [f"{i:04d}_{name}" for i, name in enumerate(names)]
     return names
-
-
-def embed_prompts(model: ModelFiles, prompts: Sequence[str], dtype: str) -> dict[str, np.ndarray]:
-    """Embeddings [512, 4096] of prompts; the encoder is in memory only meanwhile."""
-    tokenizer = load_tokenizer(model.tokenizer)
-    config, params = load_network(model.text_encoder, "umt5")
-    encoder = Umt5Encoder(dataclasses.replace(config, dtype=dtype))
-    embed = jax.jit(lambda params, ids, mask: encoder.apply({"params": params}, ids, mask, method="embed"))
-    found = {}
-    for prompt in dict.fromkeys(prompts):
-        ids, mask = tokenizer.encode([prompt])
-        if ids.max() >= config.vocab:
-            raise ValueError(
-                f"{model.text_encoder} knows {config.vocab} tokens, {model.tokenizer} has token {ids.max()}: they do "
-                "not belong together"
-            )
-        found[prompt] = np.asarray(embed(params, ids, mask)[0].astype(dtype))
-    return found
 
 
 def given_pixels(job: Job) -> np.ndarray | None:

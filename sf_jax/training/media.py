@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from sf_jax.models.patch_codec import PatchCodec, to_float
+from sf_jax.models.vae import VaeConfig, WanVae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,3 +32,26 @@ def digits_media(codec: PatchCodec) -> Media:
         return codec.encode(codec.decode(latents[:, -1:]))
 
     return Media(lambda batch: codec.encode(to_float(batch["video"])), as_image)
+
+
+def wan_media(config: VaeConfig) -> Media:
+    """Latents of Wan's VAE, whose parameters are `frozen["vae"]`; batches hold latents, as `latent` [B, F, H, W, C].
+
+    Source: official `SelfForcingModel._run_generator`.
+    """
+    vae = WanVae(config)
+
+    def as_image(frozen, latents):
+        params = {"params": frozen["vae"]}
+
+        def step(carry, latent):
+            cache, pixels = vae.apply(params, carry[0], latent[:, None], method="stream")
+            return (cache, pixels[:, -1:]), None
+
+        # The decoder looks back over all frames, but of the pixels only the last frame is kept.
+        first = vae.apply(params, None, latents[:, :1], method="stream")
+        (_, pixels), _ = jax.lax.scan(step, first, jnp.moveaxis(latents[:, 1:], 1, 0))
+        image = vae.apply(params, jnp.clip(pixels, -1.0, 1.0), method="encode")
+        return image.astype(latents.dtype)
+
+    return Media(lambda batch: batch["latent"], as_image)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from sf_jax import many_step
 from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
-from sf_jax.data import ode_pairs
+from sf_jax.data import ode_pairs, pipeline
 from sf_jax.diffusion.solvers import teacher_trajectory
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanTransformer
@@ -100,15 +100,37 @@ def _fingerprint(params: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def pair_iterator(source: ode_pairs.PairSource, config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
-    """Endless shuffled batches of pairs."""
-    epochs = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
-    batches = epochs.batch(config.batch_size, batch_fn=functools.partial(_collate, text_encoder=text))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+def pair_iterator(
+    source: ode_pairs.PairSource,
+    config: TrainConfig,
+    text: pipeline.TextEncoder,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches of pairs.
 
+    Args:
+      source: the pairs.
+      config: its seed determines the order, its batch size is that of all processes.
+      text: embeds the captions.
+      process_index: which of the processes this is.
+      process_count: how many share a batch; each gets, and reads, its own contiguous rows.
 
-def _collate(pairs, *, text_encoder):
-    return {
-        "trajectory": np.stack([pair["trajectory"] for pair in pairs]),
-        "text": text_encoder.encode([pair["caption"] for pair in pairs]),
-    }
+    Returns:
+      An iterator over dictionaries: trajectory float32 [B, S, F, H, W, C], text float32 [B, L, D].
+
+    Raises:
+      ValueError: see `pipeline.row_iterator`.
+    """
+
+    def collate(rows):
+        pairs = [source[i] for i in rows]
+        return {
+            "trajectory": np.stack([pair["trajectory"] for pair in pairs]),
+            "text": text.encode([pair["caption"] for pair in pairs]),
+        }
+
+    processes = {"process_index": process_index, "process_count": process_count}
+    return pipeline.row_iterator(
+        len(source), collate, batch_size=config.batch_size, seed=config.seed, name="pairs", **processes
+    )

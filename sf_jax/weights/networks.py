@@ -1,13 +1,19 @@
 """Networks from the weight files of others: what a file is, its sizes and its parameters on the devices."""
 
+import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from sf_jax.weights import mapping
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.load import check, load_params, normalised
 from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
+
+_SMALL = 1 << 14  # numbers
 
 
 def check_network(path: Path | str, kind: str, config: Any = None, part: str | None = None) -> None:
@@ -15,6 +21,32 @@ def check_network(path: Path | str, kind: str, config: Any = None, part: str | N
     with open_tensors(path, part) as tensors:
         config, entries, like = _mapped(path, tensors, kind, config)
         check(entries, normalised(tensors, (entry.name for entry in entries)), like, kind)
+
+
+def identify(path: Path | str, kind: str) -> tuple[Any, str]:
+    """Tells a network from others of its kind by its small tensors (norms, biases), whatever file they are in.
+
+    Args:
+      path: see `load_network`.
+      kind: see `load_network`.
+
+    Returns:
+      The sizes and a short hash; other names, containers or wider numbers do not change it.
+
+    Raises:
+      ValueError: see `check_network`.
+    """
+    digest = hashlib.sha256()
+    with open_tensors(path) as tensors:
+        config, entries, like = _mapped(path, tensors, kind, None)
+        tensors = normalised(tensors, (entry.name for entry in entries))
+        check(entries, tensors, like, kind)
+        for _, found in sorted(mapping.by_leaf(entries, tensors).items()):
+            for entry in found:
+                if math.prod(tensors.shapes[entry.name]) <= _SMALL:
+                    value = entry.layout.ours(tensors[entry.name]).astype(np.float32)
+                    digest.update(np.ascontiguousarray(value).tobytes())
+    return config, digest.hexdigest()[:16]
 
 
 def load_network(

@@ -1,0 +1,185 @@
+"""Files of prompts and folders of captioned videos, as users have them."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+CAPTION_KEYS = ("prompt", "caption", "text")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A captioned video.
+
+    Attributes:
+      name: its path inside the folder, with slashes.
+      path: a video file, or a folder of frames.
+      caption: what it shows.
+    """
+
+    name: str
+    path: Path
+    caption: str
+
+    def frames(self) -> list[Path]:
+        """The images of a folder of frames, in the order of the numbers in their names; none for a video file."""
+        if not self.path.is_dir():
+            return []
+        images = [file for file in self.path.iterdir() if _is_kind(file, IMAGE_SUFFIXES)]
+        return sorted(images, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.name)])
+
+
+def read_prompts(path: Path | str, field: str = "prompts") -> tuple[list[str], int]:
+    """Reads prompts: a line each, or the column `prompt`, `caption` or `text` of a .csv or .jsonl file.
+
+    Args:
+      path: the file; blank lines are skipped.
+      field: what error messages call it.
+
+    Returns:
+      The prompts without duplicates, and how many duplicates there were.
+
+    Raises:
+      ValueError: the file cannot be read, or holds no prompt.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        found = [_value(row, CAPTION_KEYS, where) for where, row in _rows(path, field)]
+    else:
+        found = _text(path, field).split("\n")  # not splitlines, for which U+2028 ends a line too
+    found = [prompt.strip() for prompt in found if prompt.strip()]
+    if not found:
+        raise ValueError(f"{field}: {path} holds no prompt: give one a line")
+    unique = list(dict.fromkeys(found))
+    return unique, len(found) - len(unique)
+
+
+def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video], int]:
+    """Finds the videos of a folder and their captions.
+
+    A `metadata.csv` or `metadata.jsonl` names them (`file_name`, and `text`, `caption` or `prompt`). Without one, they
+    are all video files and all folders of images, and the caption of `NAME.mp4`, or of the folder `NAME`, is in
+    `NAME.txt` next to it.
+
+    Args:
+      folder: the folder.
+      field: what error messages call it.
+
+    Returns:
+      The videos in the order of the metadata or else of their names, and how many the metadata does not name.
+
+    Raises:
+      ValueError: there are none, or a video has no caption, or a caption no video.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{field}: {folder} is no folder: give the folder that holds the videos")
+    tables = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(tables) > 1:
+        raise ValueError(f"{field}: {folder} has {' and '.join(METADATA)}: keep one of them")
+    there = _videos_in(folder)
+    if not there:
+        kinds = " ".join(VIDEO_SUFFIXES)
+        raise ValueError(f"{field}: {folder} has no video ({kinds}) and no folder of images")
+    if tables:
+        return _of_table(folder, tables[0], there, field)
+    found, lost = [], []
+    for path in there:
+        text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
+        caption = _text(text, field).strip() if text.is_file() else ""
+        found.append(Video(path.relative_to(folder).as_posix(), path, " ".join(caption.split())))
+        lost += [] if caption else [found[-1].name]
+    if lost:
+        raise ValueError(
+            f"{field}: {len(lost)} of {len(found)} videos in {folder} have no caption ({_few(lost)}): give each a "
+            f".txt of its name, or the folder a {METADATA[0]} with file_name and text"
+        )
+    return found, 0
+
+
+def digest(texts: Iterable[str]) -> str:
+    """A short hash of a sequence of texts."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
+
+
+def _of_table(folder, table, there, field) -> tuple[list[Video], int]:
+    """The videos that a table of metadata names."""
+    found = []
+    for where, row in _rows(table, field):
+        name, caption = _value(row, ("file_name",), where).strip(), _value(row, CAPTION_KEYS, where).strip()
+        if not name or not caption:
+            raise ValueError(f"{where} lacks {'a caption' if name else 'file_name'}")
+        found.append(Video(Path(name).as_posix(), folder / name, caption))
+    lost = [video.name for video in found if not video.path.exists()]
+    if lost:
+        raise ValueError(f"{field}: {len(lost)} files that {table} names are not there ({_few(lost)})")
+    if not found:
+        raise ValueError(f"{field}: {table} names no video")
+    return found, len(set(there) - {video.path for video in found})
+
+
+def _videos_in(folder) -> list[Path]:
+    """Video files, and folders of images without videos among them, at any depth."""
+    files = list(folder.rglob("*"))
+    found = {file for file in files if _is_kind(file, VIDEO_SUFFIXES)}
+    mixed = {folder, *(file.parent for file in found)}
+    found |= {file.parent for file in files if file.parent not in mixed and _is_kind(file, IMAGE_SUFFIXES)}
+    return sorted(found)
+
+
+def _is_kind(file, suffixes) -> bool:
+    return file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+
+
+def _few(names) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _text(path, field) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{field}: cannot read {path} ({reason}): it must be a text file in UTF-8") from error
+
+
+def _rows(path, field) -> list[tuple[str, dict]]:
+    """The rows of a table, each with its place for messages."""
+    text = _text(path, field)
+    if path.suffix.lower() == ".csv":
+        try:
+            return [(f"{field}: {path} row {i + 1}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text)))]
+        except csv.Error as error:
+            raise ValueError(f"{field}: {path} is no table of comma-separated values ({error})") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{field}: {path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is no JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where} is {type(row).__name__}: it must be an object such as {{"text": "a cat"}}')
+        rows.append((where, row))
+    return rows
+
+
+def _value(row, keys, where) -> str:
+    """The text under the first of the keys that a row has."""
+    key = next((key for key in keys if key in row), None)
+    if key is None:
+        has = ", ".join(map(str, row)) or "nothing"
+        raise ValueError(f"{where} has {has}: it must have {' or '.join(keys)}")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{where}: {key} is {row[key]!r}: it must be a text")
+    return row[key]

@@ -1,0 +1,152 @@
+"""Datasets of prompt embeddings: written once, as only the real tokens, and read padded with zeros.
+
+A data folder has them in `prompts`, or, where they are the captions of its videos, in `captions`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sf_jax.data import shards
+from sf_jax.data.captions import digest
+
+NAME = "wan_prompts"
+PROMPTS, CAPTIONS = "prompts", "captions"
+UNCONDITIONAL = "unconditional"  # the split of the negative prompt and the empty one
+PER_SHARD = 256
+MADE_BY = "`python -m sf_jax.prepare --prompts=...`"
+
+Embed = Callable[[Sequence[str]], Iterable[tuple[np.ndarray, int]]]
+
+
+def write_prompts(
+    folder: Path | str,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    embed: Embed,
+    *,
+    text_dim: int,
+    text_len: int,
+    dtype: str,
+    made_with: Mapping[str, Any],
+    process_index: int = 0,
+    process_count: int = 1,
+    field: str = "output",
+) -> bool:
+    """Writes the embeddings of prompts, of the negative prompt and of the empty one; goes on where it was killed.
+
+    Args:
+      folder: of this dataset.
+      prompts: N texts.
+      negative_prompt: what guidance leads away from.
+      embed: texts -> for each in order its embedding [text_len, text_dim] and how many tokens of it are real; called
+        only where something is missing.
+      text_dim: D.
+      text_len: tokens that a prompt has at most.
+      dtype: of the stored numbers, "bfloat16" or "float32".
+      made_with: what else the embeddings depend on, JSON-serialisable.
+      process_index: which process this is; each writes shards of its own.
+      process_count: how many there are.
+      field: what error messages call the folder.
+
+    Returns:
+      Whether the dataset is complete.
+
+    Raises:
+      ValueError: see `shards.write`.
+      OSError: the disk is full.
+    """
+    kind = np.dtype(dtype)
+    tensor = tfds.features.Tensor(shape=(None, text_dim), dtype=kind, encoding=tfds.features.Encoding.BYTES)
+    recipe = {
+        "prompts": digest(prompts),
+        "negative_prompt": negative_prompt,
+        "text_dim": text_dim,
+        "text_len": text_len,
+        "dtype": dtype,
+        **made_with,
+    }
+    plan = shards.Plan(
+        Path(folder),
+        NAME,
+        tfds.features.FeaturesDict({"embedding": tensor, "caption": tfds.features.Text()}),
+        recipe,
+        {"train": len(prompts), UNCONDITIONAL: 2},
+        PER_SHARD,
+        field,
+    )
+
+    def make(shard):
+        texts = prompts if shard.split == "train" else (negative_prompt, "")
+        texts = texts[shard.start : shard.stop]
+        for text, (embedding, tokens) in zip(texts, embed(texts), strict=True):
+            yield {"embedding": embedding[:tokens].astype(kind), "caption": text}
+
+    return shards.write(plan, make, process_index, process_count)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptSource:
+    """Random access to embedded prompts: text [L, D] with zeros behind the prompt's end, caption str.
+
+    Attributes:
+      records: the stored ones.
+      text_len: L.
+      negative: embedding [L, D] of the negative prompt.
+      empty: embedding [L, D] of the empty prompt.
+    """
+
+    records: shards.Records
+    text_len: int
+    negative: np.ndarray
+    empty: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        return {"text": _padded(record["embedding"], self.text_len), "caption": record["caption"].decode()}
+
+
+def _padded(embedding: np.ndarray, length: int) -> np.ndarray:
+    out = np.zeros((length, embedding.shape[1]), embedding.dtype)
+    out[: len(embedding)] = embedding
+    return out
+
+
+def open_prompts(folder: Path | str, *, text_dim: int, text_len: int) -> PromptSource:
+    """Opens the embedded prompts of a data folder, or else the captions of its videos.
+
+    Args:
+      folder: the data folder, `data.dir`.
+      text_dim: D, of the network that is to read them.
+      text_len: L, of the network that is to read them.
+
+    Raises:
+      ValueError: there are none, they are incomplete or damaged, or of other sizes.
+    """
+    folder = Path(folder)
+    part = CAPTIONS if (folder / CAPTIONS).is_dir() and not (folder / PROMPTS).is_dir() else PROMPTS
+    return open_part(folder / part, text_dim=text_dim, text_len=text_len)
+
+
+def open_part(folder: Path, *, text_dim: int, text_len: int) -> PromptSource:
+    """As `open_prompts`, of the folder of one dataset."""
+    records, fixed = (
+        shards.open_records(folder, NAME, split, "data.dir", MADE_BY) for split in ("train", UNCONDITIONAL)
+    )
+    dim, length = (records.recipe.get(key) for key in ("text_dim", "text_len"))
+    if text_dim != dim:
+        raise ValueError(f"model.text_dim is {text_dim}: the prompts of data.dir {folder} have {dim}, it must be {dim}")
+    if text_len < length:
+        raise ValueError(
+            f"model.text_len is {text_len}: the prompts of data.dir {folder} have up to {length} tokens, it must be at "
+            f"least {length}"
+        )
+    negative, empty = (_padded(fixed[i]["embedding"], text_len) for i in range(2))
+    return PromptSource(records, text_len, negative, empty)

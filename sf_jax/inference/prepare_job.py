@@ -1,0 +1,272 @@
+"""The work of `python -m sf_jax.prepare`: prompts to embeddings, and videos to latents, with the networks of Wan."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from sf_jax.data import captions, prompts, shards, videos
+from sf_jax.inference import video_io, wan
+from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.inference.wan_text import load_embedder
+from sf_jax.models.vae import WanVae
+from sf_jax.weights.folders import ModelFiles, find_model
+from sf_jax.weights.networks import identify, load_network
+
+# What the official configs guide away from.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
+    "倒着走"
+)
+DTYPES = ("bfloat16", "float32")
+_SIDE = 2 * wan.SPATIAL_FACTOR  # pixels of a token
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to prepare; one field per flag of the command.
+
+    Attributes:
+      model: model folder.
+      output: data folder.
+      prompts: file of prompts; None where `videos` is given.
+      videos: folder of captioned videos.
+      negative_prompt: what guidance leads away from.
+      dtype: of the text encoder's computation and of the embeddings; latents are float32.
+      frames: latent frames of a clip.
+      height: pixel rows of a clip.
+      width: pixel columns of a clip.
+      fps: frames a second that videos are resampled to; None keeps their own.
+      clips_per_video: consecutive clips taken of a video, at most.
+      process_index: which of the processes that fill the folder this is.
+      process_count: how many there are.
+    """
+
+    model: str
+    output: str
+    prompts: str | None = None
+    videos: str | None = None
+    negative_prompt: str = NEGATIVE_PROMPT
+    dtype: str = "bfloat16"
+    frames: int = 21
+    height: int = 480
+    width: int = 832
+    fps: float | None = None
+    clips_per_video: int = 1
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self):
+        """Refuses what can be seen to be wrong before anything is loaded."""
+        if (self.prompts is None) == (self.videos is None):
+            raise ValueError("prompts and videos: give one of them, a file of prompts or a folder of videos")
+        for field in ("model", "output", "prompts", "videos"):
+            if getattr(self, field) == "":
+                raise ValueError(f"{field} is empty: give a path")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
+        for field in ("frames", "clips_per_video"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        for field in ("height", "width"):
+            size = getattr(self, field)
+            if size < _SIDE or size % _SIDE:
+                near = max(_SIDE, round(size / _SIDE) * _SIDE)
+                raise ValueError(f"{field} is {size}: it must be a multiple of {_SIDE}, such as {near}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps is {self.fps}: it must be a finite number above 0")
+        shards.check_processes(self.process_index, self.process_count)
+
+    @property
+    def pixel_frames(self) -> int:
+        """Pixel frames of a clip."""
+        return wan.TEMPORAL_FACTOR * (self.frames - 1) + 1
+
+
+def run(job: Job) -> bool:
+    """Does this process's part of the job; what is there already is kept. Returns whether the dataset is complete.
+
+    Raises:
+      ValueError: if something given is wrong; the message says what to change.
+      OSError: if a file cannot be written.
+    """
+    needed = ("text_encoder", "tokenizer", *(["vae"] if job.videos else []))
+    model, output = find_model(job.model, needed), Path(job.output)
+    if job.prompts is not None:
+        texts, duplicates = captions.read_prompts(job.prompts)
+        if duplicates:
+            print(f"{job.prompts}: {duplicates} duplicates left out", flush=True)
+        done = _write_texts(job, model, output / prompts.PROMPTS, texts)
+        return _told(done, f"{len(texts)} prompts", output / prompts.PROMPTS)
+    found, unnamed = captions.find_videos(job.videos)
+    if unnamed:
+        print(f"{job.videos}: {unnamed} videos that its metadata does not name are left out", flush=True)
+    _check_folders_of_frames(job, found)
+    texts = list(dict.fromkeys(video.caption for video in found))
+    _write_texts(job, model, output / prompts.CAPTIONS, texts)
+    done = _write_clips(job, model, output / videos.VIDEOS, found)
+    done = done and (output / prompts.CAPTIONS / shards.INFO).is_file()
+    what = f"clips of {len(found)} videos"
+    if done:
+        made, wanted = len(shards.open_records(output / videos.VIDEOS, videos.NAME)), len(found) * job.clips_per_video
+        what = f"{made} {what}"
+        if made < wanted:
+            print(f"{wanted - made} of {wanted} clips left out: videos too short or not readable", flush=True)
+    return _told(done, what, output / videos.VIDEOS)
+
+
+def _told(done: bool, what: str, folder: Path) -> bool:
+    if done:
+        print(f"{what} in {folder}", flush=True)
+    else:
+        print(f"{folder}: this process has done its part, others have not yet", flush=True)
+    return done
+
+
+def _check_folders_of_frames(job: Job, found: Sequence[captions.Video]) -> None:
+    """Refuses to resample images, which have no rate."""
+    folders = [] if job.fps is None else [video.name for video in found if video.path.is_dir()]
+    if folders:
+        raise ValueError(f"fps is {job.fps}: folders of frames such as {folders[0]} have no rate, leave fps out")
+
+
+def _write_texts(job: Job, model: ModelFiles, folder: Path, texts: Sequence[str]) -> bool:
+    """Writes the embeddings; the encoder is in memory only meanwhile, and only where something is missing."""
+    tokenizer = load_tokenizer(model.tokenizer)
+    config, encoder = identify(model.text_encoder, "umt5")
+
+    @functools.cache
+    def embedder():
+        return load_embedder(model, job.dtype, jax.local_devices())
+
+    return prompts.write_prompts(
+        folder,
+        texts,
+        job.negative_prompt,
+        lambda texts: embedder().embed(texts),
+        text_dim=config.dim,
+        text_len=tokenizer.length,
+        dtype=job.dtype,
+        made_with={"encoder": encoder, "tokenizer": _hash_of(model.tokenizer / "tokenizer.json")},
+        process_index=job.process_index,
+        process_count=job.process_count,
+    )
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[captions.Video]) -> bool:
+    """Writes the latents of the clips."""
+    config, vae = identify(model.vae, "vae")
+    factor = config.spatial_factor
+    files = [f"{video.name} {video.path.stat().st_size if video.path.is_file() else ''}" for video in found]
+    files += [f"{video.name} {len(images)}" for video in found if (images := video.frames())]
+    made_with = {
+        "videos": captions.digest(files),
+        "captions_of_videos": captions.digest(video.caption for video in found),
+        "fps": job.fps,
+        "vae": vae,
+    }
+
+    @functools.cache
+    def encoder():
+        return _Encoder.load(model.vae, jax.local_devices())
+
+    def encode(first, stop):
+        chosen = found[first // job.clips_per_video : stop // job.clips_per_video]
+        clips = ((first + i, clip) for i, clip in _clips(job, chosen))
+        return encoder().encode(clips)
+
+    return videos.write_videos(
+        folder,
+        [video.name for video in found],
+        [video.caption for video in found],
+        job.clips_per_video,
+        (job.frames, job.height // factor, job.width // factor, config.z_dim),
+        encode,
+        made_with=made_with,
+        process_index=job.process_index,
+        process_count=job.process_count,
+    )
+
+
+def _clips(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, np.ndarray]]:
+    """The clips of videos: number, pixels uint8 [F, H, W, 3]. Tells of videos that are left out."""
+    length = job.pixel_frames
+    for i, pixels in enumerate(_ahead(functools.partial(_read, job), found)):
+        if isinstance(pixels, ValueError):
+            tqdm.write(f"left out {found[i].name}: {pixels}")
+            continue
+        if len(pixels) < length:
+            tqdm.write(f"left out {found[i].name}: it has {len(pixels)} frames, a clip needs {length}")
+        for k in range(len(pixels) // length):
+            yield i * job.clips_per_video + k, pixels[k * length : (k + 1) * length]
+
+
+def _read(job: Job, video: captions.Video) -> np.ndarray | ValueError:
+    """As many frames of a video as its clips need, or why it cannot be read."""
+    limit = job.pixel_frames * job.clips_per_video
+    try:
+        if not video.path.is_dir():
+            return video_io.read_video(video.path, job.height, job.width, job.fps, limit)
+        images = [video_io.read_image(path, job.height, job.width) for path in video.frames()[:limit]]
+        return np.stack(images) if images else ValueError("it holds no images")
+    except ValueError as error:
+        return error
+
+
+def _ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map` whose next result is made in a thread while the last one is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            coming = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Encoder:
+    """The VAE's encoder on the devices of a mesh, a clip on each."""
+
+    vae: WanVae
+    params: dict
+    mesh: Mesh
+
+    @classmethod
+    def load(cls, path: Path, devices: Sequence[jax.Device]) -> "_Encoder":
+        mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+        config, params = load_network(path, "vae", sharding=NamedSharding(mesh, PartitionSpec()))
+        return cls(WanVae(config), params, mesh)
+
+    def encode(self, clips: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+        """Encodes numbered clips in order."""
+        part = []
+        for clip in clips:
+            part.append(clip)
+            if len(part) == self.mesh.size:
+                yield from self._encoded(part)
+                part = []
+        if part:
+            yield from self._encoded(part)
+
+    def _encoded(self, part):
+        # every device needs a clip
+        pixels = [pixels for _, pixels in part] + [part[0][1]] * (self.mesh.size - len(part))
+        pixels = jax.device_put(np.stack(pixels), NamedSharding(self.mesh, PartitionSpec("data")))
+        latents = np.asarray(wan.encode_video(self.vae, self.params, pixels))
+        yield from ((number, latent) for (number, _), latent in zip(part, latents, strict=False))

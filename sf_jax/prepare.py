@@ -1,0 +1,65 @@
+"""Data for training at Wan's size: prompt embeddings, and latents of videos.
+
+    python -m sf_jax.prepare --prompts=prompts.txt --model=Wan2.1-T2V-1.3B --output=data/wan
+    python -m sf_jax.prepare --videos=videos --model=Wan2.1-T2V-1.3B --output=data/wan
+
+A command that was stopped goes on where it was when it is given again. Several processes may fill one folder, each with
+--process_index of its own.
+"""
+
+import jax
+from absl import flags
+
+from sf_jax import command
+from sf_jax.inference import prepare_job
+from sf_jax.inference.prepare_job import Job
+
+_MODEL = flags.DEFINE_string("model", None, "Model folder of Wan2.1, official or of diffusers")
+_OUTPUT = flags.DEFINE_string("output", None, "Data folder, the config's data.dir")
+# Flags whose names are fields of `Job`; None means that the job's default stands.
+_FIELDS = {
+    "prompts": flags.DEFINE_string(
+        "prompts", None, "Prompts: a line each, or the column prompt, caption or text of a .csv or .jsonl file"
+    ),
+    "videos": flags.DEFINE_string(
+        "videos", None, "Folder of videos or of folders of images, with NAME.txt beside each or a metadata.csv/.jsonl"
+    ),
+    "negative_prompt": flags.DEFINE_string("negative_prompt", None, "What guidance leads away from (the official one)"),
+    "dtype": flags.DEFINE_enum("dtype", None, prepare_job.DTYPES, "Text embeddings (bfloat16; float32 on a CPU)"),
+    "process_index": flags.DEFINE_integer("process_index", None, "Which of the processes this is (JAX's own)"),
+    "process_count": flags.DEFINE_integer("process_count", None, "How many processes fill the folder (JAX's own)"),
+}
+_OF_VIDEOS = {
+    "frames": flags.DEFINE_integer("frames", None, f"Latent frames of a clip ({Job.frames}: 81 pixel frames)"),
+    "height": flags.DEFINE_integer("height", None, f"Rows of pixels, a multiple of 16 ({Job.height})"),
+    "width": flags.DEFINE_integer("width", None, f"Columns of pixels, a multiple of 16 ({Job.width})"),
+    "fps": flags.DEFINE_float("fps", None, "Frames a second to resample videos to (their own)"),
+    "clips_per_video": flags.DEFINE_integer("clips_per_video", None, "Consecutive clips of a video, at most (1)"),
+}
+
+
+def job() -> Job:
+    """The job of the command line.
+
+    Raises:
+      ValueError: a flag has a value that it cannot have, or would change nothing.
+    """
+    given = {name: flag.value for name, flag in (_FIELDS | _OF_VIDEOS).items() if flag.value is not None}
+    if "prompts" in given:
+        for name in _OF_VIDEOS:
+            if name in given:
+                raise ValueError(f"{name} changes nothing here: it is for --videos")
+    if ("process_index" in given) != ("process_count" in given):
+        raise ValueError("process_index and process_count: give both or none")
+    default = {"dtype": "float32" if jax.default_backend() == "cpu" else Job.dtype}
+    default |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return Job(model=_MODEL.value, output=_OUTPUT.value, **default | given)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    prepare_job.run(job())
+
+
+if __name__ == "__main__":
+    command.run(main, ["model", "output"])
