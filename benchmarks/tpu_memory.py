@@ -13,6 +13,7 @@ from sf_jax import rollout as ro
 from sf_jax.inference import ahead, wan
 from sf_jax.models.vae import WanVae, param_shapes, wan_vae
 from sf_jax.models.wan import wan_1_3b
+from sf_jax.topology import chip_of
 
 
 def measure(topology: str, only=ahead.PROGRAMS) -> list[ahead.Compiled]:
@@ -34,7 +35,7 @@ def main() -> None:
     for topology in parser.parse_args().topology or ["v5p:2x2x1", "v6e:2x2"]:
         for row in measure(topology):
             sizes = " | ".join(f"{size / 2**30:.2f}" for size in (row.arguments, row.temporary, row.memory))
-            hbm = ahead.HBM.get(topology.split(":")[0], 0) / 2**30
+            hbm = chip_of(topology).memory / 2**30
             print(f"| {topology} | {hbm:.0f} | {row.program} | {sizes} | {row.seconds:.0f} |", flush=True)
 
 

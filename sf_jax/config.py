@@ -102,10 +102,12 @@ class OdeConfig:
       solver_steps: Euler steps of the teacher; a multiple of `1000 / step spacing`, so that every rollout step is hit.
       guidance: the teacher's guidance scale.
       dir: where they are kept; None is a folder inside the workdir.
+      batch_size: pairs made together, and kept in a file; a run that is killed loses the batch it was at.
     """
 
     teacher: str = "bidirectional"
     pairs: int = 1024
+    batch_size: int = 64
     solver_steps: int = 24
     guidance: float = 2.0
     dir: str | None = None
@@ -113,7 +115,7 @@ class OdeConfig:
     def __post_init__(self):
         """Refuses empty sets."""
         _one_of("ode.teacher", self.teacher, ("bidirectional", "causal"))
-        _at_least(self, 1, "pairs", "solver_steps")
+        _at_least(self, 1, "pairs", "solver_steps", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +256,7 @@ class TrainConfig:
       teacher_weights: file of the teacher's weights; "shipped" is the package's own; None only where none is needed.
       critic_weights: file that the critic starts from; None is the teacher's weights.
       init_weights: file that the trained network starts from; None is random, or the teacher's weights.
+      vae_weights: file of Wan's VAE; only rollouts longer than `data.frames` need it.
       rollout: how the student generates.
       score: how teacher and critic are asked.
       gan: the adversarial loss.
@@ -296,6 +299,7 @@ class TrainConfig:
     teacher_weights: str | None = None
     critic_weights: str | None = None
     init_weights: str | None = None
+    vae_weights: str | None = None
     rollout: RolloutConfig = RolloutConfig()
     score: ScoreConfig = ScoreConfig()
     gan: GanConfig = GanConfig()

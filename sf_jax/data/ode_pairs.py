@@ -37,6 +37,9 @@ def open_pairs(
     per_shard: int,
     recipe: dict[str, Any],
     make: Callable[[int, int], Iterable[tuple[np.ndarray, str]]],
+    wait: Callable[[], None] = lambda: None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> PairSource:
     """Opens the pairs in a folder, generating those that are missing.
 
@@ -47,6 +50,9 @@ def open_pairs(
       per_shard: pairs of a file; a run that is killed loses the file it was at.
       recipe: everything that determines the trajectories; a set made by another recipe is refused.
       make: (first, stop) -> the pairs [first, stop), (trajectory float32 `shape`, caption), in order.
+      wait: returns when all processes have called it.
+      process_index: which of the processes that share the folder this is.
+      process_count: how many there are.
 
     Raises:
       ValueError: The folder cannot be written, holds pairs made by another recipe, or a damaged file.
@@ -64,5 +70,6 @@ def open_pairs(
         for trajectory, caption in make(shard.start, shard.stop):
             yield {"trajectory": trajectory, "caption": caption}
 
-    shards.write(plan, examples)
+    shards.write(plan, examples, process_index, process_count)
+    wait()
     return PairSource(shards.open_records(folder, NAME, field="ode.dir"))

@@ -4,7 +4,6 @@ libtpu's compiler runs on any machine: `pip install "sf_jax[aot]"`, no TPU is ne
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 
@@ -12,24 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax import rollout as ro
 from sf_jax.inference import wan
 from sf_jax.models import wan as transformer
 from sf_jax.models.streaming import empty_decode_cache
+from sf_jax.topology import tpu_devices
 
-# Memory of a chip in bytes, from the vendor's documentation.
-HBM = {"v5p": 95 * 2**30, "v6e": 32 * 2**30, "v5e": 16 * 2**30, "v4": 32 * 2**30}
 PROGRAMS = ("prompt to keys and values", "one chunk of the student", "first frame to pixels", "later frame to pixels")
-# libtpu asks a metadata server about the machine it is on unless it is told
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +50,7 @@ def tpu_mesh(topology: str) -> Mesh:
     Raises:
       ValueError: if libtpu is missing or does not know the topology.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of libtpu, which raises whatever it likes
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"topology {topology} cannot be had ({reason}): pip install 'sf_jax[aot]'") from error
+    devices = tpu_devices(topology)
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 

@@ -208,7 +208,7 @@ def attend(
       implementation: "xla" (any device), "whole" ("xla" without blocks: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
       max_logits: largest number of logits that "xla" holds at once; None is the backend's.
-      split: which axis of the queries a `context` of the mesh splits, "heads" or "tokens"; keys are not split in tokens.
+      split: which axis of the queries the `context` of a mesh splits, "heads" or "tokens".
 
     Returns:
       [B, T, N, D], dtype of `q`.

@@ -1,11 +1,11 @@
 """The training loop: prepare or resume, update, log, checkpoint, export."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -60,6 +60,7 @@ def train(
             print(f"config changed: {line}", flush=True)
         stage = open_stage(config, workdir, mesh, fresh=checkpoints.newest is None)
         state, start, carried = _start(config, stage, mesh, checkpoints, allow_config_change)
+        stage = dataclasses.replace(stage, params=None, critic=None)  # they are in the state now
         log = _open_log(config, state, workdir, start, carried)
         if changed:
             log.note(start, config_changed=changed)
@@ -91,7 +92,6 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     restored = checkpoints.restore(abstract, allow_config_change)
     if restored is None:
-        given = sharding.put(jax.tree.map(lambda x: np.asarray(x, np.float32), given), mesh)
         return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}
     step, state, about = restored
     try:

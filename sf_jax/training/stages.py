@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
-from sf_jax.data import moving_digits, pipeline
-from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanConfig
-from sf_jax.training import pairs, self_forcing, supervised
+from sf_jax.training import pairs, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
-from sf_jax.training.media import Media, digits_media
+from sf_jax.training.media import Media
+from sf_jax.training.sources import VIDEO_KEYS, open_source
+from sf_jax.weights.files import open_tensors
+from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import Package, load_package, shipped_path
 
 Update = tuple[str, steps.Step, Callable[[int], bool]]
@@ -48,58 +48,45 @@ class Stage:
     media: Media | None = None
 
 
-def _load(path: str, wanted: WanConfig, field: str) -> Package:
-    """A package whose sizes are those of the config."""
-    package = load_package(shipped_path("teacher") if path == "shipped" else path)
-    same = {"remat": wanted.remat, "dtype": wanted.dtype}
-    if dataclasses.replace(package.config, **same) != wanted:
-        raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
-    return package
-
-
-def _cast(params: dict, dtype: str) -> dict:
-    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
-
-
 def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
-    """Prepares the stage of a config; may build the data set, and on the mesh the ODE pairs of "init".
+    """Prepares the stage of a config; may build the data set, and the ODE pairs of "init".
 
-    A run that is not `fresh` goes on from a checkpoint: the weights that it once started from are not read again, but
-    for those that adapters are added to.
+    Weights are placed on the mesh as they are read. A run that is not `fresh` goes on from a checkpoint: the weights
+    that it once started from are not read again, but for those that adapters are added to.
 
     Raises:
       ValueError: if data or weights are missing or do not fit.
     """
-    if config.data.name != "digits":
-        raise ValueError(f"data.name is {config.data.name!r}: training reads 'digits'; other sources are not there yet")
-    codec, text = PatchCodec.load(), WordEmbedding()
-    _check_digits(config, codec, text)
-    media = digits_media(codec)
-    wanted = fresh or config.lora.rank
-    params = None
-    if wanted and config.init_weights is not None:
-        params = _load(config.init_weights, config.model, "init_weights").params
-    teacher = _teacher(config)
-    if wanted and params is None and teacher is not None and config.model == config.teacher_model:
-        params = teacher.params
-    if config.lora.rank and params is None:
-        raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
-    frozen = {"model_base": _cast(params, config.frozen_dtype)} if config.lora.rank else {}
-    if config.stage == "init" and config.init == "ode":
-        source = pairs.open_pairs(config, workdir, teacher, moving_digits.all_captions(), text, mesh)
-        iterator = pairs.pair_iterator(source, config, text)
-        return Stage(params, None, frozen, {}, ("trajectory", "text"), iterator, updates_of(config, media), media)
-    keys = ("text",) if _prompts_only(config) else ("video", "text")
-    iterator = _prompt_iterator(config, text) if _prompts_only(config) else _video_iterator(config, text)
-    if config.stage in ("teacher", "causal"):
-        return Stage(params, None, frozen, {}, keys, iterator, updates_of(config, media), media)
-    frozen["teacher"] = _cast(teacher.params, config.frozen_dtype)
-    constants, critic = {"negative": text.encode([""])}, None
-    if config.stage == "distill":
-        critic = _critic(config, teacher, fresh or config.critic_lora.rank)
+    keys, constants = keys_of(config)
+    frozen = {}
+    vae = None
+    if uses_vae(config):
+        if config.vae_weights is None:
+            raise ValueError("vae_weights is None: rollouts longer than data.frames need Wan's VAE; give its file")
+        vae, frozen["vae"] = load_network(
+            config.vae_weights, "vae", None, config.frozen_dtype, sharding=sharding.replicated(mesh)
+        )
+    source = open_source(config, VIDEO_KEYS[config.data.name] in keys, vae)
+    params = _start(config, mesh) if fresh or config.lora.rank else None
+    if config.lora.rank:
+        if params is None:
+            raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
+        frozen["model_base"] = _cast(params, config.frozen_dtype)
+    updates = updates_of(config, source.media)
+    if "trajectory" in keys:
+        found = pairs.open_pairs(config, workdir, lambda mesh: _teacher(config, mesh, "float32"), source, mesh)
+        iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
+        return Stage(params, None, frozen, {}, keys, iterator, updates, source.media)
+    critic = None
+    if needs_teacher(config):
+        frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype)
+    if config.stage == "distill" and (fresh or config.critic_lora.rank):
+        critic = _critic(config, mesh)
         if config.critic_lora.rank:
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
-    return Stage(params, critic, frozen, constants, keys, iterator, updates_of(config, media), media)
+    iterator = source.videos() if VIDEO_KEYS[config.data.name] in keys else source.prompts()
+    given = {"negative": source.negative} if constants else {}
+    return Stage(params, critic, frozen, given, keys, iterator, updates, source.media)
 
 
 def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
@@ -114,70 +101,89 @@ def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
     return tuple((program.name, steps.make_step(config, program), program.due) for program in programs)
 
 
-def _prompts_only(config: TrainConfig) -> bool:
-    """Whether the stage needs no videos, as Self Forcing with DMD or SiD from text."""
+def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What of a batch the updates read, and which arrays belong to every batch."""
+    if config.stage == "init" and config.init == "ode":
+        return ("trajectory", "text"), ()
     own = config.stage == "distill" and config.student_input == "rollout" and config.objective != "gan"
-    return own and not config.image_to_video
+    keys = ("text",) if own and not config.image_to_video else (VIDEO_KEYS[config.data.name], "text")
+    return keys, ("negative",) if needs_teacher(config) else ()
 
 
-def _teacher(config: TrainConfig) -> Package | None:
-    """The stage's teacher: bidirectional, but for starts that follow a causal one."""
-    if config.stage in ("teacher", "causal"):
-        return None
-    teacher = _load(config.teacher_weights, config.teacher_model, "teacher_weights")
-    causal = config.stage == "init" and (config.init == "consistency" or config.ode.teacher == "causal")
-    kind = "causal" if causal else "teacher"
-    if teacher.kind != kind:
-        raise ValueError(
-            f"teacher_weights {config.teacher_weights} is a {teacher.kind} network: here it must be a {kind} network"
+def needs_teacher(config: TrainConfig) -> bool:
+    """Whether the updates ask a frozen teacher."""
+    return config.stage == "distill" or (config.stage == "init" and config.init == "consistency")
+
+
+def uses_vae(config: TrainConfig) -> bool:
+    """Whether the updates turn latents to pixels and back, as long rollouts of Wan do."""
+    long = any(frames > config.data.frames for frames in config.rollout_frames)
+    return config.stage == "distill" and config.data.name == "wan" and long
+
+
+def _cast(params: dict, dtype: str) -> dict:
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+
+
+def _load(path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh) -> tuple[dict, str | None]:
+    """A transformer of the wanted sizes, placed on the mesh, and what its file says it is (None if it does not).
+
+    The file is one that training wrote, or one with the official or diffusers names (also `.pt` checkpoints).
+    """
+    path = shipped_path("teacher") if path == "shipped" else Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        with open_tensors(path) as tensors:
+            own = "sf_jax" in tensors.metadata
+        if own:
+            package = load_package(path)
+            same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
+            if dataclasses.replace(package.config, **same) != wanted:
+                raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
+            typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
+            return sharding.put(typed, mesh), package.kind
+    try:
+        _, params = load_network(
+            path, "transformer", wanted, dtype, sharding=lambda like: sharding.tree_shardings(like, mesh)
         )
-    return teacher
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    return params, None
 
 
-def _critic(config: TrainConfig, teacher: Package, wanted: bool) -> dict | None:
+def _teacher_field(config: TrainConfig) -> str:
+    if config.teacher_weights is None:
+        raise ValueError(f"teacher_weights is None: stage {config.stage!r} needs a teacher; give its file")
+    return config.teacher_weights
+
+
+def _teacher(config: TrainConfig, mesh: Mesh, dtype: str) -> dict:
+    """The stage's teacher: bidirectional, but for starts that follow a causal one."""
+    params, kind = _load(_teacher_field(config), config.teacher_model, "teacher_weights", dtype, mesh)
+    causal = config.stage == "init" and (config.init == "consistency" or config.ode.teacher == "causal")
+    wanted = "causal" if causal else "teacher"
+    if kind not in (None, wanted):
+        raise ValueError(
+            f"teacher_weights {config.teacher_weights} is a {kind} network: here it must be a {wanted} network"
+        )
+    return params
+
+
+def _start(config: TrainConfig, mesh: Mesh) -> dict | None:
+    """The trained network's parameters to start from: those given, else the teacher's if they fit, else None."""
+    if config.init_weights is not None:
+        return _load(config.init_weights, config.model, "init_weights", "float32", mesh)[0]
+    if config.stage in ("init", "distill") and config.model == config.teacher_model:
+        return _load(_teacher_field(config), config.model, "teacher_weights", "float32", mesh)[0]
+    return None
+
+
+def _critic(config: TrainConfig, mesh: Mesh) -> dict:
     """The critic's parameters to start from."""
-    if wanted and config.critic_weights is not None:
-        return _load(config.critic_weights, config.critic_model, "critic_weights").params
-    if config.critic_model == config.teacher_model:
-        return teacher.params
-    if not wanted:
-        return None
-    raise ValueError("critic_weights is None: a critic of other sizes than the teacher needs weights to start from")
-
-
-def _prompt_iterator(config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
-    """Endless batches of captions."""
-    prompts = moving_digits.all_captions()
-    return pipeline.prompt_iterator(prompts, batch_size=config.batch_size, seed=config.seed, text_encoder=text)
-
-
-def _video_iterator(config: TrainConfig, text: WordEmbedding) -> grain.DatasetIterator:
-    """Endless batches of the training clips, which are built where they are missing."""
-    moving_digits.build(config.data.dir)
-    return pipeline.video_iterator(
-        moving_digits.source(config.data.dir, "train"),
-        batch_size=config.batch_size,
-        num_frames=config.data.frames,
-        seed=config.seed,
-        text_encoder=text,
-        # only networks that are sampled with guidance need to know the empty prompt
-        text_dropout=config.data.text_dropout if config.stage in ("teacher", "causal") else 0.0,
-    )
-
-
-def _check_digits(config: TrainConfig, codec: PatchCodec, text: WordEmbedding) -> None:
-    """Refuses sizes that moving digits do not have."""
-    side = moving_digits.CANVAS // codec.spatial_factor
-    wanted = {
-        "model.channels": (config.model.channels, codec.channels),
-        "model.text_dim": (config.model.text_dim, text.dim),
-        "model.text_len": (config.model.text_len, text.length),
-        "data.height": (config.data.height, side),
-        "data.width": (config.data.width, side),
-    }
-    for field, (seen, allowed) in wanted.items():
-        if seen != allowed:
-            raise ValueError(f"{field} is {seen}: for moving digits it must be {allowed}")
+    if config.critic_weights is not None:
+        return _load(config.critic_weights, config.critic_model, "critic_weights", "float32", mesh)[0]
+    if config.critic_model != config.teacher_model:
+        raise ValueError("critic_weights is None: a critic of other sizes than the teacher needs weights to start from")
+    return _load(_teacher_field(config), config.critic_model, "teacher_weights", "float32", mesh)[0]
 
 
 def package_of(config: TrainConfig, params: dict, frozen: dict | None = None) -> Package:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def load_network(
     config: Any = None,
     dtype: str | None = None,
     part: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
 ) -> tuple[Any, dict]:
     """Loads a network.
 
@@ -65,7 +66,8 @@ def load_network(
       config: its sizes; None takes them from the file.
       dtype: type of the parameters; None keeps the file's.
       part: of a checkpoint with several networks, which (such as "generator_ema").
-      sharding: where every parameter goes; None is the default device.
+      sharding: where every parameter goes, or a function from the tree of shapes to a tree of shardings; None is the
+        default device.
 
     Returns:
       The sizes and the parameters.
@@ -75,7 +77,7 @@ def load_network(
     """
     with open_tensors(path, part) as tensors:
         config, entries, like = _mapped(path, tensors, kind, config)
-        shardings = None if sharding is None else jax.tree.map(lambda _: sharding, like)
+        shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
         return config, load_params(entries, tensors, like, kind, dtype, shardings)
 
 

@@ -1,0 +1,127 @@
+"""What a run is trained on: the embedded moving digits, or prepared prompts and videos of Wan2.1."""
+
+import dataclasses
+from collections.abc import Callable
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sf_jax.config import TrainConfig
+from sf_jax.data import moving_digits, pipeline, prompts, videos
+from sf_jax.models.patch_codec import PatchCodec
+from sf_jax.models.text import WordEmbedding
+from sf_jax.models.vae import VaeConfig
+from sf_jax.training.media import Media, digits_media, wan_media
+
+# what of a batch holds the real videos
+VIDEO_KEYS = {"digits": "video", "wan": "latent"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where batches come from; every process gets its own rows of them.
+
+    Attributes:
+      media: latents of the batches.
+      negative: [1, L, D], embedding of what guidance leads away from.
+      prompt: index -> (caption, embedding [L, D]); any whole number, prompts are taken in turn.
+      prompts: opens endless batches of embedded prompts.
+      videos: opens endless batches of captioned videos.
+    """
+
+    media: Media
+    negative: np.ndarray
+    prompt: Callable[[int], tuple[str, np.ndarray]]
+    prompts: Callable[[], grain.DatasetIterator]
+    videos: Callable[[], grain.DatasetIterator]
+
+
+def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None = None) -> Source:
+    """Opens the data of a config.
+
+    Args:
+      config: of the run.
+      needs_videos: whether the stage reads videos; the digits' are built where they are missing.
+      vae: Wan's, where the run needs it.
+
+    Raises:
+      ValueError: if data is missing or of other sizes, naming the field.
+    """
+    share = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    # only networks that are sampled with guidance need to know the empty prompt
+    dropout = config.data.text_dropout if config.stage in ("teacher", "causal") else 0.0
+    return (_digits if config.data.name == "digits" else _wan)(config, needs_videos, vae, share, dropout)
+
+
+def _digits(config, needs_videos, vae, share, dropout) -> Source:
+    del needs_videos, vae
+    codec, text = PatchCodec.load(), WordEmbedding()
+    _check_digits(config, codec, text)
+    captions, folder = moving_digits.all_captions(), config.data.dir
+
+    def prompt(index):
+        caption = captions[index % len(captions)]
+        return caption, text.encode([caption])[0]
+
+    def open_videos():
+        if jax.process_index() == 0:
+            moving_digits.build(folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("moving digits built")
+        source = moving_digits.source(folder, "train")
+        return pipeline.video_iterator(
+            source, num_frames=config.data.frames, text_encoder=text, text_dropout=dropout, **share
+        )
+
+    return Source(
+        digits_media(codec),
+        text.encode([""]),
+        prompt,
+        lambda: pipeline.prompt_iterator(captions, text_encoder=text, **share),
+        open_videos,
+    )
+
+
+def _wan(config, needs_videos, vae, share, dropout) -> Source:
+    data, model = config.data, config.model
+    sizes = {"text_dim": model.text_dim, "text_len": model.text_len}
+    if needs_videos:
+        shape = {"frames": data.frames, "height": data.height, "width": data.width, "channels": model.channels}
+        found = videos.open_videos(data.dir, **shape, **sizes)
+        texts = found.captions
+    else:
+        found = texts = prompts.open_prompts(data.dir, **sizes)
+
+    def prompt(index):
+        entry = texts[index % len(texts)]
+        return entry["caption"], entry["text"]
+
+    return Source(
+        wan_media(vae or VaeConfig()),
+        found.negative[None],
+        prompt,
+        lambda: pipeline.embedded_prompt_iterator(texts, **share),
+        lambda: pipeline.latent_iterator(found, text_dropout=dropout, **share),
+    )
+
+
+def _check_digits(config: TrainConfig, codec: PatchCodec, text: WordEmbedding) -> None:
+    """Refuses sizes that moving digits do not have."""
+    side = moving_digits.CANVAS // codec.spatial_factor
+    wanted = {
+        "model.channels": (config.model.channels, codec.channels),
+        "model.text_dim": (config.model.text_dim, text.dim),
+        "model.text_len": (config.model.text_len, text.length),
+        "data.height": (config.data.height, side),
+        "data.width": (config.data.width, side),
+    }
+    for field, (seen, allowed) in wanted.items():
+        if seen != allowed:
+            raise ValueError(f"{field} is {seen}: for moving digits it must be {allowed}")
