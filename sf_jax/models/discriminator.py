@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sf_jax.models import attention
 from sf_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm
-from sf_jax.models.wan import Attention, WanConfig
+from sf_jax.models.wan import JOIN, LEAVE, SPREAD, Attention, WanConfig
 
 # The official classifier's LayerNorm has PyTorch's default epsilon, the register tokens' RMSNorm that of the network.
 CLASSIFIER_EPS, REGISTER_EPS = 1e-5, 1e-6
@@ -53,7 +53,8 @@ class RegisterBlock(nn.Module):
         config = self.config
         self.cross_attn = Attention(config)
         self.norm3 = LayerNorm(config.eps)
-        self.ffn_in, self.ffn_out = Linear(self.ffn_dim, config.dtype), Linear(config.dim, config.dtype)
+        self.ffn_in = Linear(self.ffn_dim, config.dtype, SPREAD)
+        self.ffn_out = Linear(config.dim, config.dtype, JOIN)
 
     def __call__(self, register: jax.Array, x: jax.Array) -> jax.Array:
         """`register` [B, dim] and the tokens `x` [B, T, dim] it looks at, to [B, dim]."""
@@ -85,7 +86,8 @@ class Discriminator(nn.Module):
             axis_size=count,
         )(self.critic, self.config.ffn_dim or self.critic.ffn_dim)
         self.classifier_norm = LayerNorm(CLASSIFIER_EPS)
-        self.classifier_in, self.classifier_out = Linear(dim), Linear(self.config.classes)
+        self.classifier_in = Linear(dim, axes=LEAVE)
+        self.classifier_out = Linear(self.config.classes, axes=LEAVE)
 
     def __call__(self, features: jax.Array, time: jax.Array) -> jax.Array:
         """float32 logits [B, classes].

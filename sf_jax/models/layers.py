@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sf_jax.models import partition
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -36,31 +38,43 @@ def _layer_norm_backward(eps, saved, grad):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x @ kernel + bias` for `x` [..., C_in]; the backward pass is written out: twice as fast on CPUs."""
-    return x @ kernel + bias
+Axes = tuple[str | None, str | None]
 
 
-def _linear_forward(x, kernel, bias):
-    return linear(x, kernel, bias), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, axes: Axes = (None, None)) -> jax.Array:
+    """`x @ kernel + bias` for `x` [..., C_in]; `axes` name the kernel's axes for `partition`.
+
+    The backward pass is written out: twice as fast on CPUs, and on a mesh the kernel is kept split between the passes
+    and its gradient is split where it arises.
+    """
+    return x @ partition.gather(kernel, axes) + partition.gather(bias, axes[1:])
 
 
-def _linear_backward(saved, grad):
+def _linear_forward(x, kernel, bias, axes):
+    return linear(x, kernel, bias, axes), (x, kernel)
+
+
+def _linear_backward(axes, saved, grad):
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
     kernel_grad = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())))
-    return grad @ kernel.T, kernel_grad, grad.sum(rows)
+    x_grad = grad @ partition.gather(kernel, axes).T
+    return x_grad, partition.scatter(kernel_grad, axes), partition.scatter(grad.sum(rows), axes[1:])
 
 
 linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Linear(nn.Module):
-    """A dense layer; `kernel` [in, out] and `bias` [out] are float32 parameters, `dtype` is the compute type."""
+    """A dense layer; `kernel` [in, out] and `bias` [out] are float32 parameters, `dtype` is the compute type.
+
+    `axes` name the kernel's axes for `partition`.
+    """
 
     features: int
     dtype: str = "float32"
+    axes: Axes = (None, None)
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
@@ -69,7 +83,7 @@ class Linear(nn.Module):
         """[..., C_in] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+        return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)), self.axes)
 
 
 class LayerNorm(nn.Module):

@@ -16,6 +16,7 @@ AXES = {
     "tokens": ("context",),
     "heads": ("tensor", "context"),
     "features": ("tensor",),
+    "embed": ("fsdp", "context"),
 }
 
 
@@ -45,6 +46,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     spec = PartitionSpec(*(mesh_axes(name, size) for name, size in zip(names, x.shape, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gather(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter for its use, whole in "embed": left to itself, XLA moves windows of it into many thin products."""
+    return constrain(kernel, *(None if name == "embed" else name for name in names))
+
+
+def scatter(grad: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """The gradient of a parameter that `gather` gave: summed over the devices that it is then split over."""
+    return constrain(gather(grad, names), *names)
 
 
 def _tokens_are_split() -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KVCache
-from sf_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm, time_features
+from sf_jax.models.layers import Axes, LayerNorm, Linear, RMSNorm, layer_norm, time_features
 from sf_jax.models.partition import constrain
 
 REMAT_POLICIES = {
@@ -167,8 +167,12 @@ class _Shared:
     return_kv: bool = flax.struct.field(pytree_node=False)
 
 
-def _dense(config: WanConfig, features: int) -> Linear:
-    return Linear(features, config.dtype)
+# Axes of kernels, see `partition.AXES`: into heads or hidden channels, back, and between whole channels.
+SPREAD, JOIN, ENTER, LEAVE = ("embed", "features"), ("features", "embed"), (None, "embed"), ("embed", None)
+
+
+def _dense(config: WanConfig, features: int, axes: Axes) -> Linear:
+    return Linear(features, config.dtype, axes)
 
 
 class Attention(nn.Module):
@@ -182,8 +186,8 @@ class Attention(nn.Module):
         """Declares the layers."""
         dim, eps = self.config.dim, self.config.eps
         biases = nn.initializers.normal(1.0) if self.positional else nn.initializers.zeros
-        self.q, self.k = (Linear(dim, self.config.dtype, bias_init=biases) for _ in range(2))
-        self.v, self.o = (_dense(self.config, dim) for _ in range(2))
+        self.q, self.k = (Linear(dim, self.config.dtype, SPREAD, bias_init=biases) for _ in range(2))
+        self.v, self.o = _dense(self.config, dim, SPREAD), _dense(self.config, dim, JOIN)
         self.norm_q, self.norm_k = RMSNorm(eps), RMSNorm(eps)
 
     def queries(self, x: jax.Array) -> jax.Array:
@@ -212,7 +216,7 @@ class Block(nn.Module):
         config = self.config
         self.self_attn, self.cross_attn = Attention(config, positional=True), Attention(config)
         self.norm3 = LayerNorm(config.eps)
-        self.ffn_in, self.ffn_out = _dense(config, config.ffn_dim), _dense(config, config.dim)
+        self.ffn_in, self.ffn_out = _dense(config, config.ffn_dim, SPREAD), _dense(config, config.dim, JOIN)
         self.modulation = self.param("modulation", nn.initializers.normal(config.dim**-0.5), (1, 6, config.dim))
 
     def text_kv(self, carry: None, text: jax.Array) -> tuple[None, KeysValues]:
@@ -322,16 +326,16 @@ class WanTransformer(nn.Module):
     def setup(self):
         """Declares the layers."""
         config = self.config
-        self.patch_embedding = _dense(config, config.dim)
-        self.text_in, self.text_out = _dense(config, config.dim), _dense(config, config.dim)
+        self.patch_embedding = _dense(config, config.dim, ENTER)
+        self.text_in, self.text_out = _dense(config, config.dim, ENTER), _dense(config, config.dim, LEAVE)
         wide = dataclasses.replace(config, dtype="float32")
-        self.time_in, self.time_out = _dense(wide, config.dim), _dense(wide, config.dim)
-        self.time_projection = _dense(wide, 6 * config.dim)
+        self.time_in, self.time_out = _dense(wide, config.dim, ENTER), _dense(wide, config.dim, LEAVE)
+        self.time_projection = _dense(wide, 6 * config.dim, LEAVE)
         self.head_modulation = self.param(
             "head_modulation", nn.initializers.normal(config.dim**-0.5), (1, 2, config.dim)
         )
         outputs = config.channels * int(np.prod(config.patch))
-        self.head = Linear(outputs, config.dtype, nn.initializers.zeros)
+        self.head = Linear(outputs, config.dtype, LEAVE, nn.initializers.zeros)
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False, methods=["run"])
