@@ -43,6 +43,7 @@ def get_config(variant: str = "1_3b") -> ConfigDict:
         "critic_optimizer": {"lr": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "clip": 10.0},
         "ema": {"decay": 0.99, "start": 200},
         "frozen_dtype": "bfloat16",
+        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
         "checkpoint_every": 50,
         "log_every": 10,
     }

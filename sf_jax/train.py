@@ -2,8 +2,13 @@
 
 Any field can be changed on the command line, e.g. `--config.steps=100 --config.optimizer.lr=1e-4`. Running the same
 command again continues from the newest checkpoint in the workdir that is whole; SIGTERM and Ctrl-C save one.
+
+`--dry_run` says how large the networks are, what a device holds, how much arithmetic an update is and how every array
+is split, without reading a weight. `--compile_only=v5p:4x4x4` compiles the updates for a TPU slice that need not be
+there (`pip install "sf_jax[aot]"`) and says what a chip needs and what bounds an iteration. Neither needs a workdir.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -13,6 +18,7 @@ from ml_collections import config_flags
 from sf_jax import command
 from sf_jax.config import from_dict
 from sf_jax.inference import digits_job
+from sf_jax.training import ahead
 from sf_jax.training.loop import train
 from sf_jax.weights.package import Package
 
@@ -21,18 +27,32 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, log and 
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Continue although fields of the config differ from the checkpoint's"
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Describe the run and stop; no weight is read")
+_COMPILE_ONLY = flags.DEFINE_string("compile_only", None, "TPU slice to compile the updates for, such as v5p:4x4x4")
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
     config = from_dict(_CONFIG.value)
+    if _COMPILE_ONLY.value is not None:
+        return _print(ahead.compile_report(config, _COMPILE_ONLY.value))
+    if _DRY_RUN.value:
+        return _print(ahead.describe(config))
+    if _WORKDIR.value is None:
+        raise ValueError("flag --workdir=None: it must be given, a folder of checkpoints, log and exported weights")
     print(f"{config.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
 
     def sample(package: Package, path: Path) -> None:
         digits_job.write_samples(package, config.log.sample_prompts, path)
 
     print(f"wrote {train(config, _WORKDIR.value, sample, _ALLOW.value)}")
+    return None
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
-    command.run(main, required=["config", "workdir"])
+    command.run(main, required=["config"])

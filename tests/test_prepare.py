@@ -200,7 +200,9 @@ def iterators(data, tmp_path):
 
     def pairs(batch_size, **processes):
         config = types.SimpleNamespace(seed=3, batch_size=batch_size)
-        return pair_iterator(Pairs(), config, text, **processes)
+        captions = moving_digits.all_captions()
+        source = types.SimpleNamespace(prompt=lambda i: (captions[i], text.encode([captions[i]])[0]))
+        return pair_iterator(Pairs(), config, source, **processes)
 
     clips = moving_digits.source(tmp_path, "train", digits)
     latents = videos.open_videos(data, **SIZE, **READ)

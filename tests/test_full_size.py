@@ -1,0 +1,138 @@
+"""What is found without running anything: counts, sharding, memory of a chip, traffic of a compiled program."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import wan_distill
+from sf_jax.config import MeshConfig, from_dict
+from sf_jax.topology import CHIPS
+from sf_jax.training import abstract, ahead, hlo, programs, sharding
+from sf_jax.training.abstract import bytes_per_device
+from tests.test_ahead import needs_libtpu, quick_compilation  # noqa: F401 (a fixture)
+from tests.test_training import small_config
+
+
+def test_every_loop_is_counted_as_often_as_it_runs():
+    def f(x, w, n):
+        def layer(x, w):
+            return x @ w, None
+
+        x, _ = jax.lax.scan(layer, x, w)
+        x = jax.lax.cond(n > 1, lambda x: x @ w[0], lambda x: x, x)
+        return jax.lax.fori_loop(0, n, lambda i, x: x @ w[0], x)
+
+    x, w, n = jnp.zeros((5, 8)), jnp.zeros((3, 8, 8)), jnp.int32(4)
+    assert programs.matmul_flops(jax.make_jaxpr(f)(x, w, n), 4) == 2 * 5 * 8 * 8 * (3 + 1 + 4)
+
+
+def test_recomputation_and_kernels_do_not_change_the_count():
+    config = small_config("distill", teacher_weights="unused")
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    counts = []
+    for changes in ({}, {"remat": "block"}, {"attention": "xla"}):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+        counts.append(ahead.flops_of(abstract.abstract_run(changed, mesh)))
+    assert counts[0] == counts[1] == counts[2] and set(counts[0]) == {"student", "critic"}
+    # the critic's update: 3.5 calls per chunk, one flow with its gradient
+    assert 0 < counts[0]["critic"] < counts[0]["student"]
+
+
+def test_hlo_traffic_of_a_known_program():
+    text = """HloModule m
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %g = f32[32,4]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %r = f32[8,4]{1,0} dynamic-slice(%g, %i), dynamic_slice_sizes={8,4}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %r)
+}
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %n = s32[] constant(30)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%loose (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %j = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %j), direction=LT
+}
+ENTRY %main (a: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %a = (s32[], f32[8,4]{1,0}) parameter(0)
+  %w = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body
+  ROOT %v = (s32[], f32[8,4]{1,0}) while(%w), condition=%loose, body=%body
+}
+"""
+    once = hlo.traffic(text, 2.0)
+    assert once.links == {"all-gather": 32 * 4 * 4 * 32.0}
+    assert once.memory == 32 * (32 * 16 + 8 * 16 + 2 * 8 * 16)
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.traffic("nothing")
+
+
+@pytest.mark.parametrize("variant", wan_distill.VARIANTS)
+def test_no_large_parameter_is_replicated_at_full_size(variant):
+    config = from_dict(wan_distill.get_config(variant))
+    mesh = jax.sharding.AbstractMesh((1, 16, 2, 2), sharding.MESH_AXES)
+    run = abstract.abstract_run(config, mesh)
+    for tree in (run.state.model, run.state.critic, run.frozen):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            parts = np.prod(leaf.shape, dtype=float) / np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=float)
+            whole = 0 if leaf.sharding.spec == PartitionSpec() else leaf.size
+            assert parts >= 32 or leaf.size / parts < 2e6 or not whole, (path, leaf.shape, leaf.sharding.spec)
+    total = bytes_per_device(run.arguments)
+    alone = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.MESH_AXES)
+    assert total < 1.15 * bytes_per_device(abstract.abstract_run(config, alone).arguments) / 32
+
+
+def test_a_description_names_everything():
+    config = from_dict(wan_distill.get_config("14b"))
+    lines = list(ahead.describe(config, jax.devices()[:1]))
+    text = "\n".join(lines)
+    assert "teacher (frozen, bfloat16): 14,288,491,584 parameters" in text
+    assert "update student:" in text and "in 0.2 of the iterations" in text
+    assert sum(line.startswith("  ") for line in lines) > 90
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [("v9x:2x2", "topology is 'v9x:2x2': it must be one of v4, v5e, v5p, v6e, then :SHAPE"), ("v5p:4x4x4", "fsdp")],
+)
+@needs_libtpu
+def test_slices_that_do_not_fit_are_refused(topology, message):
+    config = from_dict(wan_distill.get_config("1_3b"))
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=5))
+    with pytest.raises(ValueError, match=message):
+        next(ahead.compile_for(config, topology))
+
+
+CASES = [
+    ("14b", "v5p:4x4x4", {"fsdp": 64}, 1, 20),
+    ("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 1, 8),
+    ("1_3b", "v5p:2x2x4", {"fsdp": 16}, 4, 24),
+]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(("variant", "topology", "mesh", "accumulate", "gib"), CASES)
+def test_full_size_training_fits_a_chip(variant, topology, mesh, accumulate, gib, quick_compilation):  # noqa: F811
+    config = from_dict(wan_distill.get_config(variant))
+    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
+    rows = list(ahead.compile_for(config, topology))
+    chip = CHIPS[topology.split(":")[0]]
+    assert [row.name for row in rows] == ["student", "critic"] and [row.rate for row in rows] == [0.2, 1.0]
+    for row in rows:
+        assert row.memory < gib * 2**30 < chip.memory
+        # weights are gathered whole, layer by layer: not kept, and not split into thin products
+        assert set(row.links) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+        assert row.flops / chip.flops > row.sent / chip.links
+    assert importlib.util.find_spec("libtpu")
