@@ -67,7 +67,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             config.vae_weights, "vae", None, config.frozen_dtype, sharding=sharding.replicated(mesh)
         )
     source = open_source(config, VIDEO_KEYS[config.data.name] in keys, vae)
-    params = _start(config, mesh) if fresh or config.lora.rank else None
+    params = start_params(config, mesh) if fresh or config.lora.rank else None
     if config.lora.rank:
         if params is None:
             raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
@@ -168,7 +168,7 @@ def _teacher(config: TrainConfig, mesh: Mesh, dtype: str) -> dict:
     return params
 
 
-def _start(config: TrainConfig, mesh: Mesh) -> dict | None:
+def start_params(config: TrainConfig, mesh: Mesh) -> dict | None:
     """The trained network's parameters to start from: those given, else the teacher's if they fit, else None."""
     if config.init_weights is not None:
         return _load(config.init_weights, config.model, "init_weights", "float32", mesh)[0]

@@ -45,11 +45,14 @@ class Package:
 
 
 def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float32") -> None:
-    """Writes a package; the file appears under its name only when it is complete."""
+    """Writes a package; the file appears under its name only when it is complete.
+
+    Its tensors have the official names, and readers of PyTorch's world take it.
+    """
     header = to_dict(dataclasses.replace(package, params={}))
     header.pop("params")
     tensors = file_tensors(transformer.entries(package.config), package.params).astype(dtype)
-    write_safetensors(path, tensors, {"sf_jax": json.dumps(header)})
+    write_safetensors(path, tensors, {"sf_jax": json.dumps(header), "format": "pt"})
 
 
 def shipped_path(kind: str) -> pathlib.Path:

@@ -1,0 +1,187 @@
+"""Full-size training on TPU slices that are not there: memory of a chip, arithmetic, traffic, and what bounds a step.
+
+  python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl          # compiles all cases
+  python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl --draw   # tables, and docs/scaling.png
+
+The paper's recipe (configs/wan_distill.py): student and critic 1.3B, 480x832, 21 latent frames, bfloat16. A case that
+is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1 compiles faster. The cases
+"scan" and "replay" are one gradient of sum(video * weight) in the student's parameters, rollout included.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from configs import wan_distill
+from sf_jax import rollout as ro
+from sf_jax.config import MeshConfig, TrainConfig, from_dict
+from sf_jax.models.wan import WanTransformer
+from sf_jax.topology import CHIPS, chip_of, tpu_devices
+from sf_jax.training import ahead, sharding
+from sf_jax.training.abstract import abstract_run
+from sf_jax.training.programs import Program, countable, matmul_flops, rollout_trips
+
+# (variant, topology, mesh, batch, accumulate)
+SCALING = [
+    ("14b", "v5p:2x2x4", {"fsdp": 16}, 64, 4),
+    ("14b", "v5p:2x4x4", {"fsdp": 32}, 64, 2),
+    ("14b", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
+    ("14b", "v5p:4x4x8", {"fsdp": 64, "context": 2}, 64, 1),
+    ("14b", "v5p:4x8x8", {"fsdp": 64, "context": 4}, 64, 1),
+    ("14b", "v5p:8x8x8", {"data": 2, "fsdp": 64, "context": 4}, 128, 1),
+    ("14b", "v5p:8x8x16", {"data": 4, "fsdp": 64, "context": 4}, 256, 1),
+]
+OTHERS = [
+    ("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 64, 1),
+    ("1_3b", "v5p:2x2x4", {"fsdp": 16}, 64, 4),
+    ("1_3b", "v5p:2x2x4", {"fsdp": 16}, 64, 1),
+    ("framewise", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
+]
+GRADIENTS = ("replay", "scan")
+
+
+def configured(variant: str, mesh: dict, batch: int, accumulate: int) -> TrainConfig:
+    """The recipe on a mesh."""
+    config = from_dict(wan_distill.get_config(variant))
+    sizes = MeshConfig(**{"data": 1} | mesh)
+    return dataclasses.replace(config, mesh=sizes, batch_size=batch, accumulate=accumulate)
+
+
+def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
+    """One gradient through a rollout of the 1.3B student, a video per chip."""
+    config = ahead.for_tpu(configured("1_3b", {"fsdp": 64}, 64, 1))
+    mesh = sharding.make_mesh(config.mesh, list(tpu_devices(topology)))
+    run = abstract_run(config, mesh)
+    data, split = config.data, sharding.batch_sharding(mesh)
+    shape = (config.batch_size, data.frames, data.height, data.width, config.model.channels)
+    noise = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+    exits = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+
+    def gradient(sizes, params, noise, weight, text, exit_step):
+        model, draw = WanTransformer(sizes), ro.key_draw(jax.random.key(0), jnp.arange(config.batch_size))
+
+        def loss(params):
+            if method == "scan":
+                past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw, differentiate="stop")
+                return (past.video * weight).sum()
+            past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw)
+            return (ro.replay(model, config.rollout, params, text, past) * weight).sum()
+
+        return jax.grad(loss)(params)
+
+    params = run.state.model.params
+    arguments = (params, noise, noise, run.batch["text"], exits)
+    counted = functools.partial(gradient, countable(config).model)
+    flops = matmul_flops(jax.make_jaxpr(counted)(*arguments), rollout_trips(config))
+    shardings = jax.tree.map(lambda x: x.sharding, arguments)
+    jitted = jax.jit(
+        functools.partial(gradient, config.model), in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0
+    )
+    lowered = _Arguments(config, mesh, arguments)
+    row = ahead.compile_program(Program(method, jitted, lambda step: True, mesh), lowered, flops)
+    return dataclasses.asdict(row) | {"gradient": method, "topology": topology, "chips": mesh.size}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """What `ahead.compile_program` reads of a run."""
+
+    config: TrainConfig
+    mesh: jax.sharding.Mesh
+    arguments: tuple
+
+
+def measure(out: Path) -> None:
+    """Compiles the cases that are not in the file yet."""
+    known = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    keys = {(row.get("case"), row.get("gradient")) for row in known}
+
+    def add(row):
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print({key: row[key] for key in ("topology", "name", "seconds")}, flush=True)
+
+    for variant, topology, mesh, batch, accumulate in SCALING + OTHERS:
+        case = f"{variant} {topology} batch {batch} accumulate {accumulate}"
+        if (case, None) in keys:
+            continue
+        config = configured(variant, mesh, batch, accumulate)
+        rows = [dataclasses.asdict(row) for row in ahead.compile_for(config, topology)]
+        chips = len(tpu_devices(topology))
+        common = {"variant": variant, "topology": topology, "chips": chips, "mesh": mesh, "batch": batch}
+        for row in rows:
+            add({"case": case, **common, "accumulate": accumulate, "jax": jax.__version__} | row)
+    for method in GRADIENTS:
+        if (None, method) not in keys:
+            add({"jax": jax.__version__} | gradient_row(method))
+
+
+def draw(out: Path) -> None:
+    """Prints the tables and draws the figure."""
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    cases: dict[str, list[dict]] = {}
+    for row in rows:
+        cases.setdefault(row.get("case"), []).append(row)
+    gradients = cases.pop(None, [])
+    print("| recipe | slice | mesh | batch | update | GiB a chip | of | PFLOP a chip | GB sent | TB moved | bound |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for found in cases.values():
+        for row in found:
+            _print_row(row)
+    print("\n| gradient of the 1.3B student | GiB a chip | PFLOP a chip | GB sent | TB moved |\n|---|---|---|---|---|")
+    for row in gradients:
+        gib = (row["arguments"] + row["temporary"]) / 2**30
+        sent, traffic = sum(row["links"].values()) / 1e9, row["traffic"] / 1e12
+        print(f"| {row['gradient']} | {gib:.2f} | {row['flops'] / 1e15:.3f} | {sent:.1f} | {traffic:.2f} |")
+    chosen = [cases[key] for key in cases if key.startswith("14b v5p")]
+    chips = [found[0]["chips"] for found in chosen]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = {
+        "memory of a chip, GiB": lambda row: (row["arguments"] + row["temporary"]) / 2**30,
+        "sent by a chip, GB per video": lambda row: sum(row["links"].values()) / 1e9 / row["batch"] * row["chips"],
+        "arithmetic of a chip, PFLOP": lambda row: row["flops"] / 1e15,
+    }
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        for index, name in enumerate(("student", "critic")):
+            axis.plot(chips, [value(found[index]) for found in chosen], "o-", label=f"{name} update")
+        axis.set(title=title, xlabel="v5p chips", xscale="log", ylim=(0, None))
+        axis.set_xticks(chips, [str(count) for count in chips], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(out.with_name("scaling.png"), dpi=110)
+
+
+def _print_row(row: dict) -> None:
+    compiled = ahead.Compiled(**{field.name: row[field.name] for field in dataclasses.fields(ahead.Compiled)})
+    chip = chip_of(row["topology"])
+    bounds = compiled.bounds(chip)
+    top = max(bounds, key=bounds.get)
+    mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+    batch = f"{row['batch']}" + (f" in {row['accumulate']} parts" if row["accumulate"] > 1 else "")
+    print(
+        f"| {row['variant']} | {row['topology']} | {mesh} | {batch} | {row['name']} | {compiled.memory / 2**30:.2f} | "
+        f"{chip.memory / 2**30:.0f} | {compiled.flops / 1e15:.3f} | {compiled.sent / 1e9:.0f} | "
+        f"{compiled.traffic / 1e12:.2f} | {bounds[top]:.2f} s, {top} |"
+    )
+
+
+def main() -> None:
+    """Compiles, or draws what was compiled."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--draw", action="store_true")
+    arguments = parser.parse_args()
+    assert set(CHIPS) >= {topology.split(":")[0] for _, topology, *_ in SCALING + OTHERS}
+    (draw if arguments.draw else measure)(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

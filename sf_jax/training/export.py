@@ -1,0 +1,58 @@
+"""The trained network out of the checkpoints of a run, finished or not."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sf_jax.config import from_dict
+from sf_jax.training import sharding, stages
+from sf_jax.training.checkpoint import read_about, reason_of, step_folders
+from sf_jax.training.fingerprint import measure
+from sf_jax.training.step import new_state
+from sf_jax.weights.package import Package
+
+
+def load_run(workdir: Path | str) -> tuple[int, Package]:
+    """The averaged network of the newest checkpoint of a run; the rest of the checkpoint is not read.
+
+    Args:
+      workdir: of `sf_jax.train`.
+
+    Returns:
+      The step and the network.
+
+    Raises:
+      ValueError: if there is no checkpoint, or the newest is damaged; the message says which is the one before.
+    """
+    workdir = Path(workdir)
+    found = step_folders(workdir / "checkpoints")
+    if not found:
+        raise ValueError(f"from is {workdir}: there is no finished checkpoint in {workdir / 'checkpoints'}")
+    step, folder = found[0]
+    older = f"; move it away to take step {found[1][0]}" if found[1:] else ""
+    try:
+        about = read_about(folder)
+        config = from_dict(about["config"])
+        network = jax.eval_shape(lambda: new_state(config)).model
+        name = "params" if network.ema is None else "ema"
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {"model": {name: getattr(network, name)}}
+        )
+        arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
+        handler = ocp.PyTreeCheckpointHandler()
+        wanted = ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
+        tree = handler.restore(folder / "state", args=wanted)
+        wrong = [path for path, leaf in measure(tree).items() if [*leaf[:3]] != about["leaves"][path]]
+    except Exception as error:  # Orbax raises many kinds; the user needs the folder and what to do.
+        raise ValueError(f"checkpoint {folder} cannot be read ({reason_of(error)}){older}") from error
+    if wrong:
+        raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not as it was saved{older}")
+    params = jax.tree.map(np.asarray, tree["model"][name])
+    frozen = {}
+    if config.lora.rank:
+        mesh = sharding.make_mesh(type(config.mesh)(), jax.devices()[:1])
+        frozen["model_base"] = stages.start_params(config, mesh)
+    return step, stages.package_of(config, params, frozen)

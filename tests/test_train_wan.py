@@ -1,0 +1,146 @@
+"""Training on prepared data and official weights, at the smallest size: every stage, export, generation."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sf_jax.config import from_dict, to_dict
+from sf_jax.inference import prepare_job, wan_job
+from sf_jax.training import export, loop
+from tests.helpers import tree_relative
+from tests.test_commands import command
+from tests.test_prepare import SMALL, TEXTS, make_videos
+from tests.test_training import losses
+from tests.wan_folder import MODEL, make_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The model folder."""
+    return make_folder(tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(scope="module")
+def data(model, tmp_path_factory):
+    """Prepared prompts and videos."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "prompts.txt").write_text("\n".join(TEXTS))
+    make_videos(folder / "clips")
+    for source in ({"prompts": str(folder / "prompts.txt")}, {"videos": str(folder / "clips"), "clips_per_video": 2}):
+        assert prepare_job.run(prepare_job.Job(str(model), str(folder / "wan"), **SMALL, **source))
+    return folder / "wan"
+
+
+def config_for(model, data, stage, **changes):
+    """A run of two steps on latents of 4x6, chunks of one frame."""
+    values = {
+        "stage": stage,
+        "steps": 2,
+        "batch_size": 2,
+        "generator_every": 1,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "model": to_dict(MODEL),
+        "teacher_weights": str(model),
+        "data": {"name": "wan", "dir": str(data), "frames": 2, "height": 4, "width": 6},
+        "rollout": {"chunk": 1, "steps": (1000, 500)},
+        "ode": {"pairs": 3, "batch_size": 2, "solver_steps": 4},
+        "frozen_dtype": "bfloat16",
+        "ema": {"start": 0},
+    }
+    return from_dict(values | changes)
+
+
+RUNS = {
+    "teacher": ("teacher", {}),
+    "causal": ("causal", {}),
+    "ode": ("init", {}),
+    "distill": ("distill", {}),
+    "sid": ("distill", {"objective": "sid", "student_input": "teacher_forcing"}),
+    "gan": ("distill", {"objective": "gan", "gan": {"head": {"taps": (0, 1), "ffn_dim": 32}}}),
+    "long": ("distill", {"rollout_frames": (2, 4), "steps": 3}),
+}
+FAST = ("distill", "long")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RUNS])
+def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
+    stage, changes = RUNS[name]
+    changes = changes | {"init_weights": str(model)}
+    changes = changes | ({"vae_weights": f"{model}/Wan2.1_VAE.safetensors"} if name == "long" else {})
+    path = loop.train(config_for(model, data, stage, **changes), tmp_path)
+    for line in losses(tmp_path):
+        assert all(np.isfinite(value) for value in line.values() if isinstance(value, float))
+    start = load_file(model / "diffusion_pytorch_model.safetensors")
+    trained = load_file(path)
+    assert set(trained) == set(start) and 0 < tree_relative(trained, start) < 0.1
+
+
+def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_path, capsys):
+    changes = {"init_weights": f"{model}/student.safetensors", "mesh": {"data": 1, "fsdp": -1}}
+    config = config_for(model, data, "distill", **changes)
+    whole = loop.train(config, tmp_path / "whole")
+    loop.train(dataclasses.replace(config, steps=1), tmp_path / "run")
+    done = command(f"--from={tmp_path}/run", f"--output={tmp_path}/one.safetensors", module="sf_jax.convert")
+    assert done.returncode == 0 and "student of step 1: wrote" in done.stdout, done.stderr
+    one = load_file(tmp_path / "one.safetensors")
+    start = load_file(model / "student.safetensors")
+    assert set(one) == set(start) and 0 < tree_relative(one, start) < 0.1
+    step, package = export.load_run(tmp_path / "whole")
+    assert step == 2 and package.kind == "student"
+    np.testing.assert_array_equal(load_file(whole)["head.head.bias"], package.params["head"]["bias"])
+    written = wan_job.run(
+        wan_job.Job(
+            model=str(model), checkpoint=str(whole), out=str(tmp_path / "out"), prompts=("a cat",), frames=9, chunk=1,
+            height=32, width=48, dtype="float32",
+        )
+    )  # fmt: skip
+    assert written and all(path.stat().st_size for path in written)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_weights": None}, "teacher_weights is None: stage 'distill' needs a teacher"),
+        ({"teacher_weights": "none.safetensors"}, "teacher_weights: none.safetensors does not exist"),
+        ({"rollout_frames": (4,)}, "vae_weights is None: rollouts longer than data.frames need Wan's VAE"),
+        ({"model": to_dict(MODEL) | {"text_dim": 8}}, "model.text_dim is 8: the prompts of data.dir"),
+        ({"model": to_dict(MODEL) | {"ffn_dim": 64}}, "of the wrong shape"),
+        ({"objective": "gan", "gan": {"head": {"taps": (0,)}}, "data": {"height": 8}}, "data.height is 8"),
+    ],
+)
+def test_wrong_inputs_are_told_by_their_field(changes, message, model, data, tmp_path):
+    base = to_dict(config_for(model, data, "distill"))
+    if "data" in changes:
+        changes = changes | {"data": base["data"] | changes["data"]}
+    with pytest.raises(ValueError) as error:
+        loop.train(from_dict(base | changes), tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from=none", "--output=x.safetensors"], "there is no finished checkpoint in"),
+        (["--output=x.safetensors"], "input and from: give one of them"),
+    ],
+)
+def test_export_answers_a_wrong_command_line_in_one_line(arguments, message, tmp_path):
+    done = command(*arguments, module="sf_jax.convert")
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_torch_checkpoint_is_a_start_for_training(model, data, tmp_path):
+    pytest.importorskip("torch", reason="a .pt checkpoint needs the [convert] extra (PyTorch)")
+    config = config_for(model, data, "distill", steps=1)
+    loop.train(config, tmp_path / "run")
+    made = command(f"--from={tmp_path}/run", f"--output={tmp_path}/student.pt", module="sf_jax.convert")
+    assert made.returncode == 0, made.stderr
+    again = dataclasses.replace(config, init_weights=f"{tmp_path}/student.pt")
+    loop.train(again, tmp_path / "again")
+    lines = [json.loads(line) for line in (tmp_path / "again" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 and jax.process_count() == 1
