@@ -170,7 +170,7 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
 
 def _place(x, target: NamedSharding) -> jax.Array:
     """An array on devices that may be other processes' too: each process places its parts."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, target)
     return jax.make_array_from_callback(x.shape, target, lambda index: np.asarray(x)[index])
 

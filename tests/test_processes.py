@@ -1,0 +1,77 @@
+"""Several processes train as one does: same losses, same checkpoints, one log."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers import tree_relative
+from tests.test_resume import teacher  # noqa: F401 (a fixture)
+from tests.test_training import losses
+
+WORKER = """
+import sys, jax
+index, count, port, workdir, teacher, data, objective, steps = sys.argv[1:]
+if int(count) > 1:
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+from sf_jax.training import loop
+from tests.test_training import small_config
+
+mesh = {"data": 1, "fsdp": -1}
+changes = {"steps": int(steps), "mesh": mesh, "data_dir": data, "generator_every": 2, "checkpoint_every": 3}
+config = small_config(objective, teacher_weights=teacher, **changes)
+loop.train(config, workdir)
+print("done", jax.process_index(), jax.device_count())
+"""
+
+
+def start(index, count, devices, port, *arguments):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    code = [sys.executable, "-c", WORKER, str(index), str(count), str(port), *map(str, arguments)]
+    return subprocess.Popen(code, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(count, devices, *arguments):
+    """Runs `count` processes to their end; their outputs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = [start(i, count, devices, port, *arguments) for i in range(count)]
+    outputs = [process.communicate(timeout=500)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(output[-3000:] for output in outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
+    data, objective = tmp_path / "data", "distill"
+    runs = {"two": (2, 4), "eight": (1, 8), "one": (1, 1)}
+    for name, (count, devices) in runs.items():
+        outputs = run(count, devices, tmp_path / name, teacher, data, objective, 5)
+        assert all(f"done {i} {count * devices}" in output for i, output in enumerate(outputs))
+    found = {name: losses(tmp_path / name) for name in runs}
+    assert [line["step"] for line in found["two"]] == [1, 2, 3, 4, 5]
+    for other in ("eight", "one"):
+        for ours, theirs in zip(found["two"], found[other], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ("critic_loss", "generator_loss"):
+                if name in ours:
+                    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+    weights = [load_file(tmp_path / name / "student.safetensors") for name in runs]
+    assert max(tree_relative(weights[0], other) for other in weights[1:]) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one(teacher, tmp_path):  # noqa: F811
+    rest = (teacher, tmp_path / "data", "distill")
+    run(2, 2, tmp_path / "whole", *rest, 5)
+    run(2, 2, tmp_path / "run", *rest, 5)
+    subprocess.run(["rm", "-r", str(tmp_path / "run" / "checkpoints" / "5")], check=True)
+    (output,) = run(1, 1, tmp_path / "run", *rest, 5)
+    assert "resuming from step 3" in output
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "whole"), strict=True):
+        np.testing.assert_allclose(ours["critic_loss"], theirs["critic_loss"], rtol=1e-5)
