@@ -145,7 +145,7 @@ def draw(out: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     panels = {
         "memory of a chip, GiB": lambda row: (row["arguments"] + row["temporary"]) / 2**30,
-        "sent by a chip, GB per video": lambda row: sum(row["links"].values()) / 1e9 / row["batch"] * row["chips"],
+        "sent by a chip, GB": lambda row: sum(row["links"].values()) / 1e9,
         "arithmetic of a chip, PFLOP": lambda row: row["flops"] / 1e15,
     }
     for axis, (title, value) in zip(axes, panels.items(), strict=True):

@@ -50,6 +50,8 @@ def train(
     """
     workdir = check_writable(workdir, "workdir")
     check_packages(config)
+    if config.log.sample_every and config.data.name != "digits":
+        raise ValueError(f"log.sample_every is {config.log.sample_every}: samples are those of digits, it must be 0")
     if config.log.sample_every and sample is None:
         raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can make samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
