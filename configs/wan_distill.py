@@ -1,10 +1,11 @@
 """Self Forcing of Wan2.1 at full size: the paper's recipe (81 pixel frames of 480x832, chunk-wise or frame-wise).
 
-  python -m sf_jax.train --config=configs/wan_distill.py:1_3b --workdir=runs/wan --config.teacher_weights=Wan2.1-T2V-1.3B
+  python -m sf_jax.train --config=configs/wan_distill.py:1_3b --workdir=runs/wan \
+      --config.teacher_weights=Wan2.1-T2V-1.3B
 
 Variants: `1_3b` (teacher Wan2.1-1.3B), `14b` (teacher Wan2.1-14B, as the official release), `framewise` (chunks of one
 latent frame, teacher 1.3B). Student and critic are always 1.3B. Hardware: the official run used 64 H100s; both updates
-of every variant compile for TPU slices, `docs/scaling.md` has the memory of a chip. Nothing was trained at this size yet.
+of every variant compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet.
 Needs prompt embeddings (`python -m sf_jax.prepare`), `--config.teacher_weights=` (Wan2.1) and `--config.init_weights=`
 (a causal start; for `14b` also `--config.critic_weights=`, Wan2.1-T2V-1.3B).
 """
