@@ -78,7 +78,7 @@ def test_unknown_words_are_answered_with_the_known_ones():
         ),
         (["--config=configs/digits.py:distill", "--config.data.frames=10"], "frames is 10"),
         (["--config=configs/digits.py:distill", "--config.mesh.data=64"], "the sizes must multiply to"),
-        (["--config=configs/wan_distill.py"], "data.name is 'wan': training reads 'digits'"),
+        (["--config=configs/wan_distill.py"], "has no dataset wan_prompts"),
     ],
 )
 def test_train_refuses_bad_input_in_one_line(arguments, message, tmp_path):

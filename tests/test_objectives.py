@@ -194,6 +194,7 @@ def test_gan_students_look_more_real_and_critics_tell_apart(relativistic):
     chex.assert_trees_all_equal(after.critic, trained.critic)
 
 
+@pytest.mark.slow
 def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
     config = make_config(objective="gan", gan={"warmup": 1, "head_lr": 2.0}, batch_size=2)
     state, frozen, batch = setting(config)
@@ -224,7 +225,7 @@ def test_discriminator_gradients_stay_where_they_belong():
     assert all(not np.any(x) for x in jax.tree.leaves(own)) and np.any(video)
 
 
-@pytest.mark.parametrize("name", ["dmd", "gan", "share"])
+@pytest.mark.parametrize("name", ["dmd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gan", "share"))])
 def test_parts_of_a_batch_give_the_update_of_the_whole(name):
     changes = {"gan": {"objective": "gan"}, "share": {"share_rollout": True}}.get(name, {})
     results = []
@@ -240,6 +241,7 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(name):
     assert tree_relative(split.model.opt_state, whole.model.opt_state) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_shared_rollout_gives_both_updates_of_separate_programs_on_the_same_draws():
     config = make_config(batch_size=2)
     state, frozen, batch = setting(config)

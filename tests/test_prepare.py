@@ -142,6 +142,7 @@ def test_metadata_and_resampling(model, tmp_path, capsys):
         prepare_job.run(job)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_two_processes_do_the_work_of_one(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "PER_SHARD", 2)
     monkeypatch.setattr(videos, "PER_SHARD", 1)

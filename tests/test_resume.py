@@ -210,9 +210,8 @@ def test_killed_at_random_moments_continues_bit_exactly(teacher, tmp_path):
     assert (workdir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_the_same_command_goes_on(number, code, teacher, tmp_path):
     arguments = command(teacher, tmp_path / "run", "--config.checkpoint_every=1000", "--config.steps=12")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -64,7 +64,7 @@ RUNS = {
     "gan": ("distill", {"objective": "gan", "gan": {"head": {"taps": (0, 1), "ffn_dim": 32}}}),
     "long": ("distill", {"rollout_frames": (2, 4), "steps": 3}),
 }
-FAST = ("distill", "long")
+FAST = ("long",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RUNS])
@@ -80,6 +80,7 @@ def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     assert set(trained) == set(start) and 0 < tree_relative(trained, start) < 0.1
 
 
+@pytest.mark.slow
 def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_path, capsys):
     changes = {"init_weights": f"{model}/student.safetensors", "mesh": {"data": 1, "fsdp": -1}}
     config = config_for(model, data, "distill", **changes)
@@ -134,6 +135,7 @@ def test_export_answers_a_wrong_command_line_in_one_line(arguments, message, tmp
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_torch_checkpoint_is_a_start_for_training(model, data, tmp_path):
     pytest.importorskip("torch", reason="a .pt checkpoint needs the [convert] extra (PyTorch)")
     config = config_for(model, data, "distill", steps=1)

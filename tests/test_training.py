@@ -59,7 +59,8 @@ def losses(workdir):
     return [{k: v for k, v in line.items() if k not in metrics.TIMING} for line in lines]
 
 
-@pytest.mark.parametrize("stage", ["distill", *(pytest.param(s, marks=pytest.mark.slow) for s in ("teacher", "gan"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["distill", "teacher", "gan"])
 def test_interrupted_run_continues_bit_exactly(stage, teacher, request, tmp_path, monkeypatch, capsys):
     data_dir = str(tmp_path / "no_data") if stage == "distill" else request.getfixturevalue("data_dir")
     config = small_config(stage, teacher_weights=teacher, ema={"decay": 0.9, "start": 0}, generator_every=1)
@@ -139,6 +140,7 @@ def batch_for(config):
     return {"text": text, "negative": jnp.zeros((1, 10, 64))}
 
 
+@pytest.mark.slow
 def test_each_update_changes_its_own_network_only(teacher):
     config = small_config("distill", teacher_weights=teacher)
     params = load_package(teacher).params
