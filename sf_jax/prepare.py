@@ -10,7 +10,7 @@ A command that was stopped goes on where it was when it is given again. Several 
 import jax
 from absl import flags
 
-from sf_jax import command
+from sf_jax import command, distributed
 from sf_jax.inference import prepare_job
 from sf_jax.inference.prepare_job import Job
 
@@ -58,6 +58,7 @@ def job() -> Job:
 
 def main() -> None:
     """Command line: see the module's docstring."""
+    distributed.initialize()
     prepare_job.run(job())
 
 

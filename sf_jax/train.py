@@ -6,6 +6,8 @@ command again continues from the newest checkpoint in the workdir that is whole;
 `--dry_run` says how large the networks are, what a device holds, how much arithmetic an update is and how every array
 is split, without reading a weight. `--compile_only=v5p:4x4x4` compiles the updates for a TPU slice that need not be
 there (`pip install "sf_jax[aot]"`) and says what a chip needs and what bounds an iteration. Neither needs a workdir.
+
+Several processes train as one when their environment says so, see `sf_jax.distributed` and the scripts in launch/.
 """
 
 from collections.abc import Iterable
@@ -15,7 +17,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sf_jax import command
+from sf_jax import command, distributed
 from sf_jax.config import from_dict
 from sf_jax.inference import digits_job
 from sf_jax.training import ahead
@@ -40,6 +42,7 @@ def main() -> None:
         return _print(ahead.describe(config))
     if _WORKDIR.value is None:
         raise ValueError("flag --workdir=None: it must be given, a folder of checkpoints, log and exported weights")
+    distributed.initialize()
     print(f"{config.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
 
     def sample(package: Package, path: Path) -> None:

@@ -1,9 +1,12 @@
 """Several processes train as one does: same losses, same checkpoints, one log."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,9 +18,9 @@ from tests.test_training import losses
 
 WORKER = """
 import sys, jax
-index, count, port, workdir, teacher, data, objective, steps = sys.argv[1:]
-if int(count) > 1:
-    jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+from sf_jax import distributed
+workdir, teacher, data, objective, steps = sys.argv[1:]
+distributed.initialize()
 from sf_jax.training import loop
 from tests.test_training import small_config
 
@@ -31,19 +34,30 @@ print("done", jax.process_index(), jax.device_count())
 
 def start(index, count, devices, port, *arguments):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    code = [sys.executable, "-c", WORKER, str(index), str(count), str(port), *map(str, arguments)]
+    if count > 1:
+        names = ("SF_JAX_COORDINATOR", "SF_JAX_NUM_PROCESSES", "SF_JAX_PROCESS_ID")
+        env |= dict(zip(names, (f"localhost:{port}", str(count), str(index)), strict=True))
+    code = [sys.executable, "-c", WORKER, *map(str, arguments)]
     return subprocess.Popen(code, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_all(count, devices, *arguments):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(i, count, devices, port, *arguments) for i in range(count)]
+
+
+def ended(running):
+    """Waits for processes; their outputs."""
+    outputs = [process.communicate(timeout=500)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(output[-3000:] for output in outputs)
+    return outputs
 
 
 def run(count, devices, *arguments):
     """Runs `count` processes to their end; their outputs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    running = [start(i, count, devices, port, *arguments) for i in range(count)]
-    outputs = [process.communicate(timeout=500)[0] for process in running]
-    assert all(process.returncode == 0 for process in running), "\n".join(output[-3000:] for output in outputs)
-    return outputs
+    return ended(start_all(count, devices, *arguments))
 
 
 @pytest.mark.slow
@@ -75,3 +89,22 @@ def test_a_run_of_two_processes_goes_on_in_one(teacher, tmp_path):  # noqa: F811
     assert "resuming from step 3" in output
     for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "whole"), strict=True):
         np.testing.assert_allclose(ours["critic_loss"], theirs["critic_loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
+    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 30)
+    running = start_all(2, 2, *rest)
+    until = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    outputs = ended(running)
+    assert not any("done" in output for output in outputs)
+    told = [re.search(r"SIGTERM: saved step (\d+) ", output) for output in outputs]
+    assert all(told) and len({found[1] for found in told}) == 1, outputs
+    step = told[0][1]
+    assert (tmp_path / "run" / "checkpoints" / step).exists()
+    (output,) = run(1, 1, *rest)
+    assert f"resuming from step {step}" in output and "done 0 1" in output
+    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 31))

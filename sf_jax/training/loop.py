@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
+from sf_jax.distributed import check_shared
 from sf_jax.files import check_writable
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, one_line_errors
@@ -49,6 +50,7 @@ def train(
       Stopped: a `SystemExit`, with code 0 after SIGTERM and 130 after Ctrl-C.
     """
     workdir = check_writable(workdir, "workdir")
+    check_shared(workdir, "workdir")
     check_packages(config)
     if config.log.sample_every and config.data.name != "digits":
         raise ValueError(f"log.sample_every is {config.log.sample_every}: samples are those of digits, it must be 0")

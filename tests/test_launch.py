@@ -1,0 +1,292 @@
+"""How processes find each other, and the scripts that start them; clusters are played by small programs on PATH."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from sf_jax import distributed
+
+ROOT = Path(__file__).parents[1]
+THREE = {"SF_JAX_COORDINATOR": "host:123", "SF_JAX_NUM_PROCESSES": "2", "SF_JAX_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "wanted"),
+    [
+        ({}, None),
+        ({"SF_JAX_DISTRIBUTED": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        (THREE, {"coordinator_address": "host:123", "num_processes": 2, "process_id": 1}),
+        (
+            THREE | {"SF_JAX_LOCAL_DEVICES": "2,3"},
+            {"coordinator_address": "host:123", "num_processes": 2, "process_id": 1, "local_device_ids": [2, 3]},
+        ),
+        ({"SF_JAX_DISTRIBUTED": "1"}, {}),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, {}),
+    ],
+)
+def test_the_environment_says_who_the_others_are(environ, wanted, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    distributed.initialize(environ)
+    assert calls == ([] if wanted is None else [wanted])
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SF_JAX_COORDINATOR": "host:1"}, "SF_JAX_NUM_PROCESSES, SF_JAX_PROCESS_ID is not set"),
+        (THREE | {"SF_JAX_COORDINATOR": "host"}, "SF_JAX_COORDINATOR is 'host': it must be HOST:PORT"),
+        (THREE | {"SF_JAX_NUM_PROCESSES": "two"}, "SF_JAX_NUM_PROCESSES is 'two'"),
+        (THREE | {"SF_JAX_PROCESS_ID": "2"}, "SF_JAX_PROCESS_ID is '2': it must be a number from 0 to 1"),
+        (THREE | {"SF_JAX_LOCAL_DEVICES": "0,x"}, "SF_JAX_LOCAL_DEVICES is '0,x'"),
+        ({"SF_JAX_LOCAL_DEVICES": "0"}, "SF_JAX_LOCAL_DEVICES is set: it goes with SF_JAX_COORDINATOR"),
+        ({"SF_JAX_DISTRIBUTED": "yes"}, "SF_JAX_DISTRIBUTED is 'yes': it must be 0 or 1"),
+    ],
+)
+def test_wrong_environments_are_refused(environ, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize(environ)
+
+
+def test_a_cluster_that_is_not_there_is_one_line():
+    env = os.environ | {"SF_JAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sf_jax.train", "--config=configs/digits.py", "--workdir=/nowhere"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: SF_JAX_DISTRIBUTED=1: the processes did not find each other (")
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+# Plays .venv/bin/python: a training that writes down what it was given, and anything else for real.
+PYTHON = f"""
+case "$*" in
+  *"-m pip install"*) echo "pip $*" >>"$NOTES/calls"; exit 0 ;;
+  *"-m sf_jax."*)
+    run="$NOTES/run.${{SF_JAX_PROCESS_ID:-x}}"
+    {{ printf 'call'; printf ' [%s]' "${{@:2}}"; printf '\\n'; env | grep SF_JAX_ | sort; }} >"$run"
+    for argument in "$@"; do case "$argument" in --workdir=*) workdir="${{argument#*=}}" ;; esac; done
+    trap 'echo stopped >>"$run"; exit 0' TERM
+    if [[ "$FAKE" == "fail 1" && "$SF_JAX_PROCESS_ID" == 1 ]]; then exit 3; fi
+    if [[ "$FAKE" == done && "${{SF_JAX_PROCESS_ID:-0}}" == 0 ]]; then
+      mkdir -p "$workdir"
+      touch "$workdir/student.safetensors"
+    fi
+    if [[ "$FAKE" == done || "$FAKE" == early ]]; then exit 0; fi
+    for ((i = 0; i < 600; i++)); do sleep 0.1; done
+    exit 9 ;;
+  *) exec "{sys.executable}" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A repository with an environment that needs no installation, and an empty folder of programs."""
+    shutil.copytree(ROOT / "launch", tmp_path / "repo" / "launch")
+    shutil.copy(ROOT / "setup.py", tmp_path / "repo")
+    program(tmp_path / "repo" / ".venv" / "bin" / "python", PYTHON)
+    (tmp_path / "repo" / ".venv" / "pyvenv.cfg").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def start(place, script, *arguments, **env):
+    path = f"{place / 'bin'}:{os.environ['PATH']}"
+    names = {"SF_JAX_COORDINATOR", "CUDA_VISIBLE_DEVICES", "PYTHON"}
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    env = kept | {"PATH": path, "NOTES": str(place / "notes"), "FAKE": "done"} | env
+    return subprocess.Popen(
+        ["bash", str(place / "repo" / "launch" / script), *arguments],
+        env=env,
+        cwd=place / "repo",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def notes(place, name):
+    return (place / "notes" / name).read_text()
+
+
+def wait_for(*paths):
+    until = time.monotonic() + 30
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < until, paths
+        time.sleep(0.05)
+
+
+def four_gpus(place):
+    program(place / "bin" / "nvidia-smi", "for i in 0 1 2 3; do echo GPU $i; done")
+
+
+def test_one_process_drives_all_gpus(place):
+    four_gpus(place)
+    finish(start(place, "multi_gpu.sh", "--config=a b", "--workdir=run"))
+    assert notes(place, "run.x") == "call [sf_jax.train] [--config=a b] [--workdir=run]\n"
+    assert "cuda" in notes(place, "calls")
+
+
+def test_processes_share_the_gpus(place):
+    four_gpus(place)
+    finish(start(place, "multi_gpu.sh", "--processes=2", "--config=c", "--workdir=run"))
+    for k, devices in enumerate(("0,1", "2,3")):
+        found = notes(place, f"run.{k}")
+        assert "[sf_jax.train] [--config=c] [--workdir=run]" in found and f"SF_JAX_LOCAL_DEVICES={devices}\n" in found
+        assert f"SF_JAX_PROCESS_ID={k}\n" in found and "SF_JAX_NUM_PROCESSES=2\n" in found
+    assert notes(place, "run.0").split("SF_JAX_COORDINATOR=")[1].split()[0] in notes(place, "run.1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_every_process(place, number):
+    four_gpus(place)
+    process = start(place, "multi_gpu.sh", "--processes=4", "--workdir=run", FAKE="wait")
+    files = [place / "notes" / f"run.{k}" for k in range(4)]
+    wait_for(*files)
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert "passed on" in finish(process)
+    assert all(path.read_text().endswith("stopped\n") for path in files)
+
+
+def test_a_process_that_fails_ends_the_others(place):
+    four_gpus(place)
+    output = finish(start(place, "multi_gpu.sh", "--processes=2", "--workdir=run", FAKE="fail 1"), 3)
+    assert "exit code 3" in output and "process_*.log" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes=3", "--workdir=run"], "--processes=3: it must divide the 4 GPUs"),
+        (["--processes=two", "--workdir=run"], "--processes=two: it must be a number"),
+        (["--processes=2", "--config=c"], "needs --workdir=FOLDER"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(place, arguments, message):
+    four_gpus(place)
+    assert message in finish(start(place, "multi_gpu.sh", *arguments), 1)
+
+
+# Tasks are signalled by SLURM, not by srun; one that fails ends the others.
+SRUN = """
+echo "srun $*" >>"$NOTES/calls"
+while [[ "$1" == --* ]]; do shift; done
+running=()
+for k in 0 1; do SLURM_PROCID=$k "$@" & running+=("$!"); done
+echo "${running[@]}" >"$NOTES/tasks"
+for k in 0 1; do wait -n || { rc=$?; kill -KILL "${running[@]}" 2>/dev/null; exit $rc; }; done
+"""
+
+
+def slurm(place, **env):
+    four_gpus(place)
+    program(place / "bin" / "srun", SRUN)
+    program(
+        place / "bin" / "scontrol", 'echo "scontrol $*" >>"$NOTES/calls"; [[ "$1" != show ]] || printf "n7\\nn8\\n"'
+    )
+    env = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"} | env
+    env |= {"SLURM_SUBMIT_DIR": str(place / "repo")}
+    return start(place, "slurm.sbatch", "--config=c", f"--workdir={place}/run", **env)
+
+
+def test_a_slurm_job_runs_one_process_a_node(place):
+    assert "done: " in finish(slurm(place))
+    for k in range(2):
+        found = notes(place, f"run.{k}")
+        assert f"[--config=c] [--workdir={place}/run]" in found and "SF_JAX_COORDINATOR=n7:21234\n" in found
+        assert "SF_JAX_NUM_PROCESSES=2\n" in found and "SF_JAX_LOCAL_DEVICES=0,1,2,3\n" in found
+    assert "requeue" not in notes(place, "calls") and "--kill-on-bad-exit=1" in notes(place, "calls")
+
+
+def test_a_slurm_job_that_ran_out_of_time_is_queued_again(place):
+    finish(slurm(place, FAKE="early"))
+    assert "scontrol requeue 41234" in notes(place, "calls")
+
+
+def test_a_slurm_job_that_fails_is_not(place):
+    assert "exit code 3" in finish(slurm(place, FAKE="fail 1"), 1)
+    assert "requeue" not in notes(place, "calls")
+
+
+def test_a_cancelled_slurm_job_is_not_queued_again(place):
+    process = slurm(place, FAKE="wait")
+    wait_for(place / "notes" / "run.0", place / "notes" / "run.1")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # scancel: to the batch script and to the tasks
+    for task in notes(place, "tasks").split():
+        os.kill(int(task), signal.SIGTERM)
+    assert "cancelled" in finish(process)
+    assert "requeue" not in notes(place, "calls")
+
+
+GCLOUD = """
+printf 'gcloud' >>"$NOTES/calls"; printf ' [%s]' "$@" >>"$NOTES/calls"; printf '\\n' >>"$NOTES/calls"
+for argument in "$@"; do
+  case "$argument" in --command=*) cd "$NOTES/worker" && bash -c "${argument#*=}"; exit ;; esac
+done
+"""
+SLICE = {"TPU_NAME": "sf", "ZONE": "z1", "ACCELERATOR_TYPE": "v5p-128"}
+
+
+@pytest.fixture
+def pod(place):
+    """A slice of one worker whose home is notes/worker."""
+    program(place / "bin" / "gcloud", GCLOUD)
+    program(place / "notes" / "worker" / "sf_jax" / ".venv" / "bin" / "python", PYTHON)
+    return place
+
+
+def test_a_slice_is_made_and_given_back(pod):
+    finish(start(pod, "tpu_pod.sh", "create", **SLICE, SPOT="1", PROJECT="p"))
+    finish(start(pod, "tpu_pod.sh", "delete", **SLICE))
+    made, deleted = notes(pod, "calls").splitlines()
+    assert made == (
+        "gcloud [compute] [tpus] [tpu-vm] [create] [sf] [--zone=z1] [--project=p] [--accelerator-type=v5p-128] "
+        "[--version=v2-alpha-tpuv5] [--spot]"
+    )
+    assert deleted == "gcloud [compute] [tpus] [tpu-vm] [delete] [sf] [--zone=z1]"
+
+
+def test_a_run_on_a_slice_outlives_its_connection_and_is_stopped(pod):
+    run = pod / "notes" / "run.x"
+    finish(start(pod, "tpu_pod.sh", "train", "--config=c", "--workdir=/mnt/share/a b", **SLICE, FAKE="wait"))
+    wait_for(run)
+    assert "call [sf_jax.train] [--config=c] [--workdir=/mnt/share/a b]" in run.read_text().replace("[-m] ", "")
+    assert "SF_JAX_DISTRIBUTED=1" in run.read_text() and "[--worker=all]" in notes(pod, "calls")
+    assert "stop it first" in finish(start(pod, "tpu_pod.sh", "train", "--config=c", **SLICE), 1)
+    finish(start(pod, "tpu_pod.sh", "stop", **SLICE))
+    assert run.read_text().endswith("stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "message", "code"),
+    [
+        (["create"], {"ZONE": "z"}, "TPU_NAME", 1),
+        (["create"], SLICE | {"ACCELERATOR_TYPE": "v9-8"}, "ACCELERATOR_TYPE is v9-8", 1),
+        (["mount", "somewhere"], SLICE, "give HOST:/SHARE", 1),
+        (["train"], SLICE, "give the flags of python -m sf_jax.train", 1),
+        (["other"], SLICE, "bash launch/tpu_pod.sh create", 2),
+    ],
+)
+def test_wrong_words_for_a_slice_are_refused(pod, arguments, env, message, code):
+    assert message in finish(start(pod, "tpu_pod.sh", *arguments, **env), code)
