@@ -271,6 +271,8 @@ class TrainConfig:
       data: dataset and sizes.
       mesh: devices.
       frozen_dtype: type in which frozen networks are kept.
+      offload_teacher: keep the kernels of the teacher's blocks in the host's memory; a block's go to the device for its
+        use. Frees nearly all that the teacher takes, and costs its transfer in every student update.
       log_every: iterations between log lines.
       checkpoint_every: iterations between checkpoints.
       keep_checkpoints: how many are kept.
@@ -314,6 +316,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     frozen_dtype: str = "float32"
+    offload_teacher: bool = False
     log_every: int = 20
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
@@ -351,6 +354,11 @@ class TrainConfig:
             raise ValueError("image_to_video is True: rollout.first_frame_alone must be True too")
         given = int(self.image_to_video)
         self.rollout.chunks(self.data.frames - given, given)
+        if self.offload_teacher and (self.stage != "distill" or self.objective == "gan"):
+            raise ValueError(
+                "offload_teacher is True: it must be False where no teacher is asked, that is but for the objectives "
+                "'dmd' and 'sid' of stage 'distill'"
+            )
         if self.stage == "init":
             self._check_init()
         if self.stage == "distill":
@@ -387,6 +395,11 @@ class TrainConfig:
     def teacher_model(self) -> WanConfig:
         """Sizes of the teacher."""
         return self.teacher or self.model
+
+    @property
+    def offload(self) -> tuple[str, ...]:
+        """Frozen networks that the host keeps."""
+        return ("teacher",) if self.offload_teacher else ()
 
     @property
     def critic_model(self) -> WanConfig:

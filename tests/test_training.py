@@ -18,10 +18,11 @@ from configs import digits, wan_distill
 from sf_jax.config import MeshConfig, config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.inference.pipeline import load_pipeline
+from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.wan import init_params
-from sf_jax.training import checkpoint, loop, metrics, self_forcing, sharding, stages
+from sf_jax.training import checkpoint, loop, metrics, programs, self_forcing, sharding, stages
 from sf_jax.training import step as steps
-from sf_jax.training.media import Media
+from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import load_package, save_package
 from tests.helpers import random_params, tree_relative
 
@@ -340,3 +341,27 @@ def test_progress_is_not_lost_to_a_line_cut_short(tmp_path):
     with pytest.raises(FloatingPointError, match="step 3: loss is not finite"):
         log.step(3, {"loss": jnp.float32(np.nan)})
     log.close()
+
+
+@pytest.mark.slow
+def test_a_teacher_in_host_memory_gives_the_same_update():
+    found, devices = [], jax.device_count()
+    for offload in (False, True):
+        config = small_config("distill", teacher_weights="none", batch_size=4, offload_teacher=offload)
+        mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=devices))
+        frozen = {"teacher": init_params(config.model, jax.random.key(1))}
+        places = sharding.frozen_shardings(frozen, mesh, config.offload)
+        kinds = {target.memory_kind for target in jax.tree.leaves(places)}
+        assert kinds == ({"device", sharding.HOST_MEMORY} if offload else {"device"})
+        frozen, state = sharding.put(frozen, places), steps.new_state(config)
+        state = sharding.put(state, sharding.tree_shardings(state, mesh))
+        batch = sharding.put_batch({"text": batch_for(config)["text"]}, mesh)
+        batch |= sharding.put_whole({"negative": batch_for(config)["negative"]}, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        updates = stages.updates_of(config, digits_media(PatchCodec.load()))
+        student = programs.jit_updates(updates, ["text"], ["negative"], mesh, shardings, places)[0][1]
+        with jax.set_mesh(mesh):
+            found.append(jax.device_get(student(state, frozen, batch)))
+    (state, metrics), (other, others) = found
+    assert tree_relative(other.model.params, state.model.params) < 1e-6
+    np.testing.assert_allclose(metrics["generator_loss"], others["generator_loss"], rtol=1e-6)

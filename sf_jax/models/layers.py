@@ -81,7 +81,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C_in] to [..., features]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = partition.fetch(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
         bias = self.param("bias", self.bias_init, (self.features,))
         return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)), self.axes)
 

@@ -48,6 +48,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def fetch(param: jax.Array) -> jax.Array:
+    """A parameter in the memory of the device, also where the host keeps it."""
+    if jax.typeof(param).memory_space == jax.memory.Space.Host:
+        return jax.device_put(param, jax.memory.Space.Device)
+    return param
+
+
 def gather(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """A parameter for its use, whole in "embed": left to itself, XLA moves windows of it into many thin products."""
     return constrain(kernel, *(None if name == "embed" else name for name in names))

@@ -70,7 +70,7 @@ def abstract_run(config: TrainConfig, mesh: Mesh) -> AbstractRun:
         frozen["critic_base"] = _network(config.critic_model, config.frozen_dtype)
     if uses_vae(config):
         frozen["vae"] = _typed(vae_shapes(vae), config.frozen_dtype)
-    frozen = _placed(frozen, mesh)
+    frozen = _with(frozen, sharding.frozen_shardings(frozen, mesh, config.offload))
     keys, constants = keys_of(config)
     batch = {key: value for key, value in _inputs(config).items() if key in (*keys, *constants)}
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -93,7 +93,10 @@ def _typed(shapes, dtype: str):
 
 
 def _placed(shapes, mesh: Mesh):
-    shardings = sharding.tree_shardings(shapes, mesh)
+    return _with(shapes, sharding.tree_shardings(shapes, mesh))
+
+
+def _with(shapes, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -115,6 +118,7 @@ def _inputs(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(*given) for name, given in found.items()}
 
 
-def bytes_per_device(tree) -> int:
-    """Bytes that a device holds of a tree of arrays with shardings."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def bytes_per_device(tree, on_host: bool = False) -> int:
+    """Bytes that a device holds of a tree of arrays with shardings, or those that the host keeps for it."""
+    mine = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == sharding.HOST_MEMORY) == on_host]
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in mine)

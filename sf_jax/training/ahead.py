@@ -31,6 +31,7 @@ class Compiled:
       links: bytes sent to other chips, by operation.
       traffic: bytes read from and written to memory.
       seconds: how long compiling took.
+      host: bytes of the arguments in the host's memory.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Compiled:
     links: dict[str, float]
     traffic: float
     seconds: float
+    host: int = 0
 
     @property
     def memory(self) -> int:
@@ -102,6 +104,7 @@ def compile_program(program: Program, run: AbstractRun, flops: float) -> Compile
         links=moved.links,
         traffic=moved.memory,
         seconds=time.perf_counter() - began,
+        host=memory.host_argument_size_in_bytes,
     )
 
 
@@ -135,6 +138,8 @@ def compile_report(config: TrainConfig, topology: str) -> Iterator[str]:
     for row in rows:
         sent = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in sorted(row.links.items()))
         yield f"{row.name} sends: {sent or 'nothing'}"
+        if row.host:
+            yield f"{row.name} reads {row.host / GIB:.2f} GiB a chip from the host, which the bounds below leave out"
     fits = max(row.memory for row in rows) <= chip.memory
     yield f"memory of a chip: {chip.memory / GIB:.0f} GiB, so it {'fits' if fits else 'does NOT fit'}"
     found = step_bounds(rows, chip)
@@ -159,6 +164,8 @@ def describe(config: TrainConfig, devices: list | None = None) -> Iterator[str]:
     parts = {"state": run.state, "frozen": run.frozen, "batch": run.batch}
     told = ", ".join(f"{name} {_mib(bytes_per_device(tree))}" for name, tree in parts.items())
     yield f"memory of a device: {told}, together {_mib(bytes_per_device(run.arguments))}, besides what an update needs"
+    if config.offload:
+        yield f"memory of the host: {_mib(bytes_per_device(run.frozen, on_host=True))} for each of its devices"
     flops = flops_of(run)
     rates = {program.name: rate(program.due, config.steps) for program in run.programs}
     for name, count in flops.items():

@@ -34,6 +34,7 @@ FREE_FIELDS = (
     "data.dir",
     "log",
     "grace_seconds",
+    "offload_teacher",
 )
 
 

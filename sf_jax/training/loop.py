@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -126,10 +126,10 @@ def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int,
     )
 
 
-def compile_updates(stage: Stage, mesh: Mesh, state: TrainState) -> list[Program]:
-    """The updates of the stage, jitted."""
+def compile_updates(stage: Stage, mesh: Mesh, state: TrainState, offload: Sequence[str] = ()) -> list[Program]:
+    """The updates of the stage, jitted; of the frozen networks to `offload` the host keeps the blocks' kernels."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    frozen = sharding.tree_shardings(stage.frozen, mesh)
+    frozen = sharding.frozen_shardings(stage.frozen, mesh, offload)
     updates = jit_updates(stage.updates, stage.keys, stage.constants, mesh, shardings, frozen)
     return [Program(*update, mesh) for update in updates]
 
@@ -146,8 +146,8 @@ def _run(
     sample: Callable[[int, TrainState], None],
 ) -> TrainState:
     """All iterations from `start`."""
-    programs = compile_updates(stage, mesh, state)
-    frozen = sharding.put(stage.frozen, mesh)
+    programs = compile_updates(stage, mesh, state, config.offload)
+    frozen = sharding.put(stage.frozen, sharding.frozen_shardings(stage.frozen, mesh, config.offload))
     constants = sharding.put_whole(stage.constants, mesh)
     began = time.perf_counter()
     for step in range(start, config.steps):

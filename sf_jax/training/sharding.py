@@ -5,6 +5,7 @@ logical axis without a rule, is an error, never silently replicated.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -86,6 +87,7 @@ AXES |= {
 }
 # Trees that every device holds whole: Wan's VAE is 0.3 GB in bfloat16.
 WHOLE = ("vae",)
+HOST_MEMORY = "pinned_host"
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -142,6 +144,22 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def frozen_shardings(frozen: dict, mesh: Mesh, offload: Sequence[str] = ()) -> dict:
+    """Shardings of frozen networks; of those to `offload` the kernels of all blocks are in the host's memory."""
+    found = tree_shardings(frozen, mesh)
+    return found | {name: offloaded(found[name]) for name in offload if name in found}
+
+
+def offloaded(shardings: dict) -> dict:
+    """The shardings of a network whose blocks' kernels, nearly all of it, are in the host's memory."""
+
+    def leaf(path, target):
+        names = _names(path)
+        return target.with_memory_kind(HOST_MEMORY) if names[0] == "blocks" and names[-1] == "kernel" else target
+
+    return jax.tree_util.tree_map_with_path(leaf, shardings)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over all data-parallel devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -152,9 +170,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(tree, mesh: Mesh):
-    """Places parameters, or a state, as `tree_shardings` says; every process holds the whole of it in host memory."""
-    return jax.tree.map(_place, tree, tree_shardings(tree, mesh))
+def put(tree, shardings):
+    """Places parameters, or a state, as `shardings` says; every process holds the whole of it in host memory."""
+    return jax.tree.map(_place, tree, shardings)
 
 
 def put_whole(tree, mesh: Mesh):

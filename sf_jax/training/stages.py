@@ -79,7 +79,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
         return Stage(params, None, frozen, {}, keys, iterator, updates, source.media)
     critic = None
     if needs_teacher(config):
-        frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype)
+        frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
     if config.stage == "distill" and (fresh or config.critic_lora.rank):
         critic = _critic(config, mesh)
         if config.critic_lora.rank:
@@ -125,11 +125,18 @@ def _cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
-def _load(path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh) -> tuple[dict, str | None]:
+def _load(
+    path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh, offload: bool = False
+) -> tuple[dict, str | None]:
     """A transformer of the wanted sizes, placed on the mesh, and what its file says it is (None if it does not).
 
     The file is one that training wrote, or one with the official or diffusers names (also `.pt` checkpoints).
     """
+
+    def places(like):
+        found = sharding.tree_shardings(like, mesh)
+        return sharding.offloaded(found) if offload else found
+
     path = shipped_path("teacher") if path == "shipped" else Path(path)
     if path.is_file() and path.suffix == ".safetensors":
         with open_tensors(path) as tensors:
@@ -140,11 +147,9 @@ def _load(path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh) -> t
             if dataclasses.replace(package.config, **same) != wanted:
                 raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
             typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
-            return sharding.put(typed, mesh), package.kind
+            return sharding.put(typed, places(typed)), package.kind
     try:
-        _, params = load_network(
-            path, "transformer", wanted, dtype, sharding=lambda like: sharding.tree_shardings(like, mesh)
-        )
+        _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     return params, None
@@ -156,9 +161,9 @@ def _teacher_field(config: TrainConfig) -> str:
     return config.teacher_weights
 
 
-def _teacher(config: TrainConfig, mesh: Mesh, dtype: str) -> dict:
+def _teacher(config: TrainConfig, mesh: Mesh, dtype: str, offload: bool = False) -> dict:
     """The stage's teacher: bidirectional, but for starts that follow a causal one."""
-    params, kind = _load(_teacher_field(config), config.teacher_model, "teacher_weights", dtype, mesh)
+    params, kind = _load(_teacher_field(config), config.teacher_model, "teacher_weights", dtype, mesh, offload)
     causal = config.stage == "init" and (config.init == "consistency" or config.ode.teacher == "causal")
     wanted = "causal" if causal else "teacher"
     if kind not in (None, wanted):
