@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.tpu_memory import measure
 from sf_jax.inference import ahead
+from sf_jax.topology import CHIPS
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the [aot] extra (libtpu's compiler)"
@@ -30,7 +31,7 @@ def quick_compilation():
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_full_size_generation_fits_a_chip(topology, quick_compilation):
     text, chunk, *frames = measure(topology)
-    hbm = ahead.HBM[topology.split(":")[0]]
+    hbm = CHIPS[topology.split(":")[0]].memory
     assert text.memory < chunk.memory < hbm
     assert chunk.arguments > 8 * 2**30  # the parameters and the whole cache are there
     for frame in frames:  # the transformer's arguments stay while frames are decoded
