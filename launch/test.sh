@@ -59,7 +59,9 @@ part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch 
 
 # Two processes: most of a test is one-threaded compilation, so all take XLA's quick one but for the
 # long comparisons with the official code, which run what users run: fully optimised programs.
-quick=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1)
+# Runs that are killed and started again, and the tests that do so, find their programs compiled.
+quick=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/compiled"
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5)
 tests=("$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal)
 goldens=tests/test_goldens.py
 fast=("${quick[@]}" "${tests[@]}" -m "not slow")

@@ -28,7 +28,7 @@ def quick_compilation():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v6e:2x2"])  # the chip with the least memory
 def test_full_size_generation_fits_a_chip(topology, quick_compilation):
     text, chunk, *frames = measure(topology)
     hbm = CHIPS[topology.split(":")[0]].memory
