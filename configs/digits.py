@@ -94,7 +94,7 @@ def _distill() -> dict:
         # Muon's kernels have an RMS of 0.1 to 0.3: rates of 1e-4 moved them by 0.002, and the student stayed as it was.
         "optimizer": {"lr": 6e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0, "decay": "cosine"},
         "critic_optimizer": {"lr": 4e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0},
-        "ema": {"decay": 0.98, "start": 20},
+        "ema": {"decay": 0.98, "start": 40},
     }
 
 

@@ -71,7 +71,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the trained weights: `decay` per update, from update `start` on."""
+    """Exponential moving average of the trained weights: `decay` per update, from iteration `start` on."""
 
     decay: float = 0.99
     start: int = 200
@@ -80,6 +80,7 @@ class EmaConfig:
         """Refuses decays that never forget."""
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}: it must be in [0, 1)")
+        _at_least(self, 0, "start")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,16 +158,16 @@ def test_each_update_changes_its_own_network_only(teacher):
     assert after.step == state.step + 1
 
 
-def test_average_starts_when_told():
-    config = small_config("distill", teacher_weights="unused", ema={"decay": 0.9, "start": 1})
+def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
+    config = small_config("distill", teacher_weights="unused", ema={"decay": 0.9, "start": 4})
     optimizer = steps.make_optimizers(config).model
     params = random_params(config.model)
     network = steps.new_network(params, optimizer, ema=True)
     grads = jax.tree.map(jnp.ones_like, params)
-    network, _ = steps.update(network, grads, optimizer, config.ema)
+    network, _ = steps.update(network, grads, optimizer, config.ema, 0)
     chex.assert_trees_all_equal(network.ema, network.params)
     before = network
-    network, _ = steps.update(network, grads, optimizer, config.ema)
+    network, _ = steps.update(network, grads, optimizer, config.ema, 5)
     expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, before.params, network.params)
     chex.assert_trees_all_close(network.ema, expected, rtol=1e-6, atol=1e-9)
 

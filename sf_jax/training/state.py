@@ -80,19 +80,26 @@ def update(
     grads: dict,
     optimizer: optax.GradientTransformation,
     ema: EmaConfig | None,
+    step: jax.Array | int,
     scale: Callable | None = None,
 ) -> tuple[Network, jax.Array]:
     """One optimiser step; also returns the gradient's global norm before clipping.
 
-    `scale`: (path of a parameter, updates so far) -> factor of its change; None is 1 for all.
+    Args:
+      network: what is updated.
+      grads: of its parameters.
+      optimizer: how.
+      ema: of the average; None where there is none.
+      step: iterations done.
+      scale: (path of a parameter, updates so far) -> factor of its change; None is 1 for all.
     """
     changes, opt_state = optimizer.update(grads, network.opt_state, network.params)
     if scale is not None:
         changes = jax.tree_util.tree_map_with_path(lambda path, x: x * scale(path, network.updates), changes)
     params = optax.apply_updates(network.params, changes)
-    updates = network.updates + 1
     average = network.ema
     if ema is not None and average is not None:
-        decay = jnp.where(updates > ema.start, ema.decay, 0.0)
+        decay = jnp.where(step >= ema.start, ema.decay, 0.0)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-    return Network(params=params, opt_state=opt_state, updates=updates, ema=average), optax.tree.norm(grads)
+    network = Network(params=params, opt_state=opt_state, updates=network.updates + 1, ema=average)
+    return network, optax.tree.norm(grads)

@@ -123,6 +123,7 @@ def make_step(config: TrainConfig, program: Program) -> Step:
                 metrics[f"{loss.prefix}loss"],
                 getattr(optimizers, loss.network),
                 config.ema if is_model else None,
+                before.step,
                 None if is_model else _change_scale(config),
             )
             state = state.replace(**{loss.network: network})
@@ -180,9 +181,9 @@ def _change_scale(config: TrainConfig):
     return scale
 
 
-def _apply(network: Network, grads: dict, loss: jax.Array, optimizer, ema, scale) -> tuple[Network, dict]:
+def _apply(network: Network, grads: dict, loss: jax.Array, optimizer, ema, step, scale) -> tuple[Network, dict]:
     """The updated network, or the old one where the loss or a gradient is not finite."""
-    new, norm = update(network, grads, optimizer, ema, scale)
+    new, norm = update(network, grads, optimizer, ema, step, scale)
     wrong = jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in jax.tree.leaves(grads)])
     finite = jnp.isfinite(loss) & (wrong.sum() == 0)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, network)
