@@ -213,19 +213,20 @@ class LogConfig:
       tensorboard: write event files to `workdir/tensorboard` (needs tensorboardX).
       wandb_project: project of Weights & Biases to log to (needs wandb); None is none.
       sample_every: iterations between sample videos of the averaged weights in `workdir/samples`; 0 is never.
-      sample_prompts: what they show.
+      sample_prompts: what they show, of moving digits. Empty is the data's first `sample_count` prompts.
+      sample_count: how many videos, where no prompts are given.
     """
 
     tensorboard: bool = False
     wandb_project: str | None = None
     sample_every: int = 0
-    sample_prompts: tuple[str, ...] = ("a 3 moving up and right, slowly", "a 7 moving left, fast")
+    sample_prompts: tuple[str, ...] = ()
+    sample_count: int = 2
 
     def __post_init__(self):
         """Refuses samples of nothing."""
         _at_least(self, 0, "sample_every")
-        if self.sample_every and not self.sample_prompts:
-            raise ValueError(f"log.sample_every is {self.sample_every}: log.sample_prompts must hold a prompt")
+        _at_least(self, 1, "sample_count")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,15 +345,26 @@ class TrainConfig:
         if self.grace_seconds <= 0:
             raise ValueError(f"grace_seconds is {self.grace_seconds}: it must be positive")
         self.model.grid(self.data.height, self.data.width)
-        if self.stage in ("init", "distill") and self.teacher_weights is None and self.data.name == "digits":
+        starts_alone = self.stage == "distill" and self.objective == "gan" and self.critic_weights is not None
+        needs_teacher = self.stage in ("init", "distill") and not starts_alone
+        if needs_teacher and self.teacher_weights is None and self.data.name == "digits":
             wants = (
                 "a file of stage 'causal'"
                 if self.stage == "init" and self.init == "consistency"
                 else "a file or 'shipped'"
             )
             raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give {wants}")
+        if self.log.sample_prompts and (self.data.name == "wan" or self.image_to_video):
+            raise ValueError(
+                f"log.sample_prompts is {self.log.sample_prompts}: samples of prepared data, and those that begin with "
+                "given images, show the data's first entries; leave it empty and set log.sample_count"
+            )
         if self.image_to_video and not self.rollout.first_frame_alone:
             raise ValueError("image_to_video is True: rollout.first_frame_alone must be True too")
+        if self.image_to_video and self.stage == "teacher":
+            raise ValueError(
+                "image_to_video is True: a bidirectional network has no given first frame, it must be False"
+            )
         given = int(self.image_to_video)
         self.rollout.chunks(self.data.frames - given, given)
         if self.offload_teacher and (self.stage != "distill" or self.objective == "gan"):
@@ -363,7 +375,10 @@ class TrainConfig:
         if self.stage == "init":
             self._check_init()
         if self.stage == "distill":
-            self._check_distill()
+            return self._check_distill()
+        for name, value in (("rollout_frames", self.rollout_frames), ("critic_lora.rank", self.critic_lora.rank)):
+            if value:
+                raise ValueError(f"{name} is {value}: it is for stage 'distill'; in stage {self.stage!r} leave it out")
 
     def _check_init(self):
         if self.init == "ode" and not self.rollout.warp:
@@ -376,9 +391,23 @@ class TrainConfig:
 
     def _check_distill(self):
         own = self.student_input == "rollout"
-        for name, value in (("share_rollout", self.share_rollout), ("rollout_frames", self.rollout_frames)):
-            if value and not own:
-                raise ValueError(f"{name} is {value}: student_input is {self.student_input!r}, it must be 'rollout'")
+        usual = {"share_rollout": False, "rollout_frames": (), "exits": "same", "cache_gradient": "stop"}
+        for name, value in usual.items():
+            if getattr(self, name) != value and not own:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: student_input is {self.student_input!r}, it must be 'rollout'"
+                )
+        if self.score.fake_guidance != 1.0 and self.objective != "dmd":
+            raise ValueError(
+                f"score.fake_guidance is {self.score.fake_guidance}: only the objective 'dmd' guides its critic, with "
+                f"{self.objective!r} it must be 1"
+            )
+        for name in ("from_exit", "to_exit"):
+            if getattr(self.score, name) and (not own or self.exits == "per_chunk"):
+                raise ValueError(
+                    f"score.{name} is True: the scores' times can follow the exit step only where all chunks of a "
+                    "rollout have the same; set exits to 'same' or 'last' and student_input to 'rollout'"
+                )
         if self.objective == "gan" and self.critic_lora.rank:
             raise ValueError("critic_lora.rank is above 0: the GAN's critic is trained whole, it must be 0")
         if self.objective == "gan" and max(self.gan.head.taps) >= self.critic_model.num_layers:

@@ -11,7 +11,6 @@ Several processes train as one when their environment says so, see `sf_jax.distr
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -19,10 +18,9 @@ from ml_collections import config_flags
 
 from sf_jax import command, distributed
 from sf_jax.config import from_dict
-from sf_jax.inference import digits_job
+from sf_jax.inference.video_io import write_samples
 from sf_jax.training import ahead
 from sf_jax.training.loop import train
-from sf_jax.weights.package import Package
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/digits.py:distill")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, log and exported weights")
@@ -45,10 +43,7 @@ def main() -> None:
     distributed.initialize()
     print(f"{config.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
 
-    def sample(package: Package, path: Path) -> None:
-        digits_job.write_samples(package, config.log.sample_prompts, path)
-
-    print(f"wrote {train(config, _WORKDIR.value, sample, _ALLOW.value)}")
+    print(f"wrote {train(config, _WORKDIR.value, write_samples, _ALLOW.value)}")
     return None
 
 

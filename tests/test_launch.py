@@ -115,6 +115,8 @@ def start(place, script, *arguments, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell that was started with SIGINT ignored, as in the background, can never trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from sf_jax.config import from_dict
+from sf_jax.models.layers import Linear
+from sf_jax.models.wan import bidirectional_layout
 from sf_jax.objectives import gan
 from sf_jax.training import health, lora, metrics, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media
 from tests.helpers import SIZE, SMALL, random_params, tree_relative
 
-MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: 0.5 * latents[:, -1:])
+MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: 0.5 * latents[:, -1:], None, 1.0)
 FRAMES = 6
 
 
@@ -257,6 +259,42 @@ def test_a_shared_rollout_gives_both_updates_of_separate_programs_on_the_same_dr
     assert tree_relative(after.critic.params, expected.critic.params) < 1e-6
 
 
+def test_adapters_too_small_for_16_bits_still_count():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=size), "bfloat16") for size in ((4096, 64), (64, 8)))
+    down, up = (jnp.asarray(1e-3 * rng.normal(size=size), "float32") for size in ((64, 2), (2, 8)))
+    base = {"kernel": kernel, "bias": jnp.zeros(8)}
+    layer = Linear(8, "bfloat16")
+    change = layer.apply({"params": base | {"down": down, "up": up}}, x).astype("float32")
+    change -= layer.apply({"params": base}, x).astype("float32")
+    exact = x.astype("float32") @ (down @ up)
+    # a thousandth of the output's last digit, yet there on average
+    assert abs(float((change * exact).sum() / jnp.square(exact).sum()) - 1) < 0.2
+    rounded = (kernel + (down @ up).astype("bfloat16")) - kernel
+    assert jnp.abs(rounded).max() == 0  # what a merged kernel would keep of it
+
+    def loss(adapters, x):
+        return jnp.sin(layer.apply({"params": base | adapters}, x).astype("float32")).sum()
+
+    def wide(adapters, x):
+        kernel = base["kernel"].astype("float32") + adapters["down"] @ adapters["up"]
+        return jnp.sin(x.astype("float32") @ kernel).sum()
+
+    grads, exact = (jax.grad(f)({"down": down, "up": up}, x) for f in (loss, wide))
+    assert tree_relative(grads, exact) < 0.02
+
+
+def test_scores_that_are_not_finite_stop_the_student():
+    for objective in ("dmd", "sid"):
+        config = make_config(batch_size=2, objective=objective)
+        state, frozen, batch = setting(config)
+        student = jax.jit(steps.make_step(config, self_forcing.programs(config, MEDIA)[0]))
+        bad = frozen["teacher"] | {"head_modulation": frozen["teacher"]["head_modulation"] * jnp.nan}
+        after, metrics = student(state, {"teacher": bad}, batch)
+        assert not metrics["generator_finite"] and np.isnan(metrics["generator_loss"])
+        chex.assert_trees_all_equal(after.model, state.model)
+
+
 def test_updates_that_are_not_finite_change_nothing():
     config = make_config(batch_size=2)
     state, frozen, batch = setting(config)
@@ -294,6 +332,12 @@ def test_adapters_start_as_the_network_and_are_all_that_learns():
     assert len(jax.tree.leaves(adapters)) == 2 * 10
     moved = jax.tree.map(lambda x: x + 0.1, adapters)
     merged = lora.merge(params, moved, config.lora)
+    model, batch = self_forcing.WanTransformer(SMALL), make_batch(config)
+    flows = [
+        model.apply({"params": tree}, batch["latent"], jnp.full((4, 1), 500.0), batch["text"], bidirectional_layout(6))
+        for tree in (merged, lora.attach(params, moved, config.lora), params)
+    ]
+    assert tree_relative(flows[1], flows[0]) < 1e-6 < 0.1 < tree_relative(flows[2], flows[0])
     kernel = params["blocks"]["ffn_in"]["kernel"]
     pair = moved["blocks"]["ffn_in"]["kernel"]
     np.testing.assert_allclose(merged["blocks"]["ffn_in"]["kernel"], kernel + 2 * pair["down"] @ pair["up"], rtol=1e-5)

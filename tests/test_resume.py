@@ -258,11 +258,11 @@ def test_a_run_goes_on_on_another_mesh(teacher, tmp_path):
 def test_tensorboard_gets_the_numbers_and_the_log_says_what_is_missing(teacher, tmp_path, monkeypatch):
     config = small_config("distill", teacher_weights=teacher, log={"tensorboard": True, "sample_every": 2})
     shown = []
-    loop.train(config, tmp_path, lambda package, path: shown.append((package.kind, path.name)))
-    assert shown == [("student", "step_000002"), ("student", "step_000004")]
+    loop.train(config, tmp_path, lambda videos, labels, path, fps: shown.append((videos.shape, len(labels), path.name)))
+    assert shown == [((2, 6, 24, 24, 1), 2, "step_000002"), ((2, 6, 24, 24, 1), 2, "step_000004")]
     events = list((tmp_path / "tensorboard").glob("events*"))
     assert len(events) == 1 and b"critic_loss" in events[0].read_bytes()
-    with pytest.raises(ValueError, match="log.sample_every is 2: nothing here can make samples"):
+    with pytest.raises(ValueError, match="log.sample_every is 2: nothing here can write samples"):
         loop.train(config, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(

@@ -128,7 +128,7 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: latents[:, -1:])
+MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: latents[:, -1:], None, 1.0)
 
 
 def step_functions(config, media=MEDIA):

@@ -2,15 +2,13 @@
 
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sf_jax import files
 from sf_jax.inference import video_io
-from sf_jax.inference.pipeline import Pipeline, load_pipeline, pipeline_of
-from sf_jax.weights.package import Package
+from sf_jax.inference.pipeline import Pipeline, load_pipeline
 
 DEFAULT_FRAMES, DEFAULT_FPS, SCALE = 48, 12.0, 12
 
@@ -70,27 +68,6 @@ def run(
     sheet = folder / (f"{names[0]}.png" if len(names) == 1 else "contact_sheet.png")
     video_io.write_png(sheet, video_io.contact_sheet(small, every=max(1, frames // 16), labels=wanted, factor=3))
     return [*written, sheet]
-
-
-def write_samples(package: Package, prompts: Sequence[str], path: Path, seed: int = 0) -> list[Path]:
-    """Writes one mp4 and one contact sheet of videos of the training length, side by side, for a run under way.
-
-    Args:
-      package: the network.
-      prompts: texts of known words, a video each.
-      path: of the files, without suffix.
-      seed: of the noise, so that samples of different steps can be compared.
-
-    Returns:
-      The files.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    videos = pipeline_of(package).generate(prompts, package.frames, seed)
-    written = [path.with_suffix(".mp4"), path.with_suffix(".png")]
-    beside = np.concatenate([video_io.upscale(video, SCALE) for video in videos], axis=2)
-    video_io.write_mp4(written[0], beside, DEFAULT_FPS)
-    video_io.write_png(written[1], video_io.contact_sheet(videos, labels=prompts, factor=3))
-    return written
 
 
 def _stream(pipe: Pipeline, prompts: list[str], frames: int, seed: int) -> np.ndarray:

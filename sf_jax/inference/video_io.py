@@ -20,6 +20,7 @@ from sf_jax.files import replacing
 
 CRF = 14  # x264's constant rate factor: 0 is lossless, 18 is hardly distinguishable from the source.
 GIF_MAX_FPS = 50
+SAMPLE_ROWS = 288  # Smaller samples are enlarged to about this height.
 _MARGIN = 4
 _RULE = 1
 _PAPER, _GREY, _INK = 255, 160, (0, 0, 0)
@@ -287,6 +288,33 @@ def contact_sheet(
         if font.getlength(number) < grid.column:
             draw.text((grid.left + j * grid.column + _RULE, _MARGIN // 2), number, fill=_INK, font=font)
     return np.asarray(image)
+
+
+def write_samples(videos: np.ndarray, labels: Sequence[str], path: str | Path, fps: float) -> list[Path]:
+    """Writes videos side by side as one mp4, and a contact sheet of them; small ones are enlarged.
+
+    Args:
+      videos: uint8 [N, F, h, w, 1 or 3].
+      labels: N texts.
+      path: of the files, without suffix; its folder is made where missing.
+      fps: Frames a second.
+
+    Returns:
+      The files.
+
+    Raises:
+      ValueError: An argument is out of range.
+      OSError: A file cannot be written.
+    """
+    videos = _checked(videos, "videos", 5)
+    written = [Path(path).with_suffix(suffix) for suffix in (".mp4", ".png")]
+    factor = max(1, SAMPLE_ROWS // videos.shape[2])
+    write_mp4(written[0], upscale(np.concatenate(list(videos), axis=2), factor), fps)
+    small = videos[:, :, :: max(1, videos.shape[2] // 120), :: max(1, videos.shape[2] // 120)]
+    every = max(1, videos.shape[1] // 12)
+    sheet = contact_sheet(small, every=every, labels=labels, factor=max(1, 72 // small.shape[2]))
+    write_png(written[1], sheet)
+    return written
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,10 +66,45 @@ def _linear_backward(axes, saved, grad):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def adapted_linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, down: jax.Array, up: jax.Array, axes: Axes = (None, None)
+) -> jax.Array:
+    """`x @ (kernel + down @ up) + bias` with a frozen kernel and bias: low-rank adapters (arXiv 2106.09685).
+
+    The sum is rounded once, as a whole: in 16 bits a small product would be lost in the kernel's rounding, or in that
+    of `x @ kernel`. `down` is [C_in, r], `up` [r, C_out]; other arguments as in `linear`.
+    """
+    return _adapted_forward(x, kernel, bias, down, up, axes)[0]
+
+
+def _adapted_forward(x, kernel, bias, down, up, axes):
+    inner = x @ partition.gather(down, (axes[0], None))
+    y = jnp.matmul(x, partition.gather(kernel, axes), preferred_element_type=jnp.float32)
+    y = y + jnp.matmul(inner, partition.gather(up, (None, axes[1])), preferred_element_type=jnp.float32)
+    return (y + partition.gather(bias, axes[1:])).astype(x.dtype), (x, kernel, down, up, inner)
+
+
+def _adapted_backward(axes, saved, grad):
+    x, kernel, down, up, inner = saved
+    rows = tuple(range(x.ndim - 1))
+    inner_grad = grad @ partition.gather(up, (None, axes[1])).T
+    down_grad, up_grad = (
+        jax.lax.dot_general(a, b, ((rows, rows), ((), ()))) for a, b in ((x, inner_grad), (inner, grad))
+    )
+    x_grad = grad @ partition.gather(kernel, axes).T + inner_grad @ partition.gather(down, (axes[0], None)).T
+    down_grad = partition.scatter(down_grad, (axes[0], None))
+    return x_grad, None, None, down_grad, partition.scatter(up_grad, (None, axes[1]))
+
+
+adapted_linear.defvjp(_adapted_forward, _adapted_backward)
+
+
 class Linear(nn.Module):
     """A dense layer; `kernel` [in, out] and `bias` [out] are float32 parameters, `dtype` is the compute type.
 
-    `axes` name the kernel's axes for `partition`.
+    `axes` name the kernel's axes for `partition`. Where the parameters also hold adapters, `down` [in, r] and `up`
+    [r, out], these alone are differentiable, see `adapted_linear`.
     """
 
     features: int
@@ -83,6 +118,9 @@ class Linear(nn.Module):
         """[..., C_in] to [..., features]."""
         kernel = partition.fetch(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
         bias = self.param("bias", self.bias_init, (self.features,))
+        if self.has_variable("params", "down"):
+            adapters = (self.get_variable("params", name) for name in ("down", "up"))
+            return adapted_linear(*(a.astype(self.dtype) for a in (x, kernel, bias, *adapters)), self.axes)
         return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)), self.axes)
 
 

@@ -6,7 +6,9 @@ Source: paper, Section 3.3; official `DMD` (model/dmd.py); DMD2 (arXiv 2405.1486
 import jax
 import jax.numpy as jnp
 
+from sf_jax.diffusion.solvers import guided
 from sf_jax.models.wan import WanTransformer
+from sf_jax.objectives import scores
 from sf_jax.objectives.scores import ScoreConfig, predict_clean, predict_guided, video_mean
 
 
@@ -35,7 +37,7 @@ def generator_loss(
       mask: bool, broadcastable to `video`: where the loss counts; None is everywhere.
 
     Returns:
-      Scalar loss `0.5 mean(gradient^2)` (as the official code reports it), and
+      Scalar loss `0.5 mean(gradient^2)` (as the official code reports it), NaN if a score is not finite, and
       aux: `gradient` [B, F, H, W, C]; `gradient_norm`, its mean absolute value; and `critic_lag`, the critic's loss on
       this video, which grows when the critic does not keep up with the student.
     """
@@ -43,18 +45,23 @@ def generator_loss(
     noisy = config.student_schedule.add_noise(fixed, noise, t)
     frozen_teacher, frozen_critic = (jax.lax.stop_gradient(net[1]) for net in (teacher, critic))
     schedule = config.score_schedule
-    fake = predict_guided(critic[0], frozen_critic, schedule, noisy, t, text, negative, config.fake_guidance)
+    conditional = predict_clean(critic[0], frozen_critic, schedule, noisy, t, text)
+    fake = conditional
+    if config.fake_guidance != 1.0:
+        unconditional = predict_clean(critic[0], frozen_critic, schedule, noisy, t, negative)
+        fake = guided(conditional, unconditional, config.fake_guidance)
     real = predict_guided(teacher[0], frozen_teacher, schedule, noisy, t, text, negative, config.guidance)
     gradient = (fake - real) / video_mean(jnp.abs(fixed - real))
     gradient = jax.lax.stop_gradient(jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0))
-    norm = jnp.abs(gradient).mean()
+    norm = jnp.abs(gradient).mean() + scores.nothing_or_nan(fake, real)
     weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
     count = weight.sum()
     value = 0.5 * (weight * jnp.square(gradient)).sum() / count
     # Its derivative in `video` is gradient / count, exactly; mse(video, video - gradient) would lose digits.
     surrogate = (weight * gradient * video).sum() / count
-    loss = surrogate + jax.lax.stop_gradient(value - surrogate)
-    lag = jnp.square(config.student_schedule.to_flow(fake, noisy, t) - (noise - fixed)).mean()
+    loss = surrogate + jax.lax.stop_gradient(value - surrogate + scores.nothing_or_nan(fake, real))
+    flow = config.student_schedule.to_flow(conditional, noisy, t)
+    lag = jnp.square(flow - (noise - fixed)).mean()
     return loss, {"gradient": gradient, "gradient_norm": norm, "critic_lag": lag}
 
 

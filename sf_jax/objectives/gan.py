@@ -108,14 +108,22 @@ def generator_loss(
       config: the loss.
 
     Returns:
-      Scalar loss, and aux: `fake_logit` and `real_logit`, means.
+      Scalar loss, and aux: `fake_logit` and `real_logit`, means, and `critic_lag`, the discriminator's loss here.
     """
     schedule, params = score.student_schedule, jax.lax.stop_gradient(critic[1])
     noisy, noisy_real = schedule.add_noise(video, noise, t), schedule.add_noise(real, real_noise, t)
     fake_logit, real_logit = _together(params, critic[0], config.head, noisy, noisy_real, t, text)
     margin = fake_logit - real_logit if config.relativistic else fake_logit
     loss = config.generator_weight * jax.nn.softplus(-margin).mean()
-    return loss, {"fake_logit": fake_logit.mean(), "real_logit": real_logit.mean()}
+    lag = jax.lax.stop_gradient(_discriminator_loss(fake_logit, real_logit, config))
+    return loss, {"fake_logit": fake_logit.mean(), "real_logit": real_logit.mean(), "critic_lag": lag}
+
+
+def _discriminator_loss(fake_logit, real_logit, config: GanConfig):
+    """How badly the two kinds are told apart, without weight and penalties."""
+    if config.relativistic:
+        return jax.nn.softplus(fake_logit - real_logit).mean()
+    return jax.nn.softplus(-real_logit).mean() + jax.nn.softplus(fake_logit).mean()
 
 
 def critic_loss(
@@ -150,11 +158,7 @@ def critic_loss(
     schedule = score.student_schedule
     noisy, noisy_real = (schedule.add_noise(jax.lax.stop_gradient(x), noise, t) for x in (video, real))
     fake_logit, real_logit = _together(params, model, config.head, noisy, noisy_real, t, text)
-    if config.relativistic:
-        loss = jax.nn.softplus(fake_logit - real_logit).mean()
-    else:
-        loss = jax.nn.softplus(-real_logit).mean() + jax.nn.softplus(fake_logit).mean()
-    loss = config.critic_weight * loss
+    loss = config.critic_weight * _discriminator_loss(fake_logit, real_logit, config)
     aux = {"discriminator_loss": loss, "fake_logit": fake_logit, "real_logit": real_logit}
     total = loss
     penalties = (

@@ -106,6 +106,12 @@ def predict_guided(
     return guided(conditional, predict_clean(model, params, schedule, noisy, t, negative), guidance)
 
 
+def nothing_or_nan(*predictions: jax.Array) -> jax.Array:
+    """0, or NaN if a prediction is not finite: what is replaced in a gradient must show in the loss."""
+    finite = jnp.stack([jnp.isfinite(x).all() for x in predictions]).all()
+    return jnp.where(finite, 0.0, jnp.nan)
+
+
 def video_mean(x: jax.Array) -> jax.Array:
     """Mean over frames, rows, columns and channels, per sample, kept as [B, 1, 1, 1, 1]."""
     return x.mean(axis=(1, 2, 3, 4), keepdims=True)

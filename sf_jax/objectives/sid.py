@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax.models.wan import WanTransformer
-from sf_jax.objectives.scores import ScoreConfig, predict_clean, predict_guided, video_mean
+from sf_jax.objectives.scores import ScoreConfig, nothing_or_nan, predict_clean, predict_guided, video_mean
 
 
 def generator_loss(
@@ -38,4 +38,5 @@ def generator_loss(
     loss = jnp.nan_to_num(loss, posinf=0.0, neginf=0.0)
     weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
     lag = jnp.square(config.student_schedule.to_flow(fake, noisy, t) - (noise - video)).mean()
-    return (weight * loss).sum() / weight.sum(), {"critic_lag": jax.lax.stop_gradient(lag)}
+    broken = jax.lax.stop_gradient(nothing_or_nan(fake, real))
+    return (weight * loss).sum() / weight.sum() + broken, {"critic_lag": jax.lax.stop_gradient(lag)}

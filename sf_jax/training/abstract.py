@@ -18,7 +18,7 @@ from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.training import sharding
 from sf_jax.training.media import Media, digits_media, wan_media
 from sf_jax.training.programs import Program, jit_updates
-from sf_jax.training.stages import keys_of, updates_of, uses_vae
+from sf_jax.training.stages import keys_of, needs_teacher, updates_of, uses_vae
 from sf_jax.training.step import CONSTANTS, new_state
 
 
@@ -62,7 +62,7 @@ def abstract_run(config: TrainConfig, mesh: Mesh) -> AbstractRun:
     media = wan_media(vae) if wan else digits_media(PatchCodec.load())
     state = _placed(jax.eval_shape(lambda: new_state(config)), mesh)
     frozen = {}
-    if config.stage == "distill" or (config.stage == "init" and config.init == "consistency"):
+    if needs_teacher(config):
         frozen["teacher"] = _network(config.teacher_model, config.frozen_dtype)
     if config.lora.rank:
         frozen["model_base"] = _network(config.model, config.frozen_dtype)

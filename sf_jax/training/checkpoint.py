@@ -29,6 +29,7 @@ FREE_FIELDS = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "accumulate",
     "on_nonfinite",
     "mesh",
     "data.dir",
@@ -194,7 +195,7 @@ class Checkpoints:
         Args:
           step: iterations done.
           state: the state, on the devices.
-          data_state: of the iterator, as JSON can hold it.
+          data_state: which data, and the iterator's position in it, as JSON can hold it.
           log: metrics that the log has not written yet.
 
         Raises:

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from sf_jax.config import from_dict
+from sf_jax.config import MeshConfig, from_dict
 from sf_jax.training import sharding, stages
 from sf_jax.training.checkpoint import read_about, reason_of, step_folders
 from sf_jax.training.fingerprint import measure
-from sf_jax.training.step import new_state
+from sf_jax.training.step import new_state, whole_params
 from sf_jax.weights.package import Package
 
 
@@ -50,9 +49,8 @@ def load_run(workdir: Path | str) -> tuple[int, Package]:
         raise ValueError(f"checkpoint {folder} cannot be read ({reason_of(error)}){older}") from error
     if wrong:
         raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not as it was saved{older}")
-    params = jax.tree.map(np.asarray, tree["model"][name])
-    frozen = {}
+    params, frozen = tree["model"][name], {}
     if config.lora.rank:
-        mesh = sharding.make_mesh(type(config.mesh)(), jax.devices()[:1])
-        frozen["model_base"] = stages.start_params(config, mesh)
-    return step, stages.package_of(config, params, frozen)
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        frozen["model_base"] = stages.adapted_base(config, mesh)
+    return step, stages.package_of(config, jax.device_get(whole_params(config, params, frozen)))

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 # metric -> (what it tells when it grows, what it tells when it shrinks); None where that is no bad sign
 SIGNS = {
     "critic_lag": ("the critic does not keep up with the student: lower optimizer.lr or raise generator_every", None),
-    "dmd_gradient_norm": ("the student leaves what the teacher knows: lower optimizer.lr", None),
+    "dmd_gradient_norm": (
+        "the student leaves what the teacher knows: lower optimizer.lr",
+        "teacher and critic agree, so the student learns nothing: are they the same network?",
+    ),
     "saturation": ("the student's latents leave their range: lower optimizer.lr or score.guidance", None),
     "motion": ("the student's videos flicker", "the student's videos stand still"),
     "generator_grad_norm": ("the student's gradient explodes: lower optimizer.lr or optimizer.clip", None),
@@ -18,20 +21,35 @@ FLOOR = 1e-3
 
 
 def warnings(history: Sequence[Mapping[str, float]], values: Mapping[str, float]) -> list[str]:
-    """Names metrics that are `FACTOR` times above (or below) the median of the last `LINES` log lines.
+    """Names metrics that run away.
+
+    A metric jumps if it is `FACTOR` times above (or below) the median of the last `LINES` log lines. It drifts if that
+    median has moved by `FACTOR` since the first `LINES` lines; that is told once, when it begins.
 
     Args:
       history: the log lines so far, oldest first; fewer than half of `LINES` with a metric say nothing about it.
       values: the new line.
     """
     found = []
-    for name, (above, below) in SIGNS.items():
-        past = [line[name] for line in history if name in line][-LINES:]
+    for name, signs in SIGNS.items():
+        past = [line[name] for line in history if name in line]
         if name not in values or len(past) < LINES // 2:
             continue
-        usual, value = max(statistics.median(past), FLOOR), max(values[name], FLOOR)
-        if above and value > FACTOR * usual:
-            found.append(f"{name} is {value:.3g}, usually {usual:.3g}: {above}")
-        if below and value < usual / FACTOR:
-            found.append(f"{name} is {value:.3g}, usually {usual:.3g}: {below}")
+        value = values[name]
+        usual = statistics.median(past[-LINES:])
+        if text := _moved(usual, value, signs):
+            found.append(f"{name} is {value:.3g}, usually {usual:.3g}: {text}")
+        if len(past) < 2 * LINES:
+            continue
+        early, now = statistics.median(past[:LINES]), statistics.median([*past[1 - LINES :], value])
+        if (text := _moved(early, now, signs)) and not _moved(early, usual, signs):
+            found.append(f"{name} has drifted to {now:.3g}, it was {early:.3g} at first: {text}")
     return found
+
+
+def _moved(before: float, now: float, signs: tuple[str | None, str | None]) -> str | None:
+    """What it tells that a metric went from `before` to `now`, or None where that is no bad sign."""
+    before, now = max(before, FLOOR), max(now, FLOOR)
+    if now > FACTOR * before:
+        return signs[0]
+    return signs[1] if now < before / FACTOR else None

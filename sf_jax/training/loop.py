@@ -1,8 +1,9 @@
 """The training loop: prepare or resume, update, log, checkpoint, export."""
 
 import dataclasses
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,19 +17,17 @@ from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, one_line_errors
 from sf_jax.training.metrics import Log, peak_flops
 from sf_jax.training.programs import Program, countable, jit_updates, model_flops, rate
+from sf_jax.training.samples import WriteSamples, sampler
 from sf_jax.training.sinks import check_packages, open_sinks
 from sf_jax.training.stages import Stage, open_stage, package_of, updates_of
 from sf_jax.training.state import TrainState
-from sf_jax.training.step import leaf_names, new_state, student_params
+from sf_jax.training.step import leaf_names, new_state, student_params, whole_params
 from sf_jax.training.stop import StopRequest, stop_on_signals
-from sf_jax.weights.package import Package, save_package
-
-# Takes the averaged weights, and the path without suffix of the files to write.
-Sample = Callable[[Package, Path], None]
+from sf_jax.weights.package import save_package
 
 
 def train(
-    config: TrainConfig, workdir: Path | str, sample: Sample | None = None, allow_config_change: bool = False
+    config: TrainConfig, workdir: Path | str, write: WriteSamples | None = None, allow_config_change: bool = False
 ) -> Path:
     """Runs a stage to its end, continuing from the newest checkpoint in `workdir` that is whole.
 
@@ -37,7 +36,7 @@ def train(
     Args:
       config: what to run.
       workdir: folder of checkpoints, log and exported weights.
-      sample: writes sample videos; needed if `config.log.sample_every` is set.
+      write: writes sample videos; needed if `config.log.sample_every` is set.
       allow_config_change: go on although fields of the config differ from the checkpoint's.
 
     Returns:
@@ -52,10 +51,6 @@ def train(
     workdir = check_writable(workdir, "workdir")
     check_shared(workdir, "workdir")
     check_packages(config)
-    if config.log.sample_every and config.data.name != "digits":
-        raise ValueError(f"log.sample_every is {config.log.sample_every}: samples are those of digits, it must be 0")
-    if config.log.sample_every and sample is None:
-        raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can make samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
     with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
@@ -69,15 +64,15 @@ def train(
         if changed:
             log.note(start, config_changed=changed)
         try:
-            sampler = _sampler(config, stage, workdir, sample)
-            state = _run(config, stage, mesh, state, start, checkpoints, log, request, sampler)
+            state = _run(config, stage, mesh, state, start, checkpoints, log, request, workdir, write)
         except FloatingPointError as error:
             advice = "lower a learning rate, or set on_nonfinite to 'skip'"
             raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
         finally:
             log.close()
         checkpoints.wait()
-    package = package_of(config, _host(student_params(state.model)), stage.frozen)
+    params = whole_params(config, student_params(state.model), stage.frozen)
+    package = package_of(config, _host(params))
     path = workdir / f"{package.kind}.safetensors"
     if jax.process_index() == 0:
         save_package(path, package)
@@ -98,8 +93,13 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     if restored is None:
         return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}
     step, state, about = restored
+    if about["data"]["source"] != stage.source.digest and not allow_config_change:
+        raise ValueError(
+            f"data.dir is {config.data.dir}: step {step} was trained on other data; use the old data, or "
+            "--allow_config_change to go on with these"
+        )
     try:
-        stage.iterator.set_state(about["data"])
+        stage.iterator.set_state(about["data"]["position"])
     except Exception as error:  # Iterators raise what they like about the state of another data pipeline.
         raise ValueError(
             f"the data position of step {step} does not fit the data of this config ({error}): use the old data.*, "
@@ -122,7 +122,7 @@ def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int,
         leaf_names=names,
         skip=config.on_nonfinite == "skip",
         carried=carried,
-        frames=config.batch_size * config.data.frames,
+        frames=config.batch_size * statistics.mean(config.rollout_frames or (config.data.frames,)),
     )
 
 
@@ -143,12 +143,14 @@ def _run(
     checkpoints: Checkpoints,
     log: Log,
     request: StopRequest,
-    sample: Callable[[int, TrainState], None],
+    workdir: Path,
+    write: WriteSamples | None,
 ) -> TrainState:
     """All iterations from `start`."""
     programs = compile_updates(stage, mesh, state, config.offload)
     frozen = sharding.put(stage.frozen, sharding.frozen_shardings(stage.frozen, mesh, config.offload))
     constants = sharding.put_whole(stage.constants, mesh)
+    sample = sampler(config, stage.source, frozen, mesh, workdir, write)
     began = time.perf_counter()
     for step in range(start, config.steps):
         metrics = {}
@@ -169,7 +171,8 @@ def _run(
         stop = request.wanted(step + 1)
         if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             # What is not finite must not replace a good checkpoint: `settle` raises.
-            checkpoints.save(step + 1, state, stage.iterator.get_state(), log.settle())
+            data = {"position": stage.iterator.get_state(), "source": stage.source.digest}
+            checkpoints.save(step + 1, state, data, log.settle())
         if stop:
             raise request.finish(checkpoints, step + 1, config.grace_seconds)
         with log.clock_stopped():
@@ -187,25 +190,9 @@ def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Prog
     if peak is None or log.flops_per_step is not None:
         return
     plain = countable(config)
-    flops = model_flops(config, updates_of(plain, stage.media), arguments)
+    flops = model_flops(config, updates_of(plain, stage.source.media), arguments)
     log.flops_per_step = sum(flops[program.name] * rate(program.due, config.steps) for program in programs)
     log.flops_per_second_peak = peak * mesh.devices.size
-
-
-def _sampler(
-    config: TrainConfig, stage: Stage, workdir: Path, sample: Sample | None
-) -> Callable[[int, TrainState], None]:
-    """Writes the samples of the steps at which they are due."""
-
-    def due(step: int, state: TrainState) -> None:
-        every = config.log.sample_every
-        if not every or step % every:
-            return
-        package = package_of(config, _host(student_params(state.model)), stage.frozen)
-        if jax.process_index() == 0:
-            sample(package, workdir / "samples" / f"step_{step:06d}")
-
-    return due
 
 
 def _host(params: dict) -> dict:

@@ -33,11 +33,19 @@ def init_adapters(params: dict, config: LoraConfig, key: jax.Array) -> dict:
     return unflatten_dict(adapters)
 
 
+def attach(params: dict, adapters: dict, config: LoraConfig) -> dict:
+    """The network with its adapters beside its kernels, as `layers.Linear` takes them."""
+    whole = flatten_dict(jax.lax.stop_gradient(params))
+    for (*path, _, part), value in flatten_dict(adapters).items():
+        whole[(*path, part)] = value * (config.alpha / config.rank) if part == "up" else value
+    return unflatten_dict(whole)
+
+
 def merge(params: dict, adapters: dict, config: LoraConfig) -> dict:
-    """The network with its adapters added, `kernel + alpha / rank down @ up`; differentiable in `adapters` alone."""
-    merged, flat = flatten_dict(jax.lax.stop_gradient(params)), flatten_dict(adapters)
+    """The network with its adapters in its kernels, float32: `kernel + alpha / rank down @ up`."""
+    merged, flat = {path: x.astype(jnp.float32) for path, x in flatten_dict(params).items()}, flatten_dict(adapters)
     for *path, part in flat:
         if part == "down":
-            product = config.alpha / config.rank * (flat[(*path, "down")] @ flat[(*path, "up")])
-            merged[tuple(path)] = merged[tuple(path)] + product.astype(merged[tuple(path)].dtype)
+            product = jnp.matmul(flat[(*path, "down")], flat[(*path, "up")], precision="highest")
+            merged[tuple(path)] = merged[tuple(path)] + config.alpha / config.rank * product
     return unflatten_dict(merged)

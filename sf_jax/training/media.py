@@ -1,12 +1,13 @@
-"""Where an update's real latents come from, and how a generated latent becomes the first frame of a video."""
+"""Where an update's real latents come from, and what generated ones look like."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sf_jax.models.patch_codec import PatchCodec, to_float
+from sf_jax.models.patch_codec import PatchCodec, to_float, to_uint8
 from sf_jax.models.vae import VaeConfig, WanVae
 
 
@@ -18,10 +19,14 @@ class Media:
       clean: batch -> latents [B, F, H, W, C] of its real videos.
       as_image: (frozen, latents [B, n, H, W, C]) -> [B, 1, H, W, C], the latent that the last pixel frame of these has
         as an image; the official code makes it the first frame of a long rollout's last window.
+      pixels: (frozen, latents [B, n, H, W, C]) -> uint8 [B, m, h, w, 1 or 3], in the host's memory.
+      fps: frames that are shown a second.
     """
 
     clean: Callable[[dict], jax.Array]
     as_image: Callable[[dict, jax.Array], jax.Array]
+    pixels: Callable[[dict, jax.Array], np.ndarray]
+    fps: float
 
 
 def digits_media(codec: PatchCodec) -> Media:
@@ -31,7 +36,11 @@ def digits_media(codec: PatchCodec) -> Media:
         del frozen
         return codec.encode(codec.decode(latents[:, -1:]))
 
-    return Media(lambda batch: codec.encode(to_float(batch["video"])), as_image)
+    def pixels(frozen, latents):
+        del frozen
+        return np.asarray(to_uint8(codec.decode(latents)))
+
+    return Media(lambda batch: codec.encode(to_float(batch["video"])), as_image, pixels, fps=12.0)
 
 
 def wan_media(config: VaeConfig) -> Media:
@@ -54,4 +63,12 @@ def wan_media(config: VaeConfig) -> Media:
         image = vae.apply(params, jnp.clip(pixels, -1.0, 1.0), method="encode")
         return image.astype(latents.dtype)
 
-    return Media(lambda batch: batch["latent"], as_image)
+    @jax.jit
+    def decode(params, latents):
+        return to_uint8(vae.apply({"params": params}, latents, method="decode"))
+
+    def pixels(frozen, latents):
+        # one video at a time: the decoder's memory is that of its pixels
+        return np.concatenate([np.asarray(decode(frozen["vae"], latents[i : i + 1])) for i in range(len(latents))])
+
+    return Media(lambda batch: batch["latent"], as_image, pixels, fps=16.0)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sf_jax.files import replacing
-from sf_jax.training.health import LINES, warnings
+from sf_jax.training.health import SIGNS, warnings
 from sf_jax.training.sinks import Sink
 
 # What of a line depends on the machine; everything else is the same however often a run is interrupted.
@@ -31,6 +31,10 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
 }
 
 
@@ -59,7 +63,7 @@ class Log:
         leaf_names: Mapping[str, Sequence[str]] | None = None,
         skip: bool = False,
         carried: Mapping | None = None,
-        frames: int = 0,
+        frames: float = 0,
     ):
         """Opens the log; lines after step `start` (of a run that was killed) are dropped.
 
@@ -73,7 +77,7 @@ class Log:
           leaf_names: prefix of an update's metrics -> names of the entries of its metric `nonfinite`.
           skip: updates that are not finite were skipped by the update itself, and are only counted.
           carried: what `settle` returned at step `start`.
-          frames: latent frames of an iteration's batch, for the rate.
+          frames: latent frames of an iteration's batch on average, for the rate.
         """
         lines = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
         with replacing(path) as unfinished:
@@ -81,7 +85,11 @@ class Log:
         self._path, self._file = path, path.open("a")
         self._every, self._steps, self._frames, self._skip = every, steps, frames, skip
         self._sinks, self._leaf_names = tuple(sinks), leaf_names or {}
-        self._history = [line for line in map(json.loads, lines) if "seconds_per_step" in line][-LINES:]
+        self._history = [
+            {name: line[name] for name in SIGNS if name in line}
+            for line in map(json.loads, lines)
+            if "seconds_per_step" in line
+        ]
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         carried = carried or {}
         self._values: dict[str, float] = dict(carried.get("values", {}))
@@ -158,10 +166,13 @@ class Log:
         values = self._values | ({"skipped": self._skipped} if self._skip else {})
         timing = self._timing()
         line = {"step": step, **values, **timing}
-        if told := warnings(self._history, values):
+        told = warnings(self._history, values)
+        if self._skip and self._skipped:
+            told.append(f"{self._skipped} updates since the last line were not finite and were skipped")
+        if told:
             line["warnings"] = told
             tqdm.write("\n".join(f"warning, step {step}: {text}" for text in told))
-        self._history = [*self._history[1 - LINES :], line]
+        self._history.append({name: line[name] for name in SIGNS if name in line})
         self._line(line)
         for sink in self._sinks:
             sink.write(step, values | timing)

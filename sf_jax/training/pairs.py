@@ -1,7 +1,5 @@
 """Generates the ODE pairs that stage "init" learns from, on all devices of the mesh."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from sf_jax.models.wan import WanTransformer
 from sf_jax.rng import Purpose, key_for
 from sf_jax.training import sharding
 from sf_jax.training.fingerprint import measure
-from sf_jax.training.sources import Source
+from sf_jax.training.sources import Source, digest_of
 
 
 def open_pairs(
@@ -81,7 +79,8 @@ def open_pairs(
         "shift": config.rollout.shift,
         "steps": list(config.rollout.steps),
         "seed": config.seed,
-        "teacher": hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16],
+        "teacher": digest_of(checksums),
+        "prompts": source.digest,
         "kind": ode.teacher,
         "latent": list(latent),
     }

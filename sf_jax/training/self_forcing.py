@@ -148,6 +148,7 @@ def _score_draws(config, key, examples, exits, shape):
 
 def _health(video: jax.Array) -> dict:
     """What shows a student going wrong: latents that leave their range, and videos that stand still."""
+    video = jax.lax.stop_gradient(video)
     return {
         "saturation": (jnp.abs(video) > 3).mean(dtype=jnp.float32),
         "motion": jnp.abs(jnp.diff(video, axis=1)).mean(),
@@ -162,7 +163,7 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
         video = causal.causal_video(
             params, networks.student, layout, clean, batch["text"], t, noise, config.rollout.schedule
         )
-        return video, None
+        return video, _given_mask(config)
     total, window = fake.past.video.shape[1], config.data.frames
     first_live = _first_live(config, total)
     video = ro.replay(
@@ -186,13 +187,16 @@ def _last_window(config, media, frozen, video, window):
     """
     total = video.shape[1]
     if total == window:
-        if not config.image_to_video:
-            return video, None
-        return video, (jnp.arange(window) >= 1)[None, :, None, None, None]
+        return video, _given_mask(config)
     image = jax.lax.stop_gradient(media.as_image(frozen, video[:, : total - window + 1]))
     video = jnp.concatenate([image.astype(video.dtype), video[:, total - window + 1 :]], axis=1)
     hidden = 1 if config.rollout.first_frame_alone else config.rollout.chunk
     return video, (jnp.arange(window) >= hidden)[None, :, None, None, None]
+
+
+def _given_mask(config):
+    """Where the loss counts: not on a given first frame."""
+    return (jnp.arange(config.data.frames) >= 1)[None, :, None, None, None] if config.image_to_video else None
 
 
 def _student_loss(config: TrainConfig, media: Media, networks: Networks):
@@ -202,10 +206,13 @@ def _student_loss(config: TrainConfig, media: Media, networks: Networks):
         params = model_params(config, params, frozen)
         video, mask = _video(config, media, networks, params, frozen, batch, fake)
         critic = critic_params(config, state.critic.params, frozen)
+        metrics = {"exit_step": fake.exits.mean(dtype=jnp.float32)} if fake.forced is None else _health(video)
         if config.objective == "gan":
             real = media.clean(batch)
             real_noise = ro.example_noise(jax.random.fold_in(fake.key, 5), fake.examples, real.shape)
-            return gan.generator_loss(
+            # A discriminator sees whole videos: what does not count has no gradient.
+            video = video if mask is None else jnp.where(mask, video, jax.lax.stop_gradient(video))
+            value, aux = gan.generator_loss(
                 video,
                 real,
                 (networks.critic, critic),
@@ -216,6 +223,7 @@ def _student_loss(config: TrainConfig, media: Media, networks: Networks):
                 config.score,
                 config.gan,
             )
+            return value, metrics | aux
         negative = jnp.broadcast_to(batch["negative"], batch["text"].shape)
         value, aux = OBJECTIVES[config.objective](
             video,
@@ -228,8 +236,8 @@ def _student_loss(config: TrainConfig, media: Media, networks: Networks):
             config.score,
             mask,
         )
-        metrics = {"critic_lag": aux["critic_lag"], "exit_step": fake.exits.mean(dtype=jnp.float32)}
-        return value, metrics | ({"dmd_gradient_norm": aux["gradient_norm"]} if "gradient_norm" in aux else {})
+        norm = {"dmd_gradient_norm": aux["gradient_norm"]} if "gradient_norm" in aux else {}
+        return value, metrics | norm | {"critic_lag": aux["critic_lag"]}
 
     return loss
 

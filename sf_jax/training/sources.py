@@ -1,6 +1,8 @@
 """What a run is trained on: the embedded moving digits, or prepared prompts and videos of Wan2.1."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 
 import grain
@@ -29,6 +31,8 @@ class Source:
       prompt: index -> (caption, embedding [L, D]); any whole number, prompts are taken in turn.
       prompts: opens endless batches of embedded prompts.
       videos: opens endless batches of captioned videos.
+      digest: hash of what the data was made from, wherever it is kept.
+      samples: opens what sample videos show, a batch: `caption` [N], `text` [N, L, D] and, if need be, real videos.
     """
 
     media: Media
@@ -36,6 +40,13 @@ class Source:
     prompt: Callable[[int], tuple[str, np.ndarray]]
     prompts: Callable[[], grain.DatasetIterator]
     videos: Callable[[], grain.DatasetIterator]
+    samples: Callable[[], dict]
+    digest: str
+
+
+def digest_of(parts) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None = None) -> Source:
@@ -61,7 +72,7 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
 
 
 def _digits(config, needs_videos, vae, share, dropout) -> Source:
-    del needs_videos, vae
+    del vae
     codec, text = PatchCodec.load(), WordEmbedding()
     _check_digits(config, codec, text)
     captions, folder = moving_digits.all_captions(), config.data.dir
@@ -70,15 +81,28 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         caption = captions[index % len(captions)]
         return caption, text.encode([caption])[0]
 
-    def open_videos():
+    def open_clips():
         if jax.process_index() == 0:
             moving_digits.build(folder)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("moving digits built")
-        source = moving_digits.source(folder, "train")
+        return moving_digits.source(folder, "train")
+
+    def open_videos():
         return pipeline.video_iterator(
-            source, num_frames=config.data.frames, text_encoder=text, text_dropout=dropout, **share
+            open_clips(), num_frames=config.data.frames, text_encoder=text, text_dropout=dropout, **share
         )
+
+    def samples():
+        if config.image_to_video:
+            clips = open_clips()
+            rows = [clips[i] for i in range(config.log.sample_count)]
+            chosen = [row["caption"] for row in rows]
+            shown = {"video": np.stack([row["video"][: config.data.frames] for row in rows])}
+        else:
+            chosen = config.log.sample_prompts or [prompt(i)[0] for i in range(config.log.sample_count)]
+            shown = {}
+        return shown | {"caption": list(chosen), "text": text.encode(list(chosen))}
 
     return Source(
         digits_media(codec),
@@ -86,6 +110,8 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         prompt,
         lambda: pipeline.prompt_iterator(captions, text_encoder=text, **share),
         open_videos,
+        samples,
+        digest_of([moving_digits.FULL.name, str(moving_digits.MovingDigits.VERSION), captions]),
     )
 
 
@@ -103,12 +129,19 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
         entry = texts[index % len(texts)]
         return entry["caption"], entry["text"]
 
+    def samples():
+        rows = [found[i % len(found)] for i in range(config.log.sample_count)]
+        batch = {name: [row[name] for row in rows] for name in rows[0]}
+        return {name: column if name == "caption" else np.stack(column) for name, column in batch.items()}
+
     return Source(
         wan_media(vae or VaeConfig()),
         found.negative[None],
         prompt,
         lambda: pipeline.embedded_prompt_iterator(texts, **share),
         lambda: pipeline.latent_iterator(found, text_dropout=dropout, **share),
+        samples,
+        digest_of([texts.records.recipe, found.records.recipe]),
     )
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
+from sf_jax.models.vae import VaeConfig
 from sf_jax.models.wan import WanConfig
 from sf_jax.training import pairs, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media
-from sf_jax.training.sources import VIDEO_KEYS, open_source
+from sf_jax.training.sources import VIDEO_KEYS, Source, open_source
 from sf_jax.weights.files import open_tensors
+from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import Package, load_package, shipped_path
 
@@ -35,7 +37,7 @@ class Stage:
       keys: what of a batch the updates read.
       iterator: endless batches, with `get_state` and `set_state`.
       updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
-      media: where latents come from.
+      source: where batches and latents come from.
     """
 
     params: dict | None
@@ -45,7 +47,7 @@ class Stage:
     keys: tuple[str, ...]
     iterator: grain.DatasetIterator
     updates: tuple[Update, ...]
-    media: Media | None = None
+    source: Source | None = None
 
 
 def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
@@ -61,22 +63,27 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     frozen = {}
     vae = None
     if uses_vae(config):
-        if config.vae_weights is None:
-            raise ValueError("vae_weights is None: rollouts longer than data.frames need Wan's VAE; give its file")
-        vae, frozen["vae"] = load_network(
-            config.vae_weights, "vae", None, config.frozen_dtype, sharding=sharding.replicated(mesh)
-        )
+        vae, frozen["vae"] = _vae(config, mesh)
     source = open_source(config, VIDEO_KEYS[config.data.name] in keys, vae)
-    params = start_params(config, mesh) if fresh or config.lora.rank else None
+    params = None
     if config.lora.rank:
-        if params is None:
-            raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
-        frozen["model_base"] = _cast(params, config.frozen_dtype)
+        params = frozen["model_base"] = adapted_base(config, mesh)
+    elif fresh:
+        params = start_params(config, mesh)
+        if params is None and config.stage == "distill":
+            raise ValueError(
+                "init_weights is None: a student of other sizes than the teacher needs weights to start from; give its "
+                "file"
+            )
     updates = updates_of(config, source.media)
     if "trajectory" in keys:
-        found = pairs.open_pairs(config, workdir, lambda mesh: _teacher(config, mesh, "float32"), source, mesh)
+
+        def load_teacher(mesh):
+            return _teacher(config, mesh, config.frozen_dtype)
+
+        found = pairs.open_pairs(config, workdir, load_teacher, source, mesh)
         iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
-        return Stage(params, None, frozen, {}, keys, iterator, updates, source.media)
+        return Stage(params, None, frozen, {}, keys, iterator, updates, source)
     critic = None
     if needs_teacher(config):
         frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
@@ -86,7 +93,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
     iterator = source.videos() if VIDEO_KEYS[config.data.name] in keys else source.prompts()
     given = {"negative": source.negative} if constants else {}
-    return Stage(params, critic, frozen, given, keys, iterator, updates, source.media)
+    return Stage(params, critic, frozen, given, keys, iterator, updates, source)
 
 
 def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
@@ -111,14 +118,32 @@ def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def needs_teacher(config: TrainConfig) -> bool:
-    """Whether the updates ask a frozen teacher."""
-    return config.stage == "distill" or (config.stage == "init" and config.init == "consistency")
+    """Whether the updates ask a frozen teacher; a discriminator needs none."""
+    return (config.stage == "distill" and config.objective != "gan") or (
+        config.stage == "init" and config.init == "consistency"
+    )
 
 
 def uses_vae(config: TrainConfig) -> bool:
-    """Whether the updates turn latents to pixels and back, as long rollouts of Wan do."""
-    long = any(frames > config.data.frames for frames in config.rollout_frames)
-    return config.stage == "distill" and config.data.name == "wan" and long
+    """Whether the run turns latents to pixels, as long rollouts and sample videos of Wan do."""
+    long = config.stage == "distill" and any(frames > config.data.frames for frames in config.rollout_frames)
+    return config.data.name == "wan" and (long or config.log.sample_every > 0)
+
+
+def _vae(config: TrainConfig, mesh: Mesh) -> tuple[VaeConfig, dict]:
+    """Wan's VAE, whole on every device."""
+    if config.vae_weights is None:
+        raise ValueError(
+            "vae_weights is None: rollouts longer than data.frames and sample videos (log.sample_every) need Wan's "
+            "VAE; give its file, or a model folder"
+        )
+    path = Path(config.vae_weights)
+    path = find_model(path, ["vae"]).vae if path.is_dir() else path
+    try:
+        vae, params = load_network(path, "vae", None, config.frozen_dtype, sharding=sharding.replicated(mesh))
+    except ValueError as error:
+        raise ValueError(f"vae_weights: {error}") from error
+    return dataclasses.replace(vae, dtype=config.model.dtype), params
 
 
 def _cast(params: dict, dtype: str) -> dict:
@@ -173,6 +198,14 @@ def _teacher(config: TrainConfig, mesh: Mesh, dtype: str, offload: bool = False)
     return params
 
 
+def adapted_base(config: TrainConfig, mesh: Mesh) -> dict:
+    """The frozen network that adapters are added to, in the type that it is kept in."""
+    params = start_params(config, mesh)
+    if params is None:
+        raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
+    return _cast(params, config.frozen_dtype)
+
+
 def start_params(config: TrainConfig, mesh: Mesh) -> dict | None:
     """The trained network's parameters to start from: those given, else the teacher's if they fit, else None."""
     if config.init_weights is not None:
@@ -191,17 +224,9 @@ def _critic(config: TrainConfig, mesh: Mesh) -> dict:
     return _load(_teacher_field(config), config.critic_model, "teacher_weights", "float32", mesh)[0]
 
 
-def package_of(config: TrainConfig, params: dict, frozen: dict | None = None) -> Package:
-    """What a finished run leaves: its averaged weights with all that is needed to use them.
-
-    Args:
-      config: of the run.
-      params: what was trained, see `steps.student_params`.
-      frozen: with adapters, the trees that hold the network they are added to.
-    """
+def package_of(config: TrainConfig, params: dict) -> Package:
+    """What a finished run leaves: the averaged weights of the whole network with all that is needed to use them."""
     kind = config.stage if config.stage in ("teacher", "causal") else "student"
-    if config.lora.rank:
-        params = jax.device_get(steps.model_params(config, params, frozen))
     return Package(
         kind=kind,
         config=dataclasses.replace(config.model, remat="none"),

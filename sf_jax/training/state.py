@@ -30,9 +30,9 @@ class TrainState:
 
 
 def _is_matrix(path, leaf) -> bool:
-    """Kernels of the blocks, which Muon orthogonalises; everything else gets AdamW."""
+    """Kernels of the blocks (a discriminator has them deeper), which Muon orthogonalises; the rest gets AdamW."""
     names = [part.key for part in path]
-    return names[0] == "blocks" and names[-1] == "kernel"
+    return "blocks" in names and names[-1] == "kernel"
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -100,12 +100,12 @@ def new_state(config: TrainConfig, params: dict | None = None, critic: dict | No
 
 def model_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
     """The student's parameters, from what is trained of it."""
-    return lora.merge(frozen["model_base"], params, config.lora) if config.lora.rank else params
+    return lora.attach(frozen["model_base"], params, config.lora) if config.lora.rank else params
 
 
 def critic_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
     """The critic's parameters, from what is trained of it (with the GAN's head beside them)."""
-    return lora.merge(frozen["critic_base"], params, config.critic_lora) if config.critic_lora.rank else params
+    return lora.attach(frozen["critic_base"], params, config.critic_lora) if config.critic_lora.rank else params
 
 
 def make_step(config: TrainConfig, program: Program) -> Step:
@@ -199,3 +199,10 @@ def leaf_names(params: dict) -> list[str]:
 def student_params(network: Network) -> dict:
     """What is trained of the student, averaged where there is an average."""
     return network.params if network.ema is None else network.ema
+
+
+def whole_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
+    """The network that `student_params` are of, with its adapters, if it has any, in its kernels."""
+    if not config.lora.rank:
+        return params
+    return jax.jit(lambda *trees: lora.merge(*trees, config.lora))(frozen["model_base"], params)
