@@ -1,13 +1,22 @@
-"""Self Forcing of Wan2.1 at full size: the paper's recipe (81 pixel frames of 480x832, chunk-wise or frame-wise).
+"""Self Forcing of Wan2.1 at full size: every stage, objective and baseline, 81 pixel frames of 480x832.
 
   python -m sf_jax.train --config=configs/wan_distill.py:1_3b --workdir=runs/wan \
-      --config.teacher_weights=Wan2.1-T2V-1.3B
+      --config.teacher_weights=Wan2.1-T2V-1.3B --config.init_weights=runs/ode/student.safetensors
 
-Variants: `1_3b` (teacher Wan2.1-1.3B), `14b` (teacher Wan2.1-14B, as the official release), `framewise` (chunks of one
-latent frame, teacher 1.3B). Student and critic are always 1.3B. Hardware: the official run used 64 H100s; both updates
-of every variant compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet.
-Needs prompt embeddings (`python -m sf_jax.prepare`), `--config.teacher_weights=` (Wan2.1) and `--config.init_weights=`
-(a causal start; for `14b` also `--config.critic_weights=`, Wan2.1-T2V-1.3B).
+Self Forcing, from a causal few-step start (`--config.init_weights`): `1_3b` (DMD, teacher Wan2.1-1.3B), `14b` (teacher
+Wan2.1-14B, as the official release; also needs `--config.critic_weights=Wan2.1-T2V-1.3B`), `framewise` (chunks of one
+latent frame), `rolling` (a window that hides the first chunk from the last, for rolling caches), `long` (rollouts of
+twice the length as well; needs `--config.vae_weights`), `image` (the first frame is given; reads clips), `sid`, `gan`
+(reads clips; no teacher but the critic's start), and the baselines `causvid` and `tf_dmd` (read clips).
+
+The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`), or `consistency` along a many-step
+causal network. Those: `causal` (teacher forcing) and `diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`,
+on clips.
+
+Student and critic are always 1.3B. Prompts and clips come from `python -m sf_jax.prepare`. Hardware: the official run
+used 64 H100s; the updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet. DMD's and
+SiD's rates are the official ones, the discriminator's penalties those of APT (arXiv 2501.08316); the other stages'
+official settings are not published, theirs are ours.
 """
 
 from ml_collections import ConfigDict
@@ -15,40 +24,82 @@ from ml_collections import ConfigDict
 from sf_jax.config import config_dict, to_dict
 from sf_jax.models.wan import wan_1_3b, wan_14b
 
-VARIANTS = ("1_3b", "14b", "framewise")
+
+def _common() -> dict:
+    return {
+        "model": to_dict(wan_1_3b(dtype="bfloat16")),
+        "batch_size": 64,
+        "data": {"name": "wan", "dir": "data/wan", "frames": 21, "height": 60, "width": 104},
+        "rollout": {"steps": (1000, 750, 500, 250), "warp": True, "shift": 5.0, "chunk": 3, "context_noise": "exact"},
+        "score": {"guidance": 4.0, "student_shift": 5.0, "score_shift": 8.0, "time_shift": 5.0},
+        "frozen_dtype": "bfloat16",
+        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
+        "checkpoint_every": 50,
+        "log_every": 10,
+    }
+
+
+def _rate(lr: float, weight_decay: float = 0.01, beta1: float = 0.0) -> dict:
+    return {"lr": lr, "beta1": beta1, "beta2": 0.999, "weight_decay": weight_decay, "clip": 10.0}
+
+
+def _distill(rollout: dict | None = None, **changes) -> dict:
+    """Self Forcing with DMD, and what differs from it."""
+    values = _common() | {
+        "stage": "distill",
+        "objective": "dmd",
+        "steps": 600,
+        "generator_every": 5,
+        "cache_gradient": "stop",
+        "gan": {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}},
+        "optimizer": _rate(2e-6),
+        "critic_optimizer": _rate(4e-7),
+        "ema": {"decay": 0.99, "start": 200},
+    }
+    return values | {"rollout": values["rollout"] | (rollout or {})} | changes
+
+
+def _supervised(**changes) -> dict:
+    """A stage that learns from data."""
+    return _common() | {"steps": 3000, "optimizer": _rate(5e-6, beta1=0.9), "checkpoint_every": 200} | changes
+
+
+def _gan() -> dict:
+    # APT's 100 |D(x + 0.01 z) - D(x)|^2 is 0.01 of the squared slope; half of each weight counts.
+    weights = {"generator_weight": 1.0, "critic_weight": 1.0, "r1_weight": 0.02, "r2_weight": 0.02}
+    gan = {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}, "relativistic": True, **weights}
+    return _distill(objective="gan", gan=gan, critic_optimizer=_rate(2e-6))
+
+
+def _image() -> dict:
+    data = _common()["data"] | {"frames": 22}
+    return _distill({"first_frame_alone": True}, image_to_video=True, data=data)
+
+
+VARIANTS = {
+    "1_3b": _distill,
+    "14b": lambda: _distill(teacher=to_dict(wan_14b(dtype="bfloat16"))),
+    "framewise": lambda: _distill({"chunk": 1}),
+    "rolling": lambda: _distill({"window": 18}),
+    "long": lambda: _distill(rollout_frames=(21, 42)),
+    "image": _image,
+    "sid": lambda: _distill(objective="sid", optimizer=_rate(2e-6, 0.0), critic_optimizer=_rate(2e-6, 0.0)),
+    "gan": _gan,
+    "causvid": lambda: _distill(student_input="diffusion_forcing"),
+    "tf_dmd": lambda: _distill(student_input="teacher_forcing"),
+    "causal": lambda: _supervised(stage="causal", causal={"forcing": "teacher"}),
+    "diffusion_forcing": lambda: _supervised(stage="causal", causal={"forcing": "diffusion"}),
+    "ode": lambda: _supervised(
+        stage="init", init="ode", ode={"pairs": 16384, "batch_size": 64, "solver_steps": 48, "guidance": 6.0}
+    ),
+    "consistency": lambda: _supervised(
+        stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 6.0}
+    ),
+}
 
 
 def get_config(variant: str = "1_3b") -> ConfigDict:
     """The configuration of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}: configs/wan_distill.py has {', '.join(VARIANTS)}")
-    student = to_dict(wan_1_3b(dtype="bfloat16"))
-    values = {
-        "stage": "distill",
-        "objective": "dmd",
-        "steps": 600,
-        "batch_size": 64,
-        "generator_every": 5,
-        "cache_gradient": "stop",
-        "model": student,
-        "data": {"name": "wan", "dir": "data/wan", "frames": 21, "height": 60, "width": 104},
-        "rollout": {
-            "steps": (1000, 750, 500, 250),
-            "warp": True,
-            "shift": 5.0,
-            "chunk": 1 if variant == "framewise" else 3,
-            "context_noise": "exact",
-        },
-        "gan": {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}},
-        "score": {"guidance": 4.0, "student_shift": 5.0, "score_shift": 8.0, "time_shift": 5.0},
-        "optimizer": {"lr": 2e-6, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "clip": 10.0},
-        "critic_optimizer": {"lr": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "clip": 10.0},
-        "ema": {"decay": 0.99, "start": 200},
-        "frozen_dtype": "bfloat16",
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
-        "checkpoint_every": 50,
-        "log_every": 10,
-    }
-    if variant == "14b":
-        values["teacher"] = to_dict(wan_14b(dtype="bfloat16"))
-    return config_dict(values)
+    return config_dict(VARIANTS[variant]())

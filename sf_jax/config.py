@@ -354,7 +354,7 @@ class TrainConfig:
                 else "a file or 'shipped'"
             )
             raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give {wants}")
-        if self.log.sample_prompts and (self.data.name == "wan" or self.image_to_video):
+        if self.log.sample_every and self.log.sample_prompts and (self.data.name == "wan" or self.image_to_video):
             raise ValueError(
                 f"log.sample_prompts is {self.log.sample_prompts}: samples of prepared data, and those that begin with "
                 "given images, show the data's first entries; leave it empty and set log.sample_count"
@@ -372,6 +372,12 @@ class TrainConfig:
                 "offload_teacher is True: it must be False where no teacher is asked, that is but for the objectives "
                 "'dmd' and 'sid' of stage 'distill'"
             )
+        for name, optimizer, adapters in (
+            ("optimizer", self.optimizer, self.lora),
+            ("critic_optimizer", self.critic_optimizer, self.critic_lora),
+        ):
+            if optimizer.name == "muon" and adapters.rank:
+                raise ValueError(f"{name}.name is 'muon': it is for whole matrices, with adapters it must be 'adamw'")
         if self.stage == "init":
             self._check_init()
         if self.stage == "distill":

@@ -23,6 +23,8 @@ _COORDINATOR, _COUNT, _INDEX = "SF_JAX_COORDINATOR", "SF_JAX_NUM_PROCESSES", "SF
 _DEVICES, _AUTOMATIC = "SF_JAX_LOCAL_DEVICES", "SF_JAX_DISTRIBUTED"
 # Network file systems show new files to other machines after a while.
 _SECONDS_TO_APPEAR = 30
+# Of a text that processes tell each other.
+_TEXT_BYTES = 512
 
 
 def initialize(environ: Mapping[str, str] = os.environ) -> None:
@@ -92,9 +94,7 @@ def check_shared(folder: Path, field: str) -> None:
         if jax.process_index() == 0:
             mark.touch()
         multihost_utils.sync_global_devices("mark of the shared folder")
-        until = time.monotonic() + _SECONDS_TO_APPEAR
-        while not (seen := mark.exists()) and time.monotonic() < until:
-            time.sleep(0.5)
+        seen = appears(mark)
         all_seen = np.ravel(multihost_utils.process_allgather(np.asarray(seen)))
     finally:
         if jax.process_index() == 0:
@@ -105,3 +105,22 @@ def check_shared(folder: Path, field: str) -> None:
             f"{field} is {folder}: process {blind} does not see what process 0 writes there; it must be a folder that "
             "all machines share"
         )
+
+
+def appears(path: Path) -> bool:
+    """Whether a file that another process has written is seen, after a while if need be."""
+    until = time.monotonic() + _SECONDS_TO_APPEAR
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    return seen
+
+
+def first_told(text: str | None) -> str | None:
+    """The text of the first process that has one, or None; every process must ask."""
+    if jax.process_count() == 1:
+        return text
+    own = np.zeros(_TEXT_BYTES, np.uint8)
+    given = (text or "").encode()[:_TEXT_BYTES]
+    own[: len(given)] = np.frombuffer(given, np.uint8)
+    told = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own))
+    return next((words for words in told if words), None)

@@ -66,6 +66,8 @@ class RolloutConfig:
             raise ValueError(f"steps is {self.steps}: its first entry must be at most {TRAIN_STEPS}")
         if self.context_noise not in CONTEXT_NOISES:
             raise ValueError(f"context_noise is {self.context_noise!r}: it must be one of {', '.join(CONTEXT_NOISES)}")
+        if not 0 <= self.context_timestep <= TRAIN_STEPS:
+            raise ValueError(f"context_timestep is {self.context_timestep}: it must be in [0, {TRAIN_STEPS}]")
         attention.check_window(self.window, self.sink, (self.chunk,))
 
     @property

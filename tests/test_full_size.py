@@ -77,19 +77,34 @@ ENTRY %main (a: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
         hlo.traffic("nothing")
 
 
-@pytest.mark.parametrize("variant", wan_distill.VARIANTS)
-def test_no_large_parameter_is_replicated_at_full_size(variant):
-    config = from_dict(wan_distill.get_config(variant))
+RECIPES = {variant: {} for variant in wan_distill.VARIANTS} | {
+    "muon": {"optimizer": {"name": "muon"}, "critic_optimizer": {"name": "muon"}},
+    "adapters": {"lora": {"rank": 16}, "critic_lora": {"rank": 16}},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_array_is_split_as_its_rule_says_at_full_size(recipe):
+    values = wan_distill.get_config(recipe if recipe in wan_distill.VARIANTS else "1_3b")
+    values.update(RECIPES[recipe])
+    config = from_dict(values)
     mesh = jax.sharding.AbstractMesh((1, 16, 2, 2), sharding.MESH_AXES)
     run = abstract.abstract_run(config, mesh)
-    for tree in (run.state.model, run.state.critic, run.frozen):
+    wide = {"heads": 2, "mlp": 2, "embed": 32}
+    vae = run.frozen.pop("vae", {})
+    assert all(leaf.sharding.spec == PartitionSpec() for leaf in jax.tree.leaves(vae))
+    for tree in (run.state, run.frozen):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            parts = np.prod(leaf.shape, dtype=float) / np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=float)
-            whole = 0 if leaf.sharding.spec == PartitionSpec() else leaf.size
-            assert parts >= 32 or leaf.size / parts < 2e6 or not whole, (path, leaf.shape, leaf.sharding.spec)
+            names = tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path)
+            parts = [wide.get(axis, 1) for axis in sharding.logical_axes(names, leaf.ndim)]
+            held = leaf.sharding.shard_shape(leaf.shape)
+            assert held == tuple(size // part for size, part in zip(leaf.shape, parts, strict=True)), path
+            # the sides of adapters that only `tensor` splits are thin
+            assert np.prod(parts) >= 32 or leaf.size < (1e7 if config.lora.rank else 1e6), (path, leaf.shape)
     total = bytes_per_device(run.arguments)
     alone = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.MESH_AXES)
-    assert total < 1.15 * bytes_per_device(abstract.abstract_run(config, alone).arguments) / 32
+    even = bytes_per_device(abstract.abstract_run(config, alone).arguments) / 32
+    assert total < (1.3 if config.lora.rank else 1.15) * even + bytes_per_device(vae)
 
 
 def test_a_description_names_everything():

@@ -12,7 +12,6 @@ import pytest
 from sf_jax.config import from_dict
 from sf_jax.models.layers import Linear
 from sf_jax.models.wan import bidirectional_layout
-from sf_jax.objectives import gan
 from sf_jax.training import health, lora, metrics, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media
@@ -213,18 +212,23 @@ def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
     assert tree_relative(second.critic.params["critic"], state.critic.params["critic"]) > 0
 
 
-def test_discriminator_gradients_stay_where_they_belong():
-    config = make_config(objective="gan", batch_size=2)
-    state, _, batch = setting(config)
-    model = self_forcing.WanTransformer(SMALL)
-    t = jnp.full((2, 1), 500.0)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
+def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
+    config = make_config(objective=objective, batch_size=2)
+    state, frozen, batch = setting(config)
+    frozen = {} if objective == "gan" else frozen
+    for program in self_forcing.programs(config, MEDIA):
+        fake, _ = jax.jit(program.prepare)(state, frozen, batch, jnp.arange(2))
 
-    def student(params, video):
-        args = (batch["text"], t, batch["latent"], batch["latent"], config.score, config.gan)
-        return gan.generator_loss(video, batch["latent"], (model, params), *args)[0]
+        def value(student, critic, frozen, program=program, fake=fake):
+            networks = {"model": state.model.replace(params=student), "critic": state.critic.replace(params=critic)}
+            own = student if program.losses[0].network == "model" else critic
+            return program.losses[0].function(own, state.replace(**networks), frozen, batch, fake)[0]
 
-    own, video = jax.jit(jax.grad(student, argnums=(0, 1)))(state.critic.params, batch["latent"] + 1)
-    assert all(not np.any(x) for x in jax.tree.leaves(own)) and np.any(video)
+        grads = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(state.model.params, state.critic.params, frozen)
+        moved = [any(np.any(x) for x in jax.tree.leaves(tree)) for tree in grads]
+        assert moved == [program.losses[0].network == "model", program.losses[0].network == "critic", False]
 
 
 @pytest.mark.parametrize("name", ["dmd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gan", "share"))])

@@ -19,8 +19,7 @@ from sf_jax.config import MeshConfig, config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.wan import init_params
-from sf_jax.training import checkpoint, loop, metrics, programs, self_forcing, sharding, stages
+from sf_jax.training import abstract, checkpoint, loop, metrics, programs, self_forcing, sharding, stages
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import load_package, save_package
@@ -141,23 +140,6 @@ def batch_for(config):
     return {"text": text, "negative": jnp.zeros((1, 10, 64))}
 
 
-@pytest.mark.slow
-def test_each_update_changes_its_own_network_only(teacher):
-    config = small_config("distill", teacher_weights=teacher)
-    params = load_package(teacher).params
-    state = steps.new_state(config, params, params)
-    state = state.replace(model=state.model.replace(params=random_params(config.model, 5)))
-    frozen, batch = {"teacher": params}, batch_for(config)
-    after, values = jax.jit(step_functions(config)["student"])(state, frozen, batch)
-    chex.assert_trees_all_equal(after.critic, state.critic)
-    assert tree_relative(after.model.params, state.model.params) > 0 and values["generator_grad_norm"] > 0
-    assert after.step == state.step
-    after, values = jax.jit(step_functions(config)["critic"])(state, frozen, batch)
-    chex.assert_trees_all_equal(after.model, state.model)
-    assert tree_relative(after.critic.params, state.critic.params) > 0 and values["critic_grad_norm"] > 0
-    assert after.step == state.step + 1
-
-
 def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
     config = small_config("distill", teacher_weights="unused", ema={"decay": 0.9, "start": 4})
     optimizer = steps.make_optimizers(config).model
@@ -199,6 +181,8 @@ for devices, sizes in ((1, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"
         program.compile(state, frozen, batch_for(config))
         state, new = program(state, frozen, batch_for(config))
         values |= new
+    places = sharding.tree_shardings(state, mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places)))
     kernel = state.model.params["blocks"]["ffn_in"]["kernel"]
     print(len(devices), kernel.sharding.shard_shape(kernel.shape), jax.tree.map(np.asarray, values))
     results.append(jax.device_get((state, values)))
@@ -239,13 +223,10 @@ def test_every_leaf_has_a_sharding_rule():
 )
 def test_full_size_recipe_has_the_right_shapes(variant):
     config = from_dict(wan_distill.get_config(variant))
-    teacher = jax.eval_shape(lambda: init_params(config.teacher_model, jax.random.key(0)))
-    state = jax.eval_shape(lambda: steps.new_state(config))
-    text = jax.ShapeDtypeStruct((64, 512, 4096), jnp.bfloat16)
-    batch = {"text": text, "negative": jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16)}
-    for function in step_functions(config).values():
-        after, values = jax.eval_shape(function, state, {"teacher": teacher}, batch)
-        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    run = abstract.abstract_run(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    for _, function, _ in stages.updates_of(config, run.media):
+        after, values = jax.eval_shape(function, *run.arguments)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, run.state)
         assert all(v.shape == () or name.endswith("nonfinite") for name, v in values.items())
 
 
@@ -349,11 +330,12 @@ def test_a_teacher_in_host_memory_gives_the_same_update():
     for offload in (False, True):
         config = small_config("distill", teacher_weights="none", batch_size=4, offload_teacher=offload)
         mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=devices))
-        frozen = {"teacher": init_params(config.model, jax.random.key(1))}
+        frozen = {"teacher": random_params(config.model, 1)}
         places = sharding.frozen_shardings(frozen, mesh, config.offload)
         kinds = {target.memory_kind for target in jax.tree.leaves(places)}
         assert kinds == ({"device", sharding.HOST_MEMORY} if offload else {"device"})
-        frozen, state = sharding.put(frozen, places), steps.new_state(config)
+        frozen = sharding.put(frozen, places)
+        state = steps.new_state(config, random_params(config.model, 2), random_params(config.model, 3))
         state = sharding.put(state, sharding.tree_shardings(state, mesh))
         batch = sharding.put_batch({"text": batch_for(config)["text"]}, mesh)
         batch |= sharding.put_whole({"negative": batch_for(config)["negative"]}, mesh)
@@ -365,3 +347,4 @@ def test_a_teacher_in_host_memory_gives_the_same_update():
     (state, metrics), (other, others) = found
     assert tree_relative(other.model.params, state.model.params) < 1e-6
     np.testing.assert_allclose(metrics["generator_loss"], others["generator_loss"], rtol=1e-6)
+    assert metrics["generator_loss"] > 0 and metrics["generator_grad_norm"] > 0

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sf_jax.data import shards
+from sf_jax.distributed import appears
 
 NAME = "ode_pairs"
 
@@ -72,4 +73,9 @@ def open_pairs(
 
     shards.write(plan, examples, process_index, process_count)
     wait()
+    if process_count > 1:  # none may have seen the others' last files
+        if process_index == 0:
+            shards.finish(plan)
+        wait()
+        appears(Path(folder) / shards.INFO)
     return PairSource(shards.open_records(folder, NAME, field="ode.dir"))

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 import sf_jax
 from sf_jax.config import TrainConfig, difference, from_dict, to_dict
+from sf_jax.distributed import first_told
 from sf_jax.training.fingerprint import measure, shapes_of
 
 # A run may be continued with other values of these; every other field is part of what is computed.
@@ -315,23 +316,31 @@ class Checkpoints:
         faults = []
         for step, folder in step_folders(self._folder):
             self._check_permissions(folder)
+            about, reason = None, None
             try:
                 about = read_about(folder)
             except ValueError as error:
-                faults.append((step, str(error)))
+                reason = str(error)
+            if reason := first_told(reason):
+                faults.append((step, reason))
                 continue
             self._compare(step, about, allow_changes)
             self._check_leaves(step, about, abstract_state)
+            state = None
             try:
                 state = self._manager.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
                 )["state"]
             except Exception as error:  # Orbax and TensorStore raise many kinds.
-                faults.append((step, reason_of(error)))
+                reason = reason_of(error)
+            # A file may be damaged that only one process reads: all must come to the same verdict.
+            if reason := first_told(reason):
+                faults.append((step, reason))
                 continue
             wrong = [path for path, leaf in measure(state).items() if [*leaf[:3]] != about["leaves"][path]]
             if wrong:
                 faults.append((step, f"{len(wrong)} arrays are not as they were saved, such as {wrong[0]}"))
+                del state  # or the older one would need room beside it
                 continue
             self._move_aside(faults, step)
             if about["code"] != self._code:
@@ -347,11 +356,11 @@ class Checkpoints:
 
     def _check_permissions(self, folder: Path) -> None:
         """Files that may not be read are no damage: moving them aside would lose a good checkpoint."""
-        for path in (folder, *folder.rglob("*")):
-            if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-                raise ValueError(
-                    f"checkpoint {folder} cannot be read ({path.name}: Permission denied): make it readable"
-                )
+        paths = (folder, *folder.rglob("*"))
+        closed = (path for path in paths if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)))
+        path = next(closed, None)
+        if name := first_told(path and path.name):
+            raise ValueError(f"checkpoint {folder} cannot be read ({name}: Permission denied): make it readable")
 
     def _check_leaves(self, step: int, about: dict, abstract_state) -> None:
         """Refuses a state of other shapes, which no flag can make fit."""
@@ -379,7 +388,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 target.parent.mkdir(exist_ok=True)
                 (self._folder / str(step)).rename(target)
-            print(f"checkpoint of step {step} is damaged ({reason}): moved to {target}, using step {good}", flush=True)
+                told = f"checkpoint of step {step} is damaged ({reason}): moved to {target}, using step {good}"
+                print(told, flush=True)
         if faults:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints moved")

@@ -25,7 +25,7 @@ def load_run(workdir: Path | str) -> tuple[int, Package]:
     Raises:
       ValueError: if there is no checkpoint, or the newest is damaged; the message says which is the one before.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).resolve()  # Orbax takes no relative paths
     found = step_folders(workdir / "checkpoints")
     if not found:
         raise ValueError(f"from is {workdir}: there is no finished checkpoint in {workdir / 'checkpoints'}")

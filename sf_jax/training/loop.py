@@ -15,7 +15,7 @@ from sf_jax.distributed import check_shared
 from sf_jax.files import check_writable
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, one_line_errors
-from sf_jax.training.metrics import Log, peak_flops
+from sf_jax.training.metrics import Log, LogError, peak_flops
 from sf_jax.training.programs import Program, countable, jit_updates, model_flops, rate
 from sf_jax.training.samples import WriteSamples, sampler
 from sf_jax.training.sinks import check_packages, open_sinks
@@ -68,6 +68,8 @@ def train(
         except FloatingPointError as error:
             advice = "lower a learning rate, or set on_nonfinite to 'skip'"
             raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
+        except LogError as error:
+            raise OSError(f"{error}; {checkpoints.last_good()}") from error
         finally:
             log.close()
         checkpoints.wait()
@@ -76,6 +78,8 @@ def train(
     path = workdir / f"{package.kind}.safetensors"
     if jax.process_index() == 0:
         save_package(path, package)
+    if jax.process_count() > 1:  # or the first process, still writing, would be ended by the others' going
+        multihost_utils.sync_global_devices("exported")
     return path
 
 
@@ -93,7 +97,7 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     if restored is None:
         return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}
     step, state, about = restored
-    if about["data"]["source"] != stage.source.digest and not allow_config_change:
+    if about["data"].get("source") != stage.source.digest and not allow_config_change:
         raise ValueError(
             f"data.dir is {config.data.dir}: step {step} was trained on other data; use the old data, or "
             "--allow_config_change to go on with these"

@@ -44,6 +44,10 @@ def peak_flops(kind: str) -> float | None:
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
+class LogError(OSError):
+    """The log cannot be written."""
+
+
 class Log:
     """Writes `log.jsonl`, a progress bar and other logs.
 
@@ -157,10 +161,12 @@ class Log:
 
     def close(self) -> None:
         """Ends the bar and the files."""
-        self._bar.close()
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._bar.close)
+            for sink in self._sinks:
+                stack.callback(sink.close)
+            with contextlib.suppress(OSError):  # what cannot be written has been told already
+                self._file.close()
 
     def _write(self, step: int) -> None:
         values = self._values | ({"skipped": self._skipped} if self._skip else {})
@@ -205,7 +211,7 @@ class Log:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
-            raise OSError(
+            raise LogError(
                 f"cannot write {self._path} ({error.strerror}): make room, then run the same command"
             ) from error
 

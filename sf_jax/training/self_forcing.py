@@ -188,7 +188,7 @@ def _last_window(config, media, frozen, video, window):
     total = video.shape[1]
     if total == window:
         return video, _given_mask(config)
-    image = jax.lax.stop_gradient(media.as_image(frozen, video[:, : total - window + 1]))
+    image = media.as_image(frozen, jax.lax.stop_gradient(video[:, : total - window + 1]))
     video = jnp.concatenate([image.astype(video.dtype), video[:, total - window + 1 :]], axis=1)
     hidden = 1 if config.rollout.first_frame_alone else config.rollout.chunk
     return video, (jnp.arange(window) >= hidden)[None, :, None, None, None]

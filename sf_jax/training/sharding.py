@@ -182,8 +182,13 @@ def put_whole(tree, mesh: Mesh):
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
     """Places a batch: every process gives its own rows, the first process the first ones."""
-    split = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(split, np.asarray(x)) for name, x in batch.items()}
+    split, count = batch_sharding(mesh), jax.process_count()
+    rows = {name: np.asarray(x) for name, x in batch.items()}
+    # The whole shape is told: inferred from a mesh that `check_config` would refuse, it could be a part of it.
+    return {
+        name: jax.make_array_from_process_local_data(split, x, (len(x) * count, *x.shape[1:]))
+        for name, x in rows.items()
+    }
 
 
 def _place(x, target: NamedSharding) -> jax.Array:
@@ -206,6 +211,11 @@ def check_config(config: TrainConfig, mesh: Mesh) -> None:
             f"{parts} x {config.accumulate}"
         )
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    if isinstance(mesh, Mesh) and not _rows_are_own(mesh, parts):
+        raise ValueError(
+            f"mesh.context x mesh.tensor is {context * tensor}: it must divide the number of devices of each process, "
+            "which reads rows of the batch of its own"
+        )
     rows, columns = config.model.grid(config.data.height, config.data.width)
     if rows * columns % context:
         raise ValueError(f"mesh.context is {context}: it must divide the {rows * columns} tokens of a frame")
@@ -214,6 +224,16 @@ def check_config(config: TrainConfig, mesh: Mesh) -> None:
             raise ValueError(
                 f"mesh.context x mesh.tensor is {context * tensor}: it must divide {name}.num_heads, {model.num_heads}"
             )
+
+
+def _rows_are_own(mesh: Mesh, parts: int) -> bool:
+    """Whether process i of P holds the i-th P-th of a batch in `parts` parts, and no other does."""
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    share = parts // len(processes)
+    if share * len(processes) != parts:
+        return False
+    places = batch_sharding(mesh).devices_indices_map((parts,))
+    return all(processes[(index[0].start or 0) // share] == device.process_index for device, index in places.items())
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:

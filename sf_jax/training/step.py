@@ -69,7 +69,10 @@ class Optimizers:
 
 def make_optimizers(config: TrainConfig) -> Optimizers:
     """The optimisers of a run; decays end with the run."""
-    updates = -(-config.steps // config.generator_every) if config.stage == "distill" else config.steps
+    updates = config.steps
+    if config.stage == "distill":
+        warmup = config.gan.warmup if config.objective == "gan" else 0
+        updates = max(1, -(-config.steps // config.generator_every) - -(-warmup // config.generator_every))
     return Optimizers(make_optimizer(config.optimizer, updates), make_optimizer(config.critic_optimizer, config.steps))
 
 
