@@ -7,8 +7,9 @@ what it is, is recognised. `--part`
 chooses from a checkpoint of several networks, and names the network in a `.pt` output:
 `python -m sf_jax.convert --input=self_forcing_dmd.pt --output=student.safetensors --part=generator_ema`.
 
-The averaged student of a training run, from its newest checkpoint, finished or not:
-`python -m sf_jax.convert --from=runs/wan --output=student.safetensors` (or a .pt, as generator_ema).
+The averaged student of a training run, from its newest checkpoint, finished or not, under the official names:
+`python -m sf_jax.convert --from=runs/wan` writes `runs/wan/student_STEP.safetensors`; `--output` another file (a .pt as
+generator_ema).
 
 Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
 This is how the weights that the package ships were made from those that training left.
@@ -35,7 +36,9 @@ _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.
 
 _INPUT = flags.DEFINE_string("input", None, "Weight file, folder of shards, or model folder")
 _FROM = flags.DEFINE_string("from", None, "Instead of --input: workdir of a training run")
-_OUTPUT = flags.DEFINE_string("output", None, "File to write: .safetensors, or .pt (which needs PyTorch)")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "File to write: .safetensors, or .pt (which needs PyTorch); --from has a default"
+)
 _TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")
 _PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
 _DTYPE = flags.DEFINE_enum(
@@ -72,13 +75,15 @@ def _convert(tensors: TensorFile, output: Path) -> str:
     return f"{guess.title}{part}, {len(tensors)} tensors, {guess.naming} -> {naming}"
 
 
-def _export(output: Path) -> str:
-    """Writes the averaged network of a training run; returns what it did."""
+def _export(output: Path | None) -> tuple[str, Path]:
+    """Writes the averaged network of a training run; returns what it did, and the file."""
     if _TO.value not in (None, "official"):
         raise ValueError(f"to is {_TO.value!r}: --from writes the official names, convert its output for others")
-    if output.suffix not in TORCH_SUFFIXES and _PART.value is not None:
+    if (output is None or output.suffix not in TORCH_SUFFIXES) and _PART.value is not None:
         raise ValueError(f"part is {_PART.value!r}: a .safetensors file holds one network, leave part out")
     step, package = export.load_run(_FROM.value)
+    # Not the name of a finished run's file, which means that there is nothing left to train.
+    output = output or Path(_FROM.value) / f"{package.kind}_{step:06d}.safetensors"
     dtype = _DTYPE.value or "float32"
     if output.suffix in TORCH_SUFFIXES:
         tensors = load.file_tensors(transformer.entries(package.config), package.params).astype(_DTYPES[dtype])
@@ -87,21 +92,25 @@ def _export(output: Path) -> str:
         )
     else:
         save_package(output, package, dtype)
-    return f"{package.kind} of step {step}"
+    return f"{package.kind} of step {step}", output
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    output = Path(_OUTPUT.value)
-    if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
     if (_INPUT.value is None) == (_FROM.value is None):
         raise ValueError("input and from: give one of them, a weight file or the workdir of a training run")
-    check_writable(output.parent, "output")
-    to_torch = output.suffix in TORCH_SUFFIXES
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output is None and _FROM.value is None:
+        raise ValueError("output is missing: give the file to write")
+    if output is not None:
+        if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
+            raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
+        check_writable(output.parent, "output")
     if _FROM.value is not None:
-        print(f"{_export(output)}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+        done, output = _export(output)
+        print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
         return
+    to_torch = output.suffix in TORCH_SUFFIXES
     with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
         if "sf_jax" in tensors.metadata and _TO.value is None and not to_torch:
             dtype = _DTYPE.value or "float16"
@@ -115,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, required=["output"])
+    command.run(main)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 
+import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file
 
 from sf_jax.config import from_dict, to_dict
 from sf_jax.inference import prepare_job, wan_job
+from sf_jax.inference.video_io import write_samples
 from sf_jax.training import export, loop
 from tests.helpers import tree_relative
 from tests.test_commands import command
@@ -63,16 +66,36 @@ RUNS = {
     "sid": ("distill", {"objective": "sid", "student_input": "teacher_forcing"}),
     "gan": ("distill", {"objective": "gan", "gan": {"head": {"taps": (0, 1), "ffn_dim": 32}}}),
     "long": ("distill", {"rollout_frames": (2, 4), "steps": 3}),
+    "consistency": ("init", {"init": "consistency", "teacher_weights": "causal"}),
+    "adapters": ("distill", {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "accumulate": 2}),
+    "image": (
+        "distill",
+        {"image_to_video": True, "rollout": {"chunk": 1, "steps": (1000, 500), "first_frame_alone": True}},
+    ),
 }
 FAST = ("long",)
+# What shows its samples: networks of many and of few steps, and one that begins with a given image.
+SAMPLED = ("causal", "long", "image")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RUNS])
 def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     stage, changes = RUNS[name]
     changes = changes | {"init_weights": str(model)}
-    changes = changes | ({"vae_weights": f"{model}/Wan2.1_VAE.safetensors"} if name == "long" else {})
-    path = loop.train(config_for(model, data, stage, **changes), tmp_path)
+    if name == "consistency":
+        changes["teacher_weights"] = str(
+            loop.train(
+                config_for(model, data, "causal", **changes | {"init": "ode", "teacher_weights": None}),
+                tmp_path / "causal",
+            )
+        )
+    if name in SAMPLED:
+        changes |= {"vae_weights": str(model), "log": {"sample_every": 2, "sample_count": 3}}
+    path = loop.train(config_for(model, data, stage, **changes), tmp_path, write_samples)
+    if name in SAMPLED:
+        video = iio.imread(tmp_path / "samples" / "step_000002.mp4")
+        assert video.shape == (5, 9 * 32, 9 * 3 * 48, 3) and video.std() > 1
+        assert (tmp_path / "samples" / "step_000002.png").stat().st_size
     for line in losses(tmp_path):
         assert all(np.isfinite(value) for value in line.values() if isinstance(value, float))
     start = load_file(model / "diffusion_pytorch_model.safetensors")
@@ -86,9 +109,13 @@ def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_pa
     config = config_for(model, data, "distill", **changes)
     whole = loop.train(config, tmp_path / "whole")
     loop.train(dataclasses.replace(config, steps=1), tmp_path / "run")
-    done = command(f"--from={tmp_path}/run", f"--output={tmp_path}/one.safetensors", module="sf_jax.convert")
-    assert done.returncode == 0 and "student of step 1: wrote" in done.stdout, done.stderr
-    one = load_file(tmp_path / "one.safetensors")
+    # from the folder above: users give relative paths, and PYTHONPATH is where the package is
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = command("--from=run", module="sf_jax.convert", cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "student of step 1: wrote run/student_000001.safetensors" in done.stdout, (
+        done.stderr
+    )
+    one = load_file(tmp_path / "run" / "student_000001.safetensors")
     start = load_file(model / "student.safetensors")
     assert set(one) == set(start) and 0 < tree_relative(one, start) < 0.1
     step, package = export.load_run(tmp_path / "whole")
@@ -108,7 +135,7 @@ def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_pa
     [
         ({"teacher_weights": None}, "teacher_weights is None: stage 'distill' needs a teacher"),
         ({"teacher_weights": "none.safetensors"}, "teacher_weights: none.safetensors does not exist"),
-        ({"rollout_frames": (4,)}, "vae_weights is None: rollouts longer than data.frames need Wan's VAE"),
+        ({"rollout_frames": (4,)}, "vae_weights is None: rollouts longer than data.frames and sample videos"),
         ({"model": to_dict(MODEL) | {"text_dim": 8}}, "model.text_dim is 8: the prompts of data.dir"),
         ({"model": to_dict(MODEL) | {"ffn_dim": 64}}, "of the wrong shape"),
         ({"objective": "gan", "gan": {"head": {"taps": (0,)}}, "data": {"height": 8}}, "data.height is 8"),
@@ -128,6 +155,7 @@ def test_wrong_inputs_are_told_by_their_field(changes, message, model, data, tmp
     [
         (["--from=none", "--output=x.safetensors"], "there is no finished checkpoint in"),
         (["--output=x.safetensors"], "input and from: give one of them"),
+        (["--input=x.safetensors"], "output is missing"),
     ],
 )
 def test_export_answers_a_wrong_command_line_in_one_line(arguments, message, tmp_path):

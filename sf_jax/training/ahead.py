@@ -149,10 +149,17 @@ def compile_report(config: TrainConfig, topology: str) -> Iterator[str]:
 
 
 def describe(config: TrainConfig, devices: list | None = None) -> Iterator[str]:
-    """Lines of `--dry_run`: networks, memory, arithmetic and where every array goes."""
-    mesh = sharding.make_mesh(config.mesh, devices)
+    """Lines of `--dry_run`: networks, memory, arithmetic and where every array goes.
+
+    A mesh whose sizes are all given need not be here.
+    """
+    sizes = [getattr(config.mesh, axis) for axis in sharding.MESH_AXES]
+    here = jax.devices() if devices is None else devices
+    if min(sizes) > 0 and math.prod(sizes) != len(here):
+        mesh, kind = jax.sharding.AbstractMesh(tuple(sizes), sharding.MESH_AXES), "devices that are not here"
+    else:
+        mesh, kind = sharding.make_mesh(config.mesh, here), here[0].device_kind
     run = abstract_run(config, mesh)
-    kind = mesh.devices.flat[0].device_kind
     yield f"stage {config.stage}, {config.steps} steps of batch {config.batch_size} on {mesh.size} x {kind}"
     yield "mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     networks = {"student" if config.stage == "distill" else config.stage: run.state.model.params}
@@ -172,7 +179,7 @@ def describe(config: TrainConfig, devices: list | None = None) -> Iterator[str]:
         yield f"update {name}: {count:.4g} FLOP, in {rates[name]:.3g} of the iterations"
     total = sum(flops[name] * rates[name] for name in flops)
     yield f"an iteration: {total:.4g} FLOP, {total / mesh.size:.4g} a device"
-    yield "where the parameters go (array, shape, axes of the mesh, part of a device):"
+    yield "where the parameters go (array, shape, axes of the mesh, part of a device), and with them averages, moments:"
     trees = {"model": run.state.model.params} | run.frozen
     trees |= {"critic": run.state.critic.params} if run.state.critic is not None else {}
     for name, tree in trees.items():
