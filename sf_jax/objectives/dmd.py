@@ -38,8 +38,9 @@ def generator_loss(
 
     Returns:
       Scalar loss `0.5 mean(gradient^2)` (as the official code reports it), NaN if a score is not finite, and
-      aux: `gradient` [B, F, H, W, C]; `gradient_norm`, its mean absolute value; and `critic_lag`, the critic's loss on
-      this video, which grows when the critic does not keep up with the student.
+      aux: `gradient` [B, F, H, W, C]; `gradient_norm`, its mean absolute value; `critic_lag`, the critic's loss on
+      this video, which grows when the critic does not keep up with the student; and `teacher_distance`, the mean
+      absolute difference of video and teacher's prediction, the gradient's normaliser.
     """
     fixed = jax.lax.stop_gradient(video)
     noisy = config.student_schedule.add_noise(fixed, noise, t)
@@ -51,7 +52,8 @@ def generator_loss(
         unconditional = predict_clean(critic[0], frozen_critic, schedule, noisy, t, negative)
         fake = guided(conditional, unconditional, config.fake_guidance)
     real = predict_guided(teacher[0], frozen_teacher, schedule, noisy, t, text, negative, config.guidance)
-    gradient = (fake - real) / video_mean(jnp.abs(fixed - real))
+    distance = video_mean(jnp.abs(fixed - real))
+    gradient = (fake - real) / distance
     gradient = jax.lax.stop_gradient(jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0))
     norm = jnp.abs(gradient).mean() + scores.nothing_or_nan(fake, real)
     weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
@@ -62,7 +64,8 @@ def generator_loss(
     loss = surrogate + jax.lax.stop_gradient(value - surrogate + scores.nothing_or_nan(fake, real))
     flow = config.student_schedule.to_flow(conditional, noisy, t)
     lag = jnp.square(flow - (noise - fixed)).mean()
-    return loss, {"gradient": gradient, "gradient_norm": norm, "critic_lag": lag}
+    aux = {"gradient": gradient, "gradient_norm": norm, "critic_lag": lag, "teacher_distance": distance.mean()}
+    return loss, aux
 
 
 def critic_loss(

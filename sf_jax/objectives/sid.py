@@ -26,7 +26,7 @@ def generator_loss(
     Arguments as in `dmd.generator_loss`; `config.sid_alpha` weighs the second term.
 
     Returns:
-      Scalar loss, and aux: `critic_lag`, see `dmd.generator_loss`.
+      Scalar loss, and aux: `critic_lag` and `teacher_distance`, see `dmd.generator_loss`.
     """
     noisy = config.student_schedule.add_noise(video, noise, t)
     frozen_teacher, frozen_critic = (jax.lax.stop_gradient(net[1]) for net in (teacher, critic))
@@ -34,9 +34,11 @@ def generator_loss(
     fake = predict_clean(critic[0], frozen_critic, schedule, noisy, t, text)
     real = predict_guided(teacher[0], frozen_teacher, schedule, noisy, t, text, negative, config.guidance)
     loss = (real - fake) * ((real - video) - config.sid_alpha * (real - fake))
-    loss = loss / jax.lax.stop_gradient(video_mean(jnp.abs(video - real)))
+    distance = jax.lax.stop_gradient(video_mean(jnp.abs(video - real)))
+    loss = loss / distance
     loss = jnp.nan_to_num(loss, posinf=0.0, neginf=0.0)
     weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
     lag = jnp.square(config.student_schedule.to_flow(fake, noisy, t) - (noise - video)).mean()
     broken = jax.lax.stop_gradient(nothing_or_nan(fake, real))
-    return (weight * loss).sum() / weight.sum() + broken, {"critic_lag": jax.lax.stop_gradient(lag)}
+    aux = {"critic_lag": jax.lax.stop_gradient(lag), "teacher_distance": distance.mean()}
+    return (weight * loss).sum() / weight.sum() + broken, aux

@@ -237,7 +237,7 @@ def _student_loss(config: TrainConfig, media: Media, networks: Networks):
             mask,
         )
         norm = {"dmd_gradient_norm": aux["gradient_norm"]} if "gradient_norm" in aux else {}
-        return value, metrics | norm | {"critic_lag": aux["critic_lag"]}
+        return value, metrics | norm | {name: aux[name] for name in ("critic_lag", "teacher_distance")}
 
     return loss
 
