@@ -103,6 +103,20 @@ def test_train_answers_a_wrong_command_line_in_one_line(arguments, message):
     assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("jnp.zeros(2**50, 'int8')", "error: a device has not enough memory (RESOURCE_EXHAUSTED: Out of memory"),
+        ("(_ for _ in ()).throw(RuntimeError('RESOURCE_EXHAUSTED'))", "Traceback"),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line_and_bugs_are_not(code, message):
+    script = f"import jax.numpy as jnp; from sf_jax import command; command.run(lambda: {code}, smaller='be modest')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(message)
+    assert message == "Traceback" or done.stderr.endswith(": be modest\n") and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_convert_and_evaluate(tmp_path):
     shipped = "sf_jax/assets/digits_student.safetensors"
