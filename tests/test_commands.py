@@ -103,6 +103,29 @@ def test_train_answers_a_wrong_command_line_in_one_line(arguments, message):
     assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_digits_that_cannot_be_written_or_read_end_in_one_line(tmp_path):
+    build = [sys.executable, "-m", "sf_jax.data.moving_digits", f"--data_dir={tmp_path}"]
+    limited = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh"]  # blocks of 512 or 1024 bytes
+    done = subprocess.run([*limited, *build], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(
+        f"error: cannot write {tmp_path}/moving_digits/full/1.2.0 (File too large): make room"
+    )
+    assert subprocess.run(build).returncode == 0
+    folder = tmp_path / "moving_digits" / "full" / "1.2.0"
+    path = folder / "moving_digits-train.array_record-00001-of-00002"
+    whole = path.read_bytes()
+    # Of the second shard only the table of contents is read at the start; the clips are what grain's threads find.
+    for damaged in (whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 2**18) + whole[4096 - 2**18 :]):
+        path.write_bytes(damaged)
+        options = ["--config=configs/digits.py:teacher", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run"]
+        done = command(*options, module="sf_jax.train")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith(f"error: {path} is damaged (")
+        assert done.stderr.endswith(f": remove the folder {folder} and run the command again\n")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

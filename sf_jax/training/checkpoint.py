@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 import sf_jax
 from sf_jax.config import TrainConfig, difference, from_dict, to_dict
+from sf_jax.files import reason_of
 from sf_jax.training.fingerprint import measure, shapes_of
 
 # A run may be continued with other values of these; every other field is part of what is computed.
@@ -105,19 +106,6 @@ def one_line_errors() -> Iterator[None]:
 def _digest(parts: dict) -> str:
     """A hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def reason_of(error: BaseException) -> str:
-    """Why something failed, in a few words."""
-    text, seen = "", error
-    while seen is not None:
-        text += f" {seen} {getattr(seen, 'strerror', None) or ''}"
-        seen = seen.__cause__ or seen.__context__
-    for known in ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system"):
-        if known.lower() in text.lower():
-            return known
-    words = " ".join(str(error).split())
-    return f"{words[:160]}{'...' if len(words) > 160 else ''}" or type(error).__name__
 
 
 def read_about(folder: Path) -> dict:
