@@ -150,7 +150,8 @@ class Log:
     def close(self) -> None:
         """Ends the bar and the files."""
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # the line that could not be written has been told
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 
