@@ -1,17 +1,21 @@
 """How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 
+SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
 
-def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
+
+def run(main: Callable[[], None], required: Sequence[str] = (), smaller: str = SMALLER) -> None:
     """Reads the flags and calls `main`.
 
     Args:
       main: the command; what it raises of ValueError, OSError and FloatingPointError is meant for the user.
       required: flags that must be given.
+      smaller: what to do where the memory of a device does not suffice, for the message.
     """
 
     def parse(arguments):
@@ -28,9 +32,26 @@ def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
 
     def guarded(_):
         logging.set_verbosity(logging.WARNING)
-        try:
+        with errors_in_one_line(smaller):
             main()
-        except (ValueError, FloatingPointError, OSError) as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
+    """Ends the process with one line for what is meant for the user; other errors are bugs, and keep their traceback.
+
+    Args:
+      smaller: as in `run`.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except RuntimeError as error:
+        from jax.errors import JaxRuntimeError  # here, as not every command needs JAX
+
+        if not isinstance(error, JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: a device has not enough memory ({str(error).splitlines()[0][:200]}): {smaller}")

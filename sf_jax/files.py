@@ -8,6 +8,28 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# What libraries say of a file system, among much else.
+_KNOWN = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Permission denied",
+    "Read-only file system",
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a few words."""
+    text, seen = "", error
+    while seen is not None:
+        text += f" {seen} {getattr(seen, 'strerror', None) or ''}"
+        seen = seen.__cause__ or seen.__context__
+    for known in _KNOWN:
+        if known.lower() in text.lower():
+            return known
+    words = " ".join(str(error).split())
+    return f"{words[:160]}{'...' if len(words) > 160 else ''}" or type(error).__name__
+
 
 def check_writable(folder: str | Path, field: str = "out") -> Path:
     """Makes a folder, unless it is there, and tries to write in it.

@@ -53,4 +53,8 @@ def _print(lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, required=["config"])
+    command.run(
+        main,
+        required=["config"],
+        smaller="lower batch_size, raise accumulate, set model.remat to 'block', or use a mesh of more devices",
+    )

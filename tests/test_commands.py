@@ -104,6 +104,43 @@ def test_train_answers_a_wrong_command_line_in_one_line(arguments, message):
 
 
 @pytest.mark.slow
+def test_digits_that_cannot_be_written_or_read_end_in_one_line(tmp_path):
+    build = [sys.executable, "-m", "sf_jax.data.moving_digits", f"--data_dir={tmp_path}"]
+    limited = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh"]  # blocks of 512 or 1024 bytes
+    done = subprocess.run([*limited, *build], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(
+        f"error: cannot write {tmp_path}/moving_digits/full/1.2.0 (File too large): make room"
+    )
+    assert subprocess.run(build).returncode == 0
+    folder = tmp_path / "moving_digits" / "full" / "1.2.0"
+    path = folder / "moving_digits-train.array_record-00001-of-00002"
+    whole = path.read_bytes()
+    # Of the second shard only the table of contents is read at the start; the clips are what grain's threads find.
+    for damaged in (whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 2**18) + whole[4096 - 2**18 :]):
+        path.write_bytes(damaged)
+        options = ["--config=configs/digits.py:teacher", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run"]
+        done = command(*options, module="sf_jax.train")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith(f"error: {path} is damaged (")
+        assert done.stderr.endswith(f": remove the folder {folder} and run the command again\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("jnp.zeros(2**50, 'int8')", "error: a device has not enough memory (RESOURCE_EXHAUSTED: Out of memory"),
+        ("(_ for _ in ()).throw(RuntimeError('RESOURCE_EXHAUSTED'))", "Traceback"),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line_and_bugs_are_not(code, message):
+    script = f"import jax.numpy as jnp; from sf_jax import command; command.run(lambda: {code}, smaller='be modest')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(message)
+    assert message == "Traceback" or done.stderr.endswith(": be modest\n") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
 def test_convert_and_evaluate(tmp_path):
     shipped = "sf_jax/assets/digits_student.safetensors"
     copy = tmp_path / "copy.safetensors"

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import resource
+import shutil
 
 import grain
 import jax
@@ -191,6 +193,70 @@ def test_missing_data_and_unknown_split(tmp_path):
         moving_digits.source(tmp_path, "valid")
     with pytest.raises(ValueError, match="split: got 'valid', allowed: train, judge, test"):
         moving_digits.plan_clips("valid", 1)
+
+
+def change(name, change):
+    """Damage of a file of the clips' folder: its bytes through `change`, or None to remove it."""
+
+    def damage(folder):
+        path = folder / name
+        if change is None:
+            return path.unlink()
+        return path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def flipped(data):
+    """All bytes of the records, but not of the table of contents at the end."""
+    return data[:100] + bytes(byte ^ 255 for byte in data[100:20000]) + data[20000:]
+
+
+SHARD, INFO, FEATURES = "moving_digits-train.array_record-00000-of-00001", "dataset_info.json", "features.json"
+DAMAGES = {
+    "cut": (change(SHARD, lambda data: data[: len(data) // 2]), f"{SHARD} is damaged"),
+    "empty": (change(SHARD, lambda data: b""), f"{SHARD} is damaged"),
+    "flipped": (change(SHARD, flipped), f"{SHARD} is damaged .*hash mismatch"),
+    "no shard": (change(SHARD, None), f"{SHARD} is missing"),
+    "other shard": (change(SHARD.replace("train", "test"), None), "test.array_record-00000-of-00001 is missing"),
+    "cut info": (change(INFO, lambda data: data[:200]), f"{INFO} is damaged"),
+    "empty info": (change(INFO, lambda data: b"{}"), f"{INFO} is damaged"),
+    "other count": (change(INFO, lambda data: data.replace(b'"40"', b'"50"')), "damaged .40 records, 50 expected"),
+    "other split": (change(INFO, lambda data: data.replace(b'"train"', b'"trail"')), f"{INFO} is damaged"),
+    "no info": (change(INFO, None), f"{INFO} is missing"),
+    "cut features": (change(FEATURES, lambda data: data[:200]), f"{FEATURES} is damaged"),
+    "other features": (change(FEATURES, lambda data: data.replace(b"caption", b"captain")), f"{FEATURES} does not"),
+    "no features": (change(FEATURES, None), f"{FEATURES} is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_clips_are_named_with_what_to_do(data_dir, tmp_path, damage):
+    shutil.copytree(data_dir, tmp_path / "data")
+    folder = tmp_path / "data" / "moving_digits" / "tiny" / "1.2.0"
+    do, message = DAMAGES[damage]
+    do(folder)
+    with pytest.raises(
+        ValueError, match=f"{folder}/.*{message}.*: remove the folder {folder} and run the command again"
+    ):
+        moving_digits.build(tmp_path / "data", TINY)
+        # What is inside of the records is found by the threads that read them.
+        list(video_iterator(moving_digits.source(tmp_path / "data", "train", TINY), repeat=False))
+
+
+def test_refused_writes_leave_no_clips(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, before[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot write .*/tiny/1.2.0 \(File too large\): make room, or choose another"
+        ):
+            moving_digits.build(tmp_path, TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "moving_digits" / "tiny").iterdir())
+    moving_digits.build(tmp_path, TINY)
+    assert len(moving_digits.source(tmp_path, "train", TINY)) == 40
 
 
 # Pipelines.

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -194,6 +195,25 @@ def wait_for_lines(path, count, process):
 
 
 @pytest.mark.slow
+def test_refused_writes_end_in_one_line_and_the_run_goes_on(finished, copy):
+    config, workdir, weights = copy
+    for step in (3, 4):
+        subprocess.run(["rm", "-r", str(workdir / "checkpoints" / str(step))], check=True)
+    (workdir / "student.safetensors").unlink()
+    arguments = command(config.teacher_weights, workdir, "--config.steps=4", "--config.model.remat=none")
+    # The system refuses files of more than 8 blocks; compiled programs are read, and none of them is written.
+    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+    limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *arguments]
+    done = subprocess.run(limited, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "resuming from step 2" in done.stdout
+    wanted = "error: cannot save step 3 .*too large.*: the last good checkpoint is .*/2; make room .*\n"
+    assert re.fullmatch(wanted, done.stderr), done.stderr[-2000:]
+    assert os.listdir(workdir / "checkpoints") == ["2"]
+    assert loop.train(config, workdir).read_bytes() == weights
+    assert losses(workdir) == losses(finished[1])
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments_continues_bit_exactly(teacher, tmp_path):
     assert subprocess.run(command(teacher, tmp_path / "whole")).returncode == 0
     workdir, rng = tmp_path / "killed", random.Random(0)
@@ -306,6 +326,17 @@ def test_a_line_between_two_checkpoints_is_the_same_after_a_resume(teacher, tmp_
     # the student's update of step 1 is in the line of step 4, which another process wrote
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert "generator_loss" in losses(tmp_path / "run")[0]
+
+
+def test_a_log_that_cannot_be_written_says_so_once(tmp_path):
+    log, before = metrics.Log(tmp_path / "log.jsonl", 0, 4, 1, "teacher"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*/log.jsonl \(File too large\): make room"):
+            log.note(1, text="long" * 2**20)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_peaks_are_those_of_the_longest_name():

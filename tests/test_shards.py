@@ -114,6 +114,18 @@ def test_a_damaged_shard_is_named_and_alone_made_again(whole, damage):
     assert shards.write(plan(whole), make) and contents(whole) == before
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_what_tfds_needs_is_named_and_alone_made_again(whole, name):
+    before = contents(whole)
+    (whole / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} is damaged .*: remove this file and run"):
+        shards.open_records(whole, "things")
+    (whole / name).unlink()
+    with pytest.raises(ValueError, match="run the command that ma"):
+        shards.open_records(whole, "things")
+    assert shards.write(plan(whole), make) and contents(whole) == before
+
+
 def test_unwritable_folder_and_foreign_dataset(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="out: cannot write in"):

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from sf_jax import command
+from sf_jax.data import shards
 from sf_jax.files import check_writable
 
 CANVAS = 24
@@ -46,6 +48,17 @@ SPLIT_SHARES = (0.65, 0.175, 0.175)
 # positions stays where it cannot tell a direction from its opposite (`docs/digits.md`).
 DIRECTION_SHARES = {"train": (1, 1, 1, 1, 6, 6, 6, 6)}
 SEED = 2025
+FEATURES = tfds.features.FeaturesDict(
+    {
+        "video": tfds.features.Tensor(
+            shape=(None, CANVAS, CANVAS, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+        ),
+        "caption": tfds.features.Text(),
+        "digit": tfds.features.Scalar(dtype=np.int32),
+        "direction": tfds.features.Scalar(dtype=np.int32),
+        "speed": tfds.features.Scalar(dtype=np.int32),
+    }
+)
 _CHUNK = 500
 
 
@@ -284,19 +297,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits that move over a canvas that wraps round, with captions.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "video": tfds.features.Tensor(
-                        shape=(None, CANVAS, CANVAS, 1),
-                        dtype=np.uint8,
-                        encoding=tfds.features.Encoding.BYTES,
-                    ),
-                    "caption": tfds.features.Text(),
-                    "digit": tfds.features.Scalar(dtype=np.int32),
-                    "direction": tfds.features.Scalar(dtype=np.int32),
-                    "speed": tfds.features.Scalar(dtype=np.int32),
-                }
-            ),
+            features=FEATURES,
             # The plan is shuffled already.
             disable_shuffling=True,
         )
@@ -314,7 +315,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
 class ClipSource:
     """Random access to the clips of one split; captions are str."""
 
-    records: Any
+    records: shards.Records
 
     def __len__(self) -> int:
         return len(self.records)
@@ -335,16 +336,20 @@ def build(data_dir: str | Path, config: DigitsConfig = FULL) -> Path:
       The folder with the clips.
 
     Raises:
-      ValueError: The folder cannot be written.
+      ValueError: The folder cannot be written, or the clips there are damaged.
+      OSError: The disk is full; nothing is left of the clips.
     """
-    builder = _builder(data_dir, config)
-    if not _is_built(builder):
-        check_writable(data_dir, "data_dir")
+    folder = _folder(data_dir, config)
+    # tfds writes to a temporary folder and renames it at the end: a folder there was complete.
+    if not folder.exists():
+        check_writable(Path(data_dir).expanduser(), "data_dir")
         total = sum(num for num, _ in config.clips.values())
-        print(f"moving_digits: writing {total} clips to {builder.data_path}", flush=True)
-        with quiet():
-            builder.download_and_prepare()
-    return Path(builder.data_path)
+        print(f"moving_digits: writing {total} clips to {folder}", flush=True)
+        with shards.writing(folder), quiet():
+            MovingDigits(data_dir=str(data_dir), config=config, file_format="array_record").download_and_prepare()
+    for split in config.clips:
+        _open(folder, split)
+    return folder
 
 
 def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> ClipSource:
@@ -359,26 +364,31 @@ def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> Cli
       The clips, by index: video uint8 [F, CANVAS, CANVAS, 1], caption str, digit, direction, speed int.
 
     Raises:
-      ValueError: The split is unknown, or the clips are not there.
+      ValueError: The split is unknown, or the clips are not there or damaged.
     """
     if split not in config.clips:
         raise ValueError(f"split: got {split!r}, allowed: {', '.join(config.clips)}")
-    builder = _builder(data_dir, config)
-    if not _is_built(builder):
+    folder = _folder(data_dir, config)
+    if not folder.exists():
         raise ValueError(
             f"data_dir: got {data_dir}, which has no moving digits, allowed: a folder that "
             "`python -m sf_jax.data.moving_digits --data_dir=...` has filled"
         )
-    return ClipSource(builder.as_data_source(split))
+    return ClipSource(_open(folder, split))
 
 
-def _builder(data_dir: str | Path, config: DigitsConfig) -> MovingDigits:
-    return MovingDigits(data_dir=str(data_dir), config=config, file_format="array_record")
+def _folder(data_dir: str | Path, config: DigitsConfig) -> Path:
+    """Where tfds keeps the clips."""
+    return Path(data_dir).expanduser() / MovingDigits.name / config.name / str(MovingDigits.VERSION)
 
 
-def _is_built(builder: MovingDigits) -> bool:
-    # tfds writes to a temporary folder and renames it at the end: a folder there is a complete one.
-    return (Path(builder.data_path) / "dataset_info.json").is_file()
+def _open(folder: Path, split: str) -> shards.Records:
+    # Single files cannot be made again: tfds leaves a folder alone that is there.
+    remedy = f"remove the folder {folder} and run the command again"
+    records = shards.open_split(folder, MovingDigits.name, split, if_missing=remedy, if_damaged=remedy)
+    if records.source.dataset_info.features.get_tensor_info() != FEATURES.get_tensor_info():
+        raise ValueError(f"{folder / shards.FEATURES} does not describe clips of moving digits: {remedy}")
+    return records
 
 
 @contextlib.contextmanager
@@ -407,7 +417,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data_dir and not args.fit_codec:
         parser.error("give --data_dir or --fit_codec")
-    try:
+    with command.errors_in_one_line():
         if args.data_dir:
             print(f"moving_digits: {build(args.data_dir)}")
         if args.fit_codec:
@@ -417,8 +427,6 @@ def main() -> None:
             codec, explained = patch_codec.fit(codec_frames(), channels=args.channels)
             codec.save(args.fit_codec)
             print(f"codec: {codec.channels} channels explain {explained:.2%}, written to {args.fit_codec}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

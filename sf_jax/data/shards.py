@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer
 from tqdm import tqdm
 
-from sf_jax.files import check_writable, replacing
+from sf_jax.files import check_writable, reason_of, replacing
 
-RECIPE, INFO = "recipe.json", "dataset_info.json"
+RECIPE, INFO, FEATURES = "recipe.json", "dataset_info.json", "features.json"
 VERSION = "1.0.0"
+_MISSING = "run the command that made the dataset again"
+_AGAIN = "remove this file and run the command that made it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,31 +155,31 @@ def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) ->
         leftover.unlink(missing_ok=True)
     serializer = example_serializer.ExampleSerializer(plan.features.get_serialized_info())
     with replacing(path) as unfinished:
-        with _disk(path):
+        with writing(path):
             writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
         try:
             for example in examples:
                 record = serializer.get_tf_example(plan.features.encode_example(example))
-                with _disk(path):
+                with writing(path):
                     # not `serialize_example`, whose fields are in another order in every process
                     writer.write(record.SerializeToString(deterministic=True))
         except BaseException:
             with contextlib.suppress(RuntimeError):
                 writer.close()
             raise
-        with _disk(path):
+        with writing(path):
             writer.close()
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """What the C++ writer raises, as an error about a file."""
+def writing(path: Path) -> Iterator[None]:
+    """What tfds and its C++ writer raise where the disk is full, as an error about a file or folder."""
     try:
         yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+    except (RuntimeError, OSError) as error:
+        reason = reason_of(error)
         raise OSError(f"cannot write {path} ({reason}): make room, or choose another folder") from error
 
 
@@ -238,7 +240,7 @@ def finish(plan: Plan) -> bool:
     """
     if missing(plan):
         return False
-    if (plan.folder / INFO).is_file():
+    if (plan.folder / INFO).is_file() and (plan.folder / FEATURES).is_file():
         return True
     lengths = dict(zip(plan.shards, _counts([plan.path(shard) for shard in plan.shards]), strict=True))
     infos = []
@@ -268,27 +270,27 @@ def finish(plan: Plan) -> bool:
     return True
 
 
-def _damaged(path: Path | str, reason: Any) -> ValueError:
+def _damaged(path: Path, reason: Any, remedy: str = _AGAIN) -> ValueError:
     reason = " ".join(str(reason).split())[:160] or "it is cut short"
-    return ValueError(f"{path} is damaged ({reason}): remove this file and run the command that made it again")
+    return ValueError(f"{path} is damaged ({reason}): {remedy}")
 
 
-def _count(path: Path) -> int:
+def _count(path: Path, remedy: str = _AGAIN) -> int:
     """Records in a shard, by its footer."""
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         count, good = reader.num_records(), reader.ok()
         reader.close()
     except (RuntimeError, ValueError, IndexError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, error, remedy) from error
     if not good:
-        raise _damaged(path, "it is cut short")
+        raise _damaged(path, "it is cut short", remedy)
     return count
 
 
-def _counts(paths: list[Path]) -> list[int]:
+def _counts(paths: Sequence[Path], remedy: str = _AGAIN) -> list[int]:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # folders of networks answer slowly
-        return list(pool.map(_count, paths))
+        return list(pool.map(lambda path: _count(path, remedy), paths))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,13 +301,15 @@ class Records:
       source: tfds' data source.
       files: the shards.
       ends: number of the record after the last one of each shard.
-      recipe: what the records were made from.
+      remedy: what to do about a damaged shard, for messages.
+      recipe: what the records were made from, where that is known.
     """
 
     source: Any
     files: tuple[Path, ...]
     ends: tuple[int, ...]
-    recipe: dict[str, Any]
+    remedy: str
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -316,7 +320,45 @@ class Records:
         except Exception as error:  # C++ and protobuf raise whatever they like
             if not 0 <= index < len(self):
                 raise IndexError(f"record {index} of {len(self)}") from error
-            raise _damaged(self.files[bisect.bisect_right(self.ends, index)], error) from error
+            raise _damaged(self.files[bisect.bisect_right(self.ends, index)], error, self.remedy) from error
+
+
+def open_split(
+    folder: Path, name: str, split: str, *, if_missing: str = _MISSING, if_damaged: str = _AGAIN, **known: Any
+) -> Records:
+    """Opens a split of any dataset that tfds can read.
+
+    Args:
+      folder: where it is.
+      name: its name.
+      split: which part.
+      if_missing: what to do where a file is missing, for messages.
+      if_damaged: what to do where a file is damaged, for messages.
+      **known: other fields of the result.
+
+    Raises:
+      ValueError: A file is missing or damaged.
+    """
+    for path in (folder / INFO, folder / FEATURES):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {if_missing}")
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error, if_damaged) from error
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        lengths = builder.info.splits[split].shard_lengths
+    except Exception as error:  # of tfds, JSON and protobuf
+        raise _damaged(folder / INFO, error, if_damaged) from error
+    files = tuple(folder / _file_name(name, split, i, len(lengths)) for i in range(len(lengths)))
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {if_missing}")
+    for path, seen, told in zip(files, _counts(files, if_damaged), lengths, strict=True):
+        if seen != told:
+            raise _damaged(path, f"{seen} records, {told} expected", if_damaged)
+    return Records(builder.as_data_source(split), files, tuple(itertools.accumulate(lengths)), if_damaged, **known)
 
 
 def open_records(
@@ -343,16 +385,4 @@ def open_records(
     recipe = read_recipe(folder)
     if recipe.get("dataset") != name:
         raise ValueError(f"{field}: {folder} holds the dataset {recipe.get('dataset')!r}, {name!r} is needed{hint}")
-    try:
-        builder = tfds.builder_from_directory(str(folder))
-        lengths = builder.info.splits[split].shard_lengths
-    except Exception as error:  # of tfds, JSON and protobuf
-        raise _damaged(folder / INFO, error) from error
-    files = tuple(folder / _file_name(name, split, i, len(lengths)) for i in range(len(lengths)))
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{field}: {path} is missing: run the command that made the dataset again{hint}")
-    for path, seen, told in zip(files, _counts(list(files)), lengths, strict=True):
-        if seen != told:
-            raise _damaged(path, f"{seen} records, {told} expected")
-    return Records(builder.as_data_source(split), files, tuple(itertools.accumulate(lengths)), recipe)
+    return open_split(folder, name, split, if_missing=f"{_MISSING}{hint}", recipe=recipe)

@@ -6,14 +6,18 @@ against a checksum that was made of it on the device, every text against a hash.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +27,7 @@ from jax.experimental import multihost_utils
 import sf_jax
 from sf_jax.config import TrainConfig, difference, from_dict, to_dict
 from sf_jax.distributed import first_told
+from sf_jax.files import reason_of
 from sf_jax.training.fingerprint import measure, shapes_of
 
 # A run may be continued with other values of these; every other field is part of what is computed.
@@ -38,6 +43,10 @@ FREE_FIELDS = (
     "grace_seconds",
     "offload_teacher",
 )
+# Orbax's name for the folder of a step that is not complete.
+_UNFINISHED = ".orbax-checkpoint-tmp"
+# After a save has failed: for how long nothing must have been written any more, and when to give up, in seconds.
+_QUIET_SECONDS, _QUIET_AT_LATEST = 1.0, 10.0
 
 
 def code_version() -> str:
@@ -82,44 +91,64 @@ def open_manager(workdir: Path, config: TrainConfig) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=options)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what saves that did not finish have left; they were never checkpoints."""
-    if jax.process_index() == 0:
-        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+def remove_unfinished(folder: Path) -> bool:
+    """Removes what saves that did not finish have left, which was never a checkpoint; returns whether there was any."""
+    found = list(folder.glob(f"*{_UNFINISHED}*")) if jax.process_index() == 0 else []
+    for unfinished in found:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return bool(found)
+
+
+def remove_failed(folder: Path) -> None:
+    """As `remove_unfinished`, just after a save has failed: TensorStore's threads go on, and make its folders anew."""
+    began = quiet_since = time.monotonic()
+    while (now := time.monotonic()) < min(quiet_since + _QUIET_SECONDS, began + _QUIET_AT_LATEST):
+        if remove_unfinished(folder):
+            quiet_since = now
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Keeps Orbax's tracebacks from its threads off the terminal: what failed is raised where it is waited for."""
-    logger = logging.getLogger("absl")
+    """Keeps what Orbax prints of a failed save off the terminal: the failure is raised where it is waited for.
 
-    def not_orbax(record) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+    When an array cannot be written, Orbax closes its event loop under those that are still being written. What becomes
+    of them is printed by asyncio, when it forgets their tasks, and by TensorStore's threads, when they find the loop
+    closed: as late as the process ends, so that they are silenced for good where the block raises.
+    """
+    with contextlib.ExitStack() as undo:
+        for logger in map(logging.getLogger, ("absl", "asyncio")):
+            logger.addFilter(_not_orbax)
+            undo.callback(logger.removeFilter, _not_orbax)
+        undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+        undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            yield
+        except BaseException:
+            undo.pop_all()
+            raise
 
-    logger.addFilter(not_orbax)
-    try:
-        yield
-    finally:
-        logger.removeFilter(not_orbax)
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is not Orbax's, and not about something that it has started."""
+    text = record.pathname + record.getMessage()
+    if record.exc_info:
+        text += "".join(traceback.format_exception(*record.exc_info))
+    return not any(mark in text for mark in (f"{os.sep}orbax{os.sep}checkpoint{os.sep}", _UNFINISHED))
+
+
+def _unraisable(hook: Callable, raised: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what TensorStore's threads raise, which name no object: the outcome of a write, and nobody to tell."""
+    closed = isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"
+    if not (closed and raised.object is None):
+        hook(raised)
 
 
 def _digest(parts: dict) -> str:
     """A hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def reason_of(error: BaseException) -> str:
-    """Why something failed, in a few words."""
-    text, seen = "", error
-    while seen is not None:
-        text += f" {seen} {getattr(seen, 'strerror', None) or ''}"
-        seen = seen.__cause__ or seen.__context__
-    for known in ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system"):
-        if known.lower() in text.lower():
-            return known
-    words = " ".join(str(error).split())
-    return f"{words[:160]}{'...' if len(words) > 160 else ''}" or type(error).__name__
 
 
 def read_about(folder: Path) -> dict:
@@ -265,7 +294,7 @@ class Checkpoints:
             return error
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-        remove_unfinished(self._folder)
+        remove_failed(self._folder)
         step = "a step" if self._saving is None else f"step {self._saving[0]}"
         return OSError(
             f"cannot save {step} in {self._folder} ({reason_of(error)}): {self.last_good()}; "

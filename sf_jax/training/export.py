@@ -6,8 +6,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from sf_jax.config import MeshConfig, from_dict
+from sf_jax.files import reason_of
 from sf_jax.training import sharding, stages
-from sf_jax.training.checkpoint import read_about, reason_of, step_folders
+from sf_jax.training.checkpoint import read_about, step_folders
 from sf_jax.training.fingerprint import measure
 from sf_jax.training.step import new_state, whole_params
 from sf_jax.weights.package import Package
