@@ -3,7 +3,7 @@
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl          # compiles all cases
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl --draw   # tables, and docs/scaling.png
 
-The paper's recipe (configs/wan_distill.py): student and critic 1.3B, 480x832, 21 latent frames, bfloat16. A case that
+The recipes of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless they say. A case that
 is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1 compiles faster. The cases
 "scan" and "replay" are one gradient of sum(video * weight) in the student's parameters, rollout included.
 """
@@ -41,6 +41,12 @@ OTHERS = [
     ("1_3b", "v5p:2x2x4", {"fsdp": 16}, 64, 4),
     ("1_3b", "v5p:2x2x4", {"fsdp": 16}, 64, 1),
     ("framewise", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
+    ("14b_student", "v5p:4x8x8", {"fsdp": 64, "context": 4}, 64, 1),
+    ("720p", "v5p:4x8x8", {"fsdp": 64, "context": 4}, 64, 1),
+    ("gan", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
+    ("long", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
+    ("causal", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
+    ("ode", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
 ]
 GRADIENTS = ("replay", "scan")
 
