@@ -3,9 +3,9 @@
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl          # compiles all cases
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl --draw   # tables, and docs/scaling.png
 
-The recipes of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless they say. A case that
-is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1 compiles faster. The cases
-"scan" and "replay" are one gradient of sum(video * weight) in the student's parameters, rollout included.
+The recipes of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless they say. A
+case that is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1 compiles faster.
+The cases "scan" and "replay" are one gradient of sum(video * weight) in the student's parameters, rollout included.
 """
 
 import argparse

@@ -5,25 +5,25 @@
 
 Self Forcing, from a causal few-step start (`--config.init_weights`): `1_3b` (DMD, teacher Wan2.1-1.3B), `14b` (teacher
 Wan2.1-14B, as the official release; also needs `--config.critic_weights=Wan2.1-T2V-1.3B`), `14b_student` (all three
-networks 14B), `720p` (as `14b` at 720x1280), `framewise` (chunks of one latent frame), `rolling` (a window that hides the first chunk from the last, for rolling caches), `long` (rollouts of
-twice the length as well; needs `--config.vae_weights`), `image` (the first frame is given; reads clips), `sid`, `gan`
-(reads clips; no teacher but the critic's start), and the baselines `causvid` and `tf_dmd` (read clips).
+networks 14B), `720p` (as `14b`, at 720x1280), `framewise` (chunks of one latent frame), `rolling` (a window that hides
+the first chunk from the last, for rolling caches), `long` (rollouts of twice the length as well; needs
+`--config.vae_weights`), `image` (the first frame is given; reads clips), `sid`, `gan` (reads clips; no teacher but the
+critic's start), and the baselines `causvid` and `tf_dmd` (read clips).
 
 The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`), or `consistency` along a many-step
 causal network. Those: `causal` (teacher forcing) and `diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`,
 on clips.
 
-Student and critic are 1.3B but for `14b_student`. Prompts and clips come from `python -m sf_jax.prepare`. Hardware: the official run
-used 64 H100s; the updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet. DMD's and
-SiD's rates are the official ones, the discriminator's penalties those of APT (arXiv 2501.08316); the other stages'
-official settings are not published, theirs are ours.
+Student and critic are 1.3B but for `14b_student`. Prompts and clips come from `python -m sf_jax.prepare`. Hardware: the
+official run used 64 H100s; the updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size
+yet. DMD's and SiD's rates are the official ones, the discriminator's penalties those of APT (arXiv 2501.08316); the
+other stages' official settings are not published, theirs are ours.
 """
 
 from ml_collections import ConfigDict
 
 from sf_jax.config import config_dict, to_dict
 from sf_jax.models.wan import wan_1_3b, wan_14b
-
 
 LARGE = {"height": 90, "width": 160}
 
