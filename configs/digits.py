@@ -112,8 +112,8 @@ def _diffusion_forcing() -> dict:
 
 def _consistency() -> dict:
     """The student's start by consistency along a many-step causal network, without ODE pairs."""
-    changes = {"init": "consistency", "teacher_weights": None, "consistency": {"solver_steps": 24, "guidance": 2.5}}
-    return _init() | changes
+    changes = {"init": "consistency", "consistency": {"solver_steps": 24, "guidance": 2.5}}
+    return _init() | changes | {"teacher_weights": "runs/causal/causal.safetensors"}
 
 
 def _sid() -> dict:

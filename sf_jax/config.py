@@ -11,222 +11,26 @@ import ml_collections
 from sf_jax.models.wan import WanConfig
 from sf_jax.objectives.gan import GanConfig
 from sf_jax.objectives.scores import ScoreConfig
+from sf_jax.options import (
+    CausalConfig,
+    ConsistencyConfig,
+    DataConfig,
+    EmaConfig,
+    LogConfig,
+    LoraConfig,
+    MeshConfig,
+    OdeConfig,
+    OptimizerConfig,
+    at_least,
+    one_of,
+)
 from sf_jax.rollout import CACHE_GRADIENTS, RolloutConfig
 
 STAGES = ("teacher", "causal", "init", "distill")
-OPTIMIZERS = ("adamw", "muon")
 OBJECTIVES = ("dmd", "sid", "gan")
-DECAYS = ("constant", "cosine")
-FORCINGS = ("teacher", "diffusion")
 INITS = ("ode", "consistency")
 INPUTS = ("rollout", "diffusion_forcing", "teacher_forcing")
 EXITS = ("same", "per_chunk", "last")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
-
-
-def _at_least(config, low: float, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < low:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {low}")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimiser.
-
-    Attributes:
-      name: "adamw", or "muon" (Muon for matrices, AdamW for the rest; optax.contrib).
-      lr: peak learning rate.
-      beta1: decay of the first moment (of AdamW; Muon's momentum is 0.95).
-      beta2: decay of the second moment.
-      weight_decay: decoupled weight decay.
-      clip: largest global gradient norm.
-      warmup: steps of linear warm-up.
-      decay: "constant", or "cosine" to zero at the last step.
-    """
-
-    name: str = "adamw"
-    lr: float = 2e-6
-    beta1: float = 0.0
-    beta2: float = 0.999
-    weight_decay: float = 0.01
-    clip: float = 10.0
-    warmup: int = 0
-    decay: str = "constant"
-
-    def __post_init__(self):
-        """Refuses values that no optimiser can have."""
-        _one_of("optimizer.name", self.name, OPTIMIZERS)
-        _one_of("optimizer.decay", self.decay, DECAYS)
-        _at_least(self, 0, "lr", "weight_decay", "warmup")
-        if self.clip <= 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(
-                f"clip is {self.clip}, beta1 {self.beta1}, beta2 {self.beta2}: clip must be positive, betas in [0, 1)"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class EmaConfig:
-    """Exponential moving average of the trained weights: `decay` per update, from iteration `start` on."""
-
-    decay: float = 0.99
-    start: int = 200
-
-    def __post_init__(self):
-        """Refuses decays that never forget."""
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"ema.decay is {self.decay}: it must be in [0, 1)")
-        _at_least(self, 0, "start")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 and takes what is left."""
-
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class OdeConfig:
-    """ODE pairs for the student's initialisation.
-
-    Attributes:
-      teacher: "bidirectional" (a trajectory of the whole video) or "causal" (one per chunk, behind clean chunks).
-      pairs: how many trajectories to generate.
-      solver_steps: Euler steps of the teacher; a multiple of `1000 / step spacing`, so that every rollout step is hit.
-      guidance: the teacher's guidance scale.
-      dir: where they are kept; None is a folder inside the workdir.
-      batch_size: pairs made together, and kept in a file; a run that is killed loses the batch it was at.
-    """
-
-    teacher: str = "bidirectional"
-    pairs: int = 1024
-    batch_size: int = 64
-    solver_steps: int = 24
-    guidance: float = 2.0
-    dir: str | None = None
-
-    def __post_init__(self):
-        """Refuses empty sets."""
-        _one_of("ode.teacher", self.teacher, ("bidirectional", "causal"))
-        _at_least(self, 1, "pairs", "solver_steps", "batch_size")
-
-
-@dataclasses.dataclass(frozen=True)
-class CausalConfig:
-    """Causal diffusion training (stage "causal").
-
-    Attributes:
-      forcing: "teacher" (the chunks before are clean) or "diffusion" (they have noise levels of their own).
-      context_noise: with teacher forcing, the highest timestep to which the clean chunks are noised; 0 is none. Each
-        chunk draws its level evenly from the schedule's entries up to it.
-    """
-
-    forcing: str = "teacher"
-    context_noise: float = 0.0
-
-    def __post_init__(self):
-        """Refuses noise where there is no clean context."""
-        _one_of("causal.forcing", self.forcing, FORCINGS)
-        if not 0 <= self.context_noise <= 1000:
-            raise ValueError(f"causal.context_noise is {self.context_noise}: it must be in [0, 1000]")
-        if self.context_noise and self.forcing == "diffusion":
-            raise ValueError(f"causal.context_noise is {self.context_noise}: with diffusion forcing it must be 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class ConsistencyConfig:
-    """Causal consistency distillation (stage "init" with `init` "consistency").
-
-    Attributes:
-      solver_steps: entries of the teacher's Euler table; neighbours must agree on where they lead.
-      guidance: the teacher's guidance scale.
-    """
-
-    solver_steps: int = 48
-    guidance: float = 3.0
-
-    def __post_init__(self):
-        """Refuses tables without neighbours."""
-        _at_least(self, 2, "solver_steps")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) in place of all parameters of a trained network.
-
-    Attributes:
-      rank: of the adapters of every matrix in the blocks; 0 trains the network itself.
-      alpha: the adapters' product counts `alpha / rank`.
-    """
-
-    rank: int = 0
-    alpha: float = 16.0
-
-    def __post_init__(self):
-        """Refuses negative ranks and adapters that do nothing."""
-        _at_least(self, 0, "rank")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha is {self.alpha}: it must be above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is trained on.
-
-    Attributes:
-      name: "digits" (the embedded moving digits) or "wan" (prompt embeddings and latents of Wan2.1).
-      dir: where the dataset is built that "teacher" reads.
-      frames: latent frames of a training video.
-      height: latent rows.
-      width: latent columns.
-      text_dropout: share of the captions that "teacher" replaces by the empty prompt.
-    """
-
-    name: str = "digits"
-    dir: str = "data"
-    frames: int = 9
-    height: int = 6
-    width: int = 6
-    text_dropout: float = 0.1
-
-    def __post_init__(self):
-        """Refuses sizes that no video has."""
-        _one_of("data.name", self.name, ("digits", "wan"))
-        _at_least(self, 1, "frames", "height", "width")
-        if not 0 <= self.text_dropout <= 1:
-            raise ValueError(f"data.text_dropout is {self.text_dropout}: it must be in [0, 1]")
-
-
-@dataclasses.dataclass(frozen=True)
-class LogConfig:
-    """What a run shows beside `log.jsonl`.
-
-    Attributes:
-      tensorboard: write event files to `workdir/tensorboard` (needs tensorboardX).
-      wandb_project: project of Weights & Biases to log to (needs wandb); None is none.
-      sample_every: iterations between sample videos of the averaged weights in `workdir/samples`; 0 is never.
-      sample_prompts: what they show, of moving digits. Empty is the data's first `sample_count` prompts.
-      sample_count: how many videos, where no prompts are given.
-    """
-
-    tensorboard: bool = False
-    wandb_project: str | None = None
-    sample_every: int = 0
-    sample_prompts: tuple[str, ...] = ()
-    sample_count: int = 2
-
-    def __post_init__(self):
-        """Refuses samples of nothing."""
-        _at_least(self, 0, "sample_every")
-        _at_least(self, 1, "sample_count")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,9 +141,9 @@ class TrainConfig:
             ("on_nonfinite", ("stop", "skip")),
             ("frozen_dtype", ("float32", "bfloat16")),
         ):
-            _one_of(name, getattr(self, name), allowed)
+            one_of(name, getattr(self, name), allowed)
         counts = ("steps", "batch_size", "accumulate", "generator_every", "log_every", "checkpoint_every")
-        _at_least(self, 1, *counts, "keep_checkpoints")
+        at_least(self, 1, *counts, "keep_checkpoints")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}: it must divide batch_size, {self.batch_size}")
         if self.grace_seconds <= 0:

@@ -255,6 +255,12 @@ def test_bad_configs_are_refused(changes, message):
         from_dict({"stage": "teacher"} | changes)
 
 
+@pytest.mark.parametrize("file", [digits, wan_distill])
+def test_every_variant_is_a_config(file):
+    for variant in file.VARIANTS:
+        assert from_dict(file.get_config(variant)).steps > 0
+
+
 def test_every_field_of_a_config_file_can_be_set():
     config = digits.get_config("distill")
     config.init_weights = "a.safetensors"
