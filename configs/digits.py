@@ -41,7 +41,6 @@ def _common(stage: str) -> dict:
         "data": {"name": "digits", "dir": "data", "frames": 9, "height": 6, "width": 6},
         "rollout": {"steps": (1000, 750, 500, 250), "shift": 3.0, "chunk": 3, "window": 9},
         "score": {"guidance": 2.5, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 3.0},
-        "log": {"sample_prompts": ("a 3 moving up and right, slowly", "a 7 moving left, fast")},
     }
 
 

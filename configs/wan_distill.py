@@ -1,23 +1,23 @@
-"""Self Forcing of Wan2.1 at full size: every stage, objective and baseline, 81 pixel frames of 480x832.
+"""Self Forcing of Wan2.1 at full size: every stage, objective and baseline; 81 pixel frames of 480x832 unless said.
 
   python -m sf_jax.train --config=configs/wan_distill.py:1_3b --workdir=runs/wan \
       --config.teacher_weights=Wan2.1-T2V-1.3B --config.init_weights=runs/ode/student.safetensors
 
 Self Forcing, from a causal few-step start (`--config.init_weights`): `1_3b` (DMD, teacher Wan2.1-1.3B), `14b` (teacher
-Wan2.1-14B, as the official release; also needs `--config.critic_weights=Wan2.1-T2V-1.3B`), `14b_student` (all three
-networks 14B), `720p` (as `14b`, at 720x1280), `framewise` (chunks of one latent frame), `rolling` (a window that hides
-the first chunk from the last, for rolling caches), `long` (rollouts of twice the length as well; needs
-`--config.vae_weights`), `image` (the first frame is given; reads clips), `sid`, `gan` (reads clips; no teacher but the
-critic's start), and the baselines `causvid` and `tf_dmd` (read clips).
+Wan2.1-14B, as the official release; also needs `--config.critic_weights=Wan2.1-T2V-1.3B`, as does `720p`, the same at
+720x1280), `14b_student` (all three networks 14B), `framewise` (chunks of one latent frame; so must the start be),
+`rolling` (a window that hides the first chunk from the last, for rolling caches), `long` (rollouts of twice the length
+as well; needs `--config.vae_weights`), `image` (85 frames, the first one given; reads clips), `sid`, `gan` (reads
+clips; no teacher but the critic's start), and the baselines `causvid` and `tf_dmd` (read clips).
 
-The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`), or `consistency` along a many-step
-causal network. Those: `causal` (teacher forcing) and `diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`,
-on clips.
+The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`, 42 MB each, 172 GB in all), or
+`consistency` along a many-step causal network (`--config.teacher_weights=runs/causal/causal.safetensors`; reads clips).
+Those: `causal` (teacher forcing) and `diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`, on clips.
 
 Student and critic are 1.3B but for `14b_student`. Prompts and clips come from `python -m sf_jax.prepare`. Hardware: the
-official run used 64 H100s; the updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size
-yet. DMD's and SiD's rates are the official ones, the discriminator's penalties those of APT (arXiv 2501.08316); the
-other stages' official settings are not published, theirs are ours.
+official run used 64 H100s; updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet.
+DMD's and SiD's rates are the official ones. ODE pairs have the official script's steps and guidance, but the student's
+shift (5; there it is 8). Everything else about the GAN and the stages that learn from data is ours.
 """
 
 from ml_collections import ConfigDict
@@ -68,7 +68,6 @@ def _supervised(**changes) -> dict:
 
 
 def _gan() -> dict:
-    # APT's 100 |D(x + 0.01 z) - D(x)|^2 is 0.01 of the squared slope; half of each weight counts.
     weights = {"generator_weight": 1.0, "critic_weight": 1.0, "r1_weight": 0.02, "r2_weight": 0.02}
     gan = {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}, "relativistic": True, **weights}
     return _distill(objective="gan", gan=gan, critic_optimizer=_rate(2e-6))
@@ -95,7 +94,7 @@ VARIANTS = {
     "causal": lambda: _supervised(stage="causal", causal={"forcing": "teacher"}),
     "diffusion_forcing": lambda: _supervised(stage="causal", causal={"forcing": "diffusion"}),
     "ode": lambda: _supervised(
-        stage="init", init="ode", ode={"pairs": 16384, "batch_size": 64, "solver_steps": 48, "guidance": 6.0}
+        stage="init", init="ode", ode={"pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 6.0}
     ),
     "consistency": lambda: _supervised(
         stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 6.0}

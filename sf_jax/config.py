@@ -31,6 +31,14 @@ OBJECTIVES = ("dmd", "sid", "gan")
 INITS = ("ode", "consistency")
 INPUTS = ("rollout", "diffusion_forcing", "teacher_forcing")
 EXITS = ("same", "per_chunk", "last")
+# Fields that only stage "distill" reads, and what they are where nobody says otherwise.
+DISTILL_ONLY = {
+    "student_input": "rollout",
+    "share_rollout": False,
+    "rollout_frames": (),
+    "exits": "same",
+    "cache_gradient": "stop",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,7 @@ class TrainConfig:
       teacher_weights: file of the teacher's weights; "shipped" is the package's own; None only where none is needed.
       critic_weights: file that the critic starts from; None is the teacher's weights.
       init_weights: file that the trained network starts from; None is random, or the teacher's weights.
-      vae_weights: file of Wan's VAE; only rollouts longer than `data.frames` need it.
+      vae_weights: file of Wan's VAE, or a model folder; rollouts longer than `data.frames` and sample videos need it.
       rollout: how the student generates.
       score: how teacher and critic are asked.
       gan: the adversarial loss.
@@ -186,9 +194,10 @@ class TrainConfig:
             self._check_init()
         if self.stage == "distill":
             return self._check_distill()
-        for name, value in (("rollout_frames", self.rollout_frames), ("critic_lora.rank", self.critic_lora.rank)):
-            if value:
-                raise ValueError(f"{name} is {value}: it is for stage 'distill'; in stage {self.stage!r} leave it out")
+        given = {name: getattr(self, name) for name in DISTILL_ONLY if getattr(self, name) != DISTILL_ONLY[name]}
+        given |= {"critic_lora.rank": self.critic_lora.rank} if self.critic_lora.rank else {}
+        for name, value in given.items():
+            raise ValueError(f"{name} is {value}: it is for stage 'distill'; in stage {self.stage!r} leave it out")
 
     def _check_init(self):
         if self.init == "ode" and not self.rollout.warp:
@@ -201,9 +210,8 @@ class TrainConfig:
 
     def _check_distill(self):
         own = self.student_input == "rollout"
-        usual = {"share_rollout": False, "rollout_frames": (), "exits": "same", "cache_gradient": "stop"}
-        for name, value in usual.items():
-            if getattr(self, name) != value and not own:
+        for name in ("share_rollout", "rollout_frames", "exits", "cache_gradient"):
+            if getattr(self, name) != DISTILL_ONLY[name] and not own:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}: student_input is {self.student_input!r}, it must be 'rollout'"
                 )

@@ -12,7 +12,7 @@ Tasks of one SLURM step (`srun --ntasks=N`) find each other without any of these
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -124,3 +124,21 @@ def first_told(text: str | None) -> str | None:
     own[: len(given)] = np.frombuffer(given, np.uint8)
     told = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own))
     return next((words for words in told if words), None)
+
+
+def by_first(action: Callable[[], None]) -> None:
+    """Runs `action` in the first process while the others wait; every process must call this.
+
+    Raises:
+      OSError: in every process, if it fails (where there is one process, what it raises).
+    """
+    reason = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the others would wait for ever
+            if jax.process_count() == 1:
+                raise
+            reason = str(error) or type(error).__name__
+    if reason := first_told(reason):
+        raise OSError(reason)

@@ -13,11 +13,11 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
 
 
-def at_least(config, low: float, *names: str) -> None:
+def at_least(config, low: float, *names: str, group: str = "") -> None:
     """Refuses fields of `config` below a bound."""
     for name in names:
         if getattr(config, name) < low:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {low}")
+            raise ValueError(f"{group}{name} is {getattr(config, name)}: it must be at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class EmaConfig:
         """Refuses decays that never forget."""
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}: it must be in [0, 1)")
-        at_least(self, 0, "start")
+        at_least(self, 0, "start", group="ema.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,5 +211,5 @@ class LogConfig:
 
     def __post_init__(self):
         """Refuses samples of nothing."""
-        at_least(self, 0, "sample_every")
-        at_least(self, 1, "sample_count")
+        at_least(self, 0, "sample_every", group="log.")
+        at_least(self, 1, "sample_count", group="log.")

@@ -388,6 +388,28 @@ def test_every_leaf_of_every_state_has_a_sharding_rule(changes):
         ({"lora": {"rank": -1}}, "rank is -1"),
         ({"objective": "gan", "critic_lora": {"rank": 1}}, "critic_lora.rank is above 0"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore': it must be one of stop, skip"),
+        (
+            {"stage": "teacher", "image_to_video": True, "rollout": {"chunk": 5, "first_frame_alone": True}},
+            "must be False",
+        ),
+        ({"optimizer": {"name": "muon"}, "lora": {"rank": 1}}, "optimizer.name is 'muon': it is for whole matrices"),
+        ({"objective": "sid", "score": {"fake_guidance": 2.0}}, "score.fake_guidance is 2.0: only the objective 'dmd'"),
+        ({"exits": "per_chunk", "score": {"from_exit": True}}, "score.from_exit is True: the scores' times can follow"),
+        (
+            {"student_input": "diffusion_forcing", "exits": "last"},
+            "exits is last: student_input is 'diffusion_forcing'",
+        ),
+        ({"stage": "causal", "share_rollout": True}, "share_rollout is True: it is for stage 'distill'"),
+        ({"stage": "causal", "critic_lora": {"rank": 1}}, "critic_lora.rank is 1: it is for stage 'distill'"),
+        (
+            {
+                "data": {"name": "wan", "height": 4, "width": 4, "frames": 6},
+                "log": {"sample_every": 1, "sample_prompts": ("a",)},
+            },
+            "log.sample_prompts is ('a',): samples of prepared data",
+        ),
+        ({"rollout": {"context_timestep": -5.0}}, "context_timestep is -5.0: it must be in [0, 1000]"),
+        ({"ema": {"start": -1}}, "ema.start is -1: it must be at least 0"),
     ],
 )
 def test_bad_options_are_refused(changes, message):
@@ -419,3 +441,22 @@ def test_figures_that_run_away_are_warned_of():
     assert not health.warnings(history[:5], {"critic_lag": 50.0})
     found = health.warnings(history, {"critic_lag": 6.0, "motion": 0.01, "critic_loss": 99.0})
     assert len(found) == 2 and "the critic does not keep up" in found[0] and "stand still" in found[1]
+
+
+def test_figures_that_drift_are_told_once():
+    line = {"saturation": 0.01}
+    history = [line] * 20 + [{"saturation": 0.01 * 1.1**k} for k in range(12)] + [{"saturation": 0.04}] * 20
+    found = []
+    for value in (0.045, 0.052, 0.055, 0.058, *[0.06] * 20):
+        found += health.warnings(history, {"saturation": value})
+        history.append({"saturation": value})
+    assert len(found) == 1 and "saturation has drifted to" in found[0] and "it was 0.01 at first" in found[0]
+
+
+def test_skipped_updates_are_warned_of(tmp_path, capsys):
+    log = metrics.Log(tmp_path / "log.jsonl", 0, 4, 2, "test", skip=True)
+    bad = {"critic_loss": jnp.float32(np.nan), "critic_finite": jnp.array(False)}
+    for step in (1, 2):
+        log.step(step, bad)
+    log.close()
+    assert "2 updates since the last line were not finite and were skipped" in capsys.readouterr().out

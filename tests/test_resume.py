@@ -128,6 +128,17 @@ def test_changed_configs_go_on_when_told_to(copy, capsys):
         loop.train(wider, workdir, allow_config_change=True)
 
 
+def test_other_data_is_refused(copy, monkeypatch):
+    config, workdir, weights = copy
+    captions = stages.open_source.__globals__["moving_digits"].all_captions
+    monkeypatch.setattr(stages.open_source.__globals__["moving_digits"], "all_captions", lambda: captions()[:-1])
+    with pytest.raises(
+        ValueError, match="data.dir is .*: step 4 was trained on other data; use the old data, or --allow"
+    ):
+        loop.train(config, workdir)
+    assert (workdir / "student.safetensors").read_bytes() == weights
+
+
 def test_figures_that_change_nothing_may_change(copy):
     config, workdir, weights = copy
     free = dataclasses.replace(config, log_every=2, keep_checkpoints=1, checkpoint_every=4, grace_seconds=3.0)

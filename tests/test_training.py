@@ -146,10 +146,10 @@ def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
     params = random_params(config.model)
     network = steps.new_network(params, optimizer, ema=True)
     grads = jax.tree.map(jnp.ones_like, params)
-    network, _ = steps.update(network, grads, optimizer, config.ema, 0)
+    network, _ = steps.update(network, grads, optimizer, config.ema, 3)
     chex.assert_trees_all_equal(network.ema, network.params)
     before = network
-    network, _ = steps.update(network, grads, optimizer, config.ema, 5)
+    network, _ = steps.update(network, grads, optimizer, config.ema, 4)
     expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, before.params, network.params)
     chex.assert_trees_all_close(network.ema, expected, rtol=1e-6, atol=1e-9)
 

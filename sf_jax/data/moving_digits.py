@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sf_jax import command
 from sf_jax.data import shards
 from sf_jax.files import check_writable
 
@@ -410,6 +409,8 @@ def codec_frames(num_clips: int = 12000, stride: int = 4) -> np.ndarray:
 
 def main() -> None:
     """Command line: see the module's docstring."""
+    from sf_jax import command  # here, as readers of clips are no commands
+
     parser = argparse.ArgumentParser(prog="sf_jax.data.moving_digits", description=main.__doc__)
     parser.add_argument("--data_dir", help="build the clips in this folder")
     parser.add_argument("--fit_codec", help="fit the patch codec on training frames and write it to this file")

@@ -74,6 +74,8 @@ def open_pairs(
     shards.write(plan, examples, process_index, process_count)
     wait()
     if process_count > 1:  # none may have seen the others' last files
+        for shard in shards.missing(plan):
+            appears(plan.path(shard))
         if process_index == 0:
             shards.finish(plan)
         wait()

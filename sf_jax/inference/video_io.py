@@ -8,6 +8,7 @@ import dataclasses
 import math
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -312,7 +313,8 @@ def write_samples(videos: np.ndarray, labels: Sequence[str], path: str | Path, f
     write_mp4(written[0], upscale(np.concatenate(list(videos), axis=2), factor), fps)
     small = videos[:, :, :: max(1, videos.shape[2] // 120), :: max(1, videos.shape[2] // 120)]
     every = max(1, videos.shape[1] // 12)
-    sheet = contact_sheet(small, every=every, labels=labels, factor=max(1, 72 // small.shape[2]))
+    short = [textwrap.shorten(str(label), 60, placeholder="...") for label in labels]
+    sheet = contact_sheet(small, every=every, labels=short, factor=max(1, 72 // small.shape[2]))
     write_png(written[1], sheet)
     return written
 

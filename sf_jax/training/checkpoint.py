@@ -42,6 +42,7 @@ FREE_FIELDS = (
     "log",
     "grace_seconds",
     "offload_teacher",
+    "vae_weights",
 )
 # Orbax's name for the folder of a step that is not complete.
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -133,7 +134,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Whether a line of a log is not Orbax's, and not about something that it has started."""
-    text = record.pathname + record.getMessage()
+    text = f"{record.pathname} {record.msg} {record.args}"
     if record.exc_info:
         text += "".join(traceback.format_exception(*record.exc_info))
     return not any(mark in text for mark in (f"{os.sep}orbax{os.sep}checkpoint{os.sep}", _UNFINISHED))
@@ -173,6 +174,10 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+class SaveError(OSError):
+    """A checkpoint cannot be written; the message names the last good one."""
+
+
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it waits for a save that is under way."""
 
@@ -205,6 +210,13 @@ class Checkpoints:
         """The newest complete step."""
         found = step_folders(self._folder)
         return found[0][0] if found else None
+
+    def agreed_steps(self) -> list[int]:
+        """The complete steps that the first process sees, newest first; every process must ask."""
+        steps = [step for step, _ in step_folders(self._folder)]
+        if jax.process_count() == 1:
+            return steps
+        return json.loads(first_told(json.dumps(steps) if jax.process_index() == 0 else None))
 
     def last_good(self) -> str:
         """The newest complete checkpoint, for messages, after a save under way has ended."""
@@ -288,15 +300,15 @@ class Checkpoints:
             self.save_seconds = time.perf_counter() - self._saving[1]
         return True
 
-    def _failed(self, error: Exception) -> OSError:
+    def _failed(self, error: Exception) -> SaveError:
         """The error for a save that failed, whose leftovers are removed: they would fill the disk."""
-        if isinstance(error, OSError) and "cannot save" in str(error):
+        if isinstance(error, SaveError):
             return error
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         remove_failed(self._folder)
         step = "a step" if self._saving is None else f"step {self._saving[0]}"
-        return OSError(
+        return SaveError(
             f"cannot save {step} in {self._folder} ({reason_of(error)}): {self.last_good()}; "
             "make room or mend the folder, then run the same command again to go on from there"
         )
@@ -310,12 +322,14 @@ class Checkpoints:
         Raises:
           ValueError: naming the fields that differ.
         """
-        for step, folder in step_folders(self._folder):
+        for step in self.agreed_steps():
+            about, unreadable = None, None
             try:
-                about = read_about(folder)
-            except ValueError:
-                continue  # `restore` says so.
-            return self._compare(step, about, allow_changes)
+                about = read_about(self._folder / str(step))
+            except ValueError as error:
+                unreadable = str(error)  # `restore` says so.
+            if not first_told(unreadable):
+                return self._compare(step, about, allow_changes)
         return []
 
     def _compare(self, step: int, about: dict, allow_changes: bool) -> list[str]:
@@ -343,7 +357,8 @@ class Checkpoints:
             changed then.
         """
         faults = []
-        for step, folder in step_folders(self._folder):
+        for step in self.agreed_steps():
+            folder = self._folder / str(step)
             self._check_permissions(folder)
             about, reason = None, None
             try:
@@ -357,9 +372,9 @@ class Checkpoints:
             self._check_leaves(step, about, abstract_state)
             state = None
             try:
-                state = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-                )["state"]
+                # Not the manager's `restore`: it ends in a barrier, which a process that fails never reaches.
+                args = ocp.args.StandardRestore(abstract_state)
+                state = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
             except Exception as error:  # Orbax and TensorStore raise many kinds.
                 reason = reason_of(error)
             # A file may be damaged that only one process reads: all must come to the same verdict.

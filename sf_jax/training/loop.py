@@ -11,11 +11,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
-from sf_jax.distributed import check_shared
+from sf_jax.distributed import by_first, check_shared
 from sf_jax.files import check_writable
 from sf_jax.training import sharding
-from sf_jax.training.checkpoint import Checkpoints, one_line_errors
-from sf_jax.training.metrics import Log, LogError, peak_flops
+from sf_jax.training.checkpoint import Checkpoints, SaveError, one_line_errors
+from sf_jax.training.metrics import Log, peak_flops
 from sf_jax.training.programs import Program, countable, jit_updates, model_flops, rate
 from sf_jax.training.samples import WriteSamples, sampler
 from sf_jax.training.sinks import check_packages, open_sinks
@@ -51,14 +51,17 @@ def train(
     workdir = check_writable(workdir, "workdir")
     check_shared(workdir, "workdir")
     check_packages(config)
+    if config.log.sample_every and write is None:
+        raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can write samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
     with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
         changed = checkpoints.check_config(allow_config_change)
         for line in changed:
             print(f"config changed: {line}", flush=True)
-        stage = open_stage(config, workdir, mesh, fresh=checkpoints.newest is None)
-        state, start, carried = _start(config, stage, mesh, checkpoints, allow_config_change)
+        stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
+        state, start, carried, other_data = _start(config, stage, mesh, checkpoints, allow_config_change)
+        changed += other_data
         stage = dataclasses.replace(stage, params=None, critic=None)  # they are in the state now
         log = _open_log(config, state, workdir, start, carried)
         if changed:
@@ -68,7 +71,9 @@ def train(
         except FloatingPointError as error:
             advice = "lower a learning rate, or set on_nonfinite to 'skip'"
             raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
-        except LogError as error:
+        except SaveError:  # names it already
+            raise
+        except OSError as error:
             raise OSError(f"{error}; {checkpoints.last_good()}") from error
         finally:
             log.close()
@@ -76,15 +81,13 @@ def train(
     params = whole_params(config, student_params(state.model), stage.frozen)
     package = package_of(config, _host(params))
     path = workdir / f"{package.kind}.safetensors"
-    if jax.process_index() == 0:
-        save_package(path, package)
-    if jax.process_count() > 1:  # or the first process, still writing, would be ended by the others' going
-        multihost_utils.sync_global_devices("exported")
+    # The others wait: their going would end the first process while it writes.
+    by_first(lambda: save_package(path, package))
     return path
 
 
 def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, allow_config_change: bool):
-    """The state to go on from, placed on the mesh, its step, and what the log had not written."""
+    """The state to go on from, placed on the mesh, its step, what the log had not written, and if the data changed."""
 
     def fresh(params, critic):
         return new_state(config, params, critic)
@@ -95,22 +98,25 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     restored = checkpoints.restore(abstract, allow_config_change)
     if restored is None:
-        return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}
+        return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}, []
     step, state, about = restored
-    if about["data"].get("source") != stage.source.digest and not allow_config_change:
-        raise ValueError(
-            f"data.dir is {config.data.dir}: step {step} was trained on other data; use the old data, or "
-            "--allow_config_change to go on with these"
-        )
+    position, source, other_data = about["data"].get("position"), about["data"].get("source"), []
+    if source != stage.source.digest:
+        other_data = [f"data: {source} -> {stage.source.digest}"]
+        if not allow_config_change:
+            raise ValueError(
+                f"data.dir is {config.data.dir}: step {step} was trained on other data; use the old data, or "
+                "--allow_config_change to go on with these"
+            )
     try:
-        stage.iterator.set_state(about["data"]["position"])
+        stage.iterator.set_state(position)
     except Exception as error:  # Iterators raise what they like about the state of another data pipeline.
         raise ValueError(
             f"the data position of step {step} does not fit the data of this config ({error}): use the old data.*, "
             "batch_size and seed, or another --workdir"
         ) from error
     print(f"resuming from step {step}", flush=True)
-    return state, step, about["log"]
+    return state, step, about["log"], other_data
 
 
 def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int, carried: dict) -> Log:

@@ -29,12 +29,13 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
 }
 
 
@@ -42,10 +43,6 @@ def peak_flops(kind: str) -> float | None:
     """Peak of a device kind (`jax.Device.device_kind`), or None where it is not known, as for CPUs."""
     found = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(found, key=len)] if found else None
-
-
-class LogError(OSError):
-    """The log cannot be written."""
 
 
 class Log:
@@ -211,7 +208,7 @@ class Log:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
-            raise LogError(
+            raise OSError(
                 f"cannot write {self._path} ({error.strerror}): make room, then run the same command"
             ) from error
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
 from sf_jax.diffusion.solvers import Solver, guided, integrate
+from sf_jax.distributed import by_first
 from sf_jax.many_step import guided_rollout
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.rng import Purpose, key_for
@@ -70,16 +71,10 @@ def sample_latents(config: TrainConfig, media: Media, params: dict, frozen: dict
 def sampler(
     config: TrainConfig, source: Source, frozen: dict, mesh: Mesh, workdir: Path, write: WriteSamples | None
 ) -> Callable[[int, TrainState], None]:
-    """What writes the samples of the steps at which they are due, (step, state) -> None; all processes call it.
-
-    Raises:
-      ValueError: if samples are wanted that cannot be made.
-    """
+    """What writes the samples of the steps at which they are due, (step, state) -> None; all processes call it."""
     every = config.log.sample_every
     if not every:
         return lambda step, state: None
-    if write is None:
-        raise ValueError(f"log.sample_every is {every}: nothing here can write samples, it must be 0")
     entries = source.samples()
     captions = entries.pop("caption")
     whole = sharding.replicated(mesh)
@@ -91,11 +86,13 @@ def sampler(
             return
         with jax.set_mesh(mesh):
             latents = make(student_params(state.model), frozen, batch)
-        if jax.process_index() == 0:
-            # The rest is this process's alone: its own copy of what every device has.
+
+        def show():  # with this process's own copy of what every device has
             mine = {name: jax.tree.map(_own, frozen[name]) for name in sharding.WHOLE if name in frozen}
             videos = source.media.pixels(mine, _own(latents))
             write(videos, captions, workdir / "samples" / f"step_{step:06d}", source.media.fps)
+
+        by_first(show)
 
     return due
 

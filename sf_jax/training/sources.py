@@ -8,10 +8,10 @@ from collections.abc import Callable
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sf_jax.config import TrainConfig
 from sf_jax.data import moving_digits, pipeline, prompts, videos
+from sf_jax.distributed import by_first
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import VaeConfig
@@ -82,10 +82,7 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         return caption, text.encode([caption])[0]
 
     def open_clips():
-        if jax.process_index() == 0:
-            moving_digits.build(folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("moving digits built")
+        by_first(lambda: moving_digits.build(folder))
         return moving_digits.source(folder, "train")
 
     def open_videos():
@@ -100,7 +97,8 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
             chosen = [row["caption"] for row in rows]
             shown = {"video": np.stack([row["video"][: config.data.frames] for row in rows])}
         else:
-            chosen = config.log.sample_prompts or [prompt(i)[0] for i in range(config.log.sample_count)]
+            count = config.log.sample_count
+            chosen = config.log.sample_prompts or [captions[i * len(captions) // count] for i in range(count)]
             shown = {}
         return shown | {"caption": list(chosen), "text": text.encode(list(chosen))}
 

@@ -64,7 +64,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     vae = None
     if uses_vae(config):
         vae, frozen["vae"] = _vae(config, mesh)
-    source = open_source(config, VIDEO_KEYS[config.data.name] in keys, vae)
+    shown = config.image_to_video and config.log.sample_every > 0  # samples begin with real frames
+    source = open_source(config, VIDEO_KEYS[config.data.name] in keys or shown, vae)
     params = None
     if config.lora.rank:
         params = frozen["model_base"] = adapted_base(config, mesh)
@@ -75,6 +76,9 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
                 "init_weights is None: a student of other sizes than the teacher needs weights to start from; give its "
                 "file"
             )
+    if fresh and jax.process_index() == 0:
+        from_teacher = config.teacher_weights if params is not None else "random numbers"
+        print(f"starting from {config.init_weights or from_teacher}", flush=True)
     updates = updates_of(config, source.media)
     if "trajectory" in keys:
 
@@ -210,7 +214,8 @@ def start_params(config: TrainConfig, mesh: Mesh) -> dict | None:
     """The trained network's parameters to start from: those given, else the teacher's if they fit, else None."""
     if config.init_weights is not None:
         return _load(config.init_weights, config.model, "init_weights", "float32", mesh)[0]
-    if config.stage in ("init", "distill") and config.model == config.teacher_model:
+    from_teacher = config.stage in ("init", "distill") and config.model == config.teacher_model
+    if from_teacher and (config.teacher_weights is not None or needs_teacher(config)):
         return _load(_teacher_field(config), config.model, "teacher_weights", "float32", mesh)[0]
     return None
 
