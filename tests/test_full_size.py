@@ -109,14 +109,13 @@ def test_every_array_is_split_as_its_rule_says_at_full_size(recipe):
 
 def test_a_description_names_everything():
     config = from_dict(wan_distill.get_config("14b"))
-    lines = list(ahead.describe(config, jax.devices()[:1]))
+    away = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=64, context=2))
+    lines = list(ahead.describe(away, jax.devices()[:1]))
     text = "\n".join(lines)
+    assert "on 128 x devices that are not here" in text
     assert "teacher (frozen, bfloat16): 14,288,491,584 parameters" in text
     assert "update student:" in text and "in 0.2 of the iterations" in text
     assert sum(line.startswith("  ") for line in lines) > 90
-    away = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=64, context=2))
-    text = "\n".join(ahead.describe(away, jax.devices()[:1]))
-    assert "on 128 x devices that are not here" in text
     assert "model/blocks/ffn_in/kernel" in text and "30x12x8960" in text
 
 

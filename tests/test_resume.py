@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sf_jax.data import moving_digits
 from sf_jax.training import checkpoint, fingerprint, loop, metrics, sinks, stages
 from sf_jax.weights.package import save_package
 from tests.helpers import random_params, tree_relative
@@ -130,8 +131,8 @@ def test_changed_configs_go_on_when_told_to(copy, capsys):
 
 def test_other_data_is_refused(copy, monkeypatch):
     config, workdir, weights = copy
-    captions = stages.open_source.__globals__["moving_digits"].all_captions
-    monkeypatch.setattr(stages.open_source.__globals__["moving_digits"], "all_captions", lambda: captions()[:-1])
+    captions = moving_digits.all_captions()
+    monkeypatch.setattr(moving_digits, "all_captions", lambda: captions[:-1])
     with pytest.raises(
         ValueError, match="data.dir is .*: step 4 was trained on other data; use the old data, or --allow"
     ):
