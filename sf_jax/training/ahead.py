@@ -156,7 +156,9 @@ def describe(config: TrainConfig, devices: list | None = None) -> Iterator[str]:
     sizes = [getattr(config.mesh, axis) for axis in sharding.MESH_AXES]
     here = jax.devices() if devices is None else devices
     if min(sizes) > 0 and math.prod(sizes) != len(here):
-        mesh, kind = jax.sharding.AbstractMesh(tuple(sizes), sharding.MESH_AXES), "devices that are not here"
+        auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+        mesh = jax.sharding.AbstractMesh(tuple(sizes), sharding.MESH_AXES, axis_types=auto)
+        kind = "devices that are not here"
     else:
         mesh, kind = sharding.make_mesh(config.mesh, here), here[0].device_kind
     run = abstract_run(config, mesh)
