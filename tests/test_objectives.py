@@ -246,7 +246,8 @@ def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
         assert moved == [program.losses[0].network == "model", program.losses[0].network == "critic", False]
 
 
-@pytest.mark.parametrize("name", ["dmd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gan", "share"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dmd", "gan", "share"])
 def test_parts_of_a_batch_give_the_update_of_the_whole(name):
     changes = {"gan": {"objective": "gan"}, "share": {"share_rollout": True}}.get(name, {})
     results = []

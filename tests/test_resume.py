@@ -78,7 +78,10 @@ def change_position(folder):
     path.write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_files, remove_state, change_position])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, *(pytest.param(f, marks=pytest.mark.slow) for f in (cut_files, remove_state, change_position))],
+)
 def test_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(damage, copy, capsys):
     config, workdir, weights = copy
     damage(workdir / "checkpoints" / "4")

@@ -73,7 +73,7 @@ RUNS = {
         {"image_to_video": True, "rollout": {"chunk": 1, "steps": (1000, 500), "first_frame_alone": True}},
     ),
 }
-FAST = ("long",)
+FAST = ("teacher",)
 # What shows its samples: networks of many and of few steps, and one that begins with a given image.
 SAMPLED = ("causal", "long", "image")
 
