@@ -131,11 +131,8 @@ def test_slices_that_do_not_fit_are_refused(topology, message):
         next(ahead.compile_for(config, topology))
 
 
-# The 14B recipe on 64 chips of v5p, of three times the memory, is benchmarks/full_size_training.py's.
-CASES = [
-    ("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 1, 8),
-    ("1_3b", "v5p:2x2x4", {"fsdp": 16}, 4, 28),
-]
+# The chip with the least memory; benchmarks/full_size_training.py compiles the other slices and updates.
+CASES = [("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 1, 8)]
 
 
 @pytest.mark.slow

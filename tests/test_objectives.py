@@ -73,7 +73,7 @@ EMBEDDED = digits_media(PatchCodec.load())
 
 def embedded_config(variant, **changes):
     """A shipped config of the moving digits with a small batch, updates in every iteration, and a plain optimiser."""
-    values = digits.VARIANTS[variant]() | {"batch_size": 4, "generator_every": 1, "teacher_weights": "unused"}
+    values = digits.VARIANTS[variant]() | {"batch_size": 2, "generator_every": 1, "teacher_weights": "unused"}
     values |= {name: {"lr": 1e-3, "beta1": 0.9, "weight_decay": 0.0} for name in ("optimizer", "critic_optimizer")}
     return from_dict(values | {k: values.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()})
 
@@ -106,7 +106,9 @@ def embedded_setting(config):
         clean = EMBEDDED.clean(batch)
         times = jnp.asarray(config.rollout.timesteps)[:, None, None]
         noise = jax.random.normal(jax.random.key(5), clean.shape)
-        path = config.rollout.schedule.add_noise(clean[None], noise[None], jnp.broadcast_to(times, (4, 4, 9)))
+        path = config.rollout.schedule.add_noise(
+            clean[None], noise[None], jnp.broadcast_to(times, (4, config.batch_size, config.data.frames))
+        )
         batch["trajectory"] = jnp.moveaxis(jnp.concatenate([path, clean[None]]), 0, 1)
     return state, frozen, batch
 
@@ -162,7 +164,6 @@ DISTILL = {
         "rollout": {"chunk": 1, "window": 3, "sink": 1},
         "score": {"from_exit": True, "to_exit": True},
     },
-    "image": IMAGE,
     "adapters": {"lora": {"rank": 8}, "critic_lora": {"rank": 8}},
     "sid": {"objective": "sid"},
     "DF+DMD": {"student_input": "diffusion_forcing"},
@@ -175,7 +176,7 @@ DISTILL = {
 def test_the_student_nears_the_teacher_and_the_critic_keeps_up(name):
     rate = 1e-2 if "adapters" in name else 1e-3
     rates = {name: {"lr": rate, "beta1": 0.0} for name in ("optimizer", "critic_optimizer")}
-    config = embedded_config("distill", **DISTILL[name] | rates)
+    config = embedded_config("distill", batch_size=4, **DISTILL[name] | rates)
     teacher, worse, _ = embedded_networks()
     _, frozen, batch = embedded_setting(config)
     # as in a run, the critic starts as the teacher
@@ -204,7 +205,7 @@ def test_gan_students_look_more_real_and_critics_tell_apart(relativistic):
     assert gap[-1] > gap[0] + 0.5, gap
     assert "r1" in seen[0] and "r2" in seen[0]
     chex.assert_trees_all_equal(trained.model, state.model)
-    after, seen = repeat(student, trained, {}, batch, 24)
+    after, seen = repeat(student, trained, {}, batch, 12)
     logits = [float(metrics["fake_logit"]) for metrics in seen]
     assert logits[-1] > logits[0] + 0.1, logits
     chex.assert_trees_all_equal(after.critic, trained.critic)
@@ -219,10 +220,10 @@ def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
     run = jax.jit(steps.make_step(config, critic))
     first, _ = run(state, frozen, batch)
     chex.assert_trees_all_equal(first.critic.params["critic"], state.critic.params["critic"])
-    plain = dataclasses.replace(config, gan=dataclasses.replace(config.gan, head_lr=1.0))
-    slower, _ = jax.jit(steps.make_step(plain, self_forcing.programs(plain, MEDIA)[1]))(state, frozen, batch)
-    change = [jax.tree.map(jnp.subtract, s.critic.params["head"], state.critic.params["head"]) for s in (first, slower)]
-    chex.assert_trees_all_close(change[0], jax.tree.map(lambda x: 2 * x, change[1]), rtol=1e-4, atol=1e-7)
+    assert tree_relative(first.critic.params["head"], state.critic.params["head"]) > 0
+    scale = steps._change_scale(config)
+    head, rest = ((jax.tree_util.DictKey(name),) for name in ("head", "critic"))
+    assert [float(scale(path, updates)) for path in (head, rest) for updates in (0, 1)] == [2.0, 2.0, 0.0, 1.0]
     second, _ = run(first, frozen, batch)
     assert tree_relative(second.critic.params["critic"], state.critic.params["critic"]) > 0
 
@@ -247,9 +248,9 @@ def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dmd", "gan", "share"])
+@pytest.mark.parametrize("name", ["dmd", "gan"])
 def test_parts_of_a_batch_give_the_update_of_the_whole(name):
-    changes = {"gan": {"objective": "gan"}, "share": {"share_rollout": True}}.get(name, {})
+    changes = {"objective": name}
     results = []
     for parts in (1, 2):
         config = make_config(accumulate=parts, batch_size=4, **changes)
