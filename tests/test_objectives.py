@@ -378,7 +378,8 @@ def test_adapters_start_as_the_network_and_are_all_that_learns():
 def test_every_leaf_of_every_state_has_a_sharding_rule(changes):
     config = make_config(**changes)
     state = jax.eval_shape(lambda: steps.new_state(config))
-    sharding.tree_shardings(state, sharding.make_mesh(config.mesh))
+    found = sharding.tree_shardings(state, sharding.make_mesh(config.mesh))
+    assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(
