@@ -71,6 +71,16 @@ def open_pairs(
         path = np.moveaxis(np.asarray(path), 1, 0)
         yield from zip(path[: stop - first], (caption for caption, _ in chosen), strict=False)
 
+    recipe = _recipe(config, params, source, latent)
+    folder = ode.dir or workdir / "ode_pairs"
+    shape = (len(rows), *latent)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return ode_pairs.open_pairs(folder, shape, ode.pairs, ode.batch_size, recipe, make, _wait, **share)
+
+
+def _recipe(config: TrainConfig, params: dict, source: Source, latent: tuple[int, ...]) -> dict:
+    """Everything that determines the pairs."""
+    ode = config.ode
     checksums = {name: leaf.checksum for name, leaf in measure(params).items()}
     recipe = {
         "pairs": ode.pairs,
@@ -87,10 +97,7 @@ def open_pairs(
     if ode.teacher == "causal":
         rollout = config.rollout
         recipe["chunks"] = [rollout.chunk, rollout.first_frame_alone, rollout.window, rollout.sink]
-    folder = ode.dir or workdir / "ode_pairs"
-    shape = (len(rows), *latent)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return ode_pairs.open_pairs(folder, shape, ode.pairs, ode.batch_size, recipe, make, _wait, **share)
+    return recipe
 
 
 def _wait() -> None:
