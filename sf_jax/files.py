@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import tempfile
@@ -54,6 +55,29 @@ def check_writable(folder: str | Path, field: str = "out") -> Path:
             f"{field}: cannot write in {folder} ({error.strerror}), allowed: a folder that can be written"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, field: str) -> Iterator[None]:
+    """Keeps a folder from other processes that ask for it; one that is killed has it no longer.
+
+    Args:
+      folder: The folder, in which an empty file `.lock` is made.
+      field: What the error message calls it.
+
+    Raises:
+      ValueError: Another process has it.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{field} is {folder}: another run is using it; wait for its end, or use another --{field}"
+            ) from None
+        except OSError:
+            pass  # A file system without locks.
+        yield
 
 
 @contextlib.contextmanager

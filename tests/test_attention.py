@@ -86,7 +86,7 @@ with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
     out = jax.jit(functools.partial(attention_kernels.splash_attention, interpret=True))(q, segments)
 print(out.sharding.spec, float(jnp.abs(out - attention.attend(q, segments, "xla")).max()) < 1e-6)
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "(('data', 'fsdp'), None, 'tensor'" in done.stdout and "True" in done.stdout, done
 

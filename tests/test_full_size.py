@@ -33,10 +33,15 @@ def test_every_loop_is_counted_as_often_as_it_runs():
 def test_recomputation_and_kernels_do_not_change_the_count():
     config = small_config("distill", teacher_weights="unused")
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    counts = []
+    counts, work = [], []
     for changes in ({}, {"remat": "block"}, {"attention": "xla"}):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-        counts.append(ahead.flops_of(abstract.abstract_run(changed, mesh)))
+        run = abstract.abstract_run(changed, mesh)
+        counts.append(ahead.flops_of(run))
+        work.append(ahead.flops_of(run, recompute=True))
+    assert work[0] == work[2] == counts[0]
+    # one of the network's calls has a gradient: 3 passes of the 6.5 that an update makes become nearly 4
+    assert all(1.05 < work[1][name] / counts[0][name] < 1.2 for name in counts[0])
     assert counts[0] == counts[1] == counts[2] and set(counts[0]) == {"student", "critic"}
     # the critic's update: 3.5 calls per chunk, one flow with its gradient
     assert 0 < counts[0]["critic"] < counts[0]["student"]
@@ -145,6 +150,6 @@ def test_full_size_training_fits_a_chip(variant, topology, mesh, accumulate, gib
     chip = CHIPS[topology.split(":")[0]]
     assert row.name == "student" and row.rate == 0.2
     assert row.memory < gib * 2**30 < chip.memory
-    assert row.flops / chip.flops > row.sent / chip.links
+    assert row.work / chip.flops > row.sent / chip.links
     # weights are gathered whole: no thin products over windows of them
     assert "collective-permute" not in row.links

@@ -53,7 +53,7 @@ prompts = ("a cat", "a dog", "a cat runs")
 wan_job.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_latents=True, vbench_names=True))
 """
     for devices in (1, 2):
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / str(devices))], env=env, check=True)
     for name in ("a cat-0", "a dog-0", "a cat runs-0"):
         one, two = (np.load(tmp_path / count / f"{name}.npy") for count in "12")

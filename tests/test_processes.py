@@ -35,7 +35,7 @@ print("done", jax.process_index(), jax.device_count())
 
 
 def start(index, count, devices, port, *arguments):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if count > 1:
         names = ("SF_JAX_COORDINATOR", "SF_JAX_NUM_PROCESSES", "SF_JAX_PROCESS_ID")
         env |= dict(zip(names, (f"localhost:{port}", str(count), str(index)), strict=True))

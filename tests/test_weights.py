@@ -266,7 +266,7 @@ print(kernel.sharding.shard_shape(kernel.shape), jax.jit(lambda x: (x * 2).sum()
 def test_eight_devices_get_their_shards(tmp_path):
     tensors = network("transformer", "official")[2]
     write_safetensors(tmp_path / "a.safetensors", in_memory(tensors))
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "a.safetensors")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

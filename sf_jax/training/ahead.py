@@ -28,6 +28,7 @@ class Compiled:
       arguments: bytes of state, frozen networks and batch.
       temporary: bytes that it needs meanwhile.
       flops: arithmetic of the model, recomputation left out.
+      work: arithmetic with what `remat` recomputes.
       links: bytes sent to other chips, by operation.
       traffic: bytes read from and written to memory.
       seconds: how long compiling took.
@@ -39,6 +40,7 @@ class Compiled:
     arguments: int
     temporary: int
     flops: float
+    work: float
     links: dict[str, float]
     traffic: float
     seconds: float
@@ -57,7 +59,7 @@ class Compiled:
     def bounds(self, chip: Chip) -> dict[str, float]:
         """Seconds that arithmetic, memory and links take, each at its peak."""
         return {
-            "arithmetic": self.flops / chip.flops,
+            "arithmetic": self.work / chip.flops,
             "memory": self.traffic / chip.bandwidth,
             "links": self.sent / chip.links,
         }
@@ -83,13 +85,13 @@ def compile_for(config: TrainConfig, topology: str) -> Iterator[Compiled]:
     chip_of(topology)
     mesh = sharding.make_mesh(config.mesh, list(tpu_devices(topology)))
     run = abstract_run(for_tpu(config), mesh)
-    flops = flops_of(run)
+    flops, work = flops_of(run), flops_of(run, recompute=True)
     for program in run.programs:
-        yield compile_program(program, run, flops[program.name])
+        yield compile_program(program, run, flops[program.name], work[program.name])
 
 
-def compile_program(program: Program, run: AbstractRun, flops: float) -> Compiled:
-    """Compiles one update and reads what the compiler says; `flops` are those of all chips together."""
+def compile_program(program: Program, run: AbstractRun, flops: float, work: float) -> Compiled:
+    """Compiles one update and reads what the compiler says; `flops` and `work` are those of all chips together."""
     began = time.perf_counter()
     with jax.set_mesh(run.mesh):
         compiled = program.update.lower(*run.arguments).compile()
@@ -101,6 +103,7 @@ def compile_program(program: Program, run: AbstractRun, flops: float) -> Compile
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         flops=flops / run.mesh.size,
+        work=work / run.mesh.size,
         links=moved.links,
         traffic=moved.memory,
         seconds=time.perf_counter() - began,
@@ -108,9 +111,9 @@ def compile_program(program: Program, run: AbstractRun, flops: float) -> Compile
     )
 
 
-def flops_of(run: AbstractRun) -> dict[str, float]:
-    """Arithmetic of one call of every update, all chips together, by name."""
-    plain = countable(run.config)
+def flops_of(run: AbstractRun, recompute: bool = False) -> dict[str, float]:
+    """Arithmetic of one call of every update, all chips together, by name; see `countable` for `recompute`."""
+    plain = countable(run.config, recompute)
     return model_flops(plain, updates_of(plain, run.media), run.arguments)
 
 
@@ -128,13 +131,16 @@ def compile_report(config: TrainConfig, topology: str) -> Iterator[str]:
     chip, rows = chip_of(topology), []
     sizes = ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in sharding.MESH_AXES)
     yield f"{topology}, mesh {sizes}; batch {config.batch_size}, accumulate {config.accumulate}"
-    yield "| update | GiB a chip | arguments | temporary | PFLOP a chip | GB sent | TB of memory | compiled in |"
-    yield "|---|---|---|---|---|---|---|---|"
+    titles = ("update", "GiB a chip", "arguments", "temporary", "PFLOP a chip", "and again")
+    titles += ("GB sent", "TB of memory", "compiled in")
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
     for row in compile_for(config, topology):
         rows.append(row)
         gib = " | ".join(f"{size / GIB:.2f}" for size in (row.memory, row.arguments, row.temporary))
+        petaflop = f"{row.flops / 1e15:.3f} | {(row.work - row.flops) / 1e15:.3f}"
         moved = f"{row.sent / 1e9:.1f} | {row.traffic / 1e12:.2f}"
-        yield f"| {row.name} | {gib} | {row.flops / 1e15:.3f} | {moved} | {row.seconds:.0f} s |"
+        yield f"| {row.name} | {gib} | {petaflop} | {moved} | {row.seconds:.0f} s |"
     for row in rows:
         sent = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in sorted(row.links.items()))
         yield f"{row.name} sends: {sent or 'nothing'}"

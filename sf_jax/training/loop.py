@@ -1,9 +1,10 @@
 """The training loop: prepare or resume, update, log, checkpoint, export."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
 from sf_jax.distributed import by_first, check_shared
-from sf_jax.files import check_writable
+from sf_jax.files import check_writable, locked
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, SaveError, one_line_errors
 from sf_jax.training.metrics import Log, peak_flops
@@ -55,7 +56,7 @@ def train(
         raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can write samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
-    with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
+    with _alone(workdir), stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
         changed = checkpoints.check_config(allow_config_change)
         for line in changed:
             print(f"config changed: {line}", flush=True)
@@ -84,6 +85,14 @@ def train(
     # The others wait: their going would end the first process while it writes.
     by_first(lambda: save_package(path, package))
     return path
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Keeps a second run out of the workdir."""
+    with contextlib.ExitStack() as held:
+        by_first(lambda: held.enter_context(locked(workdir, "workdir")))
+        yield
 
 
 def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, allow_config_change: bool):

@@ -89,10 +89,17 @@ def rate(due: Callable[[int], bool], steps: int) -> float:
     return sum(due(step) for step in range(count)) / count
 
 
-def countable(config: TrainConfig) -> TrainConfig:
-    """The same computation written so that `matmul_flops` counts the model's arithmetic: nothing is recomputed."""
+def countable(config: TrainConfig, recompute: bool = False) -> TrainConfig:
+    """The same computation written so that `matmul_flops` counts its products, attention's included.
+
+    Args:
+      config: of the run.
+      recompute: whether to count what `remat` computes again for the backward pass; the model's own arithmetic is
+        without it. What an attention kernel computes again is never counted.
+    """
+    changes = {"attention": "whole"} | ({} if recompute else {"remat": "none"})
     models = {name: getattr(config, name) for name in ("model", "teacher", "critic") if getattr(config, name)}
-    plain = {name: dataclasses.replace(model, remat="none", attention="whole") for name, model in models.items()}
+    plain = {name: dataclasses.replace(model, **changes) for name, model in models.items()}
     return dataclasses.replace(config, **plain)
 
 
@@ -105,7 +112,7 @@ def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable
       arguments: (state, frozen, batch) as arrays or shapes.
 
     Returns:
-      name -> operations of matrix products and convolutions, those of recomputation left out.
+      name -> operations of matrix products and convolutions.
     """
     trips = rollout_trips(config)
     return {name: matmul_flops(jax.make_jaxpr(update)(*arguments), trips) for name, update, _ in updates}
