@@ -38,6 +38,8 @@ DISTILL_ONLY = {
     "rollout_frames": (),
     "exits": "same",
     "cache_gradient": "stop",
+    "critic_weights": None,
+    "critic": None,
 }
 
 
@@ -198,6 +200,11 @@ class TrainConfig:
         given |= {"critic_lora.rank": self.critic_lora.rank} if self.critic_lora.rank else {}
         for name, value in given.items():
             raise ValueError(f"{name} is {value}: it is for stage 'distill'; in stage {self.stage!r} leave it out")
+        if self.stage in ("teacher", "causal") and self.teacher_weights is not None:
+            raise ValueError(
+                f"teacher_weights is {self.teacher_weights}: stage {self.stage!r} asks no teacher, it must be None; a "
+                "file to start from is init_weights"
+            )
 
     def _check_init(self):
         if self.init == "ode" and not self.rollout.warp:

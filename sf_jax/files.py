@@ -73,7 +73,8 @@ def locked(folder: Path, field: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{field} is {folder}: another run is using it; wait for its end, or use another --{field}"
+                f"{field} is {folder}: another run is using it; wait for its end, use another --{field}, or, if its "
+                f"machine is gone, remove {folder / '.lock'}"
             ) from None
         except OSError:
             pass  # A file system without locks.

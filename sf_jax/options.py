@@ -169,11 +169,11 @@ class DataConfig:
 
     Attributes:
       name: "digits" (the embedded moving digits) or "wan" (prompt embeddings and latents of Wan2.1).
-      dir: where the dataset is built that "teacher" reads.
+      dir: where the dataset is: that of the moving digits is built there, prepared data must be there.
       frames: latent frames of a training video.
       height: latent rows.
       width: latent columns.
-      text_dropout: share of the captions that "teacher" replaces by the empty prompt.
+      text_dropout: share of the captions that "teacher" and "causal" replace by the empty prompt.
     """
 
     name: str = "digits"

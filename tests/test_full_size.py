@@ -124,6 +124,22 @@ def test_a_description_names_everything():
     assert "model/blocks/ffn_in/kernel" in text and "30x12x8960" in text
 
 
+def test_a_report_says_what_fits_and_what_bounds_it(monkeypatch):
+    gib = 2**30
+    rows = [
+        ahead.Compiled("student", 0.2, 2 * gib, 3 * gib, 9e14, 459e13, {"all-gather": 6e11}, 2765e9, 4.0, gib),
+        ahead.Compiled("critic", 1.0, gib, 94 * gib + 1, 2e14, 459e12, {}, 2765e9, 5.0),
+    ]
+    monkeypatch.setattr(ahead, "compile_for", lambda config, topology: iter(rows))
+    lines = list(ahead.compile_report(from_dict(wan_distill.get_config("14b")), "v5p:4x4x4"))
+    assert "| student | 5.00 | 2.00 | 3.00 | 0.900 | 3.690 | 600.0 | 2.77 | 4 s |" in lines
+    assert "student sends: all-gather 600.0 GB" in lines and "critic sends: nothing" in lines
+    assert "student reads 1.00 GiB a chip from the host, which the bounds below leave out" in lines
+    assert "memory of a chip: 95 GiB, so it does NOT fit" in lines
+    wanted = "arithmetic 3.00 s, memory 1.20 s, links 0.20 s; at least 3.00 s, bound by arithmetic"
+    assert lines[-1] == f"an iteration at the chip's peaks: {wanted}"
+
+
 @pytest.mark.parametrize(
     ("topology", "message"),
     [("v9x:2x2", "topology is 'v9x:2x2': it must be one of v4, v5e, v5p, v6e, then :SHAPE"), ("v5p:4x4x4", "fsdp")],

@@ -215,7 +215,8 @@ def test_a_slurm_job_runs_one_process_a_node(place):
     assert "done: " in finish(slurm(place))
     for k in range(2):
         found = notes(place, f"run.{k}")
-        assert f"[--config=c] [--workdir={place}/run]" in found and "SF_JAX_COORDINATOR=n7:21234\n" in found
+        assert f"[--config=c] [--workdir={place}/run] [--config.grace_seconds=280]" in found
+        assert "SF_JAX_COORDINATOR=n7:21234\n" in found
         assert "SF_JAX_NUM_PROCESSES=2\n" in found and "SF_JAX_LOCAL_DEVICES=0,1,2,3\n" in found
     assert "requeue" not in notes(place, "calls") and "--kill-on-bad-exit=1" in notes(place, "calls")
 

@@ -229,7 +229,7 @@ def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["sid", "gan"])
+@pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
 def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
     config = make_config(objective=objective, batch_size=2)
     state, frozen, batch = setting(config)
@@ -250,18 +250,20 @@ def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dmd", "gan"])
 def test_parts_of_a_batch_give_the_update_of_the_whole(name):
-    changes = {"objective": name}
-    results = []
-    for parts in (1, 2):
-        config = make_config(accumulate=parts, batch_size=4, **changes)
-        state, frozen, batch = setting(config)
-        program = self_forcing.programs(config, MEDIA)[0]
-        results.append(jax.jit(steps.make_step(config, program))(state, frozen, batch))
-    (whole, metrics), (split, others) = results
-    for name in metrics:
-        if not name.endswith(("nonfinite", "finite")):
-            np.testing.assert_allclose(metrics[name], others[name], rtol=2e-5, err_msg=name)
-    assert tree_relative(split.model.opt_state, whole.model.opt_state) < 1e-5
+    configs = [make_config(accumulate=parts, batch_size=4, objective=name) for parts in (1, 2)]
+    for index, network in enumerate(("model", "critic")):
+        results = []
+        for config in configs:
+            state, frozen, batch = setting(config)
+            program = self_forcing.programs(config, MEDIA)[index]
+            results.append(jax.jit(steps.make_step(config, program))(state, frozen, batch))
+        (whole, metrics), (split, others) = results
+        loose = 10 if name == "gan" and network == "critic" else 1
+        for key in metrics:
+            if not key.endswith(("nonfinite", "finite")):
+                rtol = 1e-3 if key in ("r1", "r2") else loose * 2e-5  # those are differences of near numbers
+                np.testing.assert_allclose(metrics[key], others[key], rtol=rtol, err_msg=key)
+        assert tree_relative(getattr(split, network).opt_state, getattr(whole, network).opt_state) < loose * 1e-5
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sf_jax.data import shards
+from sf_jax.weights.package import load_package
 from tests.helpers import tree_relative
 from tests.test_resume import cut_files, teacher  # noqa: F401 (a fixture)
 from tests.test_training import losses
@@ -93,12 +95,12 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
     # samples and the export merge what is spread over processes
     adapters = {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "log": {"sample_every": 3}}
-    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 30, json.dumps(adapters))
+    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 9, json.dumps(adapters))
     running = start_all(2, 2, *rest)
     until = time.monotonic() + 300
     while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    running[1].send_signal(signal.SIGTERM)
+    running[1].send_signal(signal.SIGINT)  # becomes SIGTERM, which JAX takes up
     outputs = ended(running)
     assert not any("done" in output for output in outputs)
     assert (tmp_path / "run" / "samples" / "step_000003.mp4").stat().st_size
@@ -106,6 +108,21 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):
     assert all(told) and len({found[1] for found in told}) == 1, outputs
     step = told[0][1]
     assert (tmp_path / "run" / "checkpoints" / step).exists()
-    (output,) = run(1, 1, *rest)
-    assert f"resuming from step {step}" in output and "done 0 1" in output
-    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 31))
+    outputs = run(2, 2, *rest)
+    assert all(f"resuming from step {step}" in output and f"done {i} 4" in output for i, output in enumerate(outputs))
+    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 10))
+    assert load_package(tmp_path / "run" / "student.safetensors").kind == "student"
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_of_one(teacher, tmp_path):  # noqa: F811
+    ode = json.dumps({"ode": {"pairs": 20, "batch_size": 8, "solver_steps": 4}})
+    for name, count in (("two", 2), ("one", 1)):
+        run(count, count, tmp_path / name, teacher, tmp_path / "data", "init", 3, ode)
+    two, one = (losses(tmp_path / name) for name in ("two", "one"))
+    np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
+    two, one = (shards.open_records(tmp_path / name / "ode_pairs", "ode_pairs") for name in ("two", "one"))
+    assert len(two) == len(one) == 20
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["caption"] == theirs["caption"]
+        np.testing.assert_allclose(ours["trajectory"], theirs["trajectory"], rtol=1e-5, atol=1e-5)

@@ -73,7 +73,9 @@ def changed_fields(saved: dict, config: TrainConfig) -> list[str]:
     with contextlib.suppress(ValueError):  # Fields that this version does not know: compared as they are.
         saved = plain(from_dict(saved))
     lines = difference(saved, plain(config))
-    return [line for line in lines if not _is_field(line.split(":")[0], FREE_FIELDS)]
+    # Long rollouts go through the VAE; otherwise it only shows samples.
+    free = tuple(name for name in FREE_FIELDS if name != "vae_weights" or not config.rollout_frames)
+    return [line for line in lines if not _is_field(line.split(":")[0], free)]
 
 
 def open_manager(workdir: Path, config: TrainConfig) -> ocp.CheckpointManager:
@@ -212,8 +214,8 @@ class Checkpoints:
         return found[0][0] if found else None
 
     def agreed_steps(self) -> list[int]:
-        """The complete steps that the first process sees, newest first; every process must ask."""
-        steps = [step for step, _ in step_folders(self._folder)]
+        """The newest complete steps that the first process sees, newest first; every process must ask."""
+        steps = [step for step, _ in step_folders(self._folder)][:40]  # so many fit into what processes tell each other
         if jax.process_count() == 1:
             return steps
         return json.loads(first_told(json.dumps(steps) if jax.process_index() == 0 else None))

@@ -174,7 +174,8 @@ class Log:
             told.append(f"{self._skipped} updates since the last line were not finite and were skipped")
         if told:
             line["warnings"] = told
-            tqdm.write("\n".join(f"warning, step {step}: {text}" for text in told))
+            if jax.process_index() == 0:
+                tqdm.write("\n".join(f"warning, step {step}: {text}" for text in told))
         self._history.append({name: line[name] for name in SIGNS if name in line})
         self._line(line)
         for sink in self._sinks:

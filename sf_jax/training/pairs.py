@@ -92,6 +92,7 @@ def _recipe(config: TrainConfig, params: dict, source: Source, latent: tuple[int
         "teacher": digest_of(checksums),
         "prompts": source.digest,
         "kind": ode.teacher,
+        "dtype": config.teacher_model.dtype,
         "latent": list(latent),
     }
     if ode.teacher == "causal":

@@ -29,7 +29,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         # TensorBoard drops steps from `purge_step` on that earlier files hold.
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Takes one line."""

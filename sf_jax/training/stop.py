@@ -73,10 +73,14 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Catches SIGTERM and Ctrl-C while the block runs; only in a process's main thread, which Python demands."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.take) for number in EXIT_CODES}
+    if jax.process_count() > 1:  # JAX's service has SIGTERM, and is told of Ctrl-C by it
+        handlers = {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
+    else:
+        handlers = dict.fromkeys(EXIT_CODES, request.take)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield request
     finally:

@@ -117,6 +117,7 @@ class Folder:
                 parameter = key.removesuffix("#proj")
                 compared.add(parameter)
                 if parameter not in ours:
+                    worst, worst_name = float("nan"), f"{key}, which is missing"
                     continue
                 ours_full = np.asarray(ours[parameter], np.float64)
                 if key.endswith("#proj"):
