@@ -200,7 +200,7 @@ for k in 0 1; do wait -n || { rc=$?; kill -KILL "${running[@]}" 2>/dev/null; exi
 """
 
 
-def slurm(place, **env):
+def slurm(place, *more, **env):
     four_gpus(place)
     program(place / "bin" / "srun", SRUN)
     program(
@@ -208,7 +208,7 @@ def slurm(place, **env):
     )
     env = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"} | env
     env |= {"SLURM_SUBMIT_DIR": str(place / "repo")}
-    return start(place, "slurm.sbatch", "--config=c", f"--workdir={place}/run", **env)
+    return start(place, "slurm.sbatch", "--config=c", f"--workdir={place}/run", *more, **env)
 
 
 def test_a_slurm_job_runs_one_process_a_node(place):
@@ -219,6 +219,11 @@ def test_a_slurm_job_runs_one_process_a_node(place):
         assert "SF_JAX_COORDINATOR=n7:21234\n" in found
         assert "SF_JAX_NUM_PROCESSES=2\n" in found and "SF_JAX_LOCAL_DEVICES=0,1,2,3\n" in found
     assert "requeue" not in notes(place, "calls") and "--kill-on-bad-exit=1" in notes(place, "calls")
+
+
+def test_a_slurm_jobs_own_grace_counts(place):
+    finish(slurm(place, "--config.grace_seconds=9"))
+    assert f"[--workdir={place}/run] [--config.grace_seconds=9]\n" in notes(place, "run.0")
 
 
 def test_a_slurm_job_that_ran_out_of_time_is_queued_again(place):

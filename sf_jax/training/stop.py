@@ -69,6 +69,13 @@ class StopRequest:
         return Stopped(EXIT_CODES[self._signal])
 
 
+def _pass_on(number: int, frame) -> None:
+    """Makes SIGTERM of the first Ctrl-C; the second means now."""
+    del number, frame
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Catches SIGTERM and Ctrl-C while the block runs; only in a process's main thread, which Python demands."""
@@ -77,7 +84,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
         return
     if jax.process_count() > 1:  # JAX's service has SIGTERM, and is told of Ctrl-C by it
-        handlers = {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
+        handlers = {signal.SIGINT: _pass_on}
     else:
         handlers = dict.fromkeys(EXIT_CODES, request.take)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
