@@ -95,7 +95,7 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
     # samples and the export merge what is spread over processes
     adapters = {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "log": {"sample_every": 3}}
-    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 16, json.dumps(adapters))
+    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 24, json.dumps(adapters))
     running = start_all(2, 2, *rest)
     until = time.monotonic() + 300
     while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < until:
@@ -110,7 +110,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / step).exists()
     outputs = run(2, 2, *rest)
     assert all(f"resuming from step {step}" in output and f"done {i} 4" in output for i, output in enumerate(outputs))
-    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 17))
+    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 25))
     assert load_package(tmp_path / "run" / "student.safetensors").kind == "student"
 
 
