@@ -1,10 +1,10 @@
 """Full-size training on TPU slices that are not there: memory of a chip, arithmetic, traffic, and what bounds a step.
 
-  python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl          # compiles all cases
+  python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl          # compiles the missing cases
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl --draw   # the table, and docs/scaling.png
 
 The recipes of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless they say. A
-case that is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1 compiles faster.
+case that is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O0 JAX_MEMORY_FITTING_LEVEL=O0 compiles faster.
 The cases "scan" and "replay" are one gradient of sum(video * weight) in the student's parameters, rollout included.
 """
 
@@ -82,19 +82,19 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
 
     params = run.state.model.params
     arguments = (params, noise, noise, run.batch["text"], exits)
-    flops, work = (
-        matmul_flops(
-            jax.make_jaxpr(functools.partial(gradient, countable(config, recompute).model))(*arguments),
-            rollout_trips(config),
-        )
-        for recompute in (False, True)
-    )
+
+    def counted(recompute):
+        plain = functools.partial(gradient, countable(config, recompute).model)
+        return matmul_flops(jax.make_jaxpr(plain)(*arguments), rollout_trips(config))
+
     shardings = jax.tree.map(lambda x: x.sharding, arguments)
     jitted = jax.jit(
         functools.partial(gradient, config.model), in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0
     )
     lowered = _Arguments(config, mesh, arguments)
-    row = ahead.compile_program(Program(method, jitted, lambda step: True, mesh), lowered, flops, work)
+    row = ahead.compile_program(
+        Program(method, jitted, lambda step: True, mesh), lowered, counted(False), counted(True)
+    )
     common = {"variant": "1_3b", "topology": topology, "chips": mesh.size, "mesh": {"fsdp": 64}}
     return dataclasses.asdict(row) | common | {"gradient": method, "batch": config.batch_size, "accumulate": 1}
 
@@ -138,17 +138,12 @@ def draw(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    cases: dict[str, list[dict]] = {}
-    for row in rows:
-        cases.setdefault(row.get("case"), []).append(row)
     titles = ("recipe", "slice", "mesh", "batch", "update", "GiB a chip", "of", "PFLOP a chip", "again")
     titles += ("GB sent", "TB moved", "bound")
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-    for row in sorted(rows, key=lambda row: "gradient" in row):
+    for row in rows:
         _print_row(row)
-    cases.pop(None, None)
-    chosen = [cases[key] for key in cases if key.startswith("14b v5p")]
-    chips = [found[0]["chips"] for found in chosen]
+    scaling = [row for row in rows if row["variant"] == "14b" and row["topology"].startswith("v5p")]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     panels = {
         "memory of a chip, GiB": lambda row: (row["arguments"] + row["temporary"]) / 2**30,
@@ -156,8 +151,10 @@ def draw(out: Path) -> None:
         "arithmetic of a chip, PFLOP": lambda row: row["flops"] / 1e15,
     }
     for axis, (title, value) in zip(axes, panels.items(), strict=True):
-        for index, name in enumerate(("student", "critic")):
-            axis.plot(chips, [value(found[index]) for found in chosen], "o-", label=f"{name} update")
+        for name in ("student", "critic"):
+            found = [row for row in scaling if row["name"] == name]
+            chips = [row["chips"] for row in found]
+            axis.plot(chips, [value(row) for row in found], "o-", label=f"{name} update")
         axis.set(title=title, xlabel="v5p chips", xscale="log", ylim=(0, None))
         axis.set_xticks(chips, [str(count) for count in chips], minor=False)
         axis.minorticks_off()

@@ -194,8 +194,10 @@ class TrainConfig:
                 raise ValueError(f"{name}.name is 'muon': it is for whole matrices, with adapters it must be 'adamw'")
         if self.stage == "init":
             self._check_init()
-        if self.stage == "distill":
-            return self._check_distill()
+        (self._check_distill if self.stage == "distill" else self._check_others)()
+
+    def _check_others(self):
+        """Refuses what only Self Forcing and its baselines read, and a teacher that nothing asks."""
         given = {name: getattr(self, name) for name in DISTILL_ONLY if getattr(self, name) != DISTILL_ONLY[name]}
         given |= {"critic_lora.rank": self.critic_lora.rank} if self.critic_lora.rank else {}
         for name, value in given.items():

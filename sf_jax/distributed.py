@@ -23,7 +23,7 @@ _COORDINATOR, _COUNT, _INDEX = "SF_JAX_COORDINATOR", "SF_JAX_NUM_PROCESSES", "SF
 _DEVICES, _AUTOMATIC = "SF_JAX_LOCAL_DEVICES", "SF_JAX_DISTRIBUTED"
 # Network file systems show new files to other machines after a while.
 _SECONDS_TO_APPEAR = 30
-# Of a text that processes tell each other.
+# Texts that processes tell each other are filled up to a multiple of this, so that few sizes occur.
 _TEXT_BYTES = 512
 
 
@@ -119,8 +119,11 @@ def first_told(text: str | None) -> str | None:
     """The text of the first process that has one, or None; every process must ask."""
     if jax.process_count() == 1:
         return text
-    own = np.zeros(_TEXT_BYTES, np.uint8)
-    given = (text or "").encode()[:_TEXT_BYTES]
+    given = (text or "").encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(given)))))
+    if longest == 0:
+        return None
+    own = np.zeros(-(-longest // _TEXT_BYTES) * _TEXT_BYTES, np.uint8)
     own[: len(given)] = np.frombuffer(given, np.uint8)
     told = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own))
     return next((words for words in told if words), None)

@@ -101,39 +101,11 @@ class Pipeline:
         text = jnp.asarray(self.text.encode(list(prompts)))
         examples = jnp.arange(first_index, first_index + len(prompts), dtype=jnp.int32)
         key = key_for(seed, 0, Purpose.SAMPLE)
+        if self.package.kind in ("teacher", "causal"):
+            yield self._by_many_steps(text, frames, key, examples)
+            return
         height, width = self.package.size
         channels = self.package.config.channels
-        if self.package.kind == "teacher":
-            noise = ro.example_noise(key, examples, (len(prompts), frames, height, width, channels))
-            path = teacher_trajectory(
-                self.model,
-                self.package.shift,
-                self.teacher_steps,
-                self.package.guidance,
-                self.params,
-                noise,
-                text,
-                jnp.zeros_like(text),
-            )
-            yield np.asarray(to_uint8(self.codec.decode(path[-1])))
-            return
-        if self.package.kind == "causal":
-            shape = (len(prompts), frames, height, width, channels)
-            yield np.asarray(
-                _causal_video(
-                    self.model,
-                    self.package.rollout,
-                    Solver("unipc", self.package.shift, self.teacher_steps),
-                    self.package.guidance,
-                    shape,
-                    self.params,
-                    text,
-                    key,
-                    examples,
-                    self.codec,
-                )
-            )
-            return
         config = self.package.rollout
         text = _encode_text(self.model, self.params, text)
         cache = ro.empty_cache(self.model, config, len(prompts), frames, height, width)
@@ -145,6 +117,20 @@ class Pipeline:
             )
             yield np.asarray(pixels)
             start += size
+
+    def _by_many_steps(self, text: jax.Array, frames: int, key: jax.Array, examples: jax.Array) -> np.ndarray:
+        """Whole videos of a network of many steps, uint8 [B, F, h, w, 1]; text is [B, L, D]."""
+        package = self.package
+        shape = (len(examples), frames, *package.size, package.config.channels)
+        if package.kind == "teacher":
+            sampling = (package.shift, self.teacher_steps, package.guidance)
+            noise = ro.example_noise(key, examples, shape)
+            path = teacher_trajectory(self.model, *sampling, self.params, noise, text, jnp.zeros_like(text))
+            return np.asarray(to_uint8(self.codec.decode(path[-1])))
+        solver = Solver("unipc", package.shift, self.teacher_steps)
+        sampling = (package.rollout, solver, package.guidance)
+        given = (self.params, text, key, examples, self.codec)
+        return np.asarray(_causal_video(self.model, *sampling, shape, *given))
 
     def generate(self, prompts: Sequence[str], frames: int, seed: int, first_index: int = 0) -> np.ndarray:
         """Whole videos, uint8 [B, F, h, w, 1]; arguments as in `stream`."""

@@ -214,8 +214,8 @@ class Checkpoints:
         return found[0][0] if found else None
 
     def agreed_steps(self) -> list[int]:
-        """The newest complete steps that the first process sees, newest first; every process must ask."""
-        steps = [step for step, _ in step_folders(self._folder)][:40]  # so many fit into what processes tell each other
+        """The complete steps that the first process sees, newest first; every process must ask."""
+        steps = [step for step, _ in step_folders(self._folder)]
         if jax.process_count() == 1:
             return steps
         return json.loads(first_told(json.dumps(steps) if jax.process_index() == 0 else None))

@@ -57,35 +57,43 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
     with _alone(workdir):
-        with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
-            changed = checkpoints.check_config(allow_config_change)
-            for line in changed:
-                print(f"config changed: {line}", flush=True)
-            stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
-            state, start, carried, other_data = _start(config, stage, mesh, checkpoints, allow_config_change)
-            changed += other_data
-            stage = dataclasses.replace(stage, params=None, critic=None)  # they are in the state now
-            log = _open_log(config, state, workdir, start, carried)
-            if changed:
-                log.note(start, config_changed=changed)
-            try:
-                state = _run(config, stage, mesh, state, start, checkpoints, log, request, workdir, write)
-            except FloatingPointError as error:
-                advice = "lower a learning rate, or set on_nonfinite to 'skip'"
-                raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
-            except SaveError:  # names it already
-                raise
-            except OSError as error:
-                raise OSError(f"{error}; {checkpoints.last_good()}") from error
-            finally:
-                log.close()
-            checkpoints.wait()
-        params = whole_params(config, student_params(state.model), stage.frozen)
+        state, frozen = _to_the_end(config, workdir, mesh, write, allow_config_change)
+        params = whole_params(config, student_params(state.model), frozen)
         package = package_of(config, _host(params))
         path = workdir / f"{package.kind}.safetensors"
         # The others wait: their going would end the first process while it writes.
         by_first(lambda: save_package(path, package))
-        return path
+    return path
+
+
+def _to_the_end(
+    config: TrainConfig, workdir: Path, mesh: Mesh, write: WriteSamples | None, allow_config_change: bool
+) -> tuple[TrainState, dict]:
+    """Starts or resumes and runs all iterations that are left; the last state, and the frozen networks."""
+    with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
+        changed = checkpoints.check_config(allow_config_change)
+        for line in changed:
+            print(f"config changed: {line}", flush=True)
+        stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
+        state, start, carried, other_data = _start(config, stage, mesh, checkpoints, allow_config_change)
+        changed += other_data
+        stage = dataclasses.replace(stage, params=None, critic=None)  # they are in the state now
+        log = _open_log(config, state, workdir, start, carried)
+        if changed:
+            log.note(start, config_changed=changed)
+        try:
+            state = _run(config, stage, mesh, state, start, checkpoints, log, request, workdir, write)
+        except FloatingPointError as error:
+            advice = "lower a learning rate, or set on_nonfinite to 'skip'"
+            raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
+        except SaveError:  # names it already
+            raise
+        except OSError as error:
+            raise OSError(f"{error}; {checkpoints.last_good()}") from error
+        finally:
+            log.close()
+        checkpoints.wait()
+    return state, stage.frozen
 
 
 @contextlib.contextmanager
