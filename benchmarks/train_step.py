@@ -33,6 +33,7 @@ from sf_jax.models.wan import WanConfig, WanTransformer, init_params
 from sf_jax.training import self_forcing
 from sf_jax.training import step as steps
 from sf_jax.training.media import digits_media, wan_media
+from sf_jax.training.metrics import measured_flops
 from sf_jax.training.programs import countable, matmul_flops
 
 
@@ -56,19 +57,6 @@ def seconds(function, arguments) -> float:
     for given in arguments:
         jax.block_until_ready(run(*given))
     return (time.perf_counter() - began) / len(arguments)
-
-
-def matmul_peak(dtype: str, size: int) -> float:
-    """Operations a second of the best of ten products of square matrices."""
-    a = jnp.ones((size, size), dtype)
-    run = jax.jit(lambda a: a @ a)
-    jax.block_until_ready(run(a))
-    best = np.inf
-    for _ in range(10):
-        began = time.perf_counter()
-        jax.block_until_ready(run(a))
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
 
 
 def scan_loss(config, networks, frozen, state, batch):
@@ -121,7 +109,7 @@ def main() -> None:
     size = f"{data.frames} frames of {data.height}x{data.width}, dim {model.dim}, {model.num_layers} layers"
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind} x {jax.device_count()}, {platform.machine()}")
     print(f"batch {config.batch_size}, {size}, {model.dtype}, remat {model.remat}, cache_gradient stop")
-    peak = matmul_peak(args.dtype, 2048 if jax.default_backend() == "cpu" else 8192)
+    peak = measured_flops(jax.devices()[:1], args.dtype)
     print(f"matmul peak {peak / 1e9:.0f} GFLOP/s")
     columns = ("rollout", "scores", "gradient", "rest", "whole", "GFLOP")
     print(f"{'seconds of':10s}{''.join(f'{name:>10s}' for name in columns)}{'of peak':>9s}")

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
 import random
 import re
 import resource
@@ -141,10 +142,27 @@ def test_other_data_is_refused(copy, monkeypatch):
     captions = moving_digits.all_captions()
     monkeypatch.setattr(moving_digits, "all_captions", lambda: captions[:-1])
     with pytest.raises(
-        ValueError, match="data.dir is .*: step 4 was trained on other data; use the old data, or --allow"
+        ValueError, match="data.dir is .*: step 4 was trained with other data; use the old data, or --allow"
     ):
         loop.train(config, workdir)
     assert (workdir / "student.safetensors").read_bytes() == weights
+
+
+def test_other_weights_in_the_same_file_are_refused(copy):
+    config, workdir, weights = copy
+    path = pathlib.Path(config.teacher_weights)
+    kept = path.read_bytes()
+    try:
+        save_package(path, stages.package_of(small_config("teacher"), random_params(config.model, 7)))
+        with pytest.raises(
+            ValueError, match="teacher_weights is .*: step 4 was trained with other weights; use the old"
+        ):
+            loop.train(config, workdir)
+        assert (workdir / "student.safetensors").read_bytes() == weights
+        loop.train(config, workdir, allow_config_change=True)
+        assert "teacher_weights: " in losses(workdir)[-1]["config_changed"][0]
+    finally:
+        path.write_bytes(kept)
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(copy):
@@ -326,7 +344,7 @@ def test_a_run_goes_on_on_another_mesh(finished, copy):
 def test_tensorboard_gets_the_numbers_and_the_log_says_what_is_missing(teacher, tmp_path, monkeypatch):
     config = small_config("distill", teacher_weights=teacher, log={"tensorboard": True, "sample_every": 2})
     shown = []
-    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(loop, "_WORTH_MEASURING", 4)
     loop.train(config, tmp_path, lambda videos, labels, path, fps: shown.append((videos.shape, len(labels), path.name)))
     assert shown == [((2, 6, 24, 24, 1), 2, "step_000002"), ((2, 6, 24, 24, 1), 2, "step_000004")]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

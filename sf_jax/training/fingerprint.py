@@ -62,6 +62,11 @@ def measure(tree) -> dict[str, Leaf]:
     Returns:
       path -> `Leaf`.
     """
-    checksums, counts = jax.device_get(_measure(jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    if any(x.sharding.memory_kind == "pinned_host" for x in leaves):  # All of them may not fit on the devices.
+        near = (jax.device_put(x, x.sharding.with_memory_kind("device")) for x in leaves)
+        checksums, counts = np.concatenate([jax.device_get(_measure([x])) for x in near], axis=1)
+    else:
+        checksums, counts = jax.device_get(_measure(leaves))
     measured = zip(shapes_of(tree).items(), checksums, counts, strict=True)
     return {path: Leaf(*shape, int(checksum), int(count)) for (path, shape), checksum, count in measured}

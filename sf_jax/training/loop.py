@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from sf_jax.distributed import by_first, check_shared
 from sf_jax.files import check_writable, locked
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, SaveError, one_line_errors
-from sf_jax.training.metrics import Log, peak_flops
+from sf_jax.training.metrics import Log, measured_flops, peak_flops
 from sf_jax.training.programs import Program, countable, jit_updates, model_flops, rate
 from sf_jax.training.samples import WriteSamples, sampler
 from sf_jax.training.sinks import check_packages, open_sinks
@@ -25,6 +26,9 @@ from sf_jax.training.state import TrainState
 from sf_jax.training.step import leaf_names, new_state, student_params, whole_params
 from sf_jax.training.stop import StopRequest, stop_on_signals
 from sf_jax.weights.package import save_package
+
+# Iterations of a run from which the seconds that it takes to count and measure are worth it.
+_WORTH_MEASURING = 100
 
 
 def train(
@@ -75,8 +79,8 @@ def _to_the_end(
         for line in changed:
             print(f"config changed: {line}", flush=True)
         stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
-        state, start, carried, other_data = _start(config, stage, mesh, checkpoints, allow_config_change)
-        changed += other_data
+        state, start, carried, others = _start(config, stage, mesh, checkpoints, allow_config_change)
+        changed += others
         stage = dataclasses.replace(stage, params=None, critic=None)  # they are in the state now
         log = _open_log(config, state, workdir, start, carried)
         if changed:
@@ -105,7 +109,7 @@ def _alone(workdir: Path) -> Iterator[None]:
 
 
 def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, allow_config_change: bool):
-    """The state to go on from, placed on the mesh, its step, what the log had not written, and if the data changed."""
+    """The state to go on from, placed on the mesh, its step, what the log had not written, and what else changed."""
 
     def fresh(params, critic):
         return new_state(config, params, critic)
@@ -118,13 +122,16 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     if restored is None:
         return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}, []
     step, state, about = restored
-    position, source, other_data = about["data"].get("position"), about["data"].get("source"), []
-    if source != stage.source.digest:
-        other_data = [f"data: {source} -> {stage.source.digest}"]
+    position, before, others = about["data"].get("position"), about["data"].get("digests", stage.digests), []
+    for field, digest in stage.digests.items():
+        if before.get(field) == digest:
+            continue
+        others.append(f"{field}: {before.get(field)} -> {digest}")
         if not allow_config_change:
+            kind = "data" if field == "data.dir" else "weights"
             raise ValueError(
-                f"data.dir is {config.data.dir}: step {step} was trained on other data; use the old data, or "
-                "--allow_config_change to go on with these"
+                f"{field} is {operator.attrgetter(field)(config)}: step {step} was trained with other {kind}; use the "
+                f"old {kind}, or --allow_config_change to go on with these"
             )
     try:
         stage.iterator.set_state(position)
@@ -134,7 +141,7 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
             "batch_size and seed, or another --workdir"
         ) from error
     print(f"resuming from step {step}", flush=True)
-    return state, step, about["log"], other_data
+    return state, step, about["log"], others
 
 
 def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int, carried: dict) -> Log:
@@ -199,7 +206,7 @@ def _run(
         stop = request.wanted(step + 1)
         if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             # What is not finite must not replace a good checkpoint: `settle` raises.
-            data = {"position": stage.iterator.get_state(), "source": stage.source.digest}
+            data = {"position": stage.iterator.get_state(), "digests": stage.digests}
             checkpoints.save(step + 1, state, data, log.settle())
         if stop:
             raise request.finish(checkpoints, step + 1, config.grace_seconds)
@@ -213,14 +220,18 @@ def _run(
 
 
 def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Program], mesh: Mesh, arguments) -> None:
-    """Gives the log what it needs for the utilisation, where the device's peak is known."""
+    """Gives the log what it needs for the utilisation: of a chip's peak, or of what devices of other kinds reach."""
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    if peak is None or log.flops_per_step is not None:
+    if log.flops_per_step is not None or (peak is None and config.steps < _WORTH_MEASURING):
         return
     plain = countable(config)
     flops = model_flops(config, updates_of(plain, stage.source.media), arguments)
+    if peak is None:
+        total = measured_flops(mesh.local_devices, config.model.dtype) * jax.process_count()
+    else:
+        total = peak * mesh.devices.size
     log.flops_per_step = sum(flops[program.name] * rate(program.due, config.steps) for program in programs)
-    log.flops_per_second_peak = peak * mesh.devices.size
+    log.flops_per_second_peak = total
 
 
 def _host(params: dict) -> dict:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -43,6 +44,27 @@ def peak_flops(kind: str) -> float | None:
     """Peak of a device kind (`jax.Device.device_kind`), or None where it is not known, as for CPUs."""
     found = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+def measured_flops(devices: Sequence[jax.Device], dtype: str) -> float:
+    """FLOP/s that devices of this process reach together in products of square matrices, which double until they last.
+
+    Args:
+      devices: to be used at the same time; those of one CPU share its cores.
+      dtype: of the matrices.
+    """
+    product, size, seconds = jax.jit(jnp.matmul), 512, 0.0
+    while seconds < 0.02 and size < 8192:
+        size *= 2
+        matrices = [jax.device_put(jnp.ones((size, size), dtype), device) for device in devices]
+        jax.block_until_ready([product(x, x) for x in matrices])
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            jax.block_until_ready([product(x, x) for x in matrices])
+            times.append(time.perf_counter() - began)
+        seconds = min(times)
+    return 2.0 * size**3 * len(devices) / seconds
 
 
 class Log:

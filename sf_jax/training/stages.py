@@ -15,8 +15,9 @@ from sf_jax.models.vae import VaeConfig
 from sf_jax.models.wan import WanConfig
 from sf_jax.training import pairs, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
+from sf_jax.training.fingerprint import measure
 from sf_jax.training.media import Media
-from sf_jax.training.sources import VIDEO_KEYS, Source, open_source
+from sf_jax.training.sources import VIDEO_KEYS, Source, digest_of, open_source
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
@@ -38,6 +39,7 @@ class Stage:
       iterator: endless batches, with `get_state` and `set_state`.
       updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
       source: where batches and latents come from.
+      digests: hashes of data and frozen networks, by the config's field that names their place.
     """
 
     params: dict | None
@@ -47,7 +49,8 @@ class Stage:
     keys: tuple[str, ...]
     iterator: grain.DatasetIterator
     updates: tuple[Update, ...]
-    source: Source | None = None
+    source: Source
+    digests: dict[str, str]
 
 
 def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
@@ -87,7 +90,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
 
         found = pairs.open_pairs(config, workdir, load_teacher, source, mesh)
         iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
-        return Stage(params, None, frozen, {}, keys, iterator, updates, source)
+        return Stage(params, None, frozen, {}, keys, iterator, updates, source, _digests(config, frozen, source))
     critic = None
     if needs_teacher(config):
         frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
@@ -97,7 +100,22 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
     iterator = source.videos() if VIDEO_KEYS[config.data.name] in keys else source.prompts()
     given = {"negative": source.negative} if constants else {}
-    return Stage(params, critic, frozen, given, keys, iterator, updates, source)
+    return Stage(params, critic, frozen, given, keys, iterator, updates, source, _digests(config, frozen, source))
+
+
+def _digests(config: TrainConfig, frozen: dict, source: Source) -> dict[str, str]:
+    """What the updates read beside the config, as hashes of all its bits; a VAE that only shows samples is none."""
+    fields = {
+        "vae": "vae_weights" if config.rollout_frames else None,
+        "model_base": "init_weights",
+        "critic_base": "critic_weights" if config.critic_weights else "teacher_weights",
+        "teacher": "teacher_weights",
+    }
+    found = {"data.dir": source.digest}
+    for name, field in fields.items():
+        if field and name in frozen:
+            found[field] = digest_of({path: leaf.checksum for path, leaf in measure(frozen[name]).items()})
+    return found
 
 
 def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
