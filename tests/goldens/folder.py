@@ -61,7 +61,10 @@ class Folder:
     def arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict]:
         """Arrays and meta data of an npz file."""
         with np.load(self.path / name) as archive:
-            arrays = {key: archive[key] for key in archive.files if key != "meta_json"}
+            arrays = {key: archive[key] for key in archive.files if key not in ("meta_json", "same_json")}
+            if "same_json" in archive:  # arrays equal to others are kept once
+                same = json.loads(str(archive["same_json"]))
+                arrays |= {key: arrays[other] for key, other in same.items()}
             return arrays, json.loads(str(archive["meta_json"]))
 
     def model(self, role: str) -> WanTransformer:
