@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 
 import ml_collections
 
+from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanConfig
 from sf_jax.objectives.gan import GanConfig
 from sf_jax.objectives.scores import ScoreConfig
@@ -180,7 +182,24 @@ class TrainConfig:
                 "image_to_video is True: a bidirectional network has no given first frame, it must be False"
             )
         given = int(self.image_to_video)
-        self.rollout.chunks(self.data.frames - given, given)
+        try:
+            self.rollout.chunks(self.data.frames - given, given)
+        except ValueError as error:
+            raise ValueError(
+                f"data.frames is {self.data.frames}, rollout.chunk {self.rollout.chunk}: {error}"
+            ) from error
+        longest = max(self.data.frames, *self.rollout_frames, 0)
+        if longest > MAX_FRAMES:
+            name = "data.frames" if longest == self.data.frames else "rollout_frames"
+            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
+        for name in ("teacher", "critic"):
+            other = getattr(self, name)
+            for field in ("channels", "text_dim"):  # they share latents and prompts
+                if other and getattr(other, field) != getattr(self.model, field):
+                    raise ValueError(
+                        f"{name}.{field} is {getattr(other, field)}: it must be that of the model, "
+                        f"{getattr(self.model, field)}"
+                    )
         if self.offload_teacher and (self.stage != "distill" or self.objective == "gan"):
             raise ValueError(
                 "offload_teacher is True: it must be False where no teacher is asked, that is but for the objectives "
@@ -237,6 +256,10 @@ class TrainConfig:
                 )
         if self.objective == "gan" and self.critic_lora.rank:
             raise ValueError("critic_lora.rank is above 0: the GAN's critic is trained whole, it must be 0")
+        if self.objective == "gan" and self.gan.warmup >= self.steps:
+            raise ValueError(
+                f"gan.warmup is {self.gan.warmup}: it must be below steps, {self.steps}, or the student never learns"
+            )
         if self.objective == "gan" and max(self.gan.head.taps) >= self.critic_model.num_layers:
             last = self.critic_model.num_layers - 1
             raise ValueError(f"gan.head.taps is {self.gan.head.taps}: the critic's blocks are 0 to {last}")
@@ -279,7 +302,13 @@ def from_dict(values: Mapping, kind: type = TrainConfig, where: str = ""):
             hint = f"; did you mean {where}{close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
             raise ValueError(f"unknown config key {where}{key}{hint}")
         out[key] = _convert(values[key], hints[key], f"{where}{key}")
-    return kind(**out)
+    try:
+        return kind(**out)
+    except ValueError as error:
+        told = str(error)
+        if told.split(" ")[0] not in known:  # it says the whole name
+            raise
+        raise ValueError(f"{where}{told}") from error
 
 
 def _convert(value, hint, where):
@@ -301,8 +330,12 @@ def _convert(value, hint, where):
             raise ValueError(f"{where} is {value!r}: it must be a sequence")
         kinds = [k for k in typing.get_args(kind) if k is not Ellipsis]
         return tuple(_convert(v, kinds[min(i, len(kinds) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is str and value == "None" and types.NoneType in options:  # as the command line gives it
+        return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: it must be a finite number")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where} is {value!r}: it must be of type {kind.__name__}")
     return value

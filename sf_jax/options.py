@@ -46,8 +46,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         """Refuses values that no optimiser can have."""
-        one_of("optimizer.name", self.name, OPTIMIZERS)
-        one_of("optimizer.decay", self.decay, DECAYS)
+        one_of("name", self.name, OPTIMIZERS)
+        one_of("decay", self.decay, DECAYS)
         at_least(self, 0, "lr", "weight_decay", "warmup")
         if self.clip <= 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(

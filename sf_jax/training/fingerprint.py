@@ -63,7 +63,8 @@ def measure(tree) -> dict[str, Leaf]:
       path -> `Leaf`.
     """
     leaves = jax.tree.leaves(tree)
-    if any(x.sharding.memory_kind == "pinned_host" for x in leaves):  # All of them may not fit on the devices.
+    hosted = (isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host" for x in leaves)
+    if any(hosted):  # All of them may not fit on the devices.
         near = (jax.device_put(x, x.sharding.with_memory_kind("device")) for x in leaves)
         checksums, counts = np.concatenate([jax.device_get(_measure([x])) for x in near], axis=1)
     else:

@@ -194,9 +194,11 @@ def _run(
                 continue
             batch = next(stage.iterator)
             batch = sharding.put_batch({key: batch[key] for key in stage.keys}, mesh) | constants
-            if not program.compiled:
+            if not program.compiled:  # All that will be needed: what does not fit must show now, not hours later.
                 with log.clock_stopped():
-                    program.compile(state, frozen, batch)
+                    for each in programs:
+                        if any(map(each.due, range(step, config.steps))):
+                            each.compile(state, frozen, batch)
                     _tell_speed(config, log, stage, programs, mesh, (state, frozen, batch))
             state, new = program(state, frozen, batch)
             metrics |= new

@@ -76,8 +76,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
         params = start_params(config, mesh)
         if params is None and config.stage == "distill":
             raise ValueError(
-                "init_weights is None: a student of other sizes than the teacher needs weights to start from; give its "
-                "file"
+                "init_weights is None: a student of other sizes than the teacher, or without one, needs weights to "
+                "start from; give its file"
             )
     if fresh and jax.process_index() == 0:
         from_teacher = config.teacher_weights if params is not None else "random numbers"
@@ -107,7 +107,7 @@ def _digests(config: TrainConfig, frozen: dict, source: Source) -> dict[str, str
     """What the updates read beside the config, as hashes of all its bits; a VAE that only shows samples is none."""
     fields = {
         "vae": "vae_weights" if config.rollout_frames else None,
-        "model_base": "init_weights",
+        "model_base": "init_weights" if config.init_weights else "teacher_weights",
         "critic_base": "critic_weights" if config.critic_weights else "teacher_weights",
         "teacher": "teacher_weights",
     }
