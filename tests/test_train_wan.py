@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from sf_jax.config import from_dict, to_dict
 from sf_jax.inference import prepare_job, wan_job
 from sf_jax.inference.video_io import write_samples
+from sf_jax.options import LogConfig
 from sf_jax.training import export, loop
 from tests.helpers import tree_relative
 from tests.test_commands import command
@@ -55,6 +56,7 @@ def config_for(model, data, stage, **changes):
     return from_dict(values | changes)
 
 
+IMAGE = {"image_to_video": True, "rollout": {"chunk": 1, "steps": (1000, 500), "first_frame_alone": True}}
 RUNS = {
     "teacher": ("teacher", {}),
     "causal": ("causal", {}),
@@ -65,14 +67,12 @@ RUNS = {
     "long": ("distill", {"rollout_frames": (2, 4), "steps": 3}),
     "consistency": ("init", {"init": "consistency", "teacher_weights": "causal"}),
     "adapters": ("distill", {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "accumulate": 2}),
-    "image": (
-        "distill",
-        {"image_to_video": True, "rollout": {"chunk": 1, "steps": (1000, 500), "first_frame_alone": True}},
-    ),
+    "image": ("distill", IMAGE),
+    "image_ode": ("init", IMAGE),
 }
 FAST = ("teacher",)
 # What shows its samples: networks of many and of few steps, and one that begins with a given image.
-SAMPLED = ("causal", "long", "image")
+SAMPLED = ("causal", "long", "image", "image_ode")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RUNS])
@@ -88,7 +88,8 @@ def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
         )
     if name in SAMPLED:
         changes |= {"vae_weights": str(model), "log": {"sample_every": 2, "sample_count": 3}}
-    path = loop.train(config_for(model, data, stage, **changes), tmp_path, write_samples)
+    config = config_for(model, data, stage, **changes)
+    path = loop.train(config, tmp_path, write_samples)
     if name in SAMPLED:
         video = iio.imread(tmp_path / "samples" / "step_000002.mp4")
         assert video.shape == (5, 9 * 32, 9 * 3 * 48, 3) and video.std() > 1
@@ -96,6 +97,8 @@ def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     start = load_file(model / "diffusion_pytorch_model.safetensors")
     trained = load_file(path)
     assert set(trained) == set(start) and 0 < tree_relative(trained, start) < 0.1
+    if name == "image_ode":  # samples alone need the clips: the pairs are of the prompts, shown or not
+        loop.train(dataclasses.replace(config, log=LogConfig()), tmp_path)
 
 
 @pytest.mark.slow

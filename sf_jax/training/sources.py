@@ -116,9 +116,13 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
 def _wan(config, needs_videos, vae, share, dropout) -> Source:
     data, model = config.data, config.model
     sizes = {"text_dim": model.text_dim, "text_len": model.text_len}
-    if needs_videos:
+
+    def open_clips():
         shape = {"frames": data.frames, "height": data.height, "width": data.width, "channels": model.channels}
-        found = videos.open_videos(data.dir, **shape, **sizes)
+        return videos.open_videos(data.dir, **shape, **sizes)
+
+    if needs_videos:
+        found = open_clips()
         texts = found.captions
     else:
         found = texts = prompts.open_prompts(data.dir, **sizes)
@@ -128,7 +132,8 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
         return entry["caption"], entry["text"]
 
     def samples():
-        rows = [found[i % len(found)] for i in range(config.log.sample_count)]
+        shown = found if needs_videos or not config.image_to_video else open_clips()  # those begin with real frames
+        rows = [shown[i % len(shown)] for i in range(config.log.sample_count)]
         batch = {name: [row[name] for row in rows] for name in rows[0]}
         return {name: column if name == "caption" else np.stack(column) for name, column in batch.items()}
 

@@ -67,8 +67,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     vae = None
     if uses_vae(config):
         vae, frozen["vae"] = _vae(config, mesh)
-    shown = config.image_to_video and config.log.sample_every > 0  # samples begin with real frames
-    source = open_source(config, VIDEO_KEYS[config.data.name] in keys or shown, vae)
+    source = open_source(config, VIDEO_KEYS[config.data.name] in keys, vae)
     params = None
     if config.lora.rank:
         params = frozen["model_base"] = adapted_base(config, mesh)
