@@ -181,25 +181,7 @@ class TrainConfig:
             raise ValueError(
                 "image_to_video is True: a bidirectional network has no given first frame, it must be False"
             )
-        given = int(self.image_to_video)
-        try:
-            self.rollout.chunks(self.data.frames - given, given)
-        except ValueError as error:
-            raise ValueError(
-                f"data.frames is {self.data.frames}, rollout.chunk {self.rollout.chunk}: {error}"
-            ) from error
-        longest = max(self.data.frames, *self.rollout_frames, 0)
-        if longest > MAX_FRAMES:
-            name = "data.frames" if longest == self.data.frames else "rollout_frames"
-            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
-        for name in ("teacher", "critic"):
-            other = getattr(self, name)
-            for field in ("channels", "text_dim"):  # they share latents and prompts
-                if other and getattr(other, field) != getattr(self.model, field):
-                    raise ValueError(
-                        f"{name}.{field} is {getattr(other, field)}: it must be that of the model, "
-                        f"{getattr(self.model, field)}"
-                    )
+        self._check_sizes()
         if self.offload_teacher and (self.stage != "distill" or self.objective == "gan"):
             raise ValueError(
                 "offload_teacher is True: it must be False where no teacher is asked, that is but for the objectives "
@@ -214,6 +196,28 @@ class TrainConfig:
         if self.stage == "init":
             self._check_init()
         (self._check_distill if self.stage == "distill" else self._check_others)()
+
+    def _check_sizes(self):
+        """Refuses frames that are no chunks or have no positions, and networks that cannot share their inputs."""
+        given = int(self.image_to_video)
+        try:
+            self.rollout.chunks(self.data.frames - given, given)
+        except ValueError as error:
+            raise ValueError(
+                f"data.frames is {self.data.frames}, rollout.chunk {self.rollout.chunk}: {error}"
+            ) from error
+        longest = max((self.data.frames, *self.rollout_frames))
+        if longest > MAX_FRAMES:
+            name = "data.frames" if longest == self.data.frames else "rollout_frames"
+            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
+        for name in ("teacher", "critic"):
+            other = getattr(self, name)
+            for field in ("channels", "text_dim"):  # they share latents and prompts
+                if other and getattr(other, field) != getattr(self.model, field):
+                    raise ValueError(
+                        f"{name}.{field} is {getattr(other, field)}: it must be that of the model, "
+                        f"{getattr(self.model, field)}"
+                    )
 
     def _check_others(self):
         """Refuses what only Self Forcing and its baselines read, and a teacher that nothing asks."""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sf_jax.training.sharding import HOST_MEMORY
+
 
 class Leaf(NamedTuple):
     """One array of a state.
@@ -63,7 +65,7 @@ def measure(tree) -> dict[str, Leaf]:
       path -> `Leaf`.
     """
     leaves = jax.tree.leaves(tree)
-    hosted = (isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host" for x in leaves)
+    hosted = (isinstance(x, jax.Array) and x.sharding.memory_kind == HOST_MEMORY for x in leaves)
     if any(hosted):  # All of them may not fit on the devices.
         near = (jax.device_put(x, x.sharding.with_memory_kind("device")) for x in leaves)
         checksums, counts = np.concatenate([jax.device_get(_measure([x])) for x in near], axis=1)
