@@ -111,9 +111,10 @@ def ode_program(config: TrainConfig) -> Program:
     def prepare(state, frozen, batch, examples):
         del frozen, batch
         key = key_for(config.seed, state.step, Purpose.ODE_INDEX)
-        index = per_chunk_index(config, key, examples, len(config.rollout.steps))
+        # The clean entry too: a clean chunk is what the cache will hold, and it is context here, not learned.
+        index = per_chunk_index(config, key, examples, len(timesteps))
         if config.image_to_video:
-            index = index.at[:, 0].set(len(config.rollout.steps))
+            index = index.at[:, 0].set(len(timesteps) - 1)
         return index, {}
 
     def loss(params, state, frozen, batch, index):
