@@ -25,6 +25,7 @@ from sf_jax.topology import CHIPS, chip_of, tpu_devices
 from sf_jax.training import ahead, sharding
 from sf_jax.training.abstract import abstract_run
 from sf_jax.training.programs import Program, countable, matmul_flops, rollout_trips
+from tests import oracle
 
 # (variant, topology, mesh, batch, accumulate)
 SCALING = [
@@ -73,8 +74,8 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
 
         def loss(params):
             if method == "scan":
-                past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw, differentiate="stop")
-                return (past.video * weight).sum()
+                video = oracle.rollout_video(model, config.rollout, params, text, noise, exit_step, draw)
+                return (video * weight).sum()
             past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw)
             return (ro.replay(model, config.rollout, params, text, past) * weight).sum()
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.models.wan import WanConfig, WanTransformer, init_params
+from tests import oracle
 
 
 def main() -> None:
@@ -45,8 +46,8 @@ def main() -> None:
     params["head"]["kernel"] = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape) * 0.05
 
     def by_scan(params, exit_step, mode):
-        past = ro.rollout(model, config, params, text, noise, exit_step, draw, differentiate=mode)
-        return (past.video * weight).sum()
+        video = oracle.rollout_video(model, config, params, text, noise, exit_step, draw, cache_gradient=mode)
+        return (video * weight).sum()
 
     def by_replay(params, exit_step, mode):
         past = ro.rollout(model, config, params, text, noise, exit_step, draw)

@@ -35,6 +35,7 @@ from sf_jax.training import step as steps
 from sf_jax.training.media import digits_media, wan_media
 from sf_jax.training.metrics import measured_flops
 from sf_jax.training.programs import countable, matmul_flops
+from tests import oracle
 
 
 def config_of(middle: bool, batch: int | None, dtype: str, remat: str | None) -> TrainConfig:
@@ -67,8 +68,8 @@ def scan_loss(config, networks, frozen, state, batch):
         noise = ro.example_noise(jax.random.fold_in(fake.key, 1), fake.examples, shape)
         draw = ro.key_draw(jax.random.fold_in(fake.key, 2), fake.examples)
         given = (networks.student, config.rollout, params, batch["text"], noise, fake.exits, draw)
-        past = ro.rollout(*given, differentiate=config.cache_gradient)
-        return objective(config, networks, frozen, state, batch, past.video, fake)
+        video = oracle.rollout_video(*given, cache_gradient=config.cache_gradient)
+        return objective(config, networks, frozen, state, batch, video, fake)
 
     return loss
 

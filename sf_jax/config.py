@@ -40,6 +40,7 @@ DISTILL_ONLY = {
     "rollout_frames": (),
     "exits": "same",
     "cache_gradient": "stop",
+    "regression_weight": 0.0,
     "critic_weights": None,
     "critic": None,
 }
@@ -67,6 +68,8 @@ class TrainConfig:
         sees the last `data.frames` of longer ones, whose first frame is then encoded again as an image.
       image_to_video: whether the first latent frame is given; needs `rollout.first_frame_alone` and videos.
       cache_gradient: what of the gradient crosses a chunk, see `rollout.replay`.
+      regression_weight: weight of a regression beside the objective of "distill": the student denoises chunks of real
+        videos behind the real clean chunks before them. It keeps what a mode-seeking loss loses, and reads videos.
       on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the update.
       model: sizes of the trained network.
       teacher: sizes of the teacher; None is `model`.
@@ -112,6 +115,7 @@ class TrainConfig:
     rollout_frames: tuple[int, ...] = ()
     image_to_video: bool = False
     cache_gradient: str = "stop"
+    regression_weight: float = 0.0
     on_nonfinite: str = "stop"
     model: WanConfig = WanConfig()
     teacher: WanConfig | None = None
@@ -156,6 +160,7 @@ class TrainConfig:
             one_of(name, getattr(self, name), allowed)
         counts = ("steps", "batch_size", "accumulate", "generator_every", "log_every", "checkpoint_every")
         at_least(self, 1, *counts, "keep_checkpoints")
+        at_least(self, 0, "regression_weight")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}: it must divide batch_size, {self.batch_size}")
         if self.grace_seconds <= 0:

@@ -3,8 +3,7 @@
 Source: paper, Algorithm 1 (training) and 2 (inference); official `SelfForcingTrainingPipeline` and
 `CausalInferencePipeline`. `generate_chunk` is the one piece of code that both use; `rollout` scans it over the chunks
 without gradient, and `replay` then recomputes the exit step of all chunks in parallel, which is where the gradient
-is taken. `rollout(..., differentiate=...)` differentiates through the scan instead: slower, and what the tests compare
-with.
+is taken. Differentiating through the scan instead is slower; `tests/oracle.py` does it, for comparison.
 """
 
 import dataclasses
@@ -26,7 +25,8 @@ from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 # draw(kind, chunk, step, shape) -> standard normal noise; kind is "renoise" or "context".
 Draw = Callable[[str, Any, Any, tuple[int, ...]], jax.Array]
 
-CACHE_GRADIENTS = ("stop", "straight_through")
+CACHE_GRADIENTS = ("stop", "straight_through", "write")
+CONTEXTS = ("clean", "noisy")
 CONTEXT_NOISES = ("exact", "official", "none")
 
 
@@ -42,6 +42,8 @@ class RolloutConfig:
       first_frame_alone: whether the first frame is a chunk of its own (official `independent_first_frame`).
       window: latent frames seen at once, sink and current chunk included; None for all.
       sink: first latent frames that stay visible.
+      context: where the cached keys and values of a finished chunk come from: a "clean" pass over it (one more call of
+        the network), or its last denoising step ("noisy"; as in Causal-rCM), which needs no call of its own.
       context_timestep: timestep of the clean pass that writes a finished chunk to the cache.
       context_noise: noise added to the chunk for that pass: "exact" (sigma = context_timestep / 1000, so none at 0),
         "official" (the nearest table entry, as the official training does: sigma 0.005 at 0), or "none" (whatever the
@@ -55,6 +57,7 @@ class RolloutConfig:
     first_frame_alone: bool = False
     window: int | None = None
     sink: int = 0
+    context: str = "clean"
     context_timestep: float = 0.0
     context_noise: str = "exact"
 
@@ -68,6 +71,13 @@ class RolloutConfig:
             raise ValueError(f"context_noise is {self.context_noise!r}: it must be one of {', '.join(CONTEXT_NOISES)}")
         if not 0 <= self.context_timestep <= TRAIN_STEPS:
             raise ValueError(f"context_timestep is {self.context_timestep}: it must be in [0, {TRAIN_STEPS}]")
+        if self.context not in CONTEXTS:
+            raise ValueError(f"context is {self.context!r}: it must be one of {', '.join(CONTEXTS)}")
+        if self.context == "noisy" and (self.context_timestep or self.context_noise != "exact"):
+            raise ValueError(
+                f"context is 'noisy', context_timestep {self.context_timestep}, context_noise {self.context_noise!r}: "
+                "without a clean pass they must be 0 and 'exact'"
+            )
         attention.check_window(self.window, self.sink, (self.chunk,))
 
     @property
@@ -79,6 +89,13 @@ class RolloutConfig:
     def timesteps(self) -> tuple[float, ...]:
         """The denoising timesteps that the network is told."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
+
+    @property
+    def adds_context_noise(self) -> bool:
+        """Whether the clean pass reads a noised chunk instead of the chunk itself."""
+        if self.context_noise == "official":
+            return True
+        return self.context_noise == "exact" and self.context_timestep > 0
 
     def chunks(self, frames: int, initial_frames: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk sizes of the given initial latents and of the `frames` new ones."""
@@ -95,7 +112,8 @@ class Rollout:
       video: [B, F, H, W, C] clean latents, initial frames included.
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
-      cache: clean keys and values of all frames.
+      cache: keys and values of all frames (of the last ones, if made without `full_cache`).
+      context_inputs: [B, F_new, H, W, C] what the clean passes read; None where they read the video itself.
       initial_frames: number of given frames at the start (static).
     """
 
@@ -103,6 +121,7 @@ class Rollout:
     exit_inputs: jax.Array
     exits: jax.Array
     cache: KVCache
+    context_inputs: jax.Array | None = None
     initial_frames: int = flax.struct.field(pytree_node=False, default=0)
 
 
@@ -167,8 +186,17 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
     )
 
 
-def _predict(model, config, params, x, t, text, layout, cache):
-    """Clean prediction and own keys/values at timestep `t` (scalar) for one chunk."""
+def predict(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    x: jax.Array,
+    t: jax.Array | float,
+    text: KeysValues,
+    layout: Layout,
+    cache: KVCache,
+) -> tuple[jax.Array, KeysValues]:
+    """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and its own keys and values."""
     t = jnp.full((x.shape[0], 1), t, jnp.float32)
     flow, kv = model.apply({"params": params}, x, t, text, layout, cache, return_kv=True)
     return config.schedule.to_clean(flow, x, t), kv
@@ -186,13 +214,13 @@ def write_chunk(
 ) -> tuple[KVCache, KeysValues]:
     """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and writes it to the cache."""
     layout = chunk_layout(cache, config, start, clean.shape[1])
-    _, kv = _predict(model, config, params, clean, t, text, layout, cache)
+    _, kv = predict(model, config, params, clean, t, text, layout, cache)
     return kv_cache.write(cache, kv.k, kv.v, start), kv
 
 
-def _context_input(config, clean, draw, chunk):
-    """The finished chunk as the clean pass sees it."""
-    if config.context_noise == "none" or (config.context_noise == "exact" and config.context_timestep == 0):
+def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: jax.Array | int) -> jax.Array:
+    """The finished chunk [B, n, H, W, C] as the clean pass reads it."""
+    if not config.adds_context_noise:
         return clean
     noise = draw("context", chunk, 0, clean.shape)
     if config.context_noise == "official":
@@ -212,55 +240,38 @@ def generate_chunk(
     chunk: jax.Array | int,
     exit_step: jax.Array | int,
     draw: Draw,
-    differentiate: str | None = None,
-    live: jax.Array | bool = True,
 ) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Generates one chunk and writes it to the cache.
+    """Generates one chunk, without gradient, and writes it to the cache.
 
     Args:
       model: the student.
       config: how to generate.
       params: the student's parameters.
       text: prompt keys and values, from `encode_text`.
-      cache: clean keys and values of the frames before.
+      cache: keys and values of the frames before.
       noise: [B, n, H, W, C] initial noise of the chunk.
       start: first frame of the chunk; may be traced.
       chunk: index of the chunk, for `draw`; may be traced.
       exit_step: index of the denoising step whose prediction is the result; may be traced.
       draw: source of noise.
-      differentiate: None, or the `cache_gradient` of differentiating through the scan.
-      live: with `differentiate`, whether this chunk takes a gradient.
 
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
     """
-    frozen = jax.lax.stop_gradient((params, text))
+    params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
     layout = chunk_layout(cache, config, start, noise.shape[1])
-    past = jax.lax.stop_gradient(cache)
-    kv, clean, x = _denoise(model, config, *frozen, past, layout, jax.lax.stop_gradient(noise), chunk, exit_step, draw)
-    if differentiate is not None:
-        t = jnp.asarray(config.timesteps, jnp.float32)[exit_step]
-        seen = cache if differentiate == "straight_through" else past
-        clean, noisy_kv = _predict(model, config, params, x, t, text, layout, seen)
-        clean = jnp.where(live, clean, jax.lax.stop_gradient(clean))
-    if differentiate == "straight_through":
-
-        def pass_gradient(value, noisy):
-            return value + jnp.where(live, noisy - jax.lax.stop_gradient(noisy), 0)
-
-        kv = jax.tree.map(pass_gradient, kv, noisy_kv)
-    else:
-        cache = past
+    kv, clean, x = _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw)
     return kv_cache.write(cache, kv.k, kv.v, start), clean, x
 
 
 def _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw):
-    """All calls of the network for one chunk, without gradient, in one loop: one copy of the network is compiled.
+    """All calls of the network for one chunk in one loop: one copy of the network is compiled.
 
-    The calls are the denoising steps up to the exit step, then the clean pass. Returns the clean pass's keys and
-    values, the clean chunk and the exit step's input.
+    The calls are the denoising steps up to the exit step, then the clean pass where there is one. Returns the last
+    call's keys and values, the clean chunk and the exit step's input.
     """
     timesteps = jnp.asarray([*config.timesteps, config.context_timestep], jnp.float32)
+    calls = exit_step + (2 if config.context == "clean" else 1)
 
     def call(step, carry):
         clean, x, _ = carry
@@ -268,16 +279,16 @@ def _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step
         inputs = (
             lambda: noise,
             lambda: config.schedule.add_noise(clean, draw("renoise", chunk, step - 1, noise.shape), timesteps[step]),
-            lambda: _context_input(config, clean, draw, chunk),
+            lambda: context_input(config, clean, draw, chunk),
         )
         now = jax.lax.switch(kind, inputs)
         t = jnp.where(step > exit_step, timesteps[-1], timesteps[step])
-        predicted, kv = _predict(model, config, params, now, t, text, layout, cache)
+        predicted, kv = predict(model, config, params, now, t, text, layout, cache)
         return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
 
-    kv = jax.eval_shape(lambda: _predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
+    kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
     empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
-    clean, x, kv = jax.lax.fori_loop(0, exit_step + 2, call, (jnp.zeros_like(noise), noise, empty))
+    clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, empty))
     return jax.lax.stop_gradient((kv, clean, x))
 
 
@@ -291,12 +302,10 @@ def rollout(
     draw: Draw,
     initial: jax.Array | None = None,
     full_cache: bool = True,
-    differentiate: str | None = None,
-    first_live: int = 0,
 ) -> Rollout:
     """Generates a video chunk by chunk (paper, Algorithm 1 without its gradient; Algorithm 2 at the last exit step).
 
-    No gradient flows unless `differentiate` says so; use `replay` to get one.
+    No gradient flows; `replay` takes it.
 
     Args:
       model: the student.
@@ -307,38 +316,34 @@ def rollout(
       exits: int, or int32 [chunks]: exit step of every chunk, in [0, len(config.steps)); may be traced.
       draw: source of noise, see `key_draw`.
       initial: [B, I, H, W, C] clean latents to continue from.
-      full_cache: keep all frames in the cache (what `replay` needs) even if a window would need fewer.
-      differentiate: "stop" or "straight_through" to differentiate through the scan (the tests' oracle).
-      first_live: with `differentiate`, index of the first new chunk that takes a gradient.
+      full_cache: keep all frames in the cache (what most of `replay` needs) even if a window would need fewer.
 
     Raises:
       ValueError: if the frames are no multiple of the chunk, or more than the position table holds.
     """
-    if differentiate not in (None, *CACHE_GRADIENTS):
-        raise ValueError(f"differentiate is {differentiate!r}: it must be None or one of {', '.join(CACHE_GRADIENTS)}")
     batch, frames, height, width, _ = noise.shape
     start = 0 if initial is None else initial.shape[1]
     given, chunks = config.chunks(frames, start)
     if start + frames > MAX_FRAMES:
         raise ValueError(f"frames is {start + frames}: positions are tabulated for {MAX_FRAMES} latent frames")
+    params, text = jax.lax.stop_gradient((params, text))
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")
     cache = empty_cache(model, config, batch, start + frames, height, width, full_cache)
     kv_cache.check_capacity(cache, start + frames, config.window)
-    frozen, frozen_text = jax.lax.stop_gradient((params, text))
     for first, last in attention.chunk_bounds(given) if given else ():
-        cache, _ = write_chunk(model, config, frozen, frozen_text, cache, initial[:, first:last], first)
+        cache, _ = write_chunk(model, config, params, text, cache, initial[:, first:last], first)
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
 
     def step(cache, noise, chunk, first, exit_step):
-        live = True if first_live == 0 else jnp.asarray(chunk) >= first_live
-        return generate_chunk(
-            model, config, params, text, cache, noise, first, chunk, exit_step, draw, differentiate, live
-        )
+        cache, clean, x = generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
+        read = (context_input(config, clean, draw, chunk),) if config.adds_context_noise else ()
+        return cache, clean, x, *read
 
-    cache, clean, exit_inputs = run_chunks(step, cache, noise, chunks, start, exits)
+    cache, clean, exit_inputs, *read = run_chunks(step, cache, noise, chunks, start, exits)
     video = clean if initial is None else jnp.concatenate([initial, clean], axis=1)
-    return Rollout(video=video, exit_inputs=exit_inputs, exits=exits, cache=cache, initial_frames=start)
+    context_inputs = read[0] if read else None
+    return Rollout(video, exit_inputs, exits, cache, context_inputs, initial_frames=start)
 
 
 def run_chunks(
@@ -406,39 +411,75 @@ def replay(
       config: how the rollout was generated.
       params: the student's parameters.
       text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
-      past: the rollout, made with `full_cache`.
-      cache_gradient: "stop" (context keys and values are constants; the paper's Algorithm 1) or "straight_through"
-        (their gradient goes to the keys and values of the earlier chunk's exit step, as in the official code).
+      past: the rollout, made with `full_cache` (but for "write" with `first_live` 0, which reads no cache).
+      cache_gradient: what of the loss of later chunks reaches the keys and values of earlier ones.
+        "stop": nothing; they are constants (paper, Algorithm 1).
+        "straight_through": their gradient goes to the keys and values of the earlier chunk's exit step, as in the
+        official code.
+        "write": the clean passes that wrote them are computed again beside the exit steps, with live parameters and
+        constant latents (Self Gradient Forcing, arXiv 2607.20368).
       first_live: index of the first new chunk that takes a gradient; chunks before it come from the rollout.
 
     Returns:
       [B, F, H, W, C] clean latents, given and earlier frames included (without gradient).
+
+    Raises:
+      ValueError: on another `cache_gradient`, or if the rollout's cache does not hold what is needed.
     """
+    return replay_recorded(model, config, params, text, jax.lax.stop_gradient(past), cache_gradient, first_live)
+
+
+def replay_recorded(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    text: jax.Array | KeysValues,
+    past: Rollout,
+    cache_gradient: str,
+    first_live: int,
+) -> jax.Array:
+    """`replay`, but differentiable in what the rollout recorded, too; its arguments are those of `replay`."""
     if cache_gradient not in CACHE_GRADIENTS:
         raise ValueError(f"cache_gradient is {cache_gradient!r}: it must be one of {', '.join(CACHE_GRADIENTS)}")
     total = past.video.shape[1]
-    if past.cache.capacity < total:
-        raise ValueError(
-            f"the cache holds {past.cache.capacity} of {total} frames: make the rollout with full_cache=True"
-        )
     given, chunks = config.chunks(past.exit_inputs.shape[1], past.initial_frames)
     first = len(given) + first_live
     offset = sum((given + chunks)[:first])
-    new_offset = offset - past.initial_frames
+    writes = cache_gradient == "write" and config.context == "clean"
+    # Frames whose clean pass is computed again: nobody reads the last chunk's.
+    live = (0 if first_live == 0 else offset, total - chunks[-1]) if writes else (offset, offset)
+    needs_cache = not writes or live[0] > 0
+    if needs_cache and past.cache.capacity < total:
+        raise ValueError(
+            f"the cache holds {past.cache.capacity} of {total} frames: make the rollout with full_cache=True"
+        )
     timesteps = jnp.asarray(config.timesteps, jnp.float32)[past.exits]
-    t = jnp.repeat(timesteps, np.asarray(chunks), total_repeat_length=sum(chunks))[None, new_offset:]
-    x = jax.lax.stop_gradient(past.exit_inputs[:, new_offset:])
-    t = jnp.broadcast_to(t, x.shape[:2])
+    t = jnp.repeat(timesteps, np.asarray(chunks), total_repeat_length=sum(chunks))[offset - past.initial_frames :]
+    x = past.exit_inputs[:, offset - past.initial_frames :]
+    clean, clean_t = _clean_pass_inputs(config, past, live)
+    # Without a clean pass the exit step itself wrote the cache: its gradient is the straight-through one, exactly.
+    through = cache_gradient == "straight_through" or (cache_gradient == "write" and not writes)
     layout = Layout(
-        frames=np.arange(offset, total),
-        context_frames=np.arange(total),
-        pattern=attention.replay(given + chunks, first, config.window, config.sink, total),
-        straight_through=offset if cache_gradient == "straight_through" else None,
+        frames=np.concatenate([np.arange(*live), np.arange(offset, total)]),
+        context_frames=np.arange(total) if needs_cache else None,
+        pattern=attention.replay(given + chunks, first, config.window, config.sink, total, live),
+        straight_through=offset if through else None,
     )
-    context = jax.lax.stop_gradient(KeysValues(past.cache.k, past.cache.v))
-    flow = model.apply({"params": params}, x, t, text, layout, context)
-    clean = config.schedule.to_clean(flow, x, t)
-    return jnp.concatenate([jax.lax.stop_gradient(past.video[:, :offset]), clean], axis=1)
+    context = KeysValues(past.cache.k, past.cache.v) if needs_cache else None
+    own_t = jnp.broadcast_to(jnp.concatenate([clean_t, t]), (x.shape[0], len(layout.frames)))
+    own = jnp.concatenate([clean, x], axis=1)
+    flow = model.apply({"params": params}, own, own_t, text, layout, context)[:, clean.shape[1] :]
+    video = config.schedule.to_clean(flow, x, jnp.broadcast_to(t, x.shape[:2]))
+    return jnp.concatenate([past.video[:, :offset], video], axis=1)
+
+
+def _clean_pass_inputs(config, past, live):
+    """What the clean passes of the frames `live` read, [B, n, H, W, C], and their timesteps [n]."""
+    read, new = past.video, past.initial_frames
+    if past.context_inputs is not None:
+        read = jnp.concatenate([read[:, :new], past.context_inputs], axis=1)
+    t = np.where(np.arange(*live) < new, 0.0, config.context_timestep).astype(np.float32)
+    return read[:, slice(*live)], jnp.asarray(t)
 
 
 def exit_range(config: RolloutConfig, exit_step: jax.Array | int) -> tuple[jax.Array, jax.Array]:

@@ -13,6 +13,7 @@ from sf_jax import many_step
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.models import attention, wan
+from tests import oracle
 from tests.helpers import SIZE, SMALL, inputs, random_params, relative, tree_relative
 
 MODEL = wan.WanTransformer(SMALL)
@@ -22,6 +23,8 @@ SHAPES = {
     "windowed": ro.RolloutConfig(chunk=3, window=6),
     "window and sink": ro.RolloutConfig(chunk=2, window=5, sink=1),
     "first frame alone": ro.RolloutConfig(chunk=2, first_frame_alone=True, window=6, sink=1),
+    "context noise": ro.RolloutConfig(chunk=3, context_timestep=80.0),
+    "noisy context": ro.RolloutConfig(chunk=3, window=6, context="noisy"),
 }
 FRAMES = {"first frame alone": 9, "window and sink": 10}
 
@@ -36,14 +39,15 @@ def run(config, params, text, noise, draw, exits, full_cache=True, initial=None)
     return ro.rollout(MODEL, config, params, text, noise, exits, draw, initial, full_cache)
 
 
-def mostly_slow(*fast):
-    """All shapes; those that are not `fast` are for the long run."""
+def mostly_slow(*fast, leave_out=()):
+    """All shapes but those left out; those that are not `fast` are for the long run."""
+    names = [name for name in SHAPES if name not in leave_out]
     return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in SHAPES]
+        "name", [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
     )
 
 
-@mostly_slow("window and sink", "first frame alone")
+@mostly_slow("window and sink", "first frame alone", leave_out=("context noise", "noisy context"))
 def test_cached_rollout_equals_one_block_causal_forward(name):
     config, frames, noise, text, draw = case(name)
     params = random_params()
@@ -79,15 +83,14 @@ def test_ring_equals_the_full_cache(name):
     assert relative(ring.video, full.video) < 1e-6
 
 
-@mostly_slow("window and sink")
+@mostly_slow("window and sink", "noisy context")
 def test_replay_equals_differentiating_through_the_scan(name):
     config, _, noise, text, draw = case(name)
     params = random_params()
     weight = jax.random.normal(jax.random.key(9), noise.shape)
 
     def by_scan(inputs, exits, mode):
-        past = ro.rollout(MODEL, config, *inputs, noise, exits, draw, differentiate=mode)
-        return (past.video * weight).sum()
+        return (oracle.rollout_video(MODEL, config, *inputs, noise, exits, draw, cache_gradient=mode) * weight).sum()
 
     def by_replay(inputs, exits, mode):
         past = ro.rollout(MODEL, config, *inputs, noise, exits, draw)
@@ -125,6 +128,92 @@ def test_gradient_is_zero_where_it_must_be():
     alone = gradient(params, "stop", 1, late)
     assert tree_relative(gradient(params, "stop", 0, late), alone) < 1e-6
     assert tree_relative(gradient(params, "straight_through", 0, late), alone) > 0.01
+
+
+@pytest.mark.parametrize("name", ["window and sink", "first frame alone", "context noise"])
+def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
+    config, _, noise, text, draw = case(name)
+    params = random_params()
+    ring = run(config, params, text, noise, draw, 2, False)  # it reads no cache
+    video = jax.jit(functools.partial(ro.replay, MODEL, config, cache_gradient="write"))(params, text, ring)
+    assert relative(video, ring.video) < 1e-5
+
+
+@mostly_slow("first frame alone", leave_out=("chunk-wise", "noisy context"))
+def test_live_clean_passes_behind_given_and_earlier_frames(name):
+    config = SHAPES[name]
+    frames = {"first frame alone": 8, "window and sink": 8}.get(name, 9)
+    noise, text, draw = inputs(frames)
+    given = 1 if config.first_frame_alone else config.chunk
+    initial = jax.random.normal(jax.random.key(5), (2, given, *SIZE, SMALL.channels))
+    params = random_params()
+    weight = jax.random.normal(jax.random.key(9), (2, given + frames, *SIZE, SMALL.channels))
+    past = run(config, params, text, noise, draw, 1, True, initial)
+
+    @jax.jit
+    def gradients(params, text):
+        def by_scan(params, text, live):
+            return oracle.rollout_video(MODEL, config, params, text, noise, 1, draw, initial, "write", live)
+
+        def by_replay(params, text, live):
+            return ro.replay(MODEL, config, params, text, past, "write", live)
+
+        return [
+            [jax.grad(lambda *a, f=f, live=live: (f(*a, live) * weight).sum(), (0, 1))(params, text) for live in (0, 1)]
+            for f in (by_scan, by_replay)
+        ]
+
+    scan, replay = gradients(params, text)
+    for live in (0, 1):
+        assert tree_relative(replay[live], scan[live]) < 1e-6, live
+    assert tree_relative(replay[0], replay[1]) > 0.01
+
+
+def test_a_later_loss_reaches_every_earlier_clean_pass():
+    config = SHAPES["chunk-wise"]
+    params, (noise, text, draw) = random_params(), inputs(9)
+    past = run(config, params, text, noise, draw, 1)
+
+    @jax.jit
+    def recorded_gradient(video):
+        """Of the last chunk alone, in the clean latents."""
+        return jax.grad(
+            lambda video: ro.replay_recorded(MODEL, config, params, text, past.replace(video=video), "write", 0)[
+                :, 6:
+            ].sum()
+        )(video)
+
+    size = np.abs(np.asarray(recorded_gradient(past.video))).max(axis=(0, 2, 3, 4))
+    assert (size[:6] > 0).all() and (size[6:] == 0).all()
+
+    # what the rollout recorded is constant; the parameters of the clean passes are not
+    def loss(params, past, mode):
+        return ro.replay(MODEL, config, params, text, past, mode)[:, 6:].sum()
+
+    by_past = jax.jit(jax.grad(functools.partial(loss, mode="write"), 1, allow_int=True))(params, past)
+    for leaf in jax.tree.leaves(by_past):
+        assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
+    stop, write = (jax.jit(jax.grad(functools.partial(loss, mode=mode)))(params, past) for mode in ("stop", "write"))
+    assert tree_relative(write, stop) > 0.01
+
+
+def test_noisy_context_needs_no_clean_pass():
+    config, _, noise, text, draw = case("noisy context")
+    params, calls = random_params(), []
+
+    def counted(kind, chunk, step, shape):
+        jax.debug.callback(lambda s: calls.append((kind, int(s))), step)
+        return draw(kind, chunk, step, shape)
+
+    past = jax.jit(lambda: ro.rollout(MODEL, config, params, text, noise, 2, counted))()
+    jax.effects_barrier()
+    assert sorted(calls) == sorted([("renoise", 0), ("renoise", 1)] * 3)
+    # the cache holds what one pass over all noisy chunks computes
+    layout = wan.Layout(frames=np.arange(9), pattern=attention.block_causal((3, 3, 3), config.window))
+    t = jnp.full((2, 9), config.timesteps[2])
+    flow, kv = jax.jit(lambda x: MODEL.apply({"params": params}, x, t, text, layout, return_kv=True))(past.exit_inputs)
+    assert relative(past.cache.k, kv.k) < 1e-5 and relative(past.cache.v, kv.v) < 1e-5
+    assert relative(past.video, config.schedule.to_clean(flow, past.exit_inputs, t)) < 1e-5
 
 
 def test_exit_step_is_traced_and_saves_work():
@@ -184,6 +273,8 @@ def test_context_noise_exact_adds_none_and_official_a_little():
         ({"steps": (2000, 500)}, "first entry must be at most 1000"),
         ({"context_noise": "some"}, "context_noise is 'some': it must be one of exact, official, none"),
         ({"window": 2}, "window is 2 frames: it must be at least chunk"),
+        ({"context": "dirty"}, "context is 'dirty': it must be one of clean, noisy"),
+        ({"context": "noisy", "context_timestep": 80.0}, "without a clean pass they must be 0 and 'exact'"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):

@@ -120,27 +120,36 @@ def replay(
     window: int | None = None,
     sink: int = 0,
     context_frames: int | None = None,
+    live: Range | None = None,
 ) -> Pattern:
     """Chunks `first:` in parallel, each seeing itself and the *context* (clean) frames of the chunks before it.
 
     Args:
       chunks: sizes of all chunks of the video.
-      first: index of the first chunk that is processed; own frame 0 is its first frame.
+      first: index of the first chunk that is processed; its first frame is the first own frame behind `live`.
       window: as in `visible_past`.
       sink: as in `visible_past`.
       context_frames: how many frames the context holds; None means all.
+      live: clean frames [begin, end), whole chunks, that are processed too: they are the first own frames, and others
+        see them there instead of in the context, which need only hold the frames before `begin`.
     """
     check_window(window, sink, chunks)
     bounds = chunk_bounds(chunks)
-    offset = bounds[first][0]
-    groups = []
-    for start, stop in bounds[first:]:
-        own = (start - offset, stop - offset)
+    begin, end = live or (bounds[first][0],) * 2
+
+    def group(start, stop, place):
+        """The frames [start, stop) as own frames from `place` on."""
         past = visible_past(start, stop, window, sink)
-        if context_frames is not None and any(r[1] > context_frames for r in past):
-            raise ValueError(f"the context holds {context_frames} frames, chunk [{start}, {stop}) needs {past}")
-        groups.append(Group(own, (own,), past))
-    return tuple(groups)
+        before = tuple((a, min(b, begin)) for a, b in past if a < begin) if end > begin else past
+        if context_frames is not None and any(r[1] > context_frames for r in before):
+            raise ValueError(f"the context holds {context_frames} frames, chunk [{start}, {stop}) needs {before}")
+        seen = tuple((max(a, begin) - begin, b - begin) for a, b in past if b > begin) if end > begin else ()
+        own = (place, place + stop - start)
+        return Group(own, _merge((*seen, own)), before)
+
+    clean = tuple(group(start, stop, start - begin) for start, stop in bounds if begin <= start and stop <= end)
+    places = end - begin - bounds[first][0]
+    return clean + tuple(group(start, stop, places + start) for start, stop in bounds[first:])
 
 
 def cached(frames: int, context_frames: int) -> Pattern:

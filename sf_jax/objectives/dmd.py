@@ -57,7 +57,7 @@ def generator_loss(
     gradient = jax.lax.stop_gradient(jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0))
     norm = jnp.abs(gradient).mean() + scores.nothing_or_nan(fake, real)
     weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
-    count = weight.sum()
+    count = jnp.maximum(weight.sum(), 1)
     value = 0.5 * (weight * jnp.square(gradient)).sum() / count
     # Its derivative in `video` is gradient / count, exactly; mse(video, video - gradient) would lose digits.
     surrogate = (weight * gradient * video).sum() / count

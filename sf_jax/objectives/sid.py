@@ -41,4 +41,4 @@ def generator_loss(
     lag = jnp.square(config.student_schedule.to_flow(fake, noisy, t) - (noise - video)).mean()
     broken = jax.lax.stop_gradient(nothing_or_nan(fake, real))
     aux = {"critic_lag": jax.lax.stop_gradient(lag), "teacher_distance": distance.mean()}
-    return (weight * loss).sum() / weight.sum() + broken, aux
+    return (weight * loss).sum() / jnp.maximum(weight.sum(), 1) + broken, aux

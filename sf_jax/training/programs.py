@@ -119,9 +119,9 @@ def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable
 
 
 def rollout_trips(config: TrainConfig) -> float:
-    """Mean number of the network's calls per chunk of a rollout: up to the exit step, then the clean pass."""
+    """Mean number of the network's calls per chunk of a rollout: up to the exit step, then any clean pass."""
     steps = len(config.rollout.steps)
-    return 1.0 + (steps if config.exits == "last" else (steps + 1) / 2)
+    return (config.rollout.context == "clean") + (steps if config.exits == "last" else (steps + 1) / 2)
 
 
 def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:

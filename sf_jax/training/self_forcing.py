@@ -13,7 +13,7 @@ from sf_jax.objectives import causal, dmd, gan, scores, sid
 from sf_jax.rng import Purpose, key_for
 from sf_jax.training.media import Media
 from sf_jax.training.step import Loss, Program, critic_params, model_params
-from sf_jax.training.supervised import layout_of, per_chunk_index, per_example
+from sf_jax.training.supervised import chunks_of, layout_of, per_chunk_index, per_example
 
 OBJECTIVES = {"dmd": dmd.generator_loss, "sid": sid.generator_loss}
 
@@ -96,7 +96,8 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
                 past = _student_rollout(config, media, networks.student, params, batch, key, examples, exits, frames)
                 metrics = _health(past.video) if purpose == Purpose.GENERATOR else {}
             else:
-                forced = _noised(config, media, batch, key, examples)
+                # With diffusion forcing a clean chunk is what the cache will hold: context here, not learned.
+                forced = _noised(config, media, batch, key, examples, config.student_input == "diffusion_forcing")
             shape = (len(examples), config.data.frames, config.data.height, config.data.width, config.model.channels)
             t, noise = _score_draws(config, key, examples, exits, shape)
             return _Fake(past, forced, exits, t, noise, key, examples), metrics
@@ -126,10 +127,10 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial)
 
 
-def _noised(config, media, batch, key, examples) -> tuple:
-    """Real videos, a denoising timestep for every chunk, and noise: the input of the baselines' student."""
+def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
+    """Real videos, a denoising timestep for every chunk (0 too, with `clean_chunks`), and noise."""
     clean = media.clean(batch)
-    steps = jnp.asarray(config.rollout.timesteps, jnp.float32)
+    steps = jnp.asarray(config.rollout.timesteps + (0.0,) * clean_chunks, jnp.float32)
     t = steps[per_chunk_index(config, jax.random.fold_in(key, 1), examples, len(steps))]
     t = t.at[:, 0].set(0.0) if config.image_to_video else t
     return clean, t, ro.example_noise(jax.random.fold_in(key, 2), examples, clean.shape)
@@ -163,7 +164,7 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
         video = causal.causal_video(
             params, networks.student, layout, clean, batch["text"], t, noise, config.rollout.schedule
         )
-        return video, _given_mask(config)
+        return video, (t != 0)[:, :, None, None, None]
     total, window = fake.past.video.shape[1], config.data.frames
     first_live = _first_live(config, total)
     video = ro.replay(
@@ -199,7 +200,35 @@ def _given_mask(config):
     return (jnp.arange(config.data.frames) >= 1)[None, :, None, None, None] if config.image_to_video else None
 
 
+def _regression(config, media, networks, params, batch, fake: _Fake):
+    """Mean squared error of the clean prediction of real chunks, each behind the real clean chunks before it.
+
+    What goes on is all but determined by what came before, so the mean that a regression learns is sharp; the first
+    chunk is not, and is left out.
+    """
+    clean, t, noise = _noised(config, media, batch, jax.random.fold_in(fake.key, 8), fake.examples)
+    layout = layout_of(config, True)
+    video = causal.causal_video(
+        params, networks.student, layout, clean, batch["text"], t, noise, config.rollout.schedule
+    )
+    return jnp.square(video - clean)[:, chunks_of(config)[0] :].mean()
+
+
 def _student_loss(config: TrainConfig, media: Media, networks: Networks):
+    """The student's loss: that of its objective, and a regression on real videos where one is asked for."""
+    objective = _objective_loss(config, media, networks)
+
+    def loss(params, state, frozen, batch, fake):
+        value, metrics = objective(params, state, frozen, batch, fake)
+        if not config.regression_weight:
+            return value, metrics
+        error = _regression(config, media, networks, model_params(config, params, frozen), batch, fake)
+        return value + config.regression_weight * error, metrics | {"regression": error}
+
+    return loss
+
+
+def _objective_loss(config: TrainConfig, media: Media, networks: Networks):
     """The student's loss: replay of the exit steps, then the distribution-matching objective."""
 
     def loss(params, state, frozen, batch, fake):

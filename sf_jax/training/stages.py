@@ -134,7 +134,8 @@ def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if config.stage == "init" and config.init == "ode":
         return ("trajectory", "text"), ()
     own = config.stage == "distill" and config.student_input == "rollout" and config.objective != "gan"
-    keys = ("text",) if own and not config.image_to_video else (VIDEO_KEYS[config.data.name], "text")
+    prompts_alone = own and not config.image_to_video and not config.regression_weight
+    keys = ("text",) if prompts_alone else (VIDEO_KEYS[config.data.name], "text")
     return keys, ("negative",) if needs_teacher(config) else ()
 
 

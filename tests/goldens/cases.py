@@ -10,6 +10,7 @@ from sf_jax import rollout as ro
 from sf_jax.diffusion.schedule import FlowSchedule
 from sf_jax.models import attention, kv_cache, rope, wan
 from sf_jax.objectives import dmd, scores, sid
+from tests import oracle
 from tests.goldens.folder import Folder, Result, channels_last, recorded_blocks, recorded_draw, relative
 
 
@@ -321,8 +322,8 @@ def _scan_gradient(model, config, params, text, args, weight, mode, live):
     @jax.jit
     @jax.grad
     def run(params):
-        past = ro.rollout(model, config, params, text, noise, exits, draw, initial, differentiate=mode, first_live=live)
-        return (past.video * weight).sum()
+        video = oracle.rollout_video(model, config, params, text, noise, exits, draw, initial, mode, live)
+        return (video * weight).sum()
 
     return run(params)
 

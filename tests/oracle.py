@@ -1,0 +1,53 @@
+"""The rollout's gradient without replay: differentiates through the scan over chunks. Slow, and easy to believe."""
+
+import jax
+import jax.numpy as jnp
+
+from sf_jax import rollout as ro
+from sf_jax.models import attention, kv_cache
+from sf_jax.models.wan import KeysValues
+
+
+def rollout_video(
+    model, config, params, text, noise, exits, draw, initial=None, cache_gradient="stop", first_live=0
+) -> jax.Array:
+    """The video of `rollout.rollout`, whose arguments these are, differentiable in `params` and `text`.
+
+    `cache_gradient` and `first_live` are those of `rollout.replay`.
+    """
+    batch, frames, height, width, _ = noise.shape
+    start = 0 if initial is None else initial.shape[1]
+    given, chunks = config.chunks(frames, start)
+    if not isinstance(text, KeysValues):
+        text = model.apply({"params": params}, text, method="encode_text")
+    cache = ro.empty_cache(model, config, batch, start + frames, height, width, full=True)
+    writer = (params, text) if cache_gradient == "write" and first_live == 0 else jax.lax.stop_gradient((params, text))
+    for first, last in attention.chunk_bounds(given) if given else ():
+        cache, _ = ro.write_chunk(model, config, *writer, cache, initial[:, first:last], first)
+    exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
+
+    def step(cache, noise, chunk, first, exit_step):
+        live = jnp.asarray(chunk) >= first_live
+
+        def passing(value):
+            return jax.tree.map(lambda a: jnp.where(live, a, jax.lax.stop_gradient(a)), value)
+
+        _, clean, x = ro.generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
+        seen = jax.lax.stop_gradient(cache) if cache_gradient == "stop" else cache
+        layout = ro.chunk_layout(seen, config, first, noise.shape[1])
+        t = jnp.asarray(config.timesteps, jnp.float32)[exit_step]
+        read = ro.context_input(config, clean, draw, chunk)
+        video, noisy_kv = ro.predict(model, config, params, x, t, text, layout, seen)
+        if config.context == "noisy":
+            kv = noisy_kv if cache_gradient != "stop" else jax.lax.stop_gradient(noisy_kv)
+        else:
+            _, kv = ro.predict(model, config, params, read, config.context_timestep, text, layout, seen)
+            if cache_gradient != "write":
+                kv = jax.lax.stop_gradient(kv)
+            if cache_gradient == "straight_through":
+                kv = jax.tree.map(lambda a, b: a + (b - jax.lax.stop_gradient(b)), kv, noisy_kv)
+        kv = passing(kv)
+        return kv_cache.write(cache, kv.k, kv.v, first), passing(video)
+
+    _, video = ro.run_chunks(step, cache, noise, chunks, start, exits)
+    return video if initial is None else jnp.concatenate([initial, video], axis=1)
