@@ -26,6 +26,9 @@ class Pipe(Protocol):
 
     max_frames: int | None
 
+    def chunk_starts(self, frames: int) -> tuple[int, ...]:
+        """First frames of the chunks in which it makes a video."""
+
     def generate(self, prompts: list[str], frames: int, seed: int, first_index: int = 0) -> np.ndarray:
         """Makes the videos of B prompts, uint8 [B, frames, 24, 24, 1]."""
 
@@ -78,6 +81,9 @@ def evaluate(
     # The reference and the ceiling are different draws, or the ceiling's distance would be zero.
     real, ceiling = (metrics.real_clips(kinds, lengths[REAL], 2 * seed + i) for i in range(2))
     references, figures, paths = {}, {}, []
+    starts = {name: pipe.chunk_starts(lengths[name]) for name, pipe in pipes.items()}
+    # Real clips have no chunks; judged at a model's borders they show what the measure says of perfect ones.
+    starts[REAL] = max((starts[name] for name in pipes if lengths[name] == lengths[REAL]), key=len, default=(0,))
     for name, length in lengths.items():
         if length not in references:
             references[length] = metrics.reference(real[:, :length], targets, judge)
@@ -85,9 +91,10 @@ def evaluate(
             videos = ceiling[:, :length]
         else:
             videos = generate(pipes[name], name, prompts, length, seed, min(batch_size, num_samples))
-        figures[name] = metrics.measure(videos, targets, judge, references[length])
+        figures[name] = metrics.measure(videos, targets, judge, references[length], starts[name])
         paths.append(report.write_sheet(out, name, videos, prompts))
-    outcome = report.Report({"num_samples": num_samples, "seed": seed}, figures, train_frames)
+    settings = {"num_samples": num_samples, "seed": seed}
+    outcome = report.Report(settings, figures, train_frames, starts[REAL][1:])
     return outcome, [*report.write_report(out, outcome), *paths]
 
 

@@ -32,7 +32,7 @@ def clips():
 @pytest.fixture(scope="module")
 def measure(judge, clips):
     real = metrics.reference(clips[2], clips[1], judge)
-    return lambda videos, targets=clips[1]: metrics.measure(videos, targets, judge, real)
+    return lambda videos, targets=clips[1], starts=(0,): metrics.measure(videos, targets, judge, real, starts)
 
 
 @dataclasses.dataclass
@@ -41,6 +41,9 @@ class RealPipe:
 
     max_frames: int | None = None
     calls: list = dataclasses.field(default_factory=list)
+
+    def chunk_starts(self, frames):
+        return tuple(range(0, frames, 4))
 
     def generate(self, prompts, frames, seed, first_index=0):
         self.calls.append((len(prompts), frames, seed, first_index))
@@ -171,6 +174,40 @@ def test_mode_collapse_shows_in_the_diversity(measure, clips):
     figures = measure(videos[first])
     assert figures.diversity == pytest.approx(0, abs=1e-3) and figures.joint > 0.93
     assert np.isnan(metrics.diversity(np.zeros((2, 3, 4)), np.array([0, 1])))
+
+
+def test_a_digit_that_changes_on_its_way_shows_in_the_diversity(measure, clips):
+    _, targets, _, videos = clips
+    first = np.array([np.flatnonzero(targets.prompt == prompt)[0] for prompt in targets.prompt])
+    # All samples of a prompt end as the same one.
+    figures = measure(np.concatenate([videos[:, :12], videos[first, 12:]], axis=1))
+    assert figures.diversity_per_quarter[0] > 0.8 and figures.diversity_per_quarter[3] < 1e-3
+    assert 0.2 < figures.diversity < 0.7 and 0.2 < figures.style_diversity < 0.8
+    assert measure(videos).style_diversity == pytest.approx(1, abs=0.15)
+
+
+def test_steps_are_those_of_the_digit(clips):
+    plan = moving_digits.plan_clips("test", 64, seed=1)
+    scans, _ = moving_digits.load_scans()
+    places = moving_digits.trajectory(plan.start, plan.velocity, 9)
+    moved = metrics.steps(moving_digits.render(scans[plan.scan], places))
+    assert np.abs(moved - plan.velocity[:, None]).max() < 0.1
+
+
+def test_jumps_at_borders_show(measure, clips):
+    starts = (0, 4, 8, 12, 16, 20)
+    smooth = measure(clips[3], starts=starts)
+    assert smooth.border_jump < 0.05 and smooth.inside_jump < 0.05
+    assert smooth.joint_across > 0.93 and smooth.joint_inside > 0.93
+    moves = np.repeat(np.arange(6) * 3, 4)
+    jumping = np.stack([np.roll(clips[3][:, i], moves[i], axis=2) for i in range(24)], axis=1)
+    figures = measure(jumping, starts=starts)
+    assert figures.border_jump == pytest.approx(3, abs=0.1) and figures.inside_jump < 0.05
+    assert figures.joint_inside > 0.93 and figures.joint_across < 0.7
+    whole, single = measure(clips[3]), measure(clips[3], starts=tuple(range(24)))
+    assert np.isnan(whole.border_jump) and np.isnan(whole.joint_across) and whole.joint_inside == whole.joint
+    assert np.isnan(single.inside_jump) and np.isnan(single.joint_inside) and single.joint_across == single.joint
+    assert metrics.inside_chunks(6, (0, 1, 4)).tolist() == [False, True, False, False]
 
 
 def test_bright_and_saturated_videos_show(measure, clips):

@@ -7,6 +7,7 @@ are what it extrapolates.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,16 @@ class Reference:
     Attributes:
       features: The judge's features, float32 [N, F - WINDOW + 1, 64].
       spread: See `diversity`.
+      spread_per_quarter: The same for the windows within each quarter.
+      style_spread: See `style_diversity`.
       brightness: Mean pixel, 0 to 255.
       motion: Mean absolute difference of consecutive frames, 0 to 255.
     """
 
     features: np.ndarray
     spread: float
+    spread_per_quarter: tuple[float, ...]
+    style_spread: float
     brightness: float
     motion: float
 
@@ -76,11 +81,18 @@ class Figures:
       digit_per_frame: The same for each first frame of a window, F - WINDOW + 1 values.
       direction_per_frame: As above.
       joint_per_frame: As above.
-      joint_per_quarter: The same for the windows within each quarter.
+      joint_inside: Share of the windows within one chunk where both are right; NaN where no window is.
+      joint_across: The same for the windows that cross a border between chunks.
+      border_jump: Median over borders and videos of how far the digit's step across a border is from its usual step
+        inside chunks, in pixels.
+      inside_jump: The same for the other steps, which is the measure's own floor.
+      joint_per_quarter: Share of the windows within each quarter where both are right.
       frechet_per_quarter: Frechet distance of the features to those of real clips, each
         quarter. It depends on the number of videos: compare it with that of other real clips.
       diversity: Distance between samples of the same prompt, relative to real clips; 1 is ideal, 0 is
-        one and the same sample.
+        one and the same sample. A digit that changes while it moves has less, too.
+      diversity_per_quarter: The same, with the windows of each quarter alone.
+      style_diversity: The same, by the power spectra of the frames instead of the judge's features.
       saturation: Share of the pixels at 255.
       brightness: Mean pixel relative to real clips; 1 is ideal.
       brightness_per_quarter: The same for each quarter, which shows drift.
@@ -96,9 +108,15 @@ class Figures:
     digit_per_frame: tuple[float, ...]
     direction_per_frame: tuple[float, ...]
     joint_per_frame: tuple[float, ...]
+    joint_inside: float
+    joint_across: float
+    border_jump: float
+    inside_jump: float
     joint_per_quarter: tuple[float, ...]
     frechet_per_quarter: tuple[float, ...]
     diversity: float
+    diversity_per_quarter: tuple[float, ...]
+    style_diversity: float
     saturation: float
     brightness: float
     brightness_per_quarter: tuple[float, ...]
@@ -214,10 +232,67 @@ def diversity(features: np.ndarray, prompt: np.ndarray) -> float:
     Returns:
       The Euclidean distance, the mean over all pairs; NaN if there is no pair.
     """
-    means = np.asarray(features, np.float64).mean(axis=1)
-    distance = np.linalg.norm(means[:, None] - means[None], axis=-1)
-    pairs = (prompt[:, None] == prompt[None]) & ~np.eye(len(means), dtype=bool)
+    return _mean_distance(np.asarray(features, np.float64).mean(axis=1), prompt)
+
+
+def _mean_distance(points: np.ndarray, prompt: np.ndarray) -> float:
+    """Mean distance between points [N, D] of the same prompt [N]; NaN if there is no pair."""
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    pairs = (prompt[:, None] == prompt[None]) & ~np.eye(len(points), dtype=bool)
     return float(distance[pairs].mean()) if pairs.any() else float("nan")
+
+
+def style_diversity(videos: np.ndarray, prompt: np.ndarray) -> float:
+    """`diversity` without the judge: by the magnitudes of the frames' Fourier transforms, which ignore the position.
+
+    Args:
+      videos: uint8 [N, F, h, w, 1].
+      prompt: Which samples are of the same prompt, [N].
+    """
+    spectra = np.stack([np.abs(np.fft.rfft2(video[..., 0] / 255.0)).mean(axis=0) for video in videos])
+    return _mean_distance(spectra.reshape(len(videos), -1), prompt)
+
+
+def steps(videos: np.ndarray) -> np.ndarray:
+    """Displacements of the digit between frames, in pixels (row, column).
+
+    Args:
+      videos: uint8 [N, F, h, w, 1].
+
+    Returns:
+      float64 [N, F - 1, 2], the shortest on the canvas that wraps round, between the centres of brightness.
+    """
+    places = []
+    for axis in (2, 3):  # the phase of the first Fourier mode is the centre, also where the digit wraps round
+        side = videos.shape[axis]
+        profile = videos[..., 0].sum(axis=5 - axis, dtype=np.float64)
+        turns = np.exp(2j * np.pi * np.arange(side) / side)
+        places.append(np.angle(profile @ turns) / (2 * np.pi) * side)
+    return moving_digits.wrap(np.diff(np.stack(places, axis=-1), axis=1))
+
+
+def jumps(videos: np.ndarray, chunk_starts: Sequence[int]) -> tuple[float, float]:
+    """How far steps are from a video's usual step, its median step inside chunks.
+
+    Args:
+      videos: uint8 [N, F, h, w, 1].
+      chunk_starts: First frames of the chunks.
+
+    Returns:
+      Medians over videos and steps, in pixels: of the steps across borders (NaN without borders), and of the others
+      (without any of those, the usual step is the median of all steps, and this is NaN).
+    """
+    moved = steps(videos)
+    across = np.isin(np.arange(1, videos.shape[1]), chunk_starts)
+    usual = np.median(moved if across.all() else moved[:, ~across], axis=1, keepdims=True)
+    size = np.linalg.norm(moved - usual, axis=-1)
+    return tuple(float(np.median(size[:, part])) if part.any() else float("nan") for part in (across, ~across))
+
+
+def inside_chunks(frames: int, chunk_starts: Sequence[int]) -> np.ndarray:
+    """Which windows of a video lie within one chunk, bool [frames - WINDOW + 1]."""
+    chunk = np.searchsorted(np.asarray(chunk_starts), np.arange(frames), side="right")
+    return chunk[: frames - WINDOW + 1] == chunk[WINDOW - 1 :]
 
 
 def motion(videos: np.ndarray) -> float:
@@ -236,11 +311,20 @@ def reference(videos: np.ndarray, targets: Targets, judge: Judge) -> Reference:
     Returns:
       The reference.
     """
-    features = judge(videos).features
-    return Reference(features, diversity(features, targets.prompt), float(videos.mean()), motion(videos))
+    features, prompt = judge(videos).features, targets.prompt
+    return Reference(
+        features,
+        diversity(features, prompt),
+        _floats(diversity(features[:, windows], prompt) for _, windows in quarters(videos.shape[1])),
+        style_diversity(videos, prompt),
+        float(videos.mean()),
+        motion(videos),
+    )
 
 
-def measure(videos: np.ndarray, targets: Targets, judge: Judge, real: Reference) -> Figures:
+def measure(
+    videos: np.ndarray, targets: Targets, judge: Judge, real: Reference, chunk_starts: Sequence[int] = (0,)
+) -> Figures:
     """Takes all figures.
 
     Args:
@@ -248,6 +332,7 @@ def measure(videos: np.ndarray, targets: Targets, judge: Judge, real: Reference)
       targets: What the prompts asked for.
       judge: The judge.
       real: The reference, of clips of the same length.
+      chunk_starts: First frames of the chunks that the videos were made in; of whole videos the first frame alone.
 
     Returns:
       The figures.
@@ -263,17 +348,28 @@ def measure(videos: np.ndarray, targets: Targets, judge: Judge, real: Reference)
         raise ValueError(f"videos: got {frames} frames, allowed: {length} as in the reference")
     right = correctness(opinion, targets)
     per_frame = {name: _floats(values.mean(axis=0)) for name, values in right.items()}
+    inside = inside_chunks(frames, chunk_starts)
+    border_jump, inside_jump = jumps(videos, chunk_starts[1:])
+    spreads = zip(parts, real.spread_per_quarter, strict=True)
     return Figures(
         frames=frames,
         samples=len(videos),
         **{name: float(values.mean()) for name, values in right.items()},
         **{f"{name}_per_frame": values for name, values in per_frame.items()},
+        joint_inside=_mean(right["joint"][:, inside]),
+        joint_across=_mean(right["joint"][:, ~inside]),
+        border_jump=border_jump,
+        inside_jump=inside_jump,
         joint_per_quarter=_floats(right["joint"][:, windows].mean() for _, windows in parts),
         frechet_per_quarter=_floats(
             frechet_distance(_flat(opinion.features[:, windows]), _flat(real.features[:, windows]))
             for _, windows in parts
         ),
         diversity=diversity(opinion.features, targets.prompt) / real.spread,
+        diversity_per_quarter=_floats(
+            diversity(opinion.features[:, windows], targets.prompt) / spread for (_, windows), spread in spreads
+        ),
+        style_diversity=style_diversity(videos, targets.prompt) / real.style_spread,
         saturation=float((videos == 255).mean()),
         brightness=float(videos.mean()) / real.brightness,
         brightness_per_quarter=_floats(videos[:, part].mean() / real.brightness for part, _ in parts),
@@ -284,6 +380,11 @@ def measure(videos: np.ndarray, targets: Targets, judge: Judge, real: Reference)
 
 def _flat(features: np.ndarray) -> np.ndarray:
     return features.reshape(-1, features.shape[-1])
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean; NaN of nothing."""
+    return float(values.mean()) if values.size else float("nan")
 
 
 def _floats(values: Any) -> tuple[float, ...]:

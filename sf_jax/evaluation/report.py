@@ -27,11 +27,13 @@ class Report:
       settings: How it was made, JSON-serialisable.
       figures: By name of the model; real clips are the last.
       train_frames: Length the models were trained on, in frames; None where unknown.
+      borders: Frames at which a new chunk begins, to be marked in the plot.
     """
 
     settings: Mapping[str, Any]
     figures: Mapping[str, Figures]
     train_frames: int | None = None
+    borders: Sequence[int] = ()
 
 
 def rows(figures: Figures) -> dict[str, str]:
@@ -43,15 +45,26 @@ def rows(figures: Figures) -> dict[str, str]:
         "digit right": f"{figures.digit:.3f}",
         "direction right": f"{figures.direction:.3f}",
         "both right (joint)": f"{figures.joint:.3f}",
+        "joint, inside chunks": _number(figures.joint_inside, 3),
+        "joint, across borders": _number(figures.joint_across, 3),
+        "jump at borders, pixels": _number(figures.border_jump, 2),
+        "jump inside chunks, pixels": _number(figures.inside_jump, 2),
         **{f"joint, quarter {i + 1}": f"{figures.joint_per_quarter[i]:.3f}" for i in quarters},
         **{f"Frechet distance, quarter {i + 1}": f"{figures.frechet_per_quarter[i]:.3f}" for i in quarters},
         "diversity / real": f"{figures.diversity:.2f}",
+        "diversity / real, quarter 1": f"{figures.diversity_per_quarter[0]:.2f}",
+        "diversity / real, last quarter": f"{figures.diversity_per_quarter[-1]:.2f}",
+        "diversity / real, by spectra": f"{figures.style_diversity:.2f}",
         "motion / real": f"{figures.motion:.2f}",
         "motion / real, last quarter": f"{figures.motion_per_quarter[-1]:.2f}",
         "brightness / real": f"{figures.brightness:.2f}",
         "brightness / real, last quarter": f"{figures.brightness_per_quarter[-1]:.2f}",
         "pixels at 255": f"{figures.saturation:.2%}",
     }
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def table(report: Report) -> str:
@@ -82,6 +95,9 @@ def plot(report: Report) -> Figure:
     longest = max(figures.frames for figures in report.figures.values())
     if report.train_frames and report.train_frames <= longest:
         left.axvline(report.train_frames - 0.5, color="0.5", linestyle="--", label="training length")
+    for i, border in enumerate(report.borders):
+        label = "borders of chunks" if i == 0 else None
+        left.axvline(border - 0.5, ymax=0.03, color="0.3", linewidth=1, label=label)
     left.set(xlabel="frame", ylabel="digit and direction right", ylim=(0, 1.03), xlim=(0, longest - 1))
     right.set(xlabel="quarter of the video", ylabel="Frechet distance to real clips")
     right.set_xticks(range(QUARTERS), [str(i + 1) for i in range(QUARTERS)])

@@ -12,6 +12,7 @@ import numpy as np
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver, teacher_trajectory
 from sf_jax.many_step import guided_rollout
+from sf_jax.models import attention
 from sf_jax.models.patch_codec import PatchCodec, to_uint8
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanTransformer
@@ -69,6 +70,12 @@ class Pipeline:
     def max_frames(self) -> int | None:
         """Frames of a teacher's videos; None for students, which go on as long as positions last."""
         return self.package.frames if self.package.kind == "teacher" else None
+
+    def chunk_starts(self, frames: int) -> tuple[int, ...]:
+        """First frames of the chunks in which a video of this length is made; a teacher makes it whole."""
+        if self.package.kind == "teacher":
+            return (0,)
+        return tuple(start for start, _ in attention.chunk_bounds(self.package.rollout.chunks(frames)[1]))
 
     def check_frames(self, frames: int) -> None:
         """Refuses lengths that the network cannot make."""
