@@ -8,16 +8,22 @@ Wan2.1-14B, as the official release; also needs `--config.critic_weights=Wan2.1-
 720x1280), `14b_student` (all three networks 14B), `framewise` (chunks of one latent frame; so must the start be),
 `rolling` (a window that hides the first chunk from the last, for rolling caches), `long` (rollouts of twice the length
 as well; needs `--config.vae_weights`), `image` (85 frames, the first one given; reads clips), `sid`, `gan` (reads
-clips; no teacher but the critic's start), and the baselines `causvid` and `tf_dmd` (read clips).
+clips; no teacher but the critic's start), `write` (the gradient of later chunks reaches the writing of the cache), and
+the baselines `causvid` and `tf_dmd` (read clips).
 
-The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`, 42 MB each, 172 GB in all), or
-`consistency` along a many-step causal network (`--config.teacher_weights=runs/causal/causal.safetensors`; reads clips).
-Those: `causal` (teacher forcing) and `diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`, on clips.
+The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`, 42 MB each, 172 GB in all),
+`causal_ode` (the same behind real clips) or `consistency`, both along a many-step causal network
+(`--config.teacher_weights=runs/causal/causal.safetensors`; read clips). Those networks: `causal` (teacher forcing) and
+`diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`, on clips.
 
 Student and critic are 1.3B but for `14b_student`. Prompts and clips come from `python -m sf_jax.prepare`. Hardware: the
 official run used 64 H100s; updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet.
-DMD's and SiD's rates are the official ones. ODE pairs have the official script's steps and guidance, but the student's
-shift (5; there it is 8). Everything else about the GAN and the stages that learn from data is ours.
+
+Published recipes: DMD's and SiD's rates are the official code's. `gan` is the paper's: scores in the exit step's range
+of times, one critic update per student update, batch 768, R1 and R2 of 30 at sigma 0.05. `consistency` and
+`causal_ode` guide by 3 and `consistency` has 48 steps, as Causal Forcing. `write` has the window of 9 frames with a
+sink of 3 of Self Gradient Forcing (arXiv 2607.20368). ODE pairs have the official script's steps and guidance, but the
+student's shift (5; there it is 8). Rates of the GAN and of the stages that learn from data are ours.
 """
 
 from ml_collections import ConfigDict
@@ -68,9 +74,13 @@ def _supervised(**changes) -> dict:
 
 
 def _gan() -> dict:
-    weights = {"generator_weight": 1.0, "critic_weight": 1.0, "r1_weight": 0.02, "r2_weight": 0.02}
-    gan = {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}, "relativistic": True, **weights}
-    return _distill(objective="gan", gan=gan, critic_optimizer=_rate(2e-6))
+    """Self Forcing with the paper's GAN."""
+    weights = {"generator_weight": 1.0, "critic_weight": 1.0, "r1_weight": 30.0, "r2_weight": 30.0}
+    sigmas = {"r1_sigma": 0.05, "r2_sigma": 0.05}
+    gan = {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}, "relativistic": True, **weights, **sigmas}
+    score = _common()["score"] | {"from_exit": True, "to_exit": True}
+    changes = {"generator_every": 1, "batch_size": 768, "critic_optimizer": _rate(2e-6)}
+    return _distill(objective="gan", gan=gan, score=score, **changes)
 
 
 def _image() -> dict:
@@ -89,6 +99,7 @@ VARIANTS = {
     "image": _image,
     "sid": lambda: _distill(objective="sid", optimizer=_rate(2e-6, 0.0), critic_optimizer=_rate(2e-6, 0.0)),
     "gan": _gan,
+    "write": lambda: _distill({"window": 9, "sink": 3}, cache_gradient="write"),
     "causvid": lambda: _distill(student_input="diffusion_forcing"),
     "tf_dmd": lambda: _distill(student_input="teacher_forcing"),
     "causal": lambda: _supervised(stage="causal", causal={"forcing": "teacher"}),
@@ -96,8 +107,13 @@ VARIANTS = {
     "ode": lambda: _supervised(
         stage="init", init="ode", ode={"pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 6.0}
     ),
+    "causal_ode": lambda: _supervised(
+        stage="init",
+        init="ode",
+        ode={"teacher": "causal", "pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 3.0},
+    ),
     "consistency": lambda: _supervised(
-        stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 6.0}
+        stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 3.0}
     ),
 }
 

@@ -8,12 +8,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver, euler, guided, integrate
 from sf_jax.models import attention
 from sf_jax.models.kv_cache import KVCache
-from sf_jax.models.wan import KeysValues, WanTransformer
+from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 
 
 def guided_chunk(
@@ -103,7 +104,7 @@ def guided_rollout(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def causal_trajectory(
+def forced_trajectory(
     model: WanTransformer,
     config: ro.RolloutConfig,
     shift: float,
@@ -112,12 +113,15 @@ def causal_trajectory(
     rows: tuple[int, ...],
     params: dict,
     noise: jax.Array,
+    clean: jax.Array,
     text: jax.Array,
     negative: jax.Array,
 ) -> jax.Array:
-    """Euler trajectories of a causal network: every chunk's own, behind the clean ends of the chunks before.
+    """Euler trajectories of a causal network: every chunk's own, behind the real clean chunks before it.
 
-    Source: Causal Forcing (arXiv 2602.02214), whose students start from an autoregressive teacher's pairs.
+    All chunks are integrated in parallel; the keys and values of the real chunks are computed once.
+
+    Source: Causal Forcing (arXiv 2602.02214), whose few-step students start from such pairs.
 
     Args:
       model: see `guided_chunk`, as are `config`, `params` and `guidance`.
@@ -128,30 +132,30 @@ def causal_trajectory(
       rows: which points to keep, 0 (noise) to `steps` (clean), ascending; the last must be `steps`.
       params: see `guided_chunk`.
       noise: [B, F, H, W, C].
+      clean: [B, F, H, W, C] real clean latents.
       text: prompt embeddings [B, S, text_dim].
       negative: embeddings [B, S, text_dim] of the negative prompts.
 
     Returns:
       [len(rows), B, F, H, W, C].
     """
-    batch, frames, height, width, _ = noise.shape
-    pairs = jnp.stack([text, negative], axis=1).reshape(2 * batch, *text.shape[1:])
-    kv = model.apply({"params": params}, pairs, method="encode_text")
-    cache = ro.empty_cache(model, config, 2 * batch, frames, height, width)
+    batch, frames = noise.shape[:2]
+    chunks = attention.split_chunks(frames, config.chunk, config.first_frame_alone)
+    positions = np.arange(frames)
+    causal = Layout(frames=positions, pattern=attention.block_causal(chunks, config.window, config.sink))
+    behind = Layout(
+        frames=positions,
+        context_frames=positions,
+        pattern=attention.replay(chunks, 0, config.window, config.sink, frames),
+    )
+    contexts = []
+    for prompt in (text, negative)[: 1 if guidance == 1 else 2]:
+        kv = model.apply({"params": params}, prompt, method="encode_text")
+        _, context = model.apply({"params": params}, clean, jnp.zeros((batch, 1)), kv, causal, return_kv=True)
+        contexts.append((kv, context))
 
-    def step(cache, noise, chunk, first, _):
-        del chunk
-        layout = ro.chunk_layout(cache, config, first, noise.shape[1])
+    def flow(x, t):
+        flows = [model.apply({"params": params}, x, t, kv, behind, context) for kv, context in contexts]
+        return guided(*flows, guidance) if len(flows) == 2 else flows[0]
 
-        def flow(x, t):
-            t = jnp.repeat(jnp.broadcast_to(t, (batch, 1)), 2, axis=0)
-            both = model.apply({"params": params}, jnp.repeat(x, 2, axis=0), t, kv, layout, cache)
-            return guided(both[::2], both[1::2], guidance)
-
-        path = euler(flow, noise, shift, steps)
-        cache, _ = ro.write_chunk(model, config, params, kv, cache, jnp.repeat(path[-1], 2, axis=0), first)
-        return cache, *(path[row] for row in rows)
-
-    chunks = config.chunks(frames)[1]
-    _, *kept = ro.run_chunks(step, cache, noise, chunks, 0, jnp.zeros(len(chunks)))
-    return jnp.stack(kept)
+    return euler(flow, noise, shift, steps)[np.asarray(rows)]

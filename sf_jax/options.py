@@ -84,7 +84,8 @@ class OdeConfig:
     """ODE pairs for the student's initialisation.
 
     Attributes:
-      teacher: "bidirectional" (a trajectory of the whole video) or "causal" (one per chunk, behind clean chunks).
+      teacher: "bidirectional" (trajectories of whole videos; the student sees noisy chunks before a noisy one; CausVid)
+        or "causal" (one per chunk, behind the clean chunks of real videos, which the student sees too; Causal Forcing).
       pairs: how many trajectories to generate.
       solver_steps: Euler steps of the teacher; a multiple of `1000 / step spacing`, so that every rollout step is hit.
       guidance: the teacher's guidance scale.

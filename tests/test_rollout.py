@@ -305,8 +305,12 @@ def test_causal_trajectories_end_in_the_causal_video():
     noise, text, _ = inputs(6)
     model, params = wan.WanTransformer(SMALL), random_params()
     config = ro.RolloutConfig(shift=3.0, window=6)
-    path = many_step.causal_trajectory(model, config, 3.0, 4, 2.0, (0, 2, 4), params, noise, text, 0 * text)
     solver = Solver("euler", 3.0, 4)
     video = many_step.guided_rollout(model, config, params, text, 0 * text, noise, solver, 2.0)
+    # behind its own video, forced, every chunk ends where it ended in the rollout
+    path = many_step.forced_trajectory(model, config, 3.0, 4, 2.0, (0, 2, 4), params, noise, video, text, 0 * text)
     chex.assert_trees_all_equal(path[0], noise)
     chex.assert_trees_all_close(path[2], video, rtol=1e-4, atol=1e-5)
+    other = many_step.forced_trajectory(model, config, 3.0, 4, 2.0, (0, 2, 4), params, noise, 0 * video, text, 0 * text)
+    chex.assert_trees_all_close(other[2][:, :3], video[:, :3], rtol=1e-4, atol=1e-5)
+    assert relative(other[2][:, 3:], video[:, 3:]) > 0.01

@@ -110,6 +110,7 @@ def _inputs(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
         "text": ((batch, model.text_len, model.text_dim), text),
         "negative": ((1, model.text_len, model.text_dim), text),
         "latent": ((batch, *latent), jnp.float32),
+        "context": ((batch, *latent), jnp.float32),
         "trajectory": ((batch, rows, *latent), jnp.float32),
     }
     if data.name == "digits":

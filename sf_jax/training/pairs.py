@@ -37,7 +37,7 @@ def open_pairs(
       config: of stage "init".
       workdir: the folder they are kept in if `ode.dir` is None.
       load_teacher: mesh -> parameters on it, of a bidirectional or causal network, as `ode.teacher` says.
-      source: of the prompts, which are taken in turn.
+      source: of the prompts, or with a causal teacher of the captioned videos, which are taken in turn.
       mesh: devices that share a batch.
 
     Raises:
@@ -48,6 +48,7 @@ def open_pairs(
     data, ode = config.data, config.ode
     sharding.check_batch(ode.batch_size, mesh, "ode.batch_size")
     latent = (data.frames, data.height, data.width, config.model.channels)
+    causal = ode.teacher == "causal"
     rows = (*(ode.solver_steps * (1000 - s) // 1000 for s in config.rollout.steps), ode.solver_steps)
     model = WanTransformer(config.teacher_model)
     key = key_for(config.seed, 0, Purpose.ODE_PAIRS)
@@ -57,23 +58,26 @@ def open_pairs(
     def make(first: int, stop: int) -> Iterator[tuple[np.ndarray, str]]:
         # always a whole batch: a pair does not depend on how many are made, and one program serves all
         index = np.arange(first, first + ode.batch_size)
-        chosen = [source.prompt(int(i)) for i in index]
+        chosen = [(source.clip if causal else source.prompt)(int(i)) for i in index]
         with jax.set_mesh(mesh):
             noise = ro.example_noise(key, jnp.asarray(index, jnp.int32), (len(index), *latent))
-            noise, text = jax.device_put((noise, np.stack([text for _, text in chosen])), split)
+            noise, text = jax.device_put((noise, np.stack([entry[1] for entry in chosen])), split)
             negative = jnp.broadcast_to(jnp.asarray(source.negative), text.shape)
             arguments = (config.rollout.shift, ode.solver_steps, ode.guidance)
-            inputs = (params, noise, text, negative)
-            if ode.teacher == "causal":
-                path = many_step.causal_trajectory(model, config.rollout, *arguments, rows, *inputs)
+            if causal:
+                clips = jax.device_put({source.video_key: np.stack([entry[2] for entry in chosen])}, split)
+                clean = source.media.clean(clips)
+                inputs = (params, noise, clean, text, negative)
+                path = many_step.forced_trajectory(model, config.rollout, *arguments, rows, *inputs)
+                path = jnp.concatenate([path, clean[None]])  # what the student sees, too
             else:
-                path = teacher_trajectory(model, *arguments, *inputs)[np.asarray(rows)]
+                path = teacher_trajectory(model, *arguments, params, noise, text, negative)[np.asarray(rows)]
         path = np.moveaxis(np.asarray(path), 1, 0)
-        yield from zip(path[: stop - first], (caption for caption, _ in chosen), strict=False)
+        yield from zip(path[: stop - first], (entry[0] for entry in chosen), strict=False)
 
     recipe = _recipe(config, params, source, latent)
     folder = ode.dir or workdir / "ode_pairs"
-    shape = (len(rows), *latent)
+    shape = (len(rows) + causal, *latent)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return ode_pairs.open_pairs(folder, shape, ode.pairs, ode.batch_size, recipe, make, _wait, **share)
 
@@ -97,6 +101,7 @@ def _recipe(config: TrainConfig, params: dict, source: Source, latent: tuple[int
     }
     if ode.teacher == "causal":
         rollout = config.rollout
+        recipe["context"] = "real videos"
         recipe["chunks"] = [rollout.chunk, rollout.first_frame_alone, rollout.window, rollout.sink]
     return recipe
 
@@ -119,23 +124,26 @@ def pair_iterator(
     Args:
       source: the pairs.
       config: its seed determines the order, its batch size is that of all processes.
-      prompts: of the texts, as `open_pairs` was given.
+      prompts: of the texts (and videos), as `open_pairs` was given.
       process_index: which of the processes this is.
       process_count: how many share a batch; each gets, and reads, its own contiguous rows.
 
     Returns:
-      An iterator over dictionaries: trajectory float32 [B, S, F, H, W, C], text float32 [B, L, D].
+      An iterator over dictionaries: trajectory float32 [B, S, F, H, W, C], text float32 [B, L, D], and with a causal
+      teacher context float32 [B, F, H, W, C], the real videos.
 
     Raises:
       ValueError: see `pipeline.row_iterator`.
     """
+    causal = config.ode.teacher == "causal"
 
     def collate(rows):
-        pairs = [source[i] for i in rows]
-        return {
-            "trajectory": np.stack([pair["trajectory"] for pair in pairs]),
-            "text": np.stack([prompts.prompt(int(i))[1] for i in rows]),
-        }
+        trajectory = np.stack([source[i]["trajectory"] for i in rows])
+        entry = prompts.clip if causal else prompts.prompt
+        batch = {"text": np.stack([entry(int(i))[1] for i in rows])}
+        if causal:
+            return batch | {"trajectory": trajectory[:, :-1], "context": trajectory[:, -1]}
+        return batch | {"trajectory": trajectory}
 
     processes = {"process_index": process_index, "process_count": process_count}
     return pipeline.row_iterator(

@@ -1,6 +1,7 @@
 """What a run is trained on: the embedded moving digits, or prepared prompts and videos of Wan2.1."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -28,7 +29,9 @@ class Source:
     Attributes:
       media: latents of the batches.
       negative: [1, L, D], embedding of what guidance leads away from.
+      video_key: what of a batch holds the real videos.
       prompt: index -> (caption, embedding [L, D]); any whole number, prompts are taken in turn.
+      clip: index -> (caption, embedding [L, D], a batch's entry of the video); the same with real videos.
       prompts: opens endless batches of embedded prompts.
       videos: opens endless batches of captioned videos.
       digest: hash of what the data was made from, wherever it is kept.
@@ -37,7 +40,9 @@ class Source:
 
     media: Media
     negative: np.ndarray
+    video_key: str
     prompt: Callable[[int], tuple[str, np.ndarray]]
+    clip: Callable[[int], tuple[str, np.ndarray, np.ndarray]]
     prompts: Callable[[], grain.DatasetIterator]
     videos: Callable[[], grain.DatasetIterator]
     samples: Callable[[], dict]
@@ -81,9 +86,14 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         caption = captions[index % len(captions)]
         return caption, text.encode([caption])[0]
 
+    @functools.cache
     def open_clips():
         by_first(lambda: moving_digits.build(folder))
         return moving_digits.source(folder, "train")
+
+    def clip(index):
+        row = open_clips()[index % len(open_clips())]
+        return row["caption"], text.encode([row["caption"]])[0], row["video"][: config.data.frames]
 
     def open_videos():
         return pipeline.video_iterator(
@@ -105,7 +115,9 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
     return Source(
         digits_media(codec),
         text.encode([""]),
+        VIDEO_KEYS["digits"],
         prompt,
+        clip,
         lambda: pipeline.prompt_iterator(captions, text_encoder=text, **share),
         open_videos,
         samples,
@@ -131,6 +143,10 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
         entry = texts[index % len(texts)]
         return entry["caption"], entry["text"]
 
+    def clip(index):
+        entry = found[index % len(found)]
+        return entry["caption"], entry["text"], entry["latent"]
+
     def samples():
         shown = found if needs_videos or not config.image_to_video else open_clips()  # those begin with real frames
         rows = [shown[i % len(shown)] for i in range(config.log.sample_count)]
@@ -140,7 +156,9 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
     return Source(
         wan_media(vae or VaeConfig()),
         found.negative[None],
+        VIDEO_KEYS["wan"],
         prompt,
+        clip,
         lambda: pipeline.embedded_prompt_iterator(texts, **share),
         lambda: pipeline.latent_iterator(found, text_dropout=dropout, **share),
         samples,

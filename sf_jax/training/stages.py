@@ -67,7 +67,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     vae = None
     if uses_vae(config):
         vae, frozen["vae"] = _vae(config, mesh)
-    source = open_source(config, VIDEO_KEYS[config.data.name] in keys, vae)
+    source = open_source(config, bool({VIDEO_KEYS[config.data.name], "context"} & set(keys)), vae)
     params = None
     if config.lora.rank:
         params = frozen["model_base"] = adapted_base(config, mesh)
@@ -132,7 +132,7 @@ def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
 def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What of a batch the updates read, and which arrays belong to every batch."""
     if config.stage == "init" and config.init == "ode":
-        return ("trajectory", "text"), ()
+        return ("trajectory", "text") + (("context",) if config.ode.teacher == "causal" else ()), ()
     own = config.stage == "distill" and config.student_input == "rollout" and config.objective != "gan"
     prompts_alone = own and not config.image_to_video and not config.regression_weight
     keys = ("text",) if prompts_alone else (VIDEO_KEYS[config.data.name], "text")

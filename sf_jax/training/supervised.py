@@ -104,15 +104,20 @@ def causal_program(config: TrainConfig, media: Media) -> Program:
 
 
 def ode_program(config: TrainConfig) -> Program:
-    """Regression on ODE pairs; the batch holds `trajectory` [B, S + 1, F, H, W, C] and `text` [B, N, text_dim]."""
-    model, schedule, layout = WanTransformer(config.model), config.rollout.schedule, layout_of(config, False)
+    """Regression on ODE pairs; the batch holds `trajectory` [B, S + 1, F, H, W, C] and `text` [B, N, text_dim].
+
+    With a causal teacher it also holds `context` [B, F, H, W, C], the real videos behind which the pairs were made.
+    """
+    behind_real = config.ode.teacher == "causal"
+    model, schedule, layout = WanTransformer(config.model), config.rollout.schedule, layout_of(config, behind_real)
     timesteps = jnp.asarray(config.rollout.timesteps + (0.0,), jnp.float32)
 
     def prepare(state, frozen, batch, examples):
         del frozen, batch
         key = key_for(config.seed, state.step, Purpose.ODE_INDEX)
         # The clean entry too: a clean chunk is what the cache will hold, and it is context here, not learned.
-        index = per_chunk_index(config, key, examples, len(timesteps))
+        entries = len(timesteps) - behind_real  # behind real chunks the student has clean context anyway
+        index = per_chunk_index(config, key, examples, entries)
         if config.image_to_video:
             index = index.at[:, 0].set(len(timesteps) - 1)
         return index, {}
@@ -120,7 +125,17 @@ def ode_program(config: TrainConfig) -> Program:
     def loss(params, state, frozen, batch, index):
         del state
         params = model_params(config, params, frozen)
-        return ode.ode_loss(params, model, layout, batch["trajectory"], batch["text"], index, timesteps, schedule)
+        return ode.ode_loss(
+            params,
+            model,
+            layout,
+            batch["trajectory"],
+            batch["text"],
+            index,
+            timesteps,
+            schedule,
+            batch.get("context"),
+        )
 
     return _always("ode", prepare, loss)
 
