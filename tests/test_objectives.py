@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import chex
 import jax
@@ -13,12 +14,13 @@ import pytest
 from configs import digits
 from sf_jax.config import from_dict
 from sf_jax.data import moving_digits
+from sf_jax.models import wan
 from sf_jax.models.layers import Linear
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import bidirectional_layout
 from sf_jax.objectives import dmd, sid
-from sf_jax.training import health, lora, metrics, self_forcing, sharding, supervised
+from sf_jax.training import health, lora, metrics, self_forcing, sharding, stages, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import load_package, shipped_path
@@ -111,6 +113,7 @@ def embedded_setting(config):
             clean[None], noise[None], jnp.broadcast_to(times, (4, config.batch_size, config.data.frames))
         )
         batch["trajectory"] = jnp.moveaxis(jnp.concatenate([path, clean[None]]), 0, 1)
+        batch |= {"context": clean} if config.ode.teacher == "causal" else {}
     return state, frozen, batch
 
 
@@ -137,6 +140,7 @@ SUPERVISED = {
     "frame-wise": (lambda c: supervised.causal_program(c, EMBEDDED), "causal", {"rollout": {"chunk": 1}}),
     "image to video": (lambda c: supervised.causal_program(c, EMBEDDED), "causal", IMAGE),
     "ode": (supervised.ode_program, "init", {}),
+    "ode behind real clips": (supervised.ode_program, "init", {"ode": {"teacher": "causal"}}),
     "consistency": (lambda c: supervised.consistency_program(c, EMBEDDED), "consistency", {}),
 }
 
@@ -166,6 +170,15 @@ DISTILL = {
         "score": {"from_exit": True, "to_exit": True},
     },
     "adapters": {"lora": {"rank": 8}, "critic_lora": {"rank": 8}},
+    "write": {"cache_gradient": "write"},
+    "write, long, adapters": {
+        "cache_gradient": "write",
+        "rollout_frames": (12,),
+        "lora": {"rank": 8},
+        "critic_lora": {"rank": 8},
+    },
+    "noisy context": {"cache_gradient": "write", "rollout": {"context": "noisy"}},
+    "regression": {"regression_weight": 0.5},
     "sid": {"objective": "sid"},
     "DF+DMD": {"student_input": "diffusion_forcing"},
     "TF+DMD": {"student_input": "teacher_forcing"},
@@ -232,7 +245,9 @@ def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
 def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
-    config = make_config(objective=objective, batch_size=2)
+    # with what is most likely to leak: the second pass over the clean chunks, and the regression's
+    more = {} if objective == "dmd" else {"cache_gradient": "write", "regression_weight": 0.5}
+    config = make_config(objective=objective, batch_size=2, **more)
     state, frozen, batch = setting(config)
     frozen = {} if objective == "gan" else frozen
     for program in self_forcing.programs(config, MEDIA):
@@ -246,6 +261,53 @@ def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
         grads = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(state.model.params, state.critic.params, frozen)
         moved = [any(np.any(x) for x in jax.tree.leaves(tree)) for tree in grads]
         assert moved == [program.losses[0].network == "model", program.losses[0].network == "critic", False]
+
+
+def test_clean_chunks_are_context_and_never_learned():
+    state, examples = types.SimpleNamespace(step=0), jnp.arange(64)
+    index, _ = supervised.ode_program(make_config(stage="init")).prepare(state, {}, {}, examples)
+    assert set(np.unique(index)) == {0, 1, 2, 3, 4}
+    behind_real = make_config(stage="init", ode={"teacher": "causal"})
+    index, _ = supervised.ode_program(behind_real).prepare(state, {}, {}, examples)
+    assert set(np.unique(index)) == {0, 1, 2, 3}
+    batch = {"latent": jnp.ones((64, FRAMES, *SIZE, SMALL.channels))}
+    for kind, clean in (("diffusion_forcing", True), ("teacher_forcing", False)):
+        config = make_config(student_input=kind)
+        _, t, _ = self_forcing._noised(config, MEDIA, batch, jax.random.key(0), examples, clean)
+        assert (t == 0).any() == clean and len(np.unique(t)) == 4 + clean
+
+
+@pytest.mark.slow
+def test_baselines_do_not_learn_on_clean_chunks():
+    config = make_config(student_input="diffusion_forcing", batch_size=8)
+    state, frozen, batch = setting(config)
+    student = self_forcing.programs(config, MEDIA)[0]
+    fake, _ = jax.jit(student.prepare)(state, frozen, batch, jnp.arange(8))
+    clean, t, _ = fake.forced
+    networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
+    video, mask = self_forcing._video(config, MEDIA, networks, state.model.params, frozen, batch, fake)
+    at_zero = np.asarray(t == 0)
+    assert at_zero.any() and not at_zero.all()
+    np.testing.assert_array_equal(np.asarray(video)[at_zero], np.asarray(clean)[at_zero])
+    np.testing.assert_array_equal(np.asarray(mask)[..., 0, 0, 0], ~at_zero)
+
+
+def test_the_regression_leaves_out_the_first_chunk():
+    config = make_config(regression_weight=1.0, batch_size=2)
+    state, frozen, batch = setting(config)
+    networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
+    fake = types.SimpleNamespace(key=jax.random.key(1), examples=jnp.arange(2))
+
+    @jax.jit
+    def error(latent):
+        return self_forcing._regression(config, MEDIA, networks, state.model.params, batch | {"latent": latent}, fake)
+
+    latent = batch["latent"]
+    assert float(error(latent)) > 0
+    slope = jax.jit(jax.grad(error))(latent)
+    assert np.any(slope[:, :3]) and np.any(slope[:, 3:])  # the first chunk is context
+    (loss,) = self_forcing.programs(config, MEDIA)[0].losses
+    assert stages.keys_of(config)[0] == ("video", "text") and loss.network == "model"
 
 
 @pytest.mark.slow
@@ -398,6 +460,8 @@ def test_every_leaf_of_every_state_has_a_sharding_rule(changes):
             "gan.head.taps is (5,): the critic's blocks are 0 to 1",
         ),
         ({"gan": {"r1_sigma": 0.0}}, "gan.r1_sigma is 0.0: it must be above 0"),
+        ({"regression_weight": -1.0}, "regression_weight is -1.0: it must be at least 0"),
+        ({"stage": "causal", "regression_weight": 1.0}, "regression_weight is 1.0: it is for stage 'distill'"),
         ({"causal": {"forcing": "none"}}, "causal.forcing is 'none'"),
         ({"causal": {"forcing": "diffusion", "context_noise": 5.0}}, "with diffusion forcing it must be 0"),
         ({"lora": {"rank": -1}}, "rank is -1"),

@@ -69,6 +69,7 @@ RUNS = {
     "adapters": ("distill", {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "accumulate": 2}),
     "image": ("distill", IMAGE),
     "image_ode": ("init", IMAGE),
+    "causal_ode": ("init", {"teacher_weights": "causal", "ode": {"teacher": "causal", "pairs": 4, "solver_steps": 4}}),
 }
 FAST = ("teacher",)
 # What shows its samples: networks of many and of few steps, and one that begins with a given image.
@@ -79,7 +80,7 @@ SAMPLED = ("causal", "long", "image", "image_ode")
 def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     stage, changes = RUNS[name]
     changes = changes | {"init_weights": str(model)}
-    if name == "consistency":
+    if changes.get("teacher_weights") == "causal":
         changes["teacher_weights"] = str(
             loop.train(
                 config_for(model, data, "causal", **changes | {"init": "ode", "teacher_weights": None}),

@@ -157,7 +157,7 @@ from sf_jax.config import MeshConfig
 from sf_jax.training import loop, sharding, stages, step as steps
 import dataclasses
 
-config = small_config("distill", teacher_weights="unused", cache_gradient="straight_through")
+config = small_config("distill", teacher_weights="unused", cache_gradient="write")
 config = dataclasses.replace(config, data=dataclasses.replace(config.data, height=8))  # 12 tokens a frame
 params = jax.device_get(random_params(config.model))  # updates donate what is on a device
 results = []
