@@ -12,6 +12,8 @@ from sf_jax import evaluate
 from sf_jax.data import moving_digits
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
+from sf_jax.evaluation.forced import generate_behind_real
+from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models.patch_codec import PatchCodec, to_float, to_uint8
 
 RNG = np.random.Generator(np.random.Philox(0))
@@ -287,6 +289,20 @@ def test_evaluate_refuses_before_generating(tmp_path):
     with pytest.raises(ValueError, match="out: cannot write in"):
         evaluate.evaluate({"a": pipe}, tmp_path / "file")
     assert not pipe.calls
+
+
+def test_behind_its_own_video_a_network_generates_the_same_again():
+    pipe = load_pipeline("student")
+    prompts = ["a 3 moving left, fast", "an 8 moving up and right, slowly"]
+    own = pipe.generate(prompts, 12, seed=3)
+    again = generate_behind_real(pipe, prompts, own, seed=3)
+    np.testing.assert_array_equal(again[:, :3], own[:, :3])
+    # but for the 256 levels and the codec, through which its context has gone
+    assert np.abs(again.astype(int) - own).mean() < 3
+    other = generate_behind_real(pipe, prompts, own[::-1], seed=3)
+    assert np.abs(other[:, 3:].astype(int) - own[:, 3:]).mean() > 10
+    with pytest.raises(ValueError, match="bidirectional teacher"):
+        generate_behind_real(load_pipeline("teacher"), prompts, own, seed=3)
 
 
 def test_report_survives_undefined_figures(tmp_path, measure, clips):

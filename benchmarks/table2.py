@@ -1,0 +1,266 @@
+"""The paper's Table 2 on the moving digits: training on own rollouts against training on real clips.
+
+  python -m benchmarks.table2                  # everything; hours on 2 cores, and goes on where it was stopped
+  python -m benchmarks.table2 --quick          # three rows, one seed, one length
+  python -m benchmarks.table2 --rows="SF+DMD;TF+DMD" --seeds=0,1 --chunks=3
+  python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
+
+All few-step rows start from one few-step start and get the same number of student updates at the rate that the same
+small search chose for each (`--tune`, on seeds that no row of the table has). A row is trained and measured per seed:
+at 1, 4 and 16 times the training length, and at 4 times with real clips as the context of every chunk. That control has
+no exposure to own outputs: what a row loses there, it does not lose to exposure.
+
+Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
+not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import table2_report as report
+from configs import digits
+from sf_jax.config import TrainConfig, from_dict
+from sf_jax.evaluation import judge as judging
+from sf_jax.evaluation import metrics
+from sf_jax.evaluation.forced import generate_behind_real
+from sf_jax.inference.pipeline import load_pipeline
+from sf_jax.training import loop
+
+RESULTS = Path("docs/results/table2.jsonl")
+RUNS = Path("runs/table2")
+LENGTHS = (9, 36, 144)
+CONTROL_LENGTH = 36
+SAMPLES = 128
+TUNING_SEEDS = (100,)
+RATES = (3e-5, 1e-4, 3e-4)
+UPDATES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+      name: what the table calls it.
+      variant: of configs/digits.py.
+      changes: fields that differ from it.
+      rate: learning rate of the student, of `RATES`, chosen by `--tune`; None is the variant's own.
+    """
+
+    name: str
+    variant: str
+    changes: dict = dataclasses.field(default_factory=dict)
+    rate: float | None = None
+
+    @property
+    def few_step(self) -> bool:
+        """Whether it is distilled from the common start."""
+        return self.variant not in ("causal", "diffusion_forcing")
+
+
+_WRITE = {"cache_gradient": "write"}
+ROWS = (
+    Row("many-step TF", "causal"),
+    Row("many-step DF", "diffusion_forcing"),
+    Row("TF+DMD", "tf_dmd", rate=1e-4),
+    Row("DF+DMD", "causvid", rate=1e-4),
+    Row("SF+DMD", "distill", rate=1e-4),
+    Row("SF+DMD, write", "distill", _WRITE, 1e-4),
+    Row("SF+SiD", "sid", rate=1e-4),
+    Row("SF+SiD, write", "sid", _WRITE, 1e-4),
+    Row("SF+GAN", "gan", rate=1e-4),
+    Row("SF+GAN, write", "gan", _WRITE, 1e-4),
+)
+QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
+
+
+def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
+    """The configuration of a row."""
+    values = digits.VARIANTS[row.variant]() | row.changes | {"seed": seed, "checkpoint_every": 10**6}
+    values["rollout"] = values["rollout"] | {"chunk": chunk}
+    if row.few_step:
+        rates = {"lr": rate or row.rate, "decay": "constant"}
+        values |= {
+            "steps": UPDATES * values["generator_every"],
+            "init_weights": str(start_of(chunk)),
+            "optimizer": values["optimizer"] | rates,
+        }
+    return from_dict(values)
+
+
+def start_of(chunk: int) -> Path:
+    """The few-step start of all few-step rows."""
+    return RUNS / f"start-chunk{chunk}" / "student.safetensors"
+
+
+def make_start(chunk: int) -> None:
+    """Trains the common start, unless it is there."""
+    if start_of(chunk).exists():
+        return
+    values = digits.VARIANTS["init"]()
+    values["rollout"] = values["rollout"] | {"chunk": chunk}
+    loop.train(from_dict(values), start_of(chunk).parent)
+
+
+def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Path:
+    """Trains a row, unless its weights are there."""
+    config = configured(row, seed, chunk, rate)
+    name = "".join(c if c.isalnum() else "_" for c in row.name.replace("+", "_"))
+    folder = RUNS / f"{name}-chunk{chunk}-seed{seed}" / (f"rate{rate}" if rate else "run")
+    path = folder / ("student.safetensors" if row.few_step else "causal.safetensors")
+    return path if path.exists() else loop.train(config, folder)
+
+
+@dataclasses.dataclass
+class Measure:
+    """Takes the figures of a pipeline; prompts, real clips and judge are the same for all."""
+
+    samples: int = SAMPLES
+
+    def __post_init__(self):
+        self.judge = judging.load()
+        self.prompts, self.kinds, self.targets = metrics.choose_prompts(self.samples)
+        self.real, self.references = {}, {}
+
+    def reference(self, frames: int) -> metrics.Reference:
+        """Real clips of a length, and their figures."""
+        if frames not in self.references:
+            self.real[frames] = metrics.real_clips(self.kinds, frames, 0)
+            self.references[frames] = metrics.reference(self.real[frames], self.targets, self.judge)
+        return self.references[frames]
+
+    def __call__(self, pipe, frames: int, seed: int, control: bool = False) -> metrics.Figures:
+        """Figures of videos of `frames` frames; with `control`, every chunk behind the real frames before it."""
+        reference, parts = self.reference(frames), []
+        for first in range(0, self.samples, 64):
+            part = slice(first, first + 64)
+            if control:
+                parts.append(generate_behind_real(pipe, self.prompts[part], self.real[frames][part], seed, first))
+            else:
+                parts.append(pipe.generate(self.prompts[part], frames, seed, first_index=first))
+        videos = np.concatenate(parts)
+        return metrics.measure(videos, self.targets, self.judge, reference, pipe.chunk_starts(frames))
+
+
+def commit() -> str:
+    """The commit of the checkout, with a + where files differ from it; empty outside of one."""
+    run = {"capture_output": True, "text": True, "check": False}
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "--", "sf_jax", "configs", "benchmarks"], **run).stdout
+    return head + "+" * bool(changed.strip())
+
+
+def read(path: Path) -> list[dict]:
+    """The results so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(path: Path, result: dict) -> None:
+    """Appends a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def figures_of(figures: metrics.Figures) -> dict:
+    """What of the figures is kept."""
+    kept = dataclasses.asdict(figures)
+    for name in ("digit_per_frame", "direction_per_frame"):
+        del kept[name]
+    rounded = {k: [round(x, 4) for x in v] if isinstance(v, tuple) else round(v, 4) for k, v in kept.items()}
+    return {k: None if v != v else v for k, v in rounded.items()}  # NaN is no JSON
+
+
+def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple[int, bool]], measure: Measure, results: Path) -> None:
+    """Trains and measures one row with one seed."""
+    began = time.time()
+    pipe = load_pipeline(weights_of(row, seed, chunk))
+    trained = time.time() - began
+    for frames, control in lengths:
+        figures = measure(pipe, frames, seed, control)
+        about = {"row": row.name, "chunk": chunk, "seed": seed, "frames": frames, "control": control}
+        where = {
+            "rate": row.rate,
+            "updates": UPDATES if row.few_step else None,
+            "commit": commit(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "seconds": round(trained),
+        }
+        write(results, about | where | {"figures": figures_of(figures)})
+
+
+def tune(row: Row, chunk: int, measure: Measure, results: Path) -> None:
+    """Prints the joint score of every rate on the tuning seeds."""
+    for rate in RATES:
+        for seed in TUNING_SEEDS:
+            pipe = load_pipeline(weights_of(row, seed, chunk, rate))
+            figures = measure(pipe, CONTROL_LENGTH, seed)
+            about = {"row": row.name, "chunk": chunk, "seed": seed, "rate": rate, "tuning": True}
+            write(results, about | {"commit": commit(), "figures": figures_of(figures)})
+            print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
+
+
+def plan(rows: list[Row], seeds, chunks, lengths, results: list[dict]) -> list[tuple]:
+    """(row, seed, chunk, lengths that are missing) of everything that is not done, seed by seed."""
+    keys = ("row", "chunk", "seed", "frames", "control")
+    done = {tuple(result[key] for key in keys) for result in results if "frames" in result}
+    work = []
+    for chunk in chunks:
+        for seed in seeds:
+            for row in rows:
+                left = [length for length in lengths if (row.name, chunk, seed, *length) not in done]
+                work += [(row, seed, chunk, left)] if left else []
+    return work
+
+
+def main(arguments: list[str]) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three rows, one seed, 4 times the training length")
+    parser.add_argument("--rows", default="", help="names of rows, separated by semicolons")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
+    parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
+    parser.add_argument("--report", action="store_true", help="only write the table and the figure")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    rows = list(ROWS)
+    if args.rows:
+        names = args.rows.split(";")
+        unknown = set(names) - {row.name for row in ROWS}
+        if unknown:
+            parser.error(f"--rows has {', '.join(unknown)}: rows are {'; '.join(row.name for row in ROWS)}")
+        rows = [row for row in ROWS if row.name in names]
+    seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
+    lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, True)]
+    if args.quick:
+        rows, seeds, chunks, lengths = [r for r in ROWS if r.name in QUICK], [0], [3], [(36, False), (36, True)]
+    if not args.report:
+        work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(args.results))
+        measure = Measure()
+        bar = tqdm(work, desc="table2", unit="run")
+        for row, seed, chunk, left in bar:
+            bar.set_postfix_str(f"{row.name}, chunk {chunk}, seed {seed}")
+            if row.few_step:
+                make_start(chunk)
+            if args.tune and row.few_step:
+                tune(row, chunk, measure, args.results)
+            elif not args.tune:
+                run_row(row, seed, chunk, left, measure, args.results)
+    for path in report.write(read(args.results)):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,130 @@
+"""Draws docs/results/table2.md and its figure from the lines that `benchmarks.table2` wrote."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sf_jax.evaluation.judge import WINDOW
+
+FOLDER = Path("docs/results")
+TRAIN_FRAMES = 9
+COLUMNS = {
+    "joint": "joint",
+    "digit": "digit",
+    "direction": "direction",
+    "border_jump": "border jump",
+    "frechet": "Frechet, quarters 1 and 4",
+    "diversity": "diversity",
+    "brightness": "brightness",
+    "motion": "motion",
+}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t); NaN with one value."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def _text(values: list[float | None], digits: int) -> str:
+    values = [float("nan") if value is None else value for value in values]
+    mean, half = interval(values)
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" if np.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def _cell(column: str, figures: list[dict]) -> str:
+    if column == "frechet":
+        return ", ".join(_text([f["frechet_per_quarter"][q] for f in figures], 1) for q in (0, -1))
+    return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity") else 3)
+
+
+def grouped(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """(chunk, frames, control) -> row -> results of its seeds, in the order in which they were made."""
+    groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if "frames" in result:
+            groups[result["chunk"], result["frames"], result["control"]][result["row"]].append(result)
+    return groups
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """One Markdown table."""
+    lines = [f"| row | seeds | {' | '.join(COLUMNS.values())} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+    for name, results in rows.items():
+        figures = [result["figures"] for result in results]
+        cells = " | ".join(_cell(column, figures) for column in COLUMNS)
+        lines.append(f"| {name} | {len(results)} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Joint accuracy over the frames of the longest videos, mean and interval, and behind real clips."""
+    groups = grouped(results)
+    chunks = sorted({chunk for chunk, _, _ in groups}, reverse=True)
+    figure = Figure(figsize=(11, 4.2 * len(chunks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, chunk in zip(figure.subplots(len(chunks), 2, squeeze=False), chunks, strict=True):
+        longest = max(frames for c, frames, control in groups if c == chunk and not control)
+        controls = [frames for c, frames, control in groups if c == chunk and control]
+        shown = [(longest, False, "behind its own frames")] + [(x, True, "behind real frames") for x in controls[:1]]
+        for ax, (frames, control, title) in zip(axes, shown, strict=False):
+            for name, rows in groups[chunk, frames, control].items():
+                curves = np.array([r["figures"]["joint_per_frame"] for r in rows])
+                # a running mean over six windows: two chunks, so that the borders' period does not hide the drift
+                curves = np.array([np.convolve(curve, np.ones(6) / 6, "valid") for curve in curves])
+                places = np.arange(curves.shape[1]) + WINDOW - 1 + 2.5
+                stats = np.array([interval(list(column)) for column in curves.T])
+                (line,) = ax.plot(places, stats[:, 0], label=f"{name} ({len(rows)})")
+                low, high = (stats[:, 0] + sign * np.nan_to_num(stats[:, 1]) for sign in (-1, 1))
+                ax.fill_between(places, low, high, alpha=0.15, color=line.get_color())
+            ax.axvline(TRAIN_FRAMES - 0.5, color="0.5", linestyle="--")
+            kind = "chunk-wise" if chunk > 1 else "frame-wise"
+            ax.set(title=f"{kind}, {title}", xlabel="frame", ylabel="digit and direction right", ylim=(0, 1.03))
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=7, loc="lower left")
+    figure.savefig(path, dpi=100)
+
+
+def write(results: list[dict]) -> list[Path]:
+    """Writes the page and its figure; returns their paths."""
+    if not any("frames" in result for result in results):
+        return []
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    page, picture = FOLDER / "table2.md", FOLDER / "table2.png"
+    draw(results, picture)
+    lines = [
+        "# Table 2 on the moving digits",
+        "",
+        "Written by `python -m benchmarks.table2 --report` from `docs/results/table2.jsonl`; each line there has its",
+        "seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t). What the rows are:",
+        "`benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means over 6 windows.",
+        "",
+        "![Drift curves](table2.png)",
+        "",
+    ]
+    for (chunk, frames, control), rows in sorted(grouped(results).items(), key=lambda x: (-x[0][0], x[0][2], x[0][1])):
+        kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
+        behind = ", every chunk behind real frames" if control else ""
+        lines += [f"## {kind}, {frames} frames ({frames // TRAIN_FRAMES} x training){behind}", "", table(rows), ""]
+    commits = sorted({result["commit"] for result in results if "frames" in result})
+    versions = sorted({f"Python {r['python']}, JAX {r['jax']}" for r in results if "frames" in r})
+    lines += [f"Commits: {', '.join(commits)}. {'; '.join(versions)}.", ""]
+    tuning = [result for result in results if result.get("tuning")]
+    if tuning:
+        lines += ["## Rates", "", "Joint score at 36 frames, on seeds that the table does not have.", ""]
+        lines += ["| row | chunk | rate | seed | joint |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {r['row']} | {r['chunk']} | {r['rate']:g} | {r['seed']} | {r['figures']['joint']:.3f} |" for r in tuning
+        ]
+        lines.append("")
+    page.write_text("\n".join(lines))
+    return [page, picture]
