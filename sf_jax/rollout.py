@@ -411,7 +411,7 @@ def replay(
       config: how the rollout was generated.
       params: the student's parameters.
       text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
-      past: the rollout, made with `full_cache` (but for "write" with `first_live` 0, which reads no cache).
+      past: the rollout, made with `full_cache` (unless `replay_reads_cache` says otherwise).
       cache_gradient: what of the loss of later chunks reaches the keys and values of earlier ones.
         "stop": nothing; they are constants (paper, Algorithm 1).
         "straight_through": their gradient goes to the keys and values of the earlier chunk's exit step, as in the
@@ -427,6 +427,11 @@ def replay(
       ValueError: on another `cache_gradient`, or if the rollout's cache does not hold what is needed.
     """
     return replay_recorded(model, config, params, text, jax.lax.stop_gradient(past), cache_gradient, first_live)
+
+
+def replay_reads_cache(config: RolloutConfig, cache_gradient: str, first_live: int = 0) -> bool:
+    """Whether `replay` reads the rollout's cache; if not, the rollout need not keep all frames in it."""
+    return cache_gradient != "write" or config.context == "noisy" or first_live > 0
 
 
 def replay_recorded(
@@ -448,7 +453,7 @@ def replay_recorded(
     writes = cache_gradient == "write" and config.context == "clean"
     # Frames whose clean pass is computed again: nobody reads the last chunk's.
     live = (0 if first_live == 0 else offset, total - chunks[-1]) if writes else (offset, offset)
-    needs_cache = not writes or live[0] > 0
+    needs_cache = replay_reads_cache(config, cache_gradient, first_live)
     if needs_cache and past.cache.capacity < total:
         raise ValueError(
             f"the cache holds {past.cache.capacity} of {total} frames: make the rollout with full_cache=True"

@@ -124,7 +124,8 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
     draw = ro.key_draw(jax.random.fold_in(key, 2), examples)
     initial = media.clean(batch)[:, :1] if given else None
-    return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial)
+    keeps_cache = ro.replay_reads_cache(config.rollout, config.cache_gradient, _first_live(config, frames))
+    return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, keeps_cache)
 
 
 def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
