@@ -21,6 +21,7 @@ from configs import wan_distill
 from sf_jax import rollout as ro
 from sf_jax.config import MeshConfig, TrainConfig, from_dict
 from sf_jax.models.wan import WanTransformer
+from sf_jax.replay import replay
 from sf_jax.topology import CHIPS, chip_of, tpu_devices
 from sf_jax.training import ahead, sharding
 from sf_jax.training.abstract import abstract_run
@@ -77,7 +78,7 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
                 video = oracle.rollout_video(model, config.rollout, params, text, noise, exit_step, draw)
                 return (video * weight).sum()
             past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw)
-            return (ro.replay(model, config.rollout, params, text, past) * weight).sum()
+            return (replay(model, config.rollout, params, text, past) * weight).sum()
 
         return jax.grad(loss)(params)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.models.wan import WanConfig, WanTransformer, init_params
+from sf_jax.replay import CACHE_GRADIENTS, replay
 from tests import oracle
 
 
@@ -51,13 +52,13 @@ def main() -> None:
 
     def by_replay(params, exit_step, mode):
         past = ro.rollout(model, config, params, text, noise, exit_step, draw)
-        return (ro.replay(model, config, params, text, past, mode) * weight).sum()
+        return (replay(model, config, params, text, past, mode) * weight).sum()
 
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind} x {jax.device_count()}, {platform.machine()}")
     size = f"{frames} frames of {latent[0]}x{latent[1]}, dim {sizes.dim}, {sizes.num_layers} layers"
     print(f"batch {batch}, {size}, remat {args.remat}")
     print(f"{'cache_gradient':18s}{'method':10s}{'seconds':>9s}{'temp MB':>10s}{'rel. difference':>18s}")
-    for mode in ro.CACHE_GRADIENTS:
+    for mode in CACHE_GRADIENTS:
         reference = None
         for name, loss in (("scan", by_scan), ("replay", by_replay)):
             compiled = jax.jit(jax.grad(lambda p, e, loss=loss, mode=mode: loss(p, e, mode))).lower(params, 2).compile()

@@ -26,7 +26,8 @@ from sf_jax.options import (
     at_least,
     one_of,
 )
-from sf_jax.rollout import CACHE_GRADIENTS, RolloutConfig
+from sf_jax.replay import CACHE_GRADIENTS
+from sf_jax.rollout import RolloutConfig
 
 STAGES = ("teacher", "causal", "init", "distill")
 OBJECTIVES = ("dmd", "sid", "gan")
@@ -67,7 +68,7 @@ class TrainConfig:
       rollout_frames: latent frames of the rollouts; each iteration draws one of them. Empty is `data.frames`. The loss
         sees the last `data.frames` of longer ones, whose first frame is then encoded again as an image.
       image_to_video: whether the first latent frame is given; needs `rollout.first_frame_alone` and videos.
-      cache_gradient: what of the gradient crosses a chunk, see `rollout.replay`.
+      cache_gradient: what of the gradient crosses a chunk, see `replay.replay`.
       regression_weight: weight of a regression beside the objective of "distill": the student denoises chunks of real
         videos behind the real clean chunks before them. It keeps what a mode-seeking loss loses, and reads videos.
       on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the update.

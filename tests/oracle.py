@@ -13,7 +13,7 @@ def rollout_video(
 ) -> jax.Array:
     """The video of `rollout.rollout`, whose arguments these are, differentiable in `params` and `text`.
 
-    `cache_gradient` and `first_live` are those of `rollout.replay`.
+    `cache_gradient` and `first_live` are those of `replay.replay`.
     """
     batch, frames, height, width, _ = noise.shape
     start = 0 if initial is None else initial.shape[1]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import types
 
 import chex
 import jax
@@ -14,13 +13,12 @@ import pytest
 from configs import digits
 from sf_jax.config import from_dict
 from sf_jax.data import moving_digits
-from sf_jax.models import wan
 from sf_jax.models.layers import Linear
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import bidirectional_layout
 from sf_jax.objectives import dmd, sid
-from sf_jax.training import health, lora, metrics, self_forcing, sharding, stages, supervised
+from sf_jax.training import health, lora, metrics, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import load_package, shipped_path
@@ -261,53 +259,6 @@ def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
         grads = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(state.model.params, state.critic.params, frozen)
         moved = [any(np.any(x) for x in jax.tree.leaves(tree)) for tree in grads]
         assert moved == [program.losses[0].network == "model", program.losses[0].network == "critic", False]
-
-
-def test_clean_chunks_are_context_and_never_learned():
-    state, examples = types.SimpleNamespace(step=0), jnp.arange(64)
-    index, _ = supervised.ode_program(make_config(stage="init")).prepare(state, {}, {}, examples)
-    assert set(np.unique(index)) == {0, 1, 2, 3, 4}
-    behind_real = make_config(stage="init", ode={"teacher": "causal"})
-    index, _ = supervised.ode_program(behind_real).prepare(state, {}, {}, examples)
-    assert set(np.unique(index)) == {0, 1, 2, 3}
-    batch = {"latent": jnp.ones((64, FRAMES, *SIZE, SMALL.channels))}
-    for kind, clean in (("diffusion_forcing", True), ("teacher_forcing", False)):
-        config = make_config(student_input=kind)
-        _, t, _ = self_forcing._noised(config, MEDIA, batch, jax.random.key(0), examples, clean)
-        assert (t == 0).any() == clean and len(np.unique(t)) == 4 + clean
-
-
-@pytest.mark.slow
-def test_baselines_do_not_learn_on_clean_chunks():
-    config = make_config(student_input="diffusion_forcing", batch_size=8)
-    state, frozen, batch = setting(config)
-    student = self_forcing.programs(config, MEDIA)[0]
-    fake, _ = jax.jit(student.prepare)(state, frozen, batch, jnp.arange(8))
-    clean, t, _ = fake.forced
-    networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
-    video, mask = self_forcing._video(config, MEDIA, networks, state.model.params, frozen, batch, fake)
-    at_zero = np.asarray(t == 0)
-    assert at_zero.any() and not at_zero.all()
-    np.testing.assert_array_equal(np.asarray(video)[at_zero], np.asarray(clean)[at_zero])
-    np.testing.assert_array_equal(np.asarray(mask)[..., 0, 0, 0], ~at_zero)
-
-
-def test_the_regression_leaves_out_the_first_chunk():
-    config = make_config(regression_weight=1.0, batch_size=2)
-    state, frozen, batch = setting(config)
-    networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
-    fake = types.SimpleNamespace(key=jax.random.key(1), examples=jnp.arange(2))
-
-    @jax.jit
-    def error(latent):
-        return self_forcing._regression(config, MEDIA, networks, state.model.params, batch | {"latent": latent}, fake)
-
-    latent = batch["latent"]
-    assert float(error(latent)) > 0
-    slope = jax.jit(jax.grad(error))(latent)
-    assert np.any(slope[:, :3]) and np.any(slope[:, 3:])  # the first chunk is context
-    (loss,) = self_forcing.programs(config, MEDIA)[0].losses
-    assert stages.keys_of(config)[0] == ("video", "text") and loss.network == "model"
 
 
 @pytest.mark.slow

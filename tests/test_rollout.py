@@ -13,6 +13,7 @@ from sf_jax import many_step
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.models import attention, wan
+from sf_jax.replay import CACHE_GRADIENTS, replay, replay_recorded
 from tests import oracle
 from tests.helpers import SIZE, SMALL, inputs, random_params, relative, tree_relative
 
@@ -94,17 +95,17 @@ def test_replay_equals_differentiating_through_the_scan(name):
 
     def by_replay(inputs, exits, mode):
         past = ro.rollout(MODEL, config, *inputs, noise, exits, draw)
-        return (ro.replay(MODEL, config, *inputs, past, mode) * weight).sum()
+        return (replay(MODEL, config, *inputs, past, mode) * weight).sum()
 
     @jax.jit  # all gradients in one program: one compilation
     def gradients(inputs, exits):
-        return [[jax.grad(f)(inputs, exits, mode) for f in (by_scan, by_replay)] for mode in ro.CACHE_GRADIENTS]
+        return [[jax.grad(f)(inputs, exits, mode) for f in (by_scan, by_replay)] for mode in CACHE_GRADIENTS]
 
     count = len(config.chunks(noise.shape[1])[1])
     for exits in (0, 1, 2, 3, np.arange(count) % 4):
         exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (count,))
-        for scan, replay in gradients((params, text), exits):
-            assert tree_relative(replay, scan) < 1e-6, exits
+        for scanned, replayed in gradients((params, text), exits):
+            assert tree_relative(replayed, scanned) < 1e-6, exits
 
 
 def test_gradient_is_zero_where_it_must_be():
@@ -117,7 +118,7 @@ def test_gradient_is_zero_where_it_must_be():
     @functools.partial(jax.jit, static_argnums=(1, 2))
     @jax.grad
     def gradient(params, mode, first_live, weight):
-        return (ro.replay(MODEL, config, params, text, past, mode, first_live) * weight).sum()
+        return (replay(MODEL, config, params, text, past, mode, first_live) * weight).sum()
 
     assert all(not np.any(g) for g in jax.tree.leaves(gradient(params, "stop", 1, early)))  # chunks that are not live
     assert any(np.any(g) for g in jax.tree.leaves(gradient(params, "stop", 0, early)))
@@ -135,7 +136,7 @@ def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
     config, _, noise, text, draw = case(name)
     params = random_params()
     ring = run(config, params, text, noise, draw, 2, False)  # it reads no cache
-    video = jax.jit(functools.partial(ro.replay, MODEL, config, cache_gradient="write"))(params, text, ring)
+    video = jax.jit(functools.partial(replay, MODEL, config, cache_gradient="write"))(params, text, ring)
     assert relative(video, ring.video) < 1e-5
 
 
@@ -156,17 +157,17 @@ def test_live_clean_passes_behind_given_and_earlier_frames(name):
             return oracle.rollout_video(MODEL, config, params, text, noise, 1, draw, initial, "write", live)
 
         def by_replay(params, text, live):
-            return ro.replay(MODEL, config, params, text, past, "write", live)
+            return replay(MODEL, config, params, text, past, "write", live)
 
         return [
             [jax.grad(lambda *a, f=f, live=live: (f(*a, live) * weight).sum(), (0, 1))(params, text) for live in (0, 1)]
             for f in (by_scan, by_replay)
         ]
 
-    scan, replay = gradients(params, text)
+    scanned, replayed = gradients(params, text)
     for live in (0, 1):
-        assert tree_relative(replay[live], scan[live]) < 1e-6, live
-    assert tree_relative(replay[0], replay[1]) > 0.01
+        assert tree_relative(replayed[live], scanned[live]) < 1e-6, live
+    assert tree_relative(replayed[0], replayed[1]) > 0.01
 
 
 def test_a_later_loss_reaches_every_earlier_clean_pass():
@@ -178,7 +179,7 @@ def test_a_later_loss_reaches_every_earlier_clean_pass():
     def recorded_gradient(video):
         """Of the last chunk alone, in the clean latents."""
         return jax.grad(
-            lambda video: ro.replay_recorded(MODEL, config, params, text, past.replace(video=video), "write", 0)[
+            lambda video: replay_recorded(MODEL, config, params, text, past.replace(video=video), "write", 0)[
                 :, 6:
             ].sum()
         )(video)
@@ -188,7 +189,7 @@ def test_a_later_loss_reaches_every_earlier_clean_pass():
 
     # what the rollout recorded is constant; the parameters of the clean passes are not
     def loss(params, past, mode):
-        return ro.replay(MODEL, config, params, text, past, mode)[:, 6:].sum()
+        return replay(MODEL, config, params, text, past, mode)[:, 6:].sum()
 
     by_past = jax.jit(jax.grad(functools.partial(loss, mode="write"), 1, allow_int=True))(params, past)
     for leaf in jax.tree.leaves(by_past):
@@ -252,7 +253,7 @@ def test_initial_latents_are_kept_and_seen():
     one, two = (run(config, params, text, noise, draw, 3, True, given) for given in (initial, initial + 0.1))
     np.testing.assert_array_equal(one.video[:, :3], initial)
     assert relative(two.video[:, 3:], one.video[:, 3:]) > 1e-3
-    assert relative(jax.jit(functools.partial(ro.replay, MODEL, config))(params, text, one), one.video) < 1e-6
+    assert relative(jax.jit(functools.partial(replay, MODEL, config))(params, text, one), one.video) < 1e-6
 
 
 def test_context_noise_exact_adds_none_and_official_a_little():
@@ -296,9 +297,9 @@ def test_bad_rollouts_are_refused_before_anything_runs():
     noise, text, draw = inputs(9)
     ring = jax.eval_shape(lambda: run(config, random_params(), text, noise, draw, 0, False))
     with pytest.raises(ValueError, match="make the rollout with full_cache=True"):
-        ro.replay(MODEL, config, random_params(), text, ring)
+        replay(MODEL, config, random_params(), text, ring)
     with pytest.raises(ValueError, match="cache_gradient is 'all'"):
-        ro.replay(MODEL, config, random_params(), text, ring, "all")
+        replay(MODEL, config, random_params(), text, ring, "all")
 
 
 def test_causal_trajectories_end_in_the_causal_video():

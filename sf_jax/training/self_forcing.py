@@ -10,6 +10,7 @@ from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
 from sf_jax.models.wan import WanTransformer
 from sf_jax.objectives import causal, dmd, gan, scores, sid
+from sf_jax.replay import replay, replay_reads_cache
 from sf_jax.rng import Purpose, key_for
 from sf_jax.training.media import Media
 from sf_jax.training.step import Loss, Program, critic_params, model_params
@@ -124,7 +125,7 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
     draw = ro.key_draw(jax.random.fold_in(key, 2), examples)
     initial = media.clean(batch)[:, :1] if given else None
-    keeps_cache = ro.replay_reads_cache(config.rollout, config.cache_gradient, _first_live(config, frames))
+    keeps_cache = replay_reads_cache(config.rollout, config.cache_gradient, _first_live(config, frames))
     return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, keeps_cache)
 
 
@@ -168,7 +169,7 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
         return video, (t != 0)[:, :, None, None, None]
     total, window = fake.past.video.shape[1], config.data.frames
     first_live = _first_live(config, total)
-    video = ro.replay(
+    video = replay(
         networks.student, config.rollout, params, batch["text"], fake.past, config.cache_gradient, first_live
     )
     return _last_window(config, media, frozen, video, window)

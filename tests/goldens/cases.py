@@ -10,6 +10,7 @@ from sf_jax import rollout as ro
 from sf_jax.diffusion.schedule import FlowSchedule
 from sf_jax.models import attention, kv_cache, rope, wan
 from sf_jax.objectives import dmd, scores, sid
+from sf_jax.replay import replay
 from tests import oracle
 from tests.goldens.folder import Folder, Result, channels_last, recorded_blocks, recorded_draw, relative
 
@@ -232,7 +233,7 @@ def rollouts(folder: Folder):
         run = jax.jit(lambda *a, config=config, draw=draw: ro.rollout(model, config, *a[:4], draw, a[4]))
         result = run(params, text, noise, exits, initial)
         yield Result(f"{prefix}output", relative(result.video, channels_last(arrays[f"{prefix}output"])))
-        replayed = jax.jit(lambda *a, config=config: ro.replay(model, config, *a))(params, text, result)
+        replayed = jax.jit(lambda *a, config=config: replay(model, config, *a))(params, text, result)
         yield Result(f"{prefix}output by replay", relative(replayed, channels_last(arrays[f"{prefix}output"])))
         if case["same_step_across_blocks"]:
             ends = [int(v) for v in ro.exit_range(config, int(exits[0]))]
@@ -309,7 +310,7 @@ def _replay_gradient(model, config, params, text, args, weight, mode, live, free
         def loss(params):
             prompt = model.apply({"params": params}, text, method="encode_text")
             prompt = jax.lax.stop_gradient(prompt) if freeze_text else prompt
-            return (ro.replay(model, config, params, prompt, past, mode, live) * weight).sum()
+            return (replay(model, config, params, prompt, past, mode, live) * weight).sum()
 
         return jax.value_and_grad(loss)(params)
 
@@ -398,7 +399,7 @@ def distillation(folder: Folder, file: str):
         objective = sid if "sid" in file else dmd
 
         def loss(p):
-            video = ro.replay(student, config, p, text, past, "straight_through")
+            video = replay(student, config, p, text, past, "straight_through")
             negative = arrays["negative_prompt_embeds"]
             out = objective.generator_loss(video, teacher, critic, text, negative, t, score_noise, score_config)
             return out[0], (out[1], video)

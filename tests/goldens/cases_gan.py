@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from sf_jax import rollout as ro
 from sf_jax.models.discriminator import DiscriminatorConfig, init_discriminator
 from sf_jax.objectives import gan, scores
+from sf_jax.replay import replay
 from sf_jax.weights import discriminator, transformer
 from tests.goldens.cases import rollout_config
 from tests.goldens.folder import (
@@ -95,7 +96,7 @@ def _student(folder, arrays, meta, student, params, critic, score, config):
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params):
-        video = ro.replay(student, roll, params, text, past, "straight_through")
+        video = replay(student, roll, params, text, past, "straight_through")
         return gan.generator_loss(video, real, critic, text, t, *noises, score, config)
 
     (loss, _), grads = run(params)
