@@ -5,7 +5,8 @@
 
 The recipes of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless they say. A
 case that is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O0 JAX_MEMORY_FITTING_LEVEL=O0 compiles faster.
-The cases "scan" and "replay" are one gradient of sum(video * weight) in the student's parameters, rollout included.
+The cases "scan" and "replay" (with its `cache_gradient`) are one gradient of sum(video * weight) in the student's
+parameters, rollout included.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from configs import wan_distill
 from sf_jax import rollout as ro
 from sf_jax.config import MeshConfig, TrainConfig, from_dict
 from sf_jax.models.wan import WanTransformer
-from sf_jax.replay import replay
+from sf_jax.replay import replay, replay_reads_cache
 from sf_jax.topology import CHIPS, chip_of, tpu_devices
 from sf_jax.training import ahead, sharding
 from sf_jax.training.abstract import abstract_run
@@ -50,7 +51,7 @@ OTHERS = [
     ("causal", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
     ("ode", "v5p:4x4x4", {"fsdp": 64}, 64, 1),
 ]
-GRADIENTS = ("replay", "scan")
+GRADIENTS = ("replay", "replay straight_through", "replay write", "scan")
 
 
 def configured(variant: str, mesh: dict, batch: int, accumulate: int) -> TrainConfig:
@@ -77,8 +78,10 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
             if method == "scan":
                 video = oracle.rollout_video(model, config.rollout, params, text, noise, exit_step, draw)
                 return (video * weight).sum()
-            past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw)
-            return (replay(model, config.rollout, params, text, past) * weight).sum()
+            mode = method.removeprefix("replay").strip() or "stop"
+            keeps_cache = replay_reads_cache(config.rollout, mode)
+            past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw, full_cache=keeps_cache)
+            return (replay(model, config.rollout, params, text, past, mode) * weight).sum()
 
         return jax.grad(loss)(params)
 

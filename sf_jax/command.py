@@ -1,8 +1,12 @@
 """How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
 
 import contextlib
+import os
+import platform
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -32,10 +36,40 @@ def run(main: Callable[[], None], required: Sequence[str] = (), smaller: str = S
 
     def guarded(_):
         logging.set_verbosity(logging.WARNING)
+        keep_compiled_programs()
         with errors_in_one_line(smaller):
             main()
 
     app.run(guarded, flags_parser=parse)
+
+
+def keep_compiled_programs() -> None:
+    """Lets all commands share compiled programs on disk, unless `JAX_COMPILATION_CACHE_DIR` names another place.
+
+    The folder is one of the user's cache folder and of this kind of processor: programs compiled for a CPU run on no
+    other, and home folders are shared. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    settings = {
+        "jax_compilation_cache_dir": str(caches / "sf_jax" / f"compiled-{_processor()}"),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)  # for a JAX that is not imported yet, and for child processes
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update(name, value)
+
+
+def _processor() -> str:
+    """A short name of this machine's processor and of what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = [platform.processor()]
+    features = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")})
+    return f"{platform.machine()}-{zlib.crc32(''.join(features).encode()):08x}"
 
 
 @contextlib.contextmanager

@@ -17,14 +17,18 @@ def command(*arguments, module="sf_jax.generate", **options):
 
 
 def test_generate_without_arguments_writes_a_video(tmp_path):
-    # Of the cache of compiled programs another process may just be writing what this one reads: JAX warns of it.
-    done = command(cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_ENABLE_COMPILATION_CACHE": "false"})
+    # A cache of its own: where another process may just be writing what this one reads, JAX warns of it.
+    env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    env |= {"PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path / "caches")}
+    done = command(cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("chunk") >= 16 and "first chunk after" in done.stdout
     name = tmp_path / "out" / "a_3_moving_up_and_right_slowly"
     assert iio.imread(name.with_suffix(".mp4")).shape == (48, 288, 288, 3)
     assert name.with_suffix(".gif").exists() and name.with_suffix(".png").exists()
     assert not done.stderr.strip(), done.stderr
+    (compiled,) = (tmp_path / "caches" / "sf_jax").iterdir()
+    assert compiled.name.startswith("compiled-") and any(compiled.iterdir())
 
 
 def test_shipped_student_streams_and_does_not_depend_on_the_batch():

@@ -185,6 +185,15 @@ def test_a_digit_that_changes_on_its_way_shows_in_the_diversity(measure, clips):
     figures = measure(np.concatenate([videos[:, :12], videos[first, 12:]], axis=1))
     assert figures.diversity_per_quarter[0] > 0.8 and figures.diversity_per_quarter[3] < 1e-3
     assert 0.2 < figures.diversity < 0.7 and 0.2 < figures.style_diversity < 0.8
+    # A digit of another sample in every chunk: as diverse in each quarter, and never the same for long.
+    mates = np.argsort(targets.prompt, kind="stable").reshape(-1, 4)
+    changing = videos.copy()
+    for chunk in range(8):
+        changing[mates.ravel(), 3 * chunk : 3 * chunk + 3] = videos[np.roll(mates, chunk, axis=1).ravel()][
+            :, 3 * chunk : 3 * chunk + 3
+        ]
+    assert measure(videos).identity > 0.95 > 0.3 > measure(changing).identity
+    assert measure(changing).diversity < 0.7 * measure(videos).diversity
     assert measure(videos).style_diversity == pytest.approx(1, abs=0.15)
 
 

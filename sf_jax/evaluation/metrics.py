@@ -18,6 +18,7 @@ from sf_jax.evaluation.judge import WINDOW, Judge, Opinion
 QUARTERS = 4
 MIN_FRAMES = 2 * QUARTERS
 SAMPLES_PER_PROMPT = 4
+IDENTITY_LAG = 5
 _KINDS = (10, len(moving_digits.DIRECTIONS), len(moving_digits.SPEEDS))
 _NUM_KINDS = math.prod(_KINDS)
 _STRIDE = 61  # Coprime to the number of kinds; of all such, the one with which any first few are best balanced.
@@ -93,6 +94,7 @@ class Figures:
         one and the same sample. A digit that changes while it moves has less, too.
       diversity_per_quarter: The same, with the windows of each quarter alone.
       style_diversity: The same, by the power spectra of the frames instead of the judge's features.
+      identity: How far a digit keeps its shape while it moves, see `identity`; 1 is ideal, 0 is another shape.
       saturation: Share of the pixels at 255.
       brightness: Mean pixel relative to real clips; 1 is ideal.
       brightness_per_quarter: The same for each quarter, which shows drift.
@@ -117,6 +119,7 @@ class Figures:
     diversity: float
     diversity_per_quarter: tuple[float, ...]
     style_diversity: float
+    identity: float
     saturation: float
     brightness: float
     brightness_per_quarter: tuple[float, ...]
@@ -253,6 +256,29 @@ def style_diversity(videos: np.ndarray, prompt: np.ndarray) -> float:
     return _mean_distance(spectra.reshape(len(videos), -1), prompt)
 
 
+def identity(videos: np.ndarray, prompt: np.ndarray, lag: int = IDENTITY_LAG) -> float:
+    """Correlation of a digit's shape with its shape `lag` frames later.
+
+    The shape is the magnitude of the Fourier transform, averaged over WINDOW frames, less its mean over the samples of
+    the same prompt, so that what all 3s have in common does not count.
+
+    Args:
+      videos: uint8 [N, F, h, w, 1].
+      prompt: Which samples are of the same prompt, [N].
+      lag: Frames between the two; at least WINDOW, or they share frames.
+
+    Returns:
+      The correlation over all windows; NaN where no video is long enough or no prompt has two samples.
+    """
+    spectra = np.abs(np.fft.rfft2(videos[..., 0] / 255.0)).reshape(*videos.shape[:2], -1)
+    shapes = np.stack([spectra[:, i : i + WINDOW].mean(axis=1) for i in range(videos.shape[1] - WINDOW + 1)], axis=1)
+    for kind in np.unique(prompt):
+        shapes[prompt == kind] -= shapes[prompt == kind].mean(axis=0)
+    now, later = shapes[:, :-lag], shapes[:, lag:]
+    size = np.sqrt((now**2).sum() * (later**2).sum())
+    return float((now * later).sum() / size) if size else float("nan")
+
+
 def steps(videos: np.ndarray) -> np.ndarray:
     """Displacements of the digit between frames, in pixels (row, column).
 
@@ -370,6 +396,7 @@ def measure(
             diversity(opinion.features[:, windows], targets.prompt) / spread for (_, windows), spread in spreads
         ),
         style_diversity=style_diversity(videos, targets.prompt) / real.style_spread,
+        identity=identity(videos, targets.prompt),
         saturation=float((videos == 255).mean()),
         brightness=float(videos.mean()) / real.brightness,
         brightness_per_quarter=_floats(videos[:, part].mean() / real.brightness for part, _ in parts),

@@ -55,6 +55,7 @@ def rows(figures: Figures) -> dict[str, str]:
         "diversity / real, quarter 1": f"{figures.diversity_per_quarter[0]:.2f}",
         "diversity / real, last quarter": f"{figures.diversity_per_quarter[-1]:.2f}",
         "diversity / real, by spectra": f"{figures.style_diversity:.2f}",
+        "shape kept over 5 frames": _number(figures.identity, 2),
         "motion / real": f"{figures.motion:.2f}",
         "motion / real, last quarter": f"{figures.motion_per_quarter[-1]:.2f}",
         "brightness / real": f"{figures.brightness:.2f}",

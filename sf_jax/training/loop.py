@@ -18,7 +18,7 @@ from sf_jax.files import check_writable, locked
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, SaveError, one_line_errors
 from sf_jax.training.metrics import Log, measured_flops, peak_flops
-from sf_jax.training.programs import Program, countable, jit_updates, model_flops, rate
+from sf_jax.training.programs import Program, compile_all, countable, jit_updates, model_flops, rate
 from sf_jax.training.samples import WriteSamples, sampler
 from sf_jax.training.sinks import check_packages, open_sinks
 from sf_jax.training.stages import Stage, open_stage, package_of, updates_of
@@ -196,9 +196,8 @@ def _run(
             batch = sharding.put_batch({key: batch[key] for key in stage.keys}, mesh) | constants
             if not program.compiled:  # All that will be needed: what does not fit must show now, not hours later.
                 with log.clock_stopped():
-                    for each in programs:
-                        if any(map(each.due, range(step, config.steps))):
-                            each.compile(state, frozen, batch)
+                    needed = [each for each in programs if any(map(each.due, range(step, config.steps)))]
+                    compile_all(needed, state, frozen, batch)
                     _tell_speed(config, log, stage, programs, mesh, (state, frozen, batch))
             state, new = program(state, frozen, batch)
             metrics |= new

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from jax.extend import core
@@ -81,6 +82,13 @@ class Program:
     def __call__(self, state, frozen, batch):
         """The update."""
         return self._compiled(state, frozen, batch)
+
+
+def compile_all(programs: Sequence[Program], state, frozen, batch) -> None:
+    """Compiles programs for arguments like these, side by side; several processes keep one order."""
+    workers = max(1, len(programs)) if jax.process_count() == 1 else 1
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda program: program.compile(state, frozen, batch), programs))
 
 
 def rate(due: Callable[[int], bool], steps: int) -> float:
