@@ -6,9 +6,9 @@
       --config.init_weights=runs/init/student.safetensors
 
 Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `causal_ode` and `consistency` (starts
-along a causal network, with and without ODE pairs: `--config.teacher_weights=runs/causal/causal.safetensors`), `sid` and
-`gan` (other objectives), `causvid` and `tf_dmd` (the baselines without rollouts). Every one of them continues from the
-same kinds of files.
+along a causal network, with and without ODE pairs: `--config.teacher_weights=runs/causal/causal.safetensors`), `sid`
+and `gan` (other objectives), `causvid` and `tf_dmd` (the baselines without rollouts). Every one of them continues from
+the same kinds of files.
 
 Videos are 9 latent frames of 6x6x8 (24x24 pixels), 9 tokens a frame; the network has 1.2 million parameters. `init`
 and `distill` start from the teacher that the package ships; `--config.teacher_weights=FILE` takes another.
