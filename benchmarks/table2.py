@@ -4,6 +4,7 @@
   python -m benchmarks.table2 --quick          # three rows, one seed, one length
   python -m benchmarks.table2 --rows="SF+DMD;TF+DMD" --seeds=0,1 --chunks=3
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
+  python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 All few-step rows start from one few-step start and get the same number of student updates at the rate that the same
 small search chose for each (`--tune`, on seeds that no row of the table has). A row is trained and measured per seed:
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import table2_report as report
 from configs import digits
+from sf_jax import command
 from sf_jax.config import TrainConfig, from_dict
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
@@ -36,7 +38,7 @@ from sf_jax.evaluation.forced import generate_behind_real
 from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.training import loop
 
-RESULTS = Path("docs/results/table2.jsonl")
+RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/results/ablations.jsonl")
 RUNS = Path("runs/table2")
 LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
@@ -55,12 +57,16 @@ class Row:
       variant: of configs/digits.py.
       changes: fields that differ from it.
       rate: learning rate of the student, of `RATES`, chosen by `--tune`; None is the variant's own.
+      updates: of the student, where it is a few-step one.
+      start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
     """
 
     name: str
     variant: str
     changes: dict = dataclasses.field(default_factory=dict)
     rate: float | None = None
+    updates: int = UPDATES
+    start: str = "init"
 
     @property
     def few_step(self) -> bool:
@@ -82,6 +88,29 @@ ROWS = (
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
 QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
+_SHIFTED = digits.VARIANTS["distill"]()["score"] | {"time_shift": 3.0}
+_NOISY = digits.VARIANTS["distill"]()["rollout"] | {"context": "noisy"}
+ABLATIONS = (
+    Row("SF+DMD", "distill", rate=1e-4),
+    Row("straight_through", "distill", {"cache_gradient": "straight_through"}, 1e-4),
+    Row("write", "distill", _WRITE, 1e-4),
+    Row("noisy context", "distill", {"rollout": _NOISY}, 1e-4),
+    Row("noisy context, write", "distill", {"rollout": _NOISY, **_WRITE}, 1e-4),
+    Row("exits per chunk", "distill", {"exits": "per_chunk"}, 1e-4),
+    Row("exits last", "distill", {"exits": "last"}, 1e-4),
+    Row("rate 6e-4", "distill", rate=6e-4),
+    Row("rate 6e-4, write", "distill", _WRITE, 6e-4),
+    Row("score times shifted by 3", "distill", {"score": _SHIFTED}, 1e-4),
+    Row("guidance 1.5", "distill", {"score": digits.VARIANTS["distill"]()["score"] | {"guidance": 1.5}}, 1e-4),
+    Row("regression 0.1", "distill", {"regression_weight": 0.1}, 1e-4),
+    Row("180 updates", "distill", rate=1e-4, updates=180),
+    Row("360 updates", "distill", rate=1e-4, updates=360),
+    Row("720 updates", "distill", rate=1e-4, updates=720),
+    Row("from TF+DMD", "distill", rate=1e-4, start="TF+DMD"),
+    Row("after consistency, 6e-4", "distill", rate=6e-4, start="consistency"),
+    Row("after consistency, 1e-4", "distill", rate=1e-4, start="consistency"),
+    Row("after consistency, 3e-5", "distill", rate=3e-5, start="consistency"),
+)
 
 
 def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
@@ -91,25 +120,25 @@ def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> Tr
     if row.few_step:
         rates = {"lr": rate or row.rate, "decay": "constant"}
         values |= {
-            "steps": UPDATES * values["generator_every"],
-            "init_weights": str(start_of(chunk)),
+            "steps": row.updates * values["generator_every"],
+            "init_weights": str(start_of(row, seed, chunk)),
             "optimizer": values["optimizer"] | rates,
         }
     return from_dict(values)
 
 
-def start_of(chunk: int) -> Path:
-    """The few-step start of all few-step rows."""
-    return RUNS / f"start-chunk{chunk}" / "student.safetensors"
-
-
-def make_start(chunk: int) -> None:
-    """Trains the common start, unless it is there."""
-    if start_of(chunk).exists():
-        return
-    values = digits.VARIANTS["init"]()
-    values["rollout"] = values["rollout"] | {"chunk": chunk}
-    loop.train(from_dict(values), start_of(chunk).parent)
+def start_of(row: Row, seed: int, chunk: int) -> Path:
+    """The weights that a few-step row starts from; trains them unless they are there."""
+    if row.start == "TF+DMD":
+        return weights_of(next(r for r in ROWS if r.name == "TF+DMD"), seed, chunk)
+    path = RUNS / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
+    if not path.exists():
+        values = digits.VARIANTS[row.start]()
+        values["rollout"] = values["rollout"] | {"chunk": chunk}
+        if row.start == "consistency":
+            values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))
+        loop.train(from_dict(values), path.parent)
+    return path
 
 
 def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Path:
@@ -191,7 +220,7 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple[int, bool]], me
         about = {"row": row.name, "chunk": chunk, "seed": seed, "frames": frames, "control": control}
         where = {
             "rate": row.rate,
-            "updates": UPDATES if row.few_step else None,
+            "updates": row.updates if row.few_step else None,
             "commit": commit(),
             "jax": jax.__version__,
             "python": platform.python_version(),
@@ -233,32 +262,33 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
     parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--ablations", action="store_true", help="rows that change one thing of SF+DMD each")
     args = parser.parse_args(arguments)
-    rows = list(ROWS)
+    command.keep_compiled_programs()
+    rows, results = list(ABLATIONS if args.ablations else ROWS), ABLATION_RESULTS if args.ablations else RESULTS
+    known = {row.name: row for row in rows}
     if args.rows:
         names = args.rows.split(";")
-        unknown = set(names) - {row.name for row in ROWS}
+        unknown = set(names) - set(known)
         if unknown:
-            parser.error(f"--rows has {', '.join(unknown)}: rows are {'; '.join(row.name for row in ROWS)}")
-        rows = [row for row in ROWS if row.name in names]
+            parser.error(f"--rows has {', '.join(unknown)}: rows are {'; '.join(known)}")
+        rows = [known[name] for name in names]
     seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
     lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, True)]
     if args.quick:
-        rows, seeds, chunks, lengths = [r for r in ROWS if r.name in QUICK], [0], [3], [(36, False), (36, True)]
+        rows, seeds, chunks = [row for row in ROWS if row.name in QUICK], [0], [3]
+        lengths = [(CONTROL_LENGTH, False), (CONTROL_LENGTH, True)]
     if not args.report:
-        work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(args.results))
+        work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(results))
         measure = Measure()
         bar = tqdm(work, desc="table2", unit="run")
         for row, seed, chunk, left in bar:
             bar.set_postfix_str(f"{row.name}, chunk {chunk}, seed {seed}")
-            if row.few_step:
-                make_start(chunk)
             if args.tune and row.few_step:
-                tune(row, chunk, measure, args.results)
+                tune(row, chunk, measure, results)
             elif not args.tune:
-                run_row(row, seed, chunk, left, measure, args.results)
-    for path in report.write(read(args.results)):
+                run_row(row, seed, chunk, left, measure, results)
+    for path in report.write(read(results), results.with_suffix(".md")):
         print(f"wrote {path}")
 
 

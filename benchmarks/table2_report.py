@@ -1,4 +1,4 @@
-"""Draws docs/results/table2.md and its figure from the lines that `benchmarks.table2` wrote."""
+"""Draws the pages and figures of docs/results from the lines that `benchmarks.table2` wrote."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from sf_jax.evaluation.judge import WINDOW
 
-FOLDER = Path("docs/results")
 TRAIN_FRAMES = 9
 COLUMNS = {
     "joint": "joint",
@@ -94,21 +93,23 @@ def draw(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def write(results: list[dict]) -> list[Path]:
-    """Writes the page and its figure; returns their paths."""
+def write(results: list[dict], page: Path) -> list[Path]:
+    """Writes a page and its figure; returns their paths."""
     if not any("frames" in result for result in results):
         return []
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    page, picture = FOLDER / "table2.md", FOLDER / "table2.png"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    picture = page.with_suffix(".png")
     draw(results, picture)
+    option = " --ablations" if page.stem == "ablations" else ""
+    title = "One change of SF+DMD at a time" if option else "Table 2 on the moving digits"
     lines = [
-        "# Table 2 on the moving digits",
+        f"# {title}",
         "",
-        "Written by `python -m benchmarks.table2 --report` from `docs/results/table2.jsonl`; each line there has its",
-        "seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t). What the rows are:",
+        f"Written by `python -m benchmarks.table2{option} --report` from `{page.with_suffix('.jsonl')}`; each line there",
+        "has its seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t). What the rows are:",
         "`benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means over 6 windows.",
         "",
-        "![Drift curves](table2.png)",
+        f"![Drift curves]({picture.name})",
         "",
     ]
     for (chunk, frames, control), rows in sorted(grouped(results).items(), key=lambda x: (-x[0][0], x[0][2], x[0][1])):
