@@ -105,9 +105,10 @@ def write(results: list[dict], page: Path) -> list[Path]:
     lines = [
         f"# {title}",
         "",
-        f"Written by `python -m benchmarks.table2{option} --report` from `{page.with_suffix('.jsonl')}`; each line there",
-        "has its seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t). What the rows are:",
-        "`benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means over 6 windows.",
+        f"Written by `python -m benchmarks.table2{option} --report` from `{page.with_suffix('.jsonl')}`,",
+        "where each line has its seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t).",
+        "What the rows are: `benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means",
+        "over 6 windows.",
         "",
         f"![Drift curves]({picture.name})",
         "",
