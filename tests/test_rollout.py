@@ -84,7 +84,7 @@ def test_ring_equals_the_full_cache(name):
     assert relative(ring.video, full.video) < 1e-6
 
 
-@mostly_slow("window and sink", "noisy context")
+@mostly_slow("window and sink", leave_out=("chunk-wise", "context noise"))
 def test_replay_equals_differentiating_through_the_scan(name):
     config, _, noise, text, draw = case(name)
     params = random_params()
@@ -140,7 +140,7 @@ def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
     assert relative(video, ring.video) < 1e-5
 
 
-@mostly_slow("first frame alone", leave_out=("chunk-wise", "noisy context"))
+@mostly_slow("first frame alone", leave_out=("chunk-wise", "frame-wise", "noisy context"))
 def test_live_clean_passes_behind_given_and_earlier_frames(name):
     config = SHAPES[name]
     frames = {"first frame alone": 8, "window and sink": 8}.get(name, 9)
