@@ -1,4 +1,4 @@
-"""Trains a stage of the moving digits and prints the evaluation's figures along the way.
+"""Trains a causal stage of the moving digits and prints the evaluation's figures along the way.
 
   python -m benchmarks.curves --config=configs/digits.py:distill --workdir=runs/curve --every=40 \
       --config.init_weights=runs/init/student.safetensors
@@ -20,7 +20,7 @@ from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
 from sf_jax.inference.pipeline import pipeline_of
 from sf_jax.training import loop, sharding, stages
-from sf_jax.training.step import new_state, student_params
+from sf_jax.training.step import new_state, student_params, whole_params
 from sf_jax.weights.package import save_package
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration")
@@ -47,7 +47,8 @@ def main(_) -> None:
     constants = sharding.put_whole(stage.constants, mesh)
 
     def show(step: int) -> None:
-        package = stages.package_of(config, jax.device_get(student_params(state.model)))
+        params = whole_params(config, student_params(state.model), stage.frozen)
+        package = stages.package_of(config, jax.device_get(params))
         pipe = pipeline_of(package)
         starts = range(0, len(prompts), 64)
         parts = [pipe.generate(prompts[i : i + 64], _FRAMES.value, 0, first_index=i) for i in starts]

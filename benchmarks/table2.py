@@ -12,10 +12,12 @@ at 1, 4 and 16 times the training length, and at 4 times with real clips as the 
 no exposure to own outputs: what a row loses there, it does not lose to exposure.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
-not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files.
+not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
+starts are there. The start is one and the same for all seeds: intervals leave its own variation out.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import platform
@@ -56,7 +58,7 @@ class Row:
       name: what the table calls it.
       variant: of configs/digits.py.
       changes: fields that differ from it.
-      rate: learning rate of the student, of `RATES`, chosen by `--tune`; None is the variant's own.
+      rate: learning rate of a few-step student, of `RATES`; what `--tune` printed is the reason for it.
       updates: of the student, where it is a few-step one.
       start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
     """
@@ -145,7 +147,9 @@ def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Pa
     """Trains a row, unless its weights are there."""
     config = configured(row, seed, chunk, rate)
     name = "".join(c if c.isalnum() else "_" for c in row.name.replace("+", "_"))
-    folder = RUNS / f"{name}-chunk{chunk}-seed{seed}" / (f"rate{rate}" if rate else "run")
+    folder = RUNS / f"{name}-chunk{chunk}-seed{seed}"
+    if row.few_step:
+        folder /= f"rate{rate or row.rate:g}-updates{row.updates}"
     path = folder / ("student.safetensors" if row.few_step else "causal.safetensors")
     return path if path.exists() else loop.train(config, folder)
 
@@ -159,13 +163,13 @@ class Measure:
     def __post_init__(self):
         self.judge = judging.load()
         self.prompts, self.kinds, self.targets = metrics.choose_prompts(self.samples)
-        self.real, self.references = {}, {}
+        self.context, self.references = {}, {}
 
     def reference(self, frames: int) -> metrics.Reference:
-        """Real clips of a length, and their figures."""
+        """Figures of real clips of a length; the control's context are others."""
         if frames not in self.references:
-            self.real[frames] = metrics.real_clips(self.kinds, frames, 0)
-            self.references[frames] = metrics.reference(self.real[frames], self.targets, self.judge)
+            real, self.context[frames] = (metrics.real_clips(self.kinds, frames, draw) for draw in range(2))
+            self.references[frames] = metrics.reference(real, self.targets, self.judge)
         return self.references[frames]
 
     def __call__(self, pipe, frames: int, seed: int, control: bool = False) -> metrics.Figures:
@@ -174,7 +178,7 @@ class Measure:
         for first in range(0, self.samples, 64):
             part = slice(first, first + 64)
             if control:
-                parts.append(generate_behind_real(pipe, self.prompts[part], self.real[frames][part], seed, first))
+                parts.append(generate_behind_real(pipe, self.prompts[part], self.context[frames][part], seed, first))
             else:
                 parts.append(pipe.generate(self.prompts[part], frames, seed, first_index=first))
         videos = np.concatenate(parts)
@@ -190,8 +194,12 @@ def commit() -> str:
 
 
 def read(path: Path) -> list[dict]:
-    """The results so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The results so far; a line that a kill has cut is left out."""
+    results = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            results.append(json.loads(line))
+    return results
 
 
 def write(path: Path, result: dict) -> None:
@@ -229,26 +237,31 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple[int, bool]], me
         write(results, about | where | {"figures": figures_of(figures)})
 
 
-def tune(row: Row, chunk: int, measure: Measure, results: Path) -> None:
-    """Prints the joint score of every rate on the tuning seeds."""
+def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> None:
+    """Prints the joint score of every rate that has none yet."""
+    keys = ("row", "chunk", "seed", "rate")
+    done = {tuple(result[key] for key in keys) for result in read(results) if result.get("tuning")}
     for rate in RATES:
-        for seed in TUNING_SEEDS:
-            pipe = load_pipeline(weights_of(row, seed, chunk, rate))
-            figures = measure(pipe, CONTROL_LENGTH, seed)
-            about = {"row": row.name, "chunk": chunk, "seed": seed, "rate": rate, "tuning": True}
-            write(results, about | {"commit": commit(), "figures": figures_of(figures)})
-            print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
+        about = {"row": row.name, "chunk": chunk, "seed": seed, "rate": rate}
+        if tuple(about.values()) in done:
+            continue
+        figures = measure(load_pipeline(weights_of(row, seed, chunk, rate)), CONTROL_LENGTH, seed)
+        write(results, about | {"tuning": True, "commit": commit(), "figures": figures_of(figures)})
+        print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
 
 
 def plan(rows: list[Row], seeds, chunks, lengths, results: list[dict]) -> list[tuple]:
     """(row, seed, chunk, lengths that are missing) of everything that is not done, seed by seed."""
-    keys = ("row", "chunk", "seed", "frames", "control")
+    keys = ("row", "chunk", "seed", "frames", "control", "rate", "updates")
     done = {tuple(result[key] for key in keys) for result in results if "frames" in result}
     work = []
     for chunk in chunks:
         for seed in seeds:
             for row in rows:
-                left = [length for length in lengths if (row.name, chunk, seed, *length) not in done]
+                updates = row.updates if row.few_step else None
+                noisy = row.changes.get("rollout", {}).get("context") == "noisy"
+                wanted = [(frames, control) for frames, control in lengths if not (control and noisy)]
+                left = [x for x in wanted if (row.name, chunk, seed, *x, row.rate, updates) not in done]
                 work += [(row, seed, chunk, left)] if left else []
     return work
 
@@ -275,6 +288,8 @@ def main(arguments: list[str]) -> None:
         rows = [known[name] for name in names]
     seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
     lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, True)]
+    if args.quick and (args.rows or args.ablations or args.tune):
+        parser.error("--quick has rows, seed and length of its own: leave out --rows, --ablations and --tune")
     if args.quick:
         rows, seeds, chunks = [row for row in ROWS if row.name in QUICK], [0], [3]
         lengths = [(CONTROL_LENGTH, False), (CONTROL_LENGTH, True)]
@@ -285,7 +300,7 @@ def main(arguments: list[str]) -> None:
         for row, seed, chunk, left in bar:
             bar.set_postfix_str(f"{row.name}, chunk {chunk}, seed {seed}")
             if args.tune and row.few_step:
-                tune(row, chunk, measure, results)
+                tune(row, seed, chunk, measure, results)
             elif not args.tune:
                 run_row(row, seed, chunk, left, measure, results)
     for path in report.write(read(results), results.with_suffix(".md")):

@@ -51,9 +51,16 @@ def keep_compiled_programs() -> None:
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = caches / "sf_jax" / f"compiled-{_processor()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        return
+    if not os.access(folder, os.W_OK):
+        return
     settings = {
-        "jax_compilation_cache_dir": str(caches / "sf_jax" / f"compiled-{_processor()}"),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.5,
     }
     for name, value in settings.items():
@@ -66,10 +73,10 @@ def _processor() -> str:
     """A short name of this machine's processor and of what it can do."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")})
     except OSError:  # no Linux
-        lines = [platform.processor()]
-    features = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")})
-    return f"{platform.machine()}-{zlib.crc32(''.join(features).encode()):08x}"
+        names = [platform.processor()]
+    return f"{platform.machine()}-{zlib.crc32(''.join(names).encode()):08x}"
 
 
 @contextlib.contextmanager

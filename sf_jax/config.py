@@ -202,6 +202,13 @@ class TrainConfig:
         if self.stage == "init":
             self._check_init()
         (self._check_distill if self.stage == "distill" else self._check_others)()
+        behind_clean = self.stage == "causal" or self.regression_weight > 0 or self.student_input != "rollout"
+        behind_clean |= self.stage == "init" and (self.init == "consistency" or self.ode.teacher == "causal")
+        if self.rollout.context == "noisy" and behind_clean:
+            raise ValueError(
+                "rollout.context is 'noisy': this run trains chunks behind clean ones of real videos; "
+                "it must be 'clean'"
+            )
 
     def _check_sizes(self):
         """Refuses frames that are no chunks or have no positions, and networks that cannot share their inputs."""
@@ -253,6 +260,11 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}: student_input is {self.student_input!r}, it must be 'rollout'"
                 )
+        if self.regression_weight and self.data.frames <= self.rollout.chunk:
+            raise ValueError(
+                f"regression_weight is {self.regression_weight}: with data.frames {self.data.frames} in one chunk "
+                "no chunk has another before it, it must be 0"
+            )
         if self.score.fake_guidance != 1.0 and self.objective != "dmd":
             raise ValueError(
                 f"score.fake_guidance is {self.score.fake_guidance}: only the objective 'dmd' guides its critic, with "

@@ -41,7 +41,8 @@ def replay(
         "straight_through": their gradient goes to the keys and values of the earlier chunk's exit step, as in the
         official code.
         "write": the clean passes that wrote them are computed again beside the exit steps, with live parameters and
-        constant latents (Self Gradient Forcing, arXiv 2607.20368).
+        constant latents (Self Gradient Forcing, arXiv 2607.20368). With a noisy context it is "straight_through", which
+        is exact there; given frames, which have a clean pass all the same, stay constant.
       first_live: index of the first new chunk that takes a gradient; chunks before it come from the rollout.
 
     Returns:

@@ -21,7 +21,8 @@ def rollout_video(
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")
     cache = ro.empty_cache(model, config, batch, start + frames, height, width, full=True)
-    writer = (params, text) if cache_gradient == "write" and first_live == 0 else jax.lax.stop_gradient((params, text))
+    given_live = cache_gradient == "write" and config.context == "clean" and first_live == 0
+    writer = (params, text) if given_live else jax.lax.stop_gradient((params, text))
     for first, last in attention.chunk_bounds(given) if given else ():
         cache, _ = ro.write_chunk(model, config, *writer, cache, initial[:, first:last], first)
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
@@ -32,22 +33,30 @@ def rollout_video(
         def passing(value):
             return jax.tree.map(lambda a: jnp.where(live, a, jax.lax.stop_gradient(a)), value)
 
-        _, clean, x = ro.generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
+        written, clean, x = ro.generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
         seen = jax.lax.stop_gradient(cache) if cache_gradient == "stop" else cache
         layout = ro.chunk_layout(seen, config, first, noise.shape[1])
         t = jnp.asarray(config.timesteps, jnp.float32)[exit_step]
-        read = ro.context_input(config, clean, draw, chunk)
         video, noisy_kv = ro.predict(model, config, params, x, t, text, layout, seen)
+        if cache_gradient == "stop":
+            return jax.lax.stop_gradient(written), passing(video)
         if config.context == "noisy":
-            kv = noisy_kv if cache_gradient != "stop" else jax.lax.stop_gradient(noisy_kv)
-        else:
+            kv = noisy_kv
+        elif cache_gradient == "write":
+            read = ro.context_input(config, clean, draw, chunk)
             _, kv = ro.predict(model, config, params, read, config.context_timestep, text, layout, seen)
-            if cache_gradient != "write":
-                kv = jax.lax.stop_gradient(kv)
-            if cache_gradient == "straight_through":
-                kv = jax.tree.map(lambda a, b: a + (b - jax.lax.stop_gradient(b)), kv, noisy_kv)
+        else:  # the values that the clean pass has written, the gradient of the exit step
+            kv = jax.tree.map(
+                lambda whole, own: part_of(whole, own, first) + (own - jax.lax.stop_gradient(own)),
+                KeysValues(written.k, written.v),
+                noisy_kv,
+            )
         kv = passing(kv)
         return kv_cache.write(cache, kv.k, kv.v, first), passing(video)
+
+    def part_of(whole, own, first):
+        part = jax.lax.dynamic_slice_in_dim(whole, first * cache.tokens_per_frame, own.shape[2], axis=2)
+        return jax.lax.stop_gradient(part)
 
     _, video = ro.run_chunks(step, cache, noise, chunks, start, exits)
     return video if initial is None else jnp.concatenate([initial, video], axis=1)

@@ -33,14 +33,16 @@ def generate_behind_real(
       first_index: index of the first prompt; the others count on.
 
     Returns:
-      uint8 [B, F, h, w, 1].
+      uint8 [B, F, h, w, 1]; the first chunk is the clips' own, as there is nothing before it.
 
     Raises:
-      ValueError: if the network is a bidirectional teacher, or the frames are no chunks of it.
+      ValueError: if the network is a bidirectional teacher or caches noisy chunks, or the frames are no chunks of it.
     """
     package = pipe.package
     if package.kind == "teacher":
         raise ValueError("the network is a bidirectional teacher: it generates whole videos behind nothing")
+    if package.rollout.context == "noisy":
+        raise ValueError("rollout.context is 'noisy': the network caches its own denoising steps, never a real chunk")
     frames = clips.shape[1]
     config, few = package.rollout, package.kind == "student"
     text = jnp.asarray(pipe.text.encode(list(prompts)))
@@ -58,7 +60,7 @@ def generate_behind_real(
         given = real[:, start : start + size]
         static = (pipe.model, config, solver, package.guidance)
         cache, clean = _chunk(*static, pipe.params, text, cache, key, examples, given, start, chunk)
-        parts.append(np.asarray(to_uint8(pipe.codec.decode(clean))))
+        parts.append(np.asarray(to_uint8(pipe.codec.decode(clean))) if chunk else clips[:, :size])
     return np.concatenate(parts, axis=1)
 
 
@@ -85,5 +87,7 @@ def _chunk(
         _, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
     else:
         _, clean = guided_chunk(model, config, params, text, cache, noise, start, solver, guidance)
-    cache, _ = ro.write_chunk(model, config, params, text, cache, real, start)
+    draw = ro.key_draw(key, jnp.arange(len(real)))
+    read = ro.context_input(config, real, draw, chunk)
+    cache, _ = ro.write_chunk(model, config, params, text, cache, read, start, config.context_timestep)
     return cache, clean

@@ -240,9 +240,13 @@ def diversity(features: np.ndarray, prompt: np.ndarray) -> float:
 
 def _mean_distance(points: np.ndarray, prompt: np.ndarray) -> float:
     """Mean distance between points [N, D] of the same prompt [N]; NaN if there is no pair."""
-    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    pairs = (prompt[:, None] == prompt[None]) & ~np.eye(len(points), dtype=bool)
-    return float(distance[pairs].mean()) if pairs.any() else float("nan")
+    distances = []
+    for kind in np.unique(prompt):
+        mates = points[prompt == kind]
+        distance = np.linalg.norm(mates[:, None] - mates[None], axis=-1)
+        distances.append(distance[~np.eye(len(mates), dtype=bool)])
+    distances = np.concatenate(distances)
+    return float(distances.mean()) if distances.size else float("nan")
 
 
 def style_diversity(videos: np.ndarray, prompt: np.ndarray) -> float:

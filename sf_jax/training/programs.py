@@ -74,10 +74,18 @@ class Program:
         """Whether it has been compiled."""
         return self._compiled is not None
 
+    def lower(self, state, frozen, batch) -> jax.stages.Lowered:
+        """Traces the update for arguments like these; they are not used up."""
+        with jax.set_mesh(self.mesh):  # activations are split as it says
+            return self.update.lower(state, frozen, batch)
+
+    def use(self, compiled: jax.stages.Compiled) -> None:
+        """Takes what was compiled of `lower`."""
+        self._compiled = compiled
+
     def compile(self, state, frozen, batch) -> None:
         """Compiles the update for arguments like these; they are not used up."""
-        with jax.set_mesh(self.mesh):  # activations are split as it says
-            self._compiled = self.update.lower(state, frozen, batch).compile()
+        self.use(self.lower(state, frozen, batch).compile())
 
     def __call__(self, state, frozen, batch):
         """The update."""
@@ -86,9 +94,12 @@ class Program:
 
 def compile_all(programs: Sequence[Program], state, frozen, batch) -> None:
     """Compiles programs for arguments like these, side by side; several processes keep one order."""
+    # Traced here: settings such as `jax.default_matmul_precision` belong to a thread.
+    lowered = [program.lower(state, frozen, batch) for program in programs]
     workers = max(1, len(programs)) if jax.process_count() == 1 else 1
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda program: program.compile(state, frozen, batch), programs))
+        for program, compiled in zip(programs, pool.map(lambda each: each.compile(), lowered), strict=True):
+            program.use(compiled)
 
 
 def rate(due: Callable[[int], bool], steps: int) -> float:

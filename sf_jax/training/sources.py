@@ -77,7 +77,7 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
 
 
 def _digits(config, needs_videos, vae, share, dropout) -> Source:
-    del vae
+    del vae  # digits have none
     codec, text = PatchCodec.load(), WordEmbedding()
     _check_digits(config, codec, text)
     captions, folder = moving_digits.all_captions(), config.data.dir
@@ -90,6 +90,9 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
     def open_clips():
         by_first(lambda: moving_digits.build(folder))
         return moving_digits.source(folder, "train")
+
+    if needs_videos:  # here, where all processes are: opening waits for the first of them
+        open_clips()
 
     def clip(index):
         row = open_clips()[index % len(open_clips())]
