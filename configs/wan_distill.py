@@ -12,7 +12,7 @@ clips; no teacher but the critic's start), `write` (the gradient of later chunks
 the baselines `causvid` and `tf_dmd` (read clips).
 
 The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`, 42 MB each, 172 GB in all),
-`causal_ode` (the same behind real clips) or `consistency`, both along a many-step causal network
+`causal_ode` (the same behind real clips, 50 MB each) or `consistency`, both along a many-step causal network
 (`--config.teacher_weights=runs/causal/causal.safetensors`; read clips). Those networks: `causal` (teacher forcing) and
 `diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`, on clips.
 
@@ -79,7 +79,7 @@ def _gan() -> dict:
     sigmas = {"r1_sigma": 0.05, "r2_sigma": 0.05}
     gan = {"head": {"taps": (13, 21, 29), "ffn_dim": 8192}, "relativistic": True, **weights, **sigmas}
     score = _common()["score"] | {"from_exit": True, "to_exit": True}
-    changes = {"generator_every": 1, "batch_size": 768, "critic_optimizer": _rate(2e-6)}
+    changes = {"generator_every": 1, "batch_size": 768, "accumulate": 12, "critic_optimizer": _rate(2e-6)}
     return _distill(objective="gan", gan=gan, score=score, **changes)
 
 

@@ -61,7 +61,8 @@ class TrainConfig:
       seed: seed of every random number of the run.
       steps: iterations; in "distill" each is a critic update, every `generator_every`-th also a student update.
       batch_size: videos of an update, over all devices.
-      accumulate: parts that the batch is computed in, one after the other; the update is that of the whole batch.
+      accumulate: parts that the batch is computed in, one after the other; the update is that of the whole batch
+        (up to the number of learned chunks in each part, where clean ones count in no loss).
       generator_every: critic updates per student update.
       share_rollout: whether the critic learns from the student update's rollout where there is one.
       exits: exit step of a training rollout: one for all chunks ("same"), "per_chunk", or always the "last".

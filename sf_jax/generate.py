@@ -50,6 +50,7 @@ _WAN = {
     "chunk": flags.DEFINE_integer("chunk", None, "Latent frames generated together (3)", lower_bound=1),
     "window": flags.DEFINE_integer("window", None, "Latent frames that a chunk sees, itself included (all)"),
     "sink": flags.DEFINE_integer("sink", None, "First latent frames that stay visible in a window (0)"),
+    "context": flags.DEFINE_enum("context", None, ["clean", "noisy"], "What is cached, as in training (clean)"),
     "vae": flags.DEFINE_enum("vae", None, list(wan_job.DECODERS), "Decoder (wan)"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Numbers (bfloat16; float32 on a CPU)"),
     "save_latents": flags.DEFINE_bool("save_latents", None, "Write latents, .npy float32 [F, H, W, C], too"),

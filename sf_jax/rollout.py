@@ -70,10 +70,10 @@ class RolloutConfig:
             raise ValueError(f"context_timestep is {self.context_timestep}: it must be in [0, {TRAIN_STEPS}]")
         if self.context not in CONTEXTS:
             raise ValueError(f"context is {self.context!r}: it must be one of {', '.join(CONTEXTS)}")
-        if self.context == "noisy" and (self.context_timestep or self.context_noise != "exact"):
+        if self.context == "noisy" and (self.context_timestep or self.adds_context_noise):
             raise ValueError(
                 f"context is 'noisy', context_timestep {self.context_timestep}, context_noise {self.context_noise!r}: "
-                "without a clean pass they must be 0 and 'exact'"
+                "without a clean pass they must be 0 and 'exact' or 'none'"
             )
         attention.check_window(self.window, self.sink, (self.chunk,))
 

@@ -55,6 +55,7 @@ class Job:
       chunk: latent frames generated together.
       window: latent frames that a chunk sees, itself included; None for all.
       sink: first latent frames that stay visible.
+      context: "clean", or "noisy" for a few-step student that was trained to cache its last denoising step.
       vae: "wan" or "tiny".
       dtype: of parameters and computation.
       save_latents: whether to write the latents beside the videos.
@@ -83,6 +84,7 @@ class Job:
     chunk: int = 3
     window: int | None = None
     sink: int = 0
+    context: str = "clean"
     vae: str = "wan"
     dtype: str = "bfloat16"
     save_latents: bool = False
@@ -119,6 +121,8 @@ class Job:
                 "solver is 'few': a model without checkpoint is Wan's bidirectional one, which needs many steps; "
                 "give a Self Forcing checkpoint, or choose the solver unipc, dpm++ or euler"
             )
+        if self.context == "noisy" and (self.solver != "few" or self.checkpoint is None):
+            raise ValueError("context is 'noisy': only few-step students cache a denoising step; leave it out")
         latent, _, rollout = wan.latent_frames(self.frames), self.sampling, self.rollout
         if rollout is not None and not self.video:
             wan.check_frames(rollout, latent, 1 if self.image else 0)
@@ -145,6 +149,7 @@ class Job:
             first_frame_alone=self.image is not None,
             window=self.window,
             sink=self.sink,
+            context=self.context,
             context_noise="none",
         )
 
