@@ -135,10 +135,13 @@ class ConsistencyConfig:
     Attributes:
       solver_steps: entries of the teacher's Euler table; neighbours must agree on where they lead.
       guidance: the teacher's guidance scale.
+      later_guidance: its scale for all chunks but the first, which have a context that shows what the prompt wants;
+        None is `guidance`. Guidance keeps a chunk from going on exactly as its context did.
     """
 
     solver_steps: int = 48
     guidance: float = 3.0
+    later_guidance: float | None = None
 
     def __post_init__(self):
         """Refuses tables without neighbours."""

@@ -5,6 +5,7 @@ Source: Causal Forcing++ (arXiv 2605.15141); consistency distillation (arXiv 230
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sf_jax.diffusion.schedule import FlowSchedule
 from sf_jax.diffusion.solvers import guided
@@ -21,7 +22,7 @@ def teacher_step(
     index: jax.Array,
     noise: jax.Array,
     solver: FlowSchedule,
-    guidance: float,
+    guidance: float | np.ndarray,
 ) -> jax.Array:
     """One guided Euler step of the causal teacher from noised real chunks, given the clean chunks before each.
 
@@ -35,7 +36,7 @@ def teacher_step(
         index of `solver.steps` marks a given frame, which stays as it is.
       noise: [B, F, H, W, C] standard normal.
       solver: the Euler table; the step from its last entry ends at clean.
-      guidance: the guidance scale.
+      guidance: the guidance scale, or float [F], that of every frame.
 
     Returns:
       [B, F, H, W, C] latents at the next entry, without gradient.
@@ -43,7 +44,8 @@ def teacher_step(
     model, params = teacher[0], jax.lax.stop_gradient(teacher[1])
     t = entry(solver, index)
     flows = []
-    for prompt in (text, negative)[: 1 if guidance == 1 else 2]:
+    guidance = np.broadcast_to(np.asarray(guidance, np.float32), clean.shape[1:2])[:, None, None, None]
+    for prompt in (text, negative)[: 1 if (guidance == 1).all() else 2]:
         flow, noisy = causal_flow(params, model, layout, clean, prompt, t, noise, solver)
         flows.append(flow)
     flow = guided(*flows, guidance) if len(flows) == 2 else flows[0]

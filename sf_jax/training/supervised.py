@@ -144,6 +144,9 @@ def consistency_program(config: TrainConfig, media: Media) -> Program:
     """Causal consistency distillation on real videos; frozen holds the causal `teacher`, the batch `negative`."""
     model, teacher = WanTransformer(config.model), WanTransformer(config.teacher_model)
     solver = FlowSchedule(config.rollout.shift, config.consistency.solver_steps)
+    guidance = np.full(config.data.frames, config.consistency.guidance, np.float32)
+    if config.consistency.later_guidance is not None:
+        guidance[chunks_of(config)[0] :] = config.consistency.later_guidance
     layout = layout_of(config, True)
 
     def prepare(state, frozen, batch, examples):
@@ -163,7 +166,7 @@ def consistency_program(config: TrainConfig, media: Media) -> Program:
             index,
             noise,
             solver,
-            config.consistency.guidance,
+            guidance,
         )
         return (clean, stepped, index, noise), {}
 
