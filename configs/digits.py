@@ -130,7 +130,7 @@ def _polish() -> dict:
     # Scores at high noise would decide anew which digit it is, and make all samples of a prompt alike.
     score = values["score"] | {"guidance": 2.0, "time_high": 600.0}
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
-    return values | {"steps": 40, "score": score, "optimizer": optimizer}
+    return values | {"steps": 60, "score": score, "optimizer": optimizer}
 
 
 def _sid() -> dict:
