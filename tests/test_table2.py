@@ -1,0 +1,64 @@
+"""The table of the paper on the digits: every row is a valid run, results are kept, the report is written."""
+
+import pytest
+
+from benchmarks import table2, table2_report
+
+
+def result(row, seed, frames=36, control=False, joint=0.9):
+    curve = [joint] * (frames - 2)
+    figures = {name: joint for name in table2_report.COLUMNS if name != "frechet"}
+    figures |= {"frechet_per_quarter": [10.0, 11.0, 12.0, 13.0], "joint_per_frame": curve, "border_jump": None}
+    about = {"row": row.name, "chunk": 3, "seed": seed, "frames": frames, "control": control, "rate": row.rate}
+    where = {"updates": row.updates if row.few_step else None, "commit": "abc", "jax": "0", "python": "3", "seconds": 1}
+    return about | where | {"figures": figures}
+
+
+@pytest.mark.parametrize("row", [*table2.ROWS, *table2.ABLATIONS], ids=lambda row: row.name)
+@pytest.mark.parametrize("chunk", [3, 1])
+def test_every_row_is_a_run(row, chunk, monkeypatch):
+    monkeypatch.setattr(table2, "start_of", lambda row, seed, chunk: "start")
+    config = table2.configured(row, 7, chunk)
+    assert config.seed == 7 and config.rollout.chunk == chunk
+    if row.few_step:
+        assert config.optimizer.lr == row.rate and config.init_weights == "start"
+        assert config.steps == row.updates * config.generator_every
+    tuned = table2.configured(row, 7, chunk, 3e-5)
+    assert not row.few_step or tuned.optimizer.lr == 3e-5
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    rows, lengths = table2.ROWS[2:4], [(36, False), (36, True)]
+    path = tmp_path / "results.jsonl"
+    for line in (result(rows[0], 0), result(rows[0], 0, control=True), result(rows[1], 0)):
+        table2.write(path, line)
+    with path.open("a") as file:
+        file.write('{"row": "cut')
+    left = table2.plan(rows, [0, 1], [3], lengths, table2.read(path))
+    assert [(row.name, seed, todo) for row, seed, _, todo in left] == [
+        ("DF+DMD", 0, [(36, True)]),
+        ("TF+DMD", 1, lengths),
+        ("DF+DMD", 1, lengths),
+    ]
+    noisy = next(row for row in table2.ABLATIONS if row.name == "noisy context")
+    assert table2.plan([noisy], [0], [3], lengths, [])[0][3] == [(36, False)]  # no control
+
+
+def test_the_report_has_means_and_intervals(tmp_path):
+    row = table2.ROWS[4]
+    results = [result(row, seed, joint=0.9 + 0.01 * seed) for seed in range(3)] + [result(row, 0, control=True)]
+    page, picture = table2_report.write(results, tmp_path / "table2.md")
+    text = page.read_text()
+    assert "0.910 ± 0.025" in text and "| SF+DMD | 3 |" in text and "behind real frames" in text
+    assert picture.stat().st_size > 10_000
+    assert table2_report.write([], tmp_path / "none.md") == []
+
+
+def test_bad_arguments_are_refused(capsys):
+    for arguments, message in (
+        (["--rows=SF+XYZ"], "--rows has SF+XYZ"),
+        (["--quick", "--ablations"], "--quick has rows, seed and length of its own"),
+    ):
+        with pytest.raises(SystemExit):
+            table2.main(arguments)
+        assert message in capsys.readouterr().err
