@@ -6,8 +6,8 @@
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
-All few-step rows start from one few-step start and get the same number of student updates at the rate that the same
-small search chose for each (`--tune`, on seeds that no row of the table has). A row is trained and measured per seed:
+All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
+search for every row, on seeds that no row of the table has; until it has been run, all rates are 1e-4. A row is trained and measured per seed:
 at 1, 4 and 16 times the training length, and at 4 times with real clips as the context of every chunk. That control has
 no exposure to own outputs: what a row loses there, it does not lose to exposure.
 
@@ -58,7 +58,7 @@ class Row:
       name: what the table calls it.
       variant: of configs/digits.py.
       changes: fields that differ from it.
-      rate: learning rate of a few-step student, of `RATES`; what `--tune` printed is the reason for it.
+      rate: learning rate of a few-step student, of `RATES`; see `--tune`.
       updates: of the student, where it is a few-step one.
       start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
     """
@@ -117,7 +117,7 @@ ABLATIONS = (
 
 def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
     """The configuration of a row."""
-    values = digits.VARIANTS[row.variant]() | row.changes | {"seed": seed, "checkpoint_every": 10**6}
+    values = digits.VARIANTS[row.variant]() | row.changes | {"seed": seed}
     values["rollout"] = values["rollout"] | {"chunk": chunk}
     if row.few_step:
         rates = {"lr": rate or row.rate, "decay": "constant"}
@@ -151,7 +151,10 @@ def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Pa
     if row.few_step:
         folder /= f"rate{rate or row.rate:g}-updates{row.updates}"
     path = folder / ("student.safetensors" if row.few_step else "causal.safetensors")
-    return path if path.exists() else loop.train(config, folder)
+    if not path.exists():
+        loop.train(config, folder)
+        (folder / "commit").write_text(commit())
+    return path
 
 
 @dataclasses.dataclass
@@ -221,7 +224,8 @@ def figures_of(figures: metrics.Figures) -> dict:
 def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple[int, bool]], measure: Measure, results: Path) -> None:
     """Trains and measures one row with one seed."""
     began = time.time()
-    pipe = load_pipeline(weights_of(row, seed, chunk))
+    path = weights_of(row, seed, chunk)
+    pipe = load_pipeline(path)
     trained = time.time() - began
     for frames, control in lengths:
         figures = measure(pipe, frames, seed, control)
@@ -229,7 +233,7 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple[int, bool]], me
         where = {
             "rate": row.rate,
             "updates": row.updates if row.few_step else None,
-            "commit": commit(),
+            "commit": (path.parent / "commit").read_text(),  # of the training
             "jax": jax.__version__,
             "python": platform.python_version(),
             "seconds": round(trained),
@@ -303,6 +307,7 @@ def main(arguments: list[str]) -> None:
                 tune(row, seed, chunk, measure, results)
             elif not args.tune:
                 run_row(row, seed, chunk, left, measure, results)
+                report.write(read(results), results.with_suffix(".md"))
     for path in report.write(read(results), results.with_suffix(".md")):
         print(f"wrote {path}")
 

@@ -47,11 +47,14 @@ def _cell(column: str, figures: list[dict]) -> str:
 
 
 def grouped(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """(chunk, frames, control) -> row -> results of its seeds, in the order in which they were made."""
-    groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    """(chunk, frames, control) -> row -> results of its seeds; of several of a seed, the last that was made."""
+    newest = {}
     for result in results:
         if "frames" in result:
-            groups[result["chunk"], result["frames"], result["control"]][result["row"]].append(result)
+            newest[tuple(result[key] for key in ("chunk", "frames", "control", "row", "seed"))] = result
+    groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for (*group, row, _), result in newest.items():
+        groups[tuple(group)][row].append(result)
     return groups
 
 

@@ -64,6 +64,8 @@ def keep_compiled_programs() -> None:
         "jax_persistent_cache_min_compile_time_secs": 0.5,
     }
     for name, value in settings.items():
+        if name.upper() in os.environ:
+            continue
         os.environ[name.upper()] = str(value)  # for a JAX that is not imported yet, and for child processes
         if "jax" in sys.modules:
             sys.modules["jax"].config.update(name, value)

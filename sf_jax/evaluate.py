@@ -122,11 +122,11 @@ def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")
     pipes = {name: load_pipeline(path) for name, path in zip(names, paths, strict=True)}
-    if values.guidance is not None and not any(pipe.max_frames for pipe in pipes.values()):
+    if values.guidance is not None and all(pipe.package.kind == "student" for pipe in pipes.values()):
         raise ValueError(f"guidance is {values.guidance}: a student has none (it was distilled from a guided teacher)")
     for name, path in zip(names, paths, strict=True):
         pipes[name].check_frames(pipes[name].max_frames or values.frames)
-        if values.guidance is not None and pipes[name].max_frames:  # Only teachers take guidance.
+        if values.guidance is not None and pipes[name].package.kind != "student":  # Networks of many steps take it.
             pipes[name] = load_pipeline(path, values.guidance)
     return pipes
 

@@ -35,6 +35,8 @@ def main() -> None:
     """Command line: see the module's docstring."""
     config = from_dict(_CONFIG.value)
     if _COMPILE_ONLY.value is not None:
+        # Compiled anew: a program from the cache of compiled ones says less of itself, and at once.
+        jax.config.update("jax_enable_compilation_cache", False)
         return _print(ahead.compile_report(config, _COMPILE_ONLY.value))
     if _DRY_RUN.value:
         return _print(ahead.describe(config))

@@ -16,6 +16,7 @@ from sf_jax.inference.prepare_job import Job
 from sf_jax.inference.wan_text import embed_prompts
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import WanVae
+from sf_jax.options import OdeConfig
 from sf_jax.training.media import wan_media
 from sf_jax.training.pairs import pair_iterator
 from sf_jax.weights import mapping
@@ -200,7 +201,7 @@ def iterators(data, tmp_path):
     common = {"seed": 3, "text_encoder": text}
 
     def pairs(batch_size, **processes):
-        config = types.SimpleNamespace(seed=3, batch_size=batch_size)
+        config = types.SimpleNamespace(seed=3, batch_size=batch_size, ode=OdeConfig())
         captions = moving_digits.all_captions()
         source = types.SimpleNamespace(prompt=lambda i: (captions[i], text.encode([captions[i]])[0]))
         return pair_iterator(Pairs(), config, source, **processes)

@@ -113,7 +113,7 @@ def test_when_all_are_damaged_nothing_is_touched(copy):
     [
         ({"seed": 3}, "run with another config (seed: 0 -> 3)"),
         ({"stage": "init"}, "is the workdir of another stage (stage: 'distill' -> 'init')"),
-        ({"optimizer": {"lr": 1.0}, "steps": 9}, "optimizer.lr: 0.0006 -> 1.0; steps: 4 -> 9"),
+        ({"optimizer": {"lr": 1.0}, "steps": 9}, "optimizer.lr: 0.0001 -> 1.0; steps: 4 -> 9"),
     ],
 )
 def test_changed_configs_are_refused_with_the_fields(changes, message, copy):

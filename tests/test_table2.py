@@ -46,7 +46,9 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 def test_the_report_has_means_and_intervals(tmp_path):
     row = table2.ROWS[4]
-    results = [result(row, seed, joint=0.9 + 0.01 * seed) for seed in range(3)] + [result(row, 0, control=True)]
+    outdated = result(row, 0, joint=0.1) | {"rate": 1.0}
+    results = [outdated] + [result(row, seed, joint=0.9 + 0.01 * seed) for seed in range(3)]
+    results.append(result(row, 0, control=True))
     page, picture = table2_report.write(results, tmp_path / "table2.md")
     text = page.read_text()
     assert "0.910 ± 0.025" in text and "| SF+DMD | 3 |" in text and "behind real frames" in text

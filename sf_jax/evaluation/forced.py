@@ -87,7 +87,8 @@ def _chunk(
         _, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
     else:
         _, clean = guided_chunk(model, config, params, text, cache, noise, start, solver, guidance)
-    draw = ro.key_draw(key, jnp.arange(len(real)))
-    read = ro.context_input(config, real, draw, chunk)
-    cache, _ = ro.write_chunk(model, config, params, text, cache, read, start, config.context_timestep)
+    t = 0.0
+    if solver is None:
+        real, t = ro.context_input(config, real, ro.key_draw(key, examples), chunk), config.context_timestep
+    cache, _ = ro.write_chunk(model, config, params, text, cache, real, start, t)
     return cache, clean
