@@ -7,9 +7,9 @@
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
-search for every row, on seeds that no row of the table has; until it has been run, all rates are 1e-4. A row is trained and measured per seed:
-at 1, 4 and 16 times the training length, and at 4 times with real clips as the context of every chunk. That control has
-no exposure to own outputs: what a row loses there, it does not lose to exposure.
+search for every row, on seeds that no row of the table has; until it has been run, all rates are 1e-4. A row is trained
+and measured per seed: at 1, 4 and 16 times the training length, and at 4 times with real clips as the context of every
+chunk. That control has no exposure to own outputs: what a row loses there, it does not lose to exposure.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the

@@ -115,8 +115,8 @@ def ode_program(config: TrainConfig) -> Program:
     def prepare(state, frozen, batch, examples):
         del frozen, batch
         key = key_for(config.seed, state.step, Purpose.ODE_INDEX)
-        # The clean entry too: a clean chunk is what the cache will hold, and it is context here, not learned. Behind real
-        # chunks the student has clean context anyway, and with a noisy context it never has.
+        # The clean entry too: a clean chunk is what the cache will hold, and it is context here, not learned. Behind
+        # real chunks the student has clean context anyway, and with a noisy context it never has.
         entries = len(timesteps) - (behind_real or config.rollout.context == "noisy")
         index = per_chunk_index(config, key, examples, entries)
         if config.image_to_video:
