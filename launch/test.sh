@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
 # Sets up .venv, then runs every check: ruff, shellcheck, the fast tests, the slow tests.
 #
-#   bash launch/test.sh          everything
+#   bash launch/test.sh          everything but what --exhaustive adds
 #   bash launch/test.sh --fast   without the slow tests
 #   bash launch/test.sh --parity also what needs PyTorch, diffusers and transformers
 #   bash launch/test.sh --all    also what needs libtpu (1 GB more to install in all)
+#   bash launch/test.sh --exhaustive   --all, and the slow tests that are close to another slow test
 #
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 # Tests run on the CPU unless JAX_PLATFORMS is set.
 set -euo pipefail
 
 fast_only=0
+slow_tests="slow and not exhaustive"
 extras="test"
 for arg in "$@"; do
   case "$arg" in
     --fast) fast_only=1 ;;
     --parity) extras="test,parity" ;;
     --all) extras="test,parity,aot" ;;
+    --exhaustive) extras="test,parity,aot" slow_tests="slow" ;;
     -h | --help)
-      printf 'usage: bash launch/test.sh [--fast | --parity | --all]\n'
+      printf 'usage: bash launch/test.sh [--fast | --parity | --all | --exhaustive]\n'
       exit 0
       ;;
     *)
-      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast | --parity | --all]\n' "$arg" >&2
+      printf 'unknown argument: %s\nusage: bash launch/test.sh [--fast | --parity | --all | --exhaustive]\n' "$arg" >&2
       exit 2
       ;;
   esac
@@ -69,7 +72,7 @@ if env "XLA_FLAGS=$older" "$VENV_PYTHON" -c "import jax; jax.devices()" > /dev/n
 fi
 tests=("$VENV_PYTHON" -m pytest -q -rs -n 2 --dist worksteal)
 fast=("${quick[@]}" "${tests[@]}" -m "not slow")
-slow=("${quick[@]}" "${tests[@]}" -m slow)
+slow=("${quick[@]}" "${tests[@]}" -m "$slow_tests")
 official=("${tests[@]}" -m slow tests/test_goldens.py -k "05_rollout or 07_dmd")
 
 if ((fast_only)); then

@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sf_jax import rollout as ro
 from sf_jax.models import wan
 
 SMALL = wan.WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=8, text_len=3, freq_dim=16, channels=4)
 SIZE = (4, 4)
+
+
+def marked(cases, exhaustive):
+    """Parameters of all cases, those that are `exhaustive` marked so."""
+    return [pytest.param(case, marks=pytest.mark.exhaustive if case in exhaustive else ()) for case in cases]
 
 
 def relative(ours, reference) -> float:

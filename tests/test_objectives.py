@@ -22,7 +22,7 @@ from sf_jax.training import health, lora, metrics, self_forcing, sharding, super
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import load_package, shipped_path
-from tests.helpers import SIZE, SMALL, random_params, tree_relative
+from tests.helpers import SIZE, SMALL, marked, random_params, tree_relative
 
 MEDIA = Media(lambda batch: batch["latent"], lambda frozen, latents: 0.5 * latents[:, -1:], None, 1.0)
 FRAMES = 6
@@ -143,8 +143,13 @@ SUPERVISED = {
 }
 
 
+# Close to others of the lists.
+LONGEST = ["write", "straight through, last step, guided critic", "frame-wise with a window, times of the exit"]
+LONGEST += ["long, an exit per chunk", "noisy context", "adapters", "context noise", "frame-wise", "image to video"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SUPERVISED)
+@pytest.mark.parametrize("name", marked(SUPERVISED, LONGEST))
 def test_the_loss_of_the_same_draws_falls(name):
     make, variant, changes = SUPERVISED[name]
     config = embedded_config(variant, **changes)
@@ -184,7 +189,7 @@ DISTILL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DISTILL)
+@pytest.mark.parametrize("name", marked(DISTILL, LONGEST))
 def test_the_student_nears_the_teacher_and_the_critic_keeps_up(name):
     rate = 1e-2 if "adapters" in name else 1e-3
     rates = {name: {"lr": rate, "beta1": 0.0} for name in ("optimizer", "critic_optimizer")}
@@ -207,7 +212,7 @@ def test_the_student_nears_the_teacher_and_the_critic_keeps_up(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("relativistic", [True, False])
+@pytest.mark.parametrize("relativistic", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_gan_students_look_more_real_and_critics_tell_apart(relativistic):
     config = embedded_config("gan", gan={"relativistic": relativistic})
     state, _, batch = embedded_setting(config)

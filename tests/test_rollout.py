@@ -40,12 +40,12 @@ def run(config, params, text, noise, draw, exits, full_cache=True, initial=None)
     return ro.rollout(MODEL, config, params, text, noise, exits, draw, initial, full_cache)
 
 
-def mostly_slow(*fast, leave_out=()):
-    """All shapes but those left out; those that are not `fast` are for the long run."""
+def mostly_slow(*fast, leave_out=(), exhaustive=()):
+    """All shapes but those left out; those that are not `fast` are for the long run, or for the longest."""
+    longest = (pytest.mark.slow, pytest.mark.exhaustive)
+    marks = {name: () if name in fast else longest if name in exhaustive else pytest.mark.slow for name in SHAPES}
     names = [name for name in SHAPES if name not in leave_out]
-    return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
-    )
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
 
 
 @mostly_slow("window and sink", "first frame alone", leave_out=("context noise", "noisy context"))
@@ -84,7 +84,7 @@ def test_ring_equals_the_full_cache(name):
     assert relative(ring.video, full.video) < 1e-6
 
 
-@mostly_slow("window and sink", leave_out=("chunk-wise", "context noise"))
+@mostly_slow("window and sink", leave_out=("chunk-wise", "context noise"), exhaustive=("frame-wise", "windowed"))
 def test_replay_equals_differentiating_through_the_scan(name):
     config, _, noise, text, draw = case(name)
     params = random_params()
@@ -140,7 +140,7 @@ def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
     assert relative(video, ring.video) < 1e-5
 
 
-@mostly_slow("first frame alone", leave_out=("chunk-wise", "frame-wise", "noisy context"))
+@mostly_slow("first frame alone", leave_out=("chunk-wise", "frame-wise", "noisy context"), exhaustive=("windowed",))
 def test_live_clean_passes_behind_given_and_earlier_frames(name):
     config = SHAPES[name]
     frames = {"first frame alone": 8, "window and sink": 8}.get(name, 9)
