@@ -55,7 +55,7 @@ def grouped(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for (*group, row, _), result in newest.items():
         groups[tuple(group)][row].append(result)
-    return groups
+    return {group: dict(sorted(rows.items())) for group, rows in groups.items()}
 
 
 def table(rows: dict[str, list[dict]]) -> str:
