@@ -203,6 +203,10 @@ class TrainConfig:
         if self.stage == "init":
             self._check_init()
         (self._check_distill if self.stage == "distill" else self._check_others)()
+        self._check_context()
+
+    def _check_context(self):
+        """Refuses a noisy context where chunks are trained behind clean ones."""
         behind_clean = self.stage == "causal" or self.regression_weight > 0 or self.student_input != "rollout"
         behind_clean |= self.stage == "init" and (self.init == "consistency" or self.ode.teacher == "causal")
         if self.rollout.context == "noisy" and behind_clean:

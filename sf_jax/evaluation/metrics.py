@@ -290,10 +290,10 @@ def steps(videos: np.ndarray) -> np.ndarray:
       videos: uint8 [N, F, h, w, 1].
 
     Returns:
-      float64 [N, F - 1, 2], the shortest on the canvas that wraps round, between the centres of brightness.
+      float64 [N, F - 1, 2], the shortest on the canvas that wraps round, between the centers of brightness.
     """
     places = []
-    for axis in (2, 3):  # the phase of the first Fourier mode is the centre, also where the digit wraps round
+    for axis in (2, 3):  # the phase of the first Fourier mode is the center, also where the digit wraps round
         side = videos.shape[axis]
         profile = videos[..., 0].sum(axis=5 - axis, dtype=np.float64)
         turns = np.exp(2j * np.pi * np.arange(side) / side)
