@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sf_jax.diffusion.schedule import FlowSchedule
 from sf_jax.models import wan
+from sf_jax.objectives import consistency
 from sf_jax.training import self_forcing, stages, supervised
 from tests.helpers import SIZE, SMALL
 from tests.test_objectives import FRAMES, MEDIA, make_config, setting
@@ -40,6 +42,22 @@ def test_baselines_do_not_learn_on_clean_chunks():
     assert at_zero.any() and not at_zero.all()
     np.testing.assert_array_equal(np.asarray(video)[at_zero], np.asarray(clean)[at_zero])
     np.testing.assert_array_equal(np.asarray(mask)[..., 0, 0, 0], ~at_zero)
+
+
+def test_guidance_can_differ_between_the_first_and_the_later_chunks():
+    config = make_config(batch_size=2)
+    state, frozen, batch = setting(config)
+    layout, solver = supervised.layout_of(config, True), FlowSchedule(3.0, 8)
+    noise = jax.random.normal(jax.random.key(2), batch["latent"].shape)
+    inputs = (batch["latent"], batch["text"], 0 * batch["text"], jnp.full((2, FRAMES), 2), noise, solver)
+
+    def step(guidance):
+        return consistency.teacher_step((wan.WanTransformer(SMALL), frozen["teacher"]), layout, *inputs, guidance)
+
+    mixed, strong, plain = (jax.jit(lambda g=g: step(g))() for g in (np.repeat([3.0, 1.0], FRAMES // 2), 3.0, 1.0))
+    np.testing.assert_allclose(mixed[:, :3], strong[:, :3], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mixed[:, 3:], plain[:, 3:], rtol=1e-5, atol=1e-6)
+    assert np.abs(strong - plain).max() > 1e-3
 
 
 def test_the_regression_leaves_out_the_first_chunk():
