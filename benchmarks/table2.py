@@ -36,7 +36,7 @@ from sf_jax import command
 from sf_jax.config import TrainConfig, from_dict
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
-from sf_jax.evaluation.forced import generate_behind_real
+from sf_jax.evaluation.forced import generate_behind_real, measure_behind_real
 from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.training import loop
 
@@ -76,6 +76,8 @@ class Row:
         return self.variant not in ("causal", "diffusion_forcing")
 
 
+# As in the paper: past the training length, no row sees its first frames.
+_WITHOUT_SINK = {"sink": 0, "positions": "absolute"}
 _WRITE = {"cache_gradient": "write"}
 ROWS = (
     Row("many-step TF", "causal"),
@@ -118,7 +120,7 @@ ABLATIONS = (
 def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
     """The configuration of a row."""
     values = digits.VARIANTS[row.variant]() | row.changes | {"seed": seed}
-    values["rollout"] = values["rollout"] | {"chunk": chunk}
+    values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
     if row.few_step:
         rates = {"lr": rate or row.rate, "decay": "constant"}
         values |= {
@@ -136,7 +138,7 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
     path = RUNS / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
     if not path.exists():
         values = digits.VARIANTS[row.start]()
-        values["rollout"] = values["rollout"] | {"chunk": chunk}
+        values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
             values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))
         loop.train(from_dict(values), path.parent)
@@ -184,8 +186,10 @@ class Measure:
                 parts.append(generate_behind_real(pipe, self.prompts[part], self.context[frames][part], seed, first))
             else:
                 parts.append(pipe.generate(self.prompts[part], frames, seed, first_index=first))
-        videos = np.concatenate(parts)
-        return metrics.measure(videos, self.targets, self.judge, reference, pipe.chunk_starts(frames))
+        videos, figures = np.concatenate(parts), (self.targets, self.judge, reference, pipe.chunk_starts(frames))
+        if control:
+            return measure_behind_real(videos, self.context[frames], *figures)
+        return metrics.measure(videos, *figures)
 
 
 def commit() -> str:

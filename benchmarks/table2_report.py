@@ -8,8 +8,6 @@ import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sf_jax.evaluation.judge import WINDOW
-
 TRAIN_FRAMES = 9
 COLUMNS = {
     "joint": "joint",
@@ -82,9 +80,10 @@ def draw(results: list[dict], path: Path) -> None:
         for ax, (frames, control, title) in zip(axes, shown, strict=False):
             for name, rows in groups[chunk, frames, control].items():
                 curves = np.array([r["figures"]["joint_per_frame"] for r in rows])
+                first = frames - curves.shape[1]  # the frame that the first window ends with
                 # a running mean over six windows: two chunks, so that the borders' period does not hide the drift
                 curves = np.array([np.convolve(curve, np.ones(6) / 6, "valid") for curve in curves])
-                places = np.arange(curves.shape[1]) + WINDOW - 1 + 2.5
+                places = np.arange(curves.shape[1]) + first + 2.5
                 stats = np.array([interval(list(column)) for column in curves.T])
                 (line,) = ax.plot(places, stats[:, 0], label=f"{name} ({len(rows)})")
                 low, high = (stats[:, 0] + sign * np.nan_to_num(stats[:, 1]) for sign in (-1, 1))
@@ -112,8 +111,7 @@ def write(results: list[dict], page: Path) -> list[Path]:
         f"Written by `python -m benchmarks.table2{option} --report` from `{page.with_suffix('.jsonl')}`,",
         "where each line has its seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t).",
         "What the rows are: `benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means",
-        "over 6 windows. Behind real frames neighboring chunks are independent continuations: read the figures inside",
-        "chunks there.",
+        "over 6 windows. Behind real frames, windows across a border are judged with the real frames before it.",
         "",
         f"![Drift curves]({picture.name})",
         "",

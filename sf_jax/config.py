@@ -225,9 +225,15 @@ class TrainConfig:
                 f"data.frames is {self.data.frames}, rollout.chunk {self.rollout.chunk}: {error}"
             ) from error
         longest = max((self.data.frames, *self.rollout_frames))
+        name = "data.frames" if longest == self.data.frames else "rollout_frames"
         if longest > MAX_FRAMES:
-            name = "data.frames" if longest == self.data.frames else "rollout_frames"
             raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
+        if self.rollout.moves_sink(longest):
+            raise ValueError(
+                f"{name} is {longest}, rollout.window {self.rollout.window}, rollout.sink {self.rollout.sink}: with "
+                "rollout.positions 'relative' no training video may outgrow the window, or the sink would have to be "
+                "0; generated videos may"
+            )
         for name in ("teacher", "critic"):
             other = getattr(self, name)
             for field in ("channels", "text_dim"):  # they share latents and prompts

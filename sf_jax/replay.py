@@ -72,6 +72,11 @@ def replay_recorded(
     if cache_gradient not in CACHE_GRADIENTS:
         raise ValueError(f"cache_gradient is {cache_gradient!r}: it must be one of {', '.join(CACHE_GRADIENTS)}")
     total = past.video.shape[1]
+    if config.moves_sink(total):
+        raise ValueError(
+            f"positions is 'relative', and the video of {total} frames outgrows the window of {config.window}: the "
+            f"sink, {config.sink}, must be 0 to replay it"
+        )
     given, chunks = config.chunks(past.exit_inputs.shape[1], past.initial_frames)
     first = len(given) + first_live
     offset = sum((given + chunks)[:first])

@@ -25,6 +25,7 @@ Draw = Callable[[str, Any, Any, tuple[int, ...]], jax.Array]
 
 CONTEXTS = ("clean", "noisy")
 CONTEXT_NOISES = ("exact", "official", "none")
+POSITIONS = ("absolute", "relative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class RolloutConfig:
       first_frame_alone: whether the first frame is a chunk of its own (official `independent_first_frame`).
       window: latent frames seen at once, sink and current chunk included; None for all.
       sink: first latent frames that stay visible.
+      positions: "absolute", the number of the frame in the video (official; at most `rope.MAX_FRAMES` frames); or
+        "relative" to the window, whose newest chunk is then always at the same place and whose sink is always right
+        before the other frames, so that no distance grows beyond those of training and videos have no longest length.
       context: where the cached keys and values of a finished chunk come from: a "clean" pass over it (one more call of
         the network), or its last denoising step ("noisy"; as in Causal-rCM), which needs no call of its own.
       context_timestep: timestep of the clean pass that writes a finished chunk to the cache.
@@ -54,6 +58,7 @@ class RolloutConfig:
     first_frame_alone: bool = False
     window: int | None = None
     sink: int = 0
+    positions: str = "absolute"
     context: str = "clean"
     context_timestep: float = 0.0
     context_noise: str = "exact"
@@ -70,6 +75,10 @@ class RolloutConfig:
             raise ValueError(f"context_timestep is {self.context_timestep}: it must be in [0, {TRAIN_STEPS}]")
         if self.context not in CONTEXTS:
             raise ValueError(f"context is {self.context!r}: it must be one of {', '.join(CONTEXTS)}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions is {self.positions!r}: it must be one of {', '.join(POSITIONS)}")
+        if self.positions == "relative" and self.window is None:
+            raise ValueError("positions is 'relative', window None: give a window, to which positions are relative")
         if self.context == "noisy" and (self.context_timestep or self.adds_context_noise):
             raise ValueError(
                 f"context is 'noisy', context_timestep {self.context_timestep}, context_noise {self.context_noise!r}: "
@@ -86,6 +95,27 @@ class RolloutConfig:
     def timesteps(self) -> tuple[float, ...]:
         """The denoising timesteps that the network is told."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
+
+    @property
+    def max_frames(self) -> int | None:
+        """The longest video, in latent frames; None where positions never end."""
+        return MAX_FRAMES if self.positions == "absolute" else None
+
+    def moves_sink(self, frames: int) -> bool:
+        """Whether a video of `frames` frames outgrows the window, so that its sink changes its position."""
+        return self.positions == "relative" and self.sink > 0 and frames > self.window
+
+    def check_frames(self, frames: int) -> None:
+        """Refuses videos that are longer than positions are.
+
+        Raises:
+          ValueError: if there are more than `max_frames`.
+        """
+        if self.max_frames is not None and frames > self.max_frames:
+            raise ValueError(
+                f"frames is {frames}: positions are tabulated for {self.max_frames} latent frames; with a window and "
+                "positions 'relative' there is no longest video"
+            )
 
     @property
     def adds_context_noise(self) -> bool:
@@ -173,9 +203,14 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
     """
     if isinstance(start, int):
         kv_cache.check_capacity(cache, start + size, config.window)
+    frames, context_frames = jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32), cache.frames
+    if config.positions == "relative":
+        moved = jnp.maximum(start + size - config.window, 0)
+        frames = frames - moved
+        context_frames = jnp.where(context_frames < config.sink, context_frames, context_frames - moved)
     return Layout(
-        frames=jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32),
-        context_frames=jnp.maximum(cache.frames, 0),
+        frames=frames,
+        context_frames=jnp.maximum(context_frames, 0),
         context_mask=kv_cache.visible(cache, start, start + size, config.window),
         pattern=attention.cached(size, cache.capacity),
         # a ring's slots fill in order and are then all in the window; a full cache with a window has old frames to hide
@@ -316,13 +351,12 @@ def rollout(
       full_cache: keep all frames in the cache (what most of `replay` needs) even if a window would need fewer.
 
     Raises:
-      ValueError: if the frames are no multiple of the chunk, or more than the position table holds.
+      ValueError: if the frames are no multiple of the chunk, or more than positions allow.
     """
     batch, frames, height, width, _ = noise.shape
     start = 0 if initial is None else initial.shape[1]
     given, chunks = config.chunks(frames, start)
-    if start + frames > MAX_FRAMES:
-        raise ValueError(f"frames is {start + frames}: positions are tabulated for {MAX_FRAMES} latent frames")
+    config.check_frames(start + frames)
     params, text = jax.lax.stop_gradient((params, text))
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")

@@ -3,6 +3,7 @@
 Against ordinary generation this tells how much of an error comes from the network's own outputs (exposure bias).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -12,11 +13,11 @@ import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
+from sf_jax.evaluation import metrics
+from sf_jax.evaluation.judge import WINDOW, Judge
 from sf_jax.inference.pipeline import Pipeline
 from sf_jax.many_step import guided_chunk
-from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.patch_codec import to_float, to_uint8
-from sf_jax.models.wan import KeysValues, WanTransformer
 from sf_jax.rng import Purpose, key_for
 
 
@@ -57,38 +58,83 @@ def generate_behind_real(
     cache = ro.empty_cache(pipe.model, config, len(text.k[0]), frames, *package.size)
     parts = []
     for chunk, (start, size) in enumerate(zip(pipe.chunk_starts(frames), config.chunks(frames)[1], strict=True)):
-        given = real[:, start : start + size]
-        static = (pipe.model, config, solver, package.guidance)
-        cache, clean = _chunk(*static, pipe.params, text, cache, key, examples, given, start, chunk)
-        parts.append(np.asarray(to_uint8(pipe.codec.decode(clean))) if chunk else clips[:, :size])
+        given, place = real[:, start : start + size], (jnp.int32(start), jnp.int32(chunk))
+        if chunk:
+            shape = (len(prompts), *given.shape[1:])
+            network = (pipe.model, config, solver, package.guidance, shape)
+            parts.append(np.asarray(_generate(*network, pipe.params, text, cache, (key, examples), place, pipe.codec)))
+        else:
+            parts.append(clips[:, :size])
+        cache = _write(pipe.model, config, few, pipe.params, text, cache, given, (key, examples), place)
     return np.concatenate(parts, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _chunk(
-    model: WanTransformer,
-    config: ro.RolloutConfig,
-    solver: Solver | None,
-    guidance: float,
-    params: dict,
-    text: KeysValues,
-    cache: KVCache,
-    key: jax.Array,
-    examples: jax.Array,
-    real: jax.Array,
-    start: jax.Array,
-    chunk: jax.Array,
-) -> tuple[KVCache, jax.Array]:
-    """Generates a chunk, and writes the real one of its place to the cache."""
-    shape = (len(examples), *real.shape[1:])
+def measure_behind_real(
+    videos: np.ndarray,
+    clips: np.ndarray,
+    targets: metrics.Targets,
+    judge: Judge,
+    real: metrics.Reference,
+    chunk_starts: Sequence[int],
+) -> metrics.Figures:
+    """Figures of videos that `generate_behind_real` made.
+
+    Neighboring chunks go on from real frames, not from one another. So a window that crosses a border is judged with
+    the real frames before the border, and the jump there is the generated frame's from the real one's.
+
+    Args:
+      videos: uint8 [N, F, h, w, 1], generated.
+      clips: uint8 [N, F, h, w, 1], what they were generated behind.
+      targets: what the prompts asked for.
+      judge: the judge.
+      real: the reference, of other real clips of the same length.
+      chunk_starts: first frames of the chunks, of which all but the first were generated.
+
+    Returns:
+      The figures. Those per window leave out the first chunk, which is real.
+    """
+    figures = metrics.measure(videos, targets, judge, real, chunk_starts)
+    usual = np.median(metrics.steps(clips), axis=1)
+    ends = [*chunk_starts[1:], videos.shape[1]]
+    right, jumps = [], []
+    for start, end in zip(chunk_starts[1:], ends[1:], strict=True):
+        before = min(start, WINDOW - 1)
+        if before + end - start < WINDOW:  # the second of two lone frames: no window ends there
+            continue
+        part = np.concatenate([clips[:, start - before : start], videos[:, start:end]], axis=1)
+        right.append(metrics.correctness(judge(part), targets))
+        jumps.append(np.linalg.norm(metrics.steps(part)[:, before - 1] - usual, axis=-1))
+    merged = {name: np.concatenate([r[name] for r in right], axis=1) for name in right[0]}
+    sizes = [r["joint"].shape[1] for r in right]
+    across = np.concatenate([np.arange(size) < WINDOW - 1 for size in sizes])
+    return dataclasses.replace(
+        figures,
+        **{name: float(values.mean()) for name, values in merged.items()},
+        **{f"{name}_per_frame": tuple(values.mean(axis=0).tolist()) for name, values in merged.items()},
+        joint_per_quarter=tuple(float(part.mean()) for part in np.array_split(merged["joint"].mean(axis=0), 4)),
+        joint_inside=float(merged["joint"][:, ~across].mean()) if (~across).any() else float("nan"),
+        joint_across=float(merged["joint"][:, across].mean()),
+        border_jump=float(np.median(jumps)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _generate(model, config, solver, guidance, shape, params, text, cache, source, place, codec):
+    """A chunk behind the cache, uint8; `source` is the key and the examples, `place` the first frame and the index."""
+    (key, examples), (start, chunk) = source, place
     noise = ro.example_noise(jax.random.fold_in(jax.random.fold_in(key, 2 * len(config.steps)), chunk), examples, shape)
     if solver is None:
         draw, last = ro.key_draw(key, examples), len(config.steps) - 1
         _, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
     else:
         _, clean = guided_chunk(model, config, params, text, cache, noise, start, solver, guidance)
-    t = 0.0
-    if solver is None:
+    return to_uint8(codec.decode(clean))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _write(model, config, few, params, text, cache, real, source, place):
+    """The cache with a real chunk in it."""
+    (key, examples), (start, chunk), t = source, place, 0.0
+    if few:
         real, t = ro.context_input(config, real, ro.key_draw(key, examples), chunk), config.context_timestep
-    cache, _ = ro.write_chunk(model, config, params, text, cache, real, start, t)
-    return cache, clean
+    return ro.write_chunk(model, config, params, text, cache, real, start, t)[0]

@@ -84,8 +84,7 @@ class Pipeline:
                 raise ValueError(f"frames is {frames}: this teacher makes {self.package.frames}")
             return
         self.package.rollout.chunks(frames)
-        if frames > ro.MAX_FRAMES:
-            raise ValueError(f"frames is {frames}: at most {ro.MAX_FRAMES} latent frames have positions")
+        self.package.rollout.check_frames(frames)
 
     def stream(self, prompts: Sequence[str], frames: int, seed: int, first_index: int = 0) -> Iterator[np.ndarray]:
         """Generates videos chunk by chunk.
