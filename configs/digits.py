@@ -40,7 +40,14 @@ def _common(stage: str) -> dict:
         "seed": 0,
         "model": _model(),
         "data": {"name": "digits", "dir": "data", "frames": 9, "height": 6, "width": 6},
-        "rollout": {"steps": (1000, 750, 500, 250), "shift": 3.0, "chunk": 3, "window": 9},
+        "rollout": {
+            "steps": (1000, 750, 500, 250),
+            "shift": 3.0,
+            "chunk": 3,
+            "window": 9,
+            "sink": 3,
+            "positions": "relative",
+        },
         # Even times: scores at high noise, which a shift would favor, pull all samples of a prompt to one shape.
         "score": {"guidance": 2.5, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 1.0},
     }

@@ -178,6 +178,8 @@ class DataConfig:
       height: latent rows.
       width: latent columns.
       text_dropout: share of the captions that "teacher" and "causal" replace by the empty prompt.
+      cut: share of the digits' clips whose first `rollout.sink` frames are shifted round the canvas: to a chunk that is
+        generated much later, the sink shows what the digit looks like, and not where it is.
     """
 
     name: str = "digits"
@@ -186,10 +188,13 @@ class DataConfig:
     height: int = 6
     width: int = 6
     text_dropout: float = 0.1
+    cut: float = 0.0
 
     def __post_init__(self):
         """Refuses sizes that no video has."""
         one_of("data.name", self.name, ("digits", "wan"))
+        if not 0 <= self.cut <= 1 or (self.cut and self.name != "digits"):
+            raise ValueError(f"data.cut is {self.cut}: it must be in [0, 1], and 0 but for the data 'digits'")
         at_least(self, 1, "frames", "height", "width")
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"data.text_dropout is {self.text_dropout}: it must be in [0, 1]")

@@ -321,10 +321,20 @@ def test_dropped_captions_become_the_empty_prompt(source, dropout, low, high):
     np.testing.assert_array_equal(text[~dropped], TEXT.encode(captions)[~dropped])
 
 
-@pytest.mark.parametrize("kind", ["video", "prompt"])
+def test_cut_clips_begin_with_the_same_digit_elsewhere(source):
+    whole, cut = (next(video_iterator(source, batch_size=40, cut=cut)) for cut in ((0.0, 3), (0.5, 3)))
+    np.testing.assert_array_equal(cut["caption"], whole["caption"])
+    np.testing.assert_array_equal(cut["video"][:, 3:], whole["video"][:, 3:])
+    moved = (cut["video"][:, :3] != whole["video"][:, :3]).any(axis=(1, 2, 3, 4))
+    assert 0.2 < moved.mean() < 0.8
+    spectra = [np.abs(np.fft.rfft2(clips["video"][:, :3, ..., 0].astype(float))) for clips in (whole, cut)]
+    np.testing.assert_allclose(spectra[0], spectra[1], atol=1e-6)  # shifted, and nothing else
+
+
+@pytest.mark.parametrize("kind", ["video", "cut video", "prompt"])
 def test_restored_iterator_continues_exactly(source, kind):
     def make():
-        return video_iterator(source) if kind == "video" else prompt_iterator()
+        return prompt_iterator() if kind == "prompt" else video_iterator(source, cut=(0.5 * (kind == "cut video"), 3))
 
     run = make()
     for _ in range(7):

@@ -133,6 +133,7 @@ def video_iterator(
     shuffle: bool = True,
     repeat: bool = True,
     text_dropout: float = 0.0,
+    cut: tuple[float, int] = (0.0, 0),
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -148,6 +149,8 @@ def video_iterator(
       repeat: Whether to go on for ever, batches running across epochs. Otherwise one epoch is
         delivered whole, so that its last batch may be smaller.
       text_dropout: Share of captions replaced by the empty prompt in `text` (`caption` keeps them).
+      cut: Share of the clips whose first frames are shifted round the canvas by a random number of whole pixels, and
+        how many frames these are. Long ago, the digit was anywhere.
       process_index: Which of the processes this is.
       process_count: P; each process gets B / P rows.
 
@@ -161,7 +164,8 @@ def video_iterator(
     _check_dropout(text_dropout)
 
     def collate(rows):
-        return _collate([_crop_and_drop(source[i], rng, num_frames, text_dropout) for i, rng in rows], text_encoder)
+        clips = [(_crop_and_drop(source[i], rng, num_frames, text_dropout), rng) for i, rng in rows]
+        return _collate([_cut(clip, rng, *cut) for clip, rng in clips], text_encoder)
 
     batches = row_iterator(
         len(source),
@@ -299,6 +303,15 @@ def _crop_and_drop(clip: dict[str, Any], rng: np.random.Generator, num_frames: i
     begin = rng.integers(len(clip["video"]) - num_frames + 1)
     prompt = "" if rng.random() < dropout else clip["caption"]
     return {**clip, "video": clip["video"][begin : begin + num_frames], "prompt": prompt}
+
+
+def _cut(clip: dict[str, Any], rng: np.random.Generator, share: float, frames: int) -> dict[str, Any]:
+    """Shifts the first frames of a share of the clips round the canvas."""
+    if not share or rng.random() >= share:
+        return clip
+    first, rest = clip["video"][:frames], clip["video"][frames:]
+    shifts = [int(rng.integers(side)) for side in first.shape[1:3]]
+    return {**clip, "video": np.concatenate([np.roll(first, shifts, axis=(1, 2)), rest])}
 
 
 def _collate(clips: Sequence[dict[str, Any]], text_encoder: TextEncoder) -> dict[str, np.ndarray]:

@@ -100,7 +100,12 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
 
     def open_videos():
         return pipeline.video_iterator(
-            open_clips(), num_frames=config.data.frames, text_encoder=text, text_dropout=dropout, **share
+            open_clips(),
+            num_frames=config.data.frames,
+            text_encoder=text,
+            text_dropout=dropout,
+            cut=(config.data.cut, config.rollout.sink),
+            **share,
         )
 
     def samples():

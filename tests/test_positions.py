@@ -1,0 +1,95 @@
+"""Positions relative to the window: the same where nothing is evicted, a sink that stays in sight, no longest video."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sf_jax import rollout as ro
+from sf_jax.inference.pipeline import load_pipeline
+from sf_jax.models import attention, wan
+from sf_jax.models.rope import MAX_FRAMES
+from sf_jax.replay import replay
+from tests.helpers import SMALL, inputs, random_params, relative
+from tests.test_objectives import make_config
+
+MODEL = wan.WanTransformer(SMALL)
+WINDOW = ro.RolloutConfig(chunk=2, window=6, positions="relative")
+SINK = dataclasses.replace(WINDOW, sink=2)
+FRAMES = 10
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 6))
+def run(config, params, text, noise, draw, exits, full_cache=True):
+    return ro.rollout(MODEL, config, params, text, noise, exits, draw, None, full_cache)
+
+
+def test_without_sink_they_are_the_absolute_ones():
+    params, (noise, text, draw) = random_params(), inputs(FRAMES)
+    absolute = dataclasses.replace(WINDOW, positions="absolute")
+    past, other = (run(config, params, text, noise, draw, 1) for config in (absolute, WINDOW))
+    assert relative(other.video, past.video) < 1e-5
+    replayed = jax.jit(lambda past: replay(MODEL, WINDOW, params, text, past))(other)
+    assert relative(replayed, other.video) < 1e-5
+
+
+def test_a_sink_is_right_before_the_window():
+    params, (noise, text, draw) = random_params(), inputs(FRAMES)
+    past = run(SINK, params, text, noise, draw, 1)
+    ring = run(SINK, params, text, noise, draw, 1, False)
+    assert ring.cache.capacity == 4 and relative(ring.video, past.video) < 1e-6
+    absolute = run(dataclasses.replace(SINK, positions="absolute"), params, text, noise, draw, 1)
+    assert relative(absolute.video[:, :6], past.video[:, :6]) < 1e-6  # nothing has left the window yet
+    assert relative(absolute.video[:, 6:8], past.video[:, 6:8]) > 1e-4
+    kv = MODEL.apply({"params": params}, text, method="encode_text")
+    for start in (6, 8):  # the chunk behind a video of its window's frames alone
+        seen = np.array([0, 1, start - 2, start - 1])
+        tokens = (seen[:, None] * 4 + np.arange(4)).ravel()
+        context = wan.KeysValues(past.cache.k[:, :, tokens], past.cache.v[:, :, tokens])
+        layout = wan.Layout(np.arange(4, 6), np.arange(4), pattern=attention.cached(2, 4))
+        x, t = past.exit_inputs[:, start : start + 2], jnp.full((2, 1), SINK.timesteps[1])
+        flow = MODEL.apply({"params": params}, x, t, kv, layout, context)
+        clean = SINK.schedule.to_clean(flow, x, t)
+        assert relative(past.video[:, start : start + 2], clean) < 1e-5
+
+
+@pytest.mark.parametrize("start", [4, 5000, np.int32(2**31 - 100)])
+def test_there_is_no_longest_video(start):
+    cache = ro.empty_cache(MODEL, SINK, 1, FRAMES, 2, 2)
+    held = np.array([0, 1, start - 2, start - 1], np.int32)
+    layout = ro.chunk_layout(cache.replace(frames=jnp.asarray(held)), SINK, jnp.int32(start), 2)
+    np.testing.assert_array_equal(layout.frames, [4, 5])
+    np.testing.assert_array_equal(layout.context_frames, [0, 1, 2, 3])
+    assert layout.context_mask.all()
+
+
+def test_streams_go_on_past_the_table():
+    pipe = load_pipeline("student")
+    config = dataclasses.replace(pipe.package.rollout, window=9, sink=3, positions="relative")
+    pipe = dataclasses.replace(pipe, package=dataclasses.replace(pipe.package, rollout=config))
+    frames = MAX_FRAMES + 2
+    parts = list(pipe.stream(["a 3 moving left, fast"], frames, seed=0))
+    assert sum(part.shape[1] for part in parts) == frames
+    # the digit still moves, and is as bright as it was
+    early, late = (np.concatenate(parts[place : place + 4], axis=1).astype(float) for place in (4, len(parts) - 4))
+    assert np.abs(np.diff(late, axis=1)).mean() > 0.5 * np.abs(np.diff(early, axis=1)).mean()
+    assert 0.7 < late.mean() / early.mean() < 1.4
+
+
+def test_what_they_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="positions is 'other': it must be one of absolute, relative"):
+        ro.RolloutConfig(positions="other")
+    with pytest.raises(ValueError, match="positions is 'relative', window None"):
+        ro.RolloutConfig(positions="relative")
+    with pytest.raises(ValueError, match=f"frames is {MAX_FRAMES + 1}: positions are tabulated"):
+        ro.RolloutConfig().check_frames(MAX_FRAMES + 1)
+    rollout = {"chunk": 3, "window": 6, "sink": 3, "positions": "relative"}
+    with pytest.raises(ValueError, match=r"data.frames is 9, rollout.window 6, rollout.sink 3: with"):
+        make_config(rollout=rollout, data={"name": "digits", "frames": 9, "height": 4, "width": 4})
+    params, (noise, text, draw) = random_params(), inputs(FRAMES)
+    past = run(SINK, params, text, noise, draw, 1)
+    with pytest.raises(ValueError, match="the video of 10 frames outgrows the window of 6: the sink, 2, must be 0"):
+        replay(MODEL, SINK, params, text, past)
