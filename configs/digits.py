@@ -19,6 +19,9 @@ from ml_collections import ConfigDict
 
 from sf_jax.config import config_dict
 
+# A student that learned by consistency can take more steps; the first chunk, which has no context, is better for them.
+_FIRST_STEPS = {"first_steps": (1000, 937, 875, 750, 500, 250)}
+
 
 def _model() -> dict:
     return {
@@ -121,8 +124,13 @@ def _diffusion_forcing() -> dict:
 
 def _consistency() -> dict:
     """The student's start by consistency along a many-step causal network, without ODE pairs."""
-    changes = {"init": "consistency", "consistency": {"solver_steps": 24, "guidance": 2.0}}
-    return _init() | changes | {"teacher_weights": "runs/causal/causal.safetensors"}
+    values = _init()
+    return values | {
+        "init": "consistency",
+        "consistency": {"solver_steps": 24, "guidance": 2.0, "later_guidance": 1.5},
+        "rollout": values["rollout"] | _FIRST_STEPS,
+        "teacher_weights": "runs/causal/causal.safetensors",
+    }
 
 
 def _causal_ode() -> dict:
@@ -135,9 +143,12 @@ def _polish() -> dict:
     """Self Forcing after consistency, a little of it: what the shipped student was made with."""
     values = _distill()
     # Scores at high noise would decide anew which digit it is, and make all samples of a prompt alike.
-    score = values["score"] | {"guidance": 2.0, "time_high": 600.0}
-    optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
-    return values | {"steps": 60, "score": score, "optimizer": optimizer}
+    return values | {
+        "steps": 40,
+        "score": values["score"] | {"guidance": 2.0, "time_high": 600.0},
+        "rollout": values["rollout"] | _FIRST_STEPS,
+        "optimizer": values["optimizer"] | {"lr": 5e-5, "decay": "constant"},
+    }
 
 
 def _sid() -> dict:

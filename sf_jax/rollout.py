@@ -34,6 +34,8 @@ class RolloutConfig:
 
     Attributes:
       steps: denoising steps on the even scale, descending from 1000.
+      first_steps: the steps of the first chunk of a generated video, which has no context to go by; empty is `steps`.
+        Training rollouts take `steps` for every chunk. A student must have learned at these times, as by consistency.
       warp: whether the steps are table entries counted on the even scale (official `warp_denoising_step`).
       shift: shift of the student's schedule.
       chunk: latent frames generated together.
@@ -52,6 +54,7 @@ class RolloutConfig:
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
+    first_steps: tuple[int, ...] = ()
     warp: bool = True
     shift: float = 5.0
     chunk: int = 3
@@ -65,10 +68,11 @@ class RolloutConfig:
 
     def __post_init__(self):
         """Refuses values that no rollout can have."""
-        if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True) or self.steps[-1] <= 0:
-            raise ValueError(f"steps is {self.steps}: it must descend strictly and end above 0")
-        if self.steps[0] > TRAIN_STEPS:
-            raise ValueError(f"steps is {self.steps}: its first entry must be at most {TRAIN_STEPS}")
+        for name, steps in (("steps", self.steps), ("first_steps", self.first_steps or self.steps)):
+            if not steps or list(steps) != sorted(set(steps), reverse=True) or steps[-1] <= 0:
+                raise ValueError(f"{name} is {steps}: it must descend strictly and end above 0")
+            if steps[0] > TRAIN_STEPS:
+                raise ValueError(f"{name} is {steps}: its first entry must be at most {TRAIN_STEPS}")
         if self.context_noise not in CONTEXT_NOISES:
             raise ValueError(f"context_noise is {self.context_noise!r}: it must be one of {', '.join(CONTEXT_NOISES)}")
         if not 0 <= self.context_timestep <= TRAIN_STEPS:
@@ -95,6 +99,10 @@ class RolloutConfig:
     def timesteps(self) -> tuple[float, ...]:
         """The denoising timesteps that the network is told."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
+
+    def of_chunk(self, chunk: int) -> "RolloutConfig":
+        """How chunk `chunk` of a generated video is made: with `first_steps` where it is the first."""
+        return dataclasses.replace(self, steps=self.first_steps) if self.first_steps and chunk == 0 else self
 
     @property
     def max_frames(self) -> int | None:

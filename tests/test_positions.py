@@ -1,4 +1,4 @@
-"""Positions relative to the window: the same where nothing is evicted, a sink that stays in sight, no longest video."""
+"""Positions relative to the window, a sink that stays in sight, videos without end, the first chunk's own steps."""
 
 import dataclasses
 import functools
@@ -77,6 +77,23 @@ def test_streams_go_on_past_the_table():
     early, late = (np.concatenate(parts[place : place + 4], axis=1).astype(float) for place in (4, len(parts) - 4))
     assert np.abs(np.diff(late, axis=1)).mean() > 0.5 * np.abs(np.diff(early, axis=1)).mean()
     assert 0.7 < late.mean() / early.mean() < 1.4
+
+
+def test_the_first_chunk_has_steps_of_its_own():
+    prompts, pipe = ["a 3 moving left, fast"], load_pipeline("student")
+
+    def video(**changes):
+        config = dataclasses.replace(pipe.package.rollout, **changes)
+        return dataclasses.replace(pipe, package=dataclasses.replace(pipe.package, rollout=config)).generate(
+            prompts, 6, 0
+        )
+
+    plain, two = (video(steps=steps, first_steps=()) for steps in ((1000, 750, 500, 250), (1000, 500)))
+    mixed = video(steps=(1000, 750, 500, 250), first_steps=(1000, 500))
+    np.testing.assert_array_equal(mixed[:, :3], two[:, :3])
+    assert (mixed[:, 3:] != plain[:, 3:]).any() and (mixed[:, 3:] != two[:, 3:]).any()
+    with pytest.raises(ValueError, match=r"first_steps is \(500, 750\): it must descend strictly"):
+        ro.RolloutConfig(first_steps=(500, 750))
 
 
 def test_what_they_cannot_do_is_refused():

@@ -118,9 +118,8 @@ class Pipeline:
         start = 0
         for chunk, size in enumerate(config.chunks(frames)[1]):
             shape = (size, height, width, channels)
-            cache, pixels = _chunk(
-                self.model, config, shape, self.params, text, cache, key, examples, start, chunk, self.codec
-            )
+            static = (self.model, config.of_chunk(chunk), shape)
+            cache, pixels = _chunk(*static, self.params, text, cache, key, examples, start, chunk, self.codec)
             yield np.asarray(pixels)
             start += size
 
