@@ -10,7 +10,8 @@ All few-step rows start from one few-step start and get the same number of stude
 search for every row, on seeds that no row of the table has; it has been run chunk-wise for the rows at 3e-4, the others
 are at 1e-4. A row is trained and measured per seed: at 1, 4 and 16 times the training length, and at 4 times with real
 clips as the context of every chunk. That control has no exposure to own outputs: what a row loses there, it does not
-lose to exposure.
+lose to exposure. A second control has one real chunk and goes on from it by itself: it tells errors that add up from
+those of a first chunk that nothing came before.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
@@ -45,6 +46,7 @@ RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/result
 RUNS = Path("runs/table2")
 LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
+CONTROLS = (False, True, "first")  # its own video alone, real frames behind every chunk, a real first chunk
 SAMPLES = 128
 TUNING_SEEDS = (100,)
 RATES = (3e-5, 1e-4, 3e-4)
@@ -178,17 +180,18 @@ class Measure:
             self.references[frames] = metrics.reference(real, self.targets, self.judge)
         return self.references[frames]
 
-    def __call__(self, pipe, frames: int, seed: int, control: bool = False) -> metrics.Figures:
-        """Figures of videos of `frames` frames; with `control`, every chunk behind the real frames before it."""
+    def __call__(self, pipe, frames: int, seed: int, control: bool | str = False) -> metrics.Figures:
+        """Figures of videos of `frames` frames, with one of `CONTROLS`."""
         reference, parts = self.reference(frames), []
         for first in range(0, self.samples, 64):
             part = slice(first, first + 64)
             if control:
-                parts.append(generate_behind_real(pipe, self.prompts[part], self.context[frames][part], seed, first))
+                clips, only_first = self.context[frames][part], control == "first"
+                parts.append(generate_behind_real(pipe, self.prompts[part], clips, seed, first, only_first))
             else:
                 parts.append(pipe.generate(self.prompts[part], frames, seed, first_index=first))
         videos, figures = np.concatenate(parts), (self.targets, self.judge, reference, pipe.chunk_starts(frames))
-        if control:
+        if control is True:
             return measure_behind_real(videos, self.context[frames], *figures)
         return metrics.measure(videos, *figures)
 
@@ -226,7 +229,7 @@ def figures_of(figures: metrics.Figures) -> dict:
     return {k: None if v != v else v for k, v in rounded.items()}  # NaN is no JSON
 
 
-def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple[int, bool]], measure: Measure, results: Path) -> None:
+def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Measure, results: Path) -> None:
     """Trains and measures one row with one seed."""
     began = time.time()
     path = weights_of(row, seed, chunk)
@@ -296,12 +299,12 @@ def main(arguments: list[str]) -> None:
             parser.error(f"--rows has {', '.join(unknown)}: rows are {'; '.join(known)}")
         rows = [known[name] for name in names]
     seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
-    lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, True)]
+    lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, control) for control in CONTROLS[1:]]
     if args.quick and (args.rows or args.ablations or args.tune):
         parser.error("--quick has rows, seed and length of its own: leave out --rows, --ablations and --tune")
     if args.quick:
         rows, seeds, chunks = [row for row in ROWS if row.name in QUICK], [0], [3]
-        lengths = [(CONTROL_LENGTH, False), (CONTROL_LENGTH, True)]
+        lengths = [(CONTROL_LENGTH, control) for control in CONTROLS]
     if not args.report:
         work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(results))
         measure = Measure()

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 TRAIN_FRAMES = 9
+BEHIND = {False: "", True: ", every chunk behind real frames", "first": ", behind one real chunk and its own frames"}
 COLUMNS = {
     "joint": "joint",
     "joint_inside": "joint inside chunks",
@@ -75,7 +76,7 @@ def draw(results: list[dict], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, chunk in zip(figure.subplots(len(chunks), 2, squeeze=False), chunks, strict=True):
         longest = max(frames for c, frames, control in groups if c == chunk and not control)
-        controls = [frames for c, frames, control in groups if c == chunk and control]
+        controls = [frames for c, frames, control in groups if c == chunk and control is True]
         shown = [(longest, False, "behind its own frames")] + [(x, True, "behind real frames") for x in controls[:1]]
         for ax, (frames, control, title) in zip(axes, shown, strict=False):
             for name, rows in groups[chunk, frames, control].items():
@@ -116,10 +117,12 @@ def write(results: list[dict], page: Path) -> list[Path]:
         f"![Drift curves]({picture.name})",
         "",
     ]
-    for (chunk, frames, control), rows in sorted(grouped(results).items(), key=lambda x: (-x[0][0], x[0][2], x[0][1])):
+    order = list(BEHIND)
+    groups = sorted(grouped(results).items(), key=lambda item: (-item[0][0], order.index(item[0][2]), item[0][1]))
+    for (chunk, frames, control), rows in groups:
         kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
-        behind = ", every chunk behind real frames" if control else ""
-        lines += [f"## {kind}, {frames} frames ({frames // TRAIN_FRAMES} x training){behind}", "", table(rows), ""]
+        heading = f"## {kind}, {frames} frames ({frames // TRAIN_FRAMES} x training){BEHIND[control]}"
+        lines += [heading, "", table(rows), ""]
     commits = sorted({result["commit"] for result in results if "frames" in result})
     versions = sorted({f"Python {r['python']}, JAX {r['jax']}" for r in results if "frames" in r})
     lines += [f"Commits: {', '.join(commits)}. {'; '.join(versions)}.", ""]

@@ -311,6 +311,9 @@ def test_behind_its_own_video_a_network_generates_the_same_again():
     other = generate_behind_real(pipe, prompts, own[::-1], seed=3)
     np.testing.assert_array_equal(other[:, :3], own[::-1, :3])
     assert np.abs(other[:, 3:].astype(int) - own[:, 3:]).mean() > 10
+    first = generate_behind_real(pipe, prompts, own, seed=3, only_first=True)
+    np.testing.assert_array_equal(first[:, :6], again[:, :6])
+    assert (first[:, 6:] != again[:, 6:]).any()
     with pytest.raises(ValueError, match="bidirectional teacher"):
         generate_behind_real(load_pipeline("teacher"), prompts, own, seed=3)
 

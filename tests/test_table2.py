@@ -48,10 +48,11 @@ def test_the_report_has_means_and_intervals(tmp_path):
     row = table2.ROWS[4]
     outdated = result(row, 0, joint=0.1) | {"rate": 1.0}
     results = [outdated] + [result(row, seed, joint=0.9 + 0.01 * seed) for seed in range(3)]
-    results.append(result(row, 0, control=True))
+    results += [result(row, 0, control=control) for control in (True, "first")]
     page, picture = table2_report.write(results, tmp_path / "table2.md")
     text = page.read_text()
     assert "0.910 ± 0.025" in text and "| SF+DMD | 3 |" in text and "behind real frames" in text
+    assert "behind one real chunk" in text
     assert picture.stat().st_size > 10_000
     assert table2_report.write([], tmp_path / "none.md") == []
 

@@ -22,9 +22,14 @@ from sf_jax.rng import Purpose, key_for
 
 
 def generate_behind_real(
-    pipe: Pipeline, prompts: Sequence[str], clips: np.ndarray, seed: int, first_index: int = 0
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    clips: np.ndarray,
+    seed: int,
+    first_index: int = 0,
+    only_first: bool = False,
 ) -> np.ndarray:
-    """Videos whose chunks were each generated behind the real frames before them.
+    """Videos whose chunks were each generated behind the real frames before them, or behind a first real chunk.
 
     Args:
       pipe: a causal network, of few or many steps.
@@ -32,6 +37,7 @@ def generate_behind_real(
       clips: uint8 [B, F, h, w, 1] real clips of these prompts; F is a multiple of the network's chunk.
       seed: seed of the noise.
       first_index: index of the first prompt; the others count on.
+      only_first: whether only the first chunk is real, and the others are generated behind their own video.
 
     Returns:
       uint8 [B, F, h, w, 1]; the first chunk is the clips' own, as there is nothing before it.
@@ -62,10 +68,14 @@ def generate_behind_real(
         if chunk:
             shape = (len(prompts), *given.shape[1:])
             network = (pipe.model, config, solver, package.guidance, shape)
-            parts.append(np.asarray(_generate(*network, pipe.params, text, cache, (key, examples), place, pipe.codec)))
+            own, pixels = _generate(*network, pipe.params, text, cache, (key, examples), place, pipe.codec)
+            parts.append(np.asarray(pixels))
         else:
             parts.append(clips[:, :size])
-        cache = _write(pipe.model, config, few, pipe.params, text, cache, given, (key, examples), place)
+        if chunk and only_first:
+            cache = own
+        else:
+            cache = _write(pipe.model, config, few, pipe.params, text, cache, given, (key, examples), place)
     return np.concatenate(parts, axis=1)
 
 
@@ -120,15 +130,18 @@ def measure_behind_real(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(model, config, solver, guidance, shape, params, text, cache, source, place, codec):
-    """A chunk behind the cache, uint8; `source` is the key and the examples, `place` the first frame and the index."""
+    """The cache with the next chunk, and its pixels, uint8.
+
+    `source` is the key and the examples, `place` the first frame and the index of the chunk.
+    """
     (key, examples), (start, chunk) = source, place
     noise = ro.example_noise(jax.random.fold_in(jax.random.fold_in(key, 2 * len(config.steps)), chunk), examples, shape)
     if solver is None:
         draw, last = ro.key_draw(key, examples), len(config.steps) - 1
-        _, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
+        cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
     else:
-        _, clean = guided_chunk(model, config, params, text, cache, noise, start, solver, guidance)
-    return to_uint8(codec.decode(clean))
+        cache, clean = guided_chunk(model, config, params, text, cache, noise, start, solver, guidance)
+    return cache, to_uint8(codec.decode(clean))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
