@@ -54,7 +54,6 @@ def test_shipped_teacher_makes_its_own_length_only():
     [
         (["--prompt=a purple 7"], "purple"),
         (["--frames=10"], "frames is 10: with chunk=3 it must be a multiple of 3"),
-        (["--frames=3000"], "at most 1024 latent frames"),
         (["--checkpoint=none.safetensors"], "checkpoint none.safetensors does not exist"),
         (["--checkpoint=tests/goldens/A/weights_real.safetensors"], "was not written by sf_jax.train"),
         (["--prompts=none.txt"], "prompts: cannot read none.txt"),
