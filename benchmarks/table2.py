@@ -7,7 +7,7 @@
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
-search for every row, on seeds that no row of the table has; it has been run chunk-wise for the rows at 3e-4, the others
+search for every row, on seeds that no row of the table has; it has been run for TF+DMD, DF+DMD and SF+DMD, the others
 are at 1e-4. A row is trained and measured per seed: at 1, 4 and 16 times the training length, and at 4 times with real
 clips as the context of every chunk. That control has no exposure to own outputs: what a row loses there, it does not
 lose to exposure. A second control has one real chunk and goes on from it by itself: it tells errors that add up from
@@ -64,6 +64,7 @@ class Row:
       rate: learning rate of a few-step student, of `RATES`; see `--tune`.
       updates: of the student, where it is a few-step one.
       start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
+      framewise_rate: learning rate frame-wise, where another one is best there.
     """
 
     name: str
@@ -72,6 +73,11 @@ class Row:
     rate: float | None = None
     updates: int = UPDATES
     start: str = "init"
+    framewise_rate: float | None = None
+
+    def rate_of(self, chunk: int) -> float | None:
+        """Learning rate with chunks of this size."""
+        return self.framewise_rate if chunk == 1 and self.framewise_rate else self.rate
 
     @property
     def few_step(self) -> bool:
@@ -85,7 +91,7 @@ _WRITE = {"cache_gradient": "write"}
 ROWS = (
     Row("many-step TF", "causal"),
     Row("many-step DF", "diffusion_forcing"),
-    Row("TF+DMD", "tf_dmd", rate=3e-4),
+    Row("TF+DMD", "tf_dmd", rate=3e-4, framewise_rate=3e-5),
     Row("DF+DMD", "causvid", rate=3e-4),
     Row("SF+DMD", "distill", rate=3e-4),
     Row("SF+DMD, write", "distill", _WRITE, 1e-4),
@@ -125,7 +131,7 @@ def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> Tr
     values = digits.VARIANTS[row.variant]() | row.changes | {"seed": seed}
     values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
     if row.few_step:
-        rates = {"lr": rate or row.rate, "decay": "constant"}
+        rates = {"lr": rate or row.rate_of(chunk), "decay": "constant"}
         values |= {
             "steps": row.updates * values["generator_every"],
             "init_weights": str(start_of(row, seed, chunk)),
@@ -154,7 +160,7 @@ def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Pa
     name = "".join(c if c.isalnum() else "_" for c in row.name.replace("+", "_"))
     folder = RUNS / f"{name}-chunk{chunk}-seed{seed}"
     if row.few_step:
-        folder /= f"rate{rate or row.rate:g}-updates{row.updates}"
+        folder /= f"rate{rate or row.rate_of(chunk):g}-updates{row.updates}"
     path = folder / ("student.safetensors" if row.few_step else "causal.safetensors")
     if not path.exists():
         loop.train(config, folder)
@@ -239,7 +245,7 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Meas
         figures = measure(pipe, frames, seed, control)
         about = {"row": row.name, "chunk": chunk, "seed": seed, "frames": frames, "control": control}
         where = {
-            "rate": row.rate,
+            "rate": row.rate_of(chunk),
             "updates": row.updates if row.few_step else None,
             "commit": (path.parent / "commit").read_text(),  # of the training
             "jax": jax.__version__,
@@ -273,7 +279,7 @@ def plan(rows: list[Row], seeds, chunks, lengths, results: list[dict]) -> list[t
                 updates = row.updates if row.few_step else None
                 noisy = row.changes.get("rollout", {}).get("context") == "noisy"
                 wanted = [(frames, control) for frames, control in lengths if not (control and noisy)]
-                left = [x for x in wanted if (row.name, chunk, seed, *x, row.rate, updates) not in done]
+                left = [x for x in wanted if (row.name, chunk, seed, *x, row.rate_of(chunk), updates) not in done]
                 work += [(row, seed, chunk, left)] if left else []
     return work
 

@@ -21,7 +21,7 @@ def test_every_row_is_a_run(row, chunk, monkeypatch):
     config = table2.configured(row, 7, chunk)
     assert config.seed == 7 and config.rollout.chunk == chunk
     if row.few_step:
-        assert config.optimizer.lr == row.rate and config.init_weights == "start"
+        assert config.optimizer.lr == row.rate_of(chunk) and config.init_weights == "start"
         assert config.steps == row.updates * config.generator_every
     tuned = table2.configured(row, 7, chunk, 3e-5)
     assert not row.few_step or tuned.optimizer.lr == 3e-5
