@@ -230,9 +230,8 @@ class TrainConfig:
             raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
         if self.rollout.moves_sink(longest):
             raise ValueError(
-                f"{name} is {longest}, rollout.window {self.rollout.window}, rollout.sink {self.rollout.sink}: with "
-                "rollout.positions 'relative' no training video may outgrow the window, or the sink would have to be "
-                "0; generated videos may"
+                f"{name} is {longest}, rollout.window {self.rollout.window}: a training video that outgrows the window "
+                f"needs rollout.sink 0 instead of {self.rollout.sink}, or rollout.positions 'absolute'"
             )
         for name in ("teacher", "critic"):
             other = getattr(self, name)

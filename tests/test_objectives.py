@@ -167,15 +167,16 @@ DISTILL = {
         "exits": "last",
         "score": {"fake_guidance": 1.5},
     },
-    "long, an exit per chunk": {"rollout_frames": (12,), "exits": "per_chunk"},
+    "long, an exit per chunk": {"rollout_frames": (12,), "exits": "per_chunk", "rollout": {"sink": 0}},
     "frame-wise with a window, times of the exit": {
-        "rollout": {"chunk": 1, "window": 3, "sink": 1},
+        "rollout": {"chunk": 1, "window": 3, "sink": 1, "positions": "absolute"},
         "score": {"from_exit": True, "to_exit": True},
     },
     "adapters": {"lora": {"rank": 8}, "critic_lora": {"rank": 8}},
     "write": {"cache_gradient": "write"},
     "write, long, adapters": {
         "cache_gradient": "write",
+        "rollout": {"sink": 0},
         "rollout_frames": (12,),
         "lora": {"rank": 8},
         "critic_lora": {"rank": 8},
