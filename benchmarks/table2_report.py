@@ -60,11 +60,12 @@ def grouped(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
 
 def table(rows: dict[str, list[dict]]) -> str:
     """One Markdown table."""
-    lines = [f"| row | seeds | {' | '.join(COLUMNS.values())} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+    lines = [f"| row | seeds | rate | {' | '.join(COLUMNS.values())} |", f"|---|---|---|{'---|' * len(COLUMNS)}"]
     for name, results in rows.items():
         figures = [result["figures"] for result in results]
         cells = " | ".join(_cell(column, figures) for column in COLUMNS)
-        lines.append(f"| {name} | {len(results)} | {cells} |")
+        rates = ", ".join(sorted({f"{r['rate']:g}" for r in results if r["rate"]})) or "-"
+        lines.append(f"| {name} | {len(results)} | {rates} | {cells} |")
     return "\n".join(lines)
 
 
