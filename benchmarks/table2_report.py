@@ -73,12 +73,16 @@ def draw(results: list[dict], path: Path) -> None:
     """Joint accuracy over the frames of the longest videos, mean and interval, and behind real clips."""
     groups = grouped(results)
     chunks = sorted({chunk for chunk, _, _ in groups}, reverse=True)
+    names = sorted({name for rows in groups.values() for name in rows})
+    colors = {name: f"C{i % 10}" for i, name in enumerate(names)}  # a row has one color in all panels
     figure = Figure(figsize=(11, 4.2 * len(chunks)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, chunk in zip(figure.subplots(len(chunks), 2, squeeze=False), chunks, strict=True):
         longest = max(frames for c, frames, control in groups if c == chunk and not control)
         controls = [frames for c, frames, control in groups if c == chunk and control is True]
         shown = [(longest, False, "behind its own frames")] + [(x, True, "behind real frames") for x in controls[:1]]
+        for ax in axes[len(shown) :]:
+            ax.set_visible(False)
         for ax, (frames, control, title) in zip(axes, shown, strict=False):
             for name, rows in groups[chunk, frames, control].items():
                 curves = np.array([r["figures"]["joint_per_frame"] for r in rows])
@@ -87,7 +91,7 @@ def draw(results: list[dict], path: Path) -> None:
                 curves = np.array([np.convolve(curve, np.ones(6) / 6, "valid") for curve in curves])
                 places = np.arange(curves.shape[1]) + first + 2.5
                 stats = np.array([interval(list(column)) for column in curves.T])
-                (line,) = ax.plot(places, stats[:, 0], label=f"{name} ({len(rows)})")
+                (line,) = ax.plot(places, stats[:, 0], label=f"{name} ({len(rows)})", color=colors[name])
                 low, high = (stats[:, 0] + sign * np.nan_to_num(stats[:, 1]) for sign in (-1, 1))
                 ax.fill_between(places, low, high, alpha=0.15, color=line.get_color())
             ax.axvline(TRAIN_FRAMES - 0.5, color="0.5", linestyle="--")
