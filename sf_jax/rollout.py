@@ -100,9 +100,17 @@ class RolloutConfig:
         """The denoising timesteps that the network is told."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
 
-    def of_chunk(self, chunk: int) -> "RolloutConfig":
-        """How chunk `chunk` of a generated video is made: with `first_steps` where it is the first."""
-        return dataclasses.replace(self, steps=self.first_steps) if self.first_steps and chunk == 0 else self
+    def timesteps_of(self, chunk: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Denoising timesteps float32 [S] of chunk `chunk` of a generated video, and how many they are, int32.
+
+        The first chunk has `first_steps`. `chunk` may be traced: one program serves all chunks, and the shorter of the
+        two lists ends with zeros that are never read.
+        """
+        first = dataclasses.replace(self, steps=self.first_steps or self.steps).timesteps
+        longest = max(len(first), len(self.steps))
+        tables = (jnp.asarray(t + (0.0,) * (longest - len(t)), jnp.float32) for t in (first, self.timesteps))
+        is_first = jnp.asarray(chunk) == 0
+        return jnp.where(is_first, *tables), jnp.where(is_first, len(first), len(self.steps))
 
     @property
     def max_frames(self) -> int | None:
@@ -280,6 +288,7 @@ def generate_chunk(
     chunk: jax.Array | int,
     exit_step: jax.Array | int,
     draw: Draw,
+    timesteps: jax.Array | None = None,
 ) -> tuple[KVCache, jax.Array, jax.Array]:
     """Generates one chunk, without gradient, and writes it to the cache.
 
@@ -294,23 +303,25 @@ def generate_chunk(
       chunk: index of the chunk, for `draw`; may be traced.
       exit_step: index of the denoising step whose prediction is the result; may be traced.
       draw: source of noise.
+      timesteps: float32 [S], more than `exit_step`; None is `config.timesteps`. May be traced.
 
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
     """
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
     layout = chunk_layout(cache, config, start, noise.shape[1])
-    kv, clean, x = _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw)
+    timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
+    kv, clean, x = _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw, timesteps)
     return kv_cache.write(cache, kv.k, kv.v, start), clean, x
 
 
-def _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw):
+def _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw, timesteps):
     """All calls of the network for one chunk in one loop: one copy of the network is compiled.
 
     The calls are the denoising steps up to the exit step, then the clean pass where there is one. Returns the last
     call's keys and values, the clean chunk and the exit step's input.
     """
-    timesteps = jnp.asarray([*config.timesteps, config.context_timestep], jnp.float32)
+    timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
     calls = exit_step + (2 if config.context == "clean" else 1)
 
     def call(step, carry):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sf_jax import rollout as ro
+from sf_jax.inference import pipeline
 from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models import attention, wan
 from sf_jax.models.rope import MAX_FRAMES
@@ -89,7 +90,9 @@ def test_the_first_chunk_has_steps_of_its_own():
         )
 
     plain, two = (video(steps=steps, first_steps=()) for steps in ((1000, 750, 500, 250), (1000, 500)))
+    programs = pipeline._chunk._cache_size()
     mixed = video(steps=(1000, 750, 500, 250), first_steps=(1000, 500))
+    assert pipeline._chunk._cache_size() == programs + 1  # one for all chunks
     np.testing.assert_array_equal(mixed[:, :3], two[:, :3])
     assert (mixed[:, 3:] != plain[:, 3:]).any() and (mixed[:, 3:] != two[:, 3:]).any()
     with pytest.raises(ValueError, match=r"first_steps is \(500, 750\): it must descend strictly"):

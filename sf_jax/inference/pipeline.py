@@ -25,10 +25,12 @@ def _chunk(model, config, size, params, text, cache, key, examples, start, chunk
     """Generates, decodes and caches one chunk of `size` (frames, H, W, C); pixels are uint8."""
     draw = ro.key_draw(key, examples)
     # behind the numbers that `key_draw` folds in for the steps
-    noise_key = jax.random.fold_in(jax.random.fold_in(key, 2 * len(config.steps)), chunk)
+    timesteps, count = config.timesteps_of(chunk)
+    noise_key = jax.random.fold_in(jax.random.fold_in(key, 2 * count), chunk)
     noise = ro.example_noise(noise_key, examples, (examples.shape[0], *size))
-    last = len(config.steps) - 1
-    cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
+    cache, clean, _ = ro.generate_chunk(
+        model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps
+    )
     return cache, to_uint8(codec.decode(clean))
 
 
@@ -118,7 +120,7 @@ class Pipeline:
         start = 0
         for chunk, size in enumerate(config.chunks(frames)[1]):
             shape = (size, height, width, channels)
-            static = (self.model, config.of_chunk(chunk), shape)
+            static = (self.model, config, shape)
             cache, pixels = _chunk(*static, self.params, text, cache, key, examples, start, chunk, self.codec)
             yield np.asarray(pixels)
             start += size
