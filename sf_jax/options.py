@@ -178,8 +178,8 @@ class DataConfig:
       height: latent rows.
       width: latent columns.
       text_dropout: share of the captions that "teacher" and "causal" replace by the empty prompt.
-      cut: share of the digits' clips whose first `rollout.sink` frames are shifted round the canvas: to a chunk that is
-        generated much later, the sink shows what the digit looks like, and not where it is.
+      cut: share of the digits' clips whose first `rollout.sink` frames are shifted around the canvas: to a chunk that
+        is generated much later, the sink shows what the digit looks like, and not where it is.
     """
 
     name: str = "digits"

@@ -12,7 +12,7 @@ from sf_jax import evaluate
 from sf_jax.data import moving_digits
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
-from sf_jax.evaluation.forced import generate_behind_real
+from sf_jax.evaluation.forced import generate_behind_real, measure_behind_real
 from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models.patch_codec import PatchCodec, to_float, to_uint8
 
@@ -316,6 +316,18 @@ def test_behind_its_own_video_a_network_generates_the_same_again():
     assert (first[:, 6:] != again[:, 6:]).any()
     with pytest.raises(ValueError, match="bidirectional teacher"):
         generate_behind_real(load_pipeline("teacher"), prompts, own, seed=3)
+
+
+@pytest.mark.parametrize("chunk", [3, 1])
+def test_behind_real_frames_a_chunk_is_judged_with_those_before_it(chunk):
+    _, kinds, targets = metrics.choose_prompts(16)
+    real, other = (metrics.real_clips(kinds, 12, draw) for draw in range(2))
+    judge, starts = judging.load(), range(0, 12, chunk)
+    reference = metrics.reference(other, targets, judge)
+    same, wrong = (measure_behind_real(x, real, targets, judge, reference, starts) for x in (real, real[::-1]))
+    assert same.joint > 0.9 and same.border_jump < 0.1
+    assert wrong.joint < same.joint - 0.2 and wrong.border_jump > 2
+    assert len(same.joint_per_frame) == (9 if chunk == 3 else 10)  # none ends in the first chunk
 
 
 def test_report_survives_undefined_figures(tmp_path, measure, clips):

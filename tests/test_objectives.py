@@ -142,7 +142,6 @@ SUPERVISED = {
     "consistency": (lambda c: supervised.consistency_program(c, EMBEDDED), "consistency", {}),
 }
 
-
 # Close to others of the lists.
 LONGEST = ["write", "straight through, last step, guided critic", "frame-wise with a window, times of the exit"]
 LONGEST += ["long, an exit per chunk", "noisy context", "adapters", "context noise", "frame-wise", "image to video"]

@@ -149,7 +149,7 @@ def video_iterator(
       repeat: Whether to go on for ever, batches running across epochs. Otherwise one epoch is
         delivered whole, so that its last batch may be smaller.
       text_dropout: Share of captions replaced by the empty prompt in `text` (`caption` keeps them).
-      cut: Share of the clips whose first frames are shifted round the canvas by a random number of whole pixels, and
+      cut: Share of the clips whose first frames are shifted around the canvas by a random number of whole pixels, and
         how many frames these are. Long ago, the digit was anywhere.
       process_index: Which of the processes this is.
       process_count: P; each process gets B / P rows.
@@ -306,7 +306,7 @@ def _crop_and_drop(clip: dict[str, Any], rng: np.random.Generator, num_frames: i
 
 
 def _cut(clip: dict[str, Any], rng: np.random.Generator, share: float, frames: int) -> dict[str, Any]:
-    """Shifts the first frames of a share of the clips round the canvas."""
+    """Shifts the first frames of a share of the clips around the canvas."""
     if not share or rng.random() >= share:
         return clip
     first, rest = clip["video"][:frames], clip["video"][frames:]
