@@ -14,8 +14,10 @@ def result(row, seed, frames=36, control=False, joint=0.9):
     return about | where | {"figures": figures}
 
 
-@pytest.mark.parametrize("row", [*table2.ROWS, *table2.ABLATIONS], ids=lambda row: row.name)
-@pytest.mark.parametrize("chunk", [3, 1])
+RUNS = [(row, chunk) for row in (*table2.ROWS, *table2.ABLATIONS) for chunk in row.chunks]
+
+
+@pytest.mark.parametrize("row, chunk", RUNS, ids=[f"{row.name}-{chunk}" for row, chunk in RUNS])
 def test_every_row_is_a_run(row, chunk, monkeypatch):
     monkeypatch.setattr(table2, "start_of", lambda row, seed, chunk: "start")
     config = table2.configured(row, 7, chunk)
@@ -42,6 +44,8 @@ def test_what_is_there_is_not_made_again(tmp_path):
     ]
     noisy = next(row for row in table2.ABLATIONS if row.name == "noisy context")
     assert table2.plan([noisy], [0], [3], lengths, [])[0][3] == [(36, False)]  # no control
+    behind_real = table2.ABLATIONS[-1]
+    assert [chunk for _, _, chunk, _ in table2.plan([behind_real], [0], [3, 1], lengths, [])] == [1]
 
 
 def test_the_report_has_means_and_intervals(tmp_path):
