@@ -103,7 +103,7 @@ def main() -> None:
     media = wan_media(wan_vae()) if args.middle else digits_media(PatchCodec.load())
     state, frozen = steps.new_state(config), {"teacher": init_params(model, jax.random.key(1))}
     text = jax.random.normal(jax.random.key(2), (config.batch_size, model.text_len, model.text_dim))
-    batch = {"text": text, "negative": jnp.zeros((1, *text.shape[1:]))}
+    batch = {"text": text, "negative": jnp.zeros((1, *text.shape[1:])), "seed": np.uint32(config.seed)}
     examples = jnp.arange(config.batch_size, dtype=jnp.int32)
     networks = self_forcing.Networks(*(WanTransformer(model) for _ in range(3)))
     states = [state.replace(step=jnp.int32(k)) for k in range(args.steps)]

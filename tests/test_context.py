@@ -16,11 +16,11 @@ from tests.test_objectives import FRAMES, MEDIA, make_config, setting
 
 
 def test_clean_chunks_are_context_and_never_learned():
-    state, examples = types.SimpleNamespace(step=0), jnp.arange(64)
-    index, _ = supervised.ode_program(make_config(stage="init")).prepare(state, {}, {}, examples)
+    state, seed, examples = types.SimpleNamespace(step=0), {"seed": np.uint32(0)}, jnp.arange(64)
+    index, _ = supervised.ode_program(make_config(stage="init")).prepare(state, {}, seed, examples)
     assert set(np.unique(index)) == {0, 1, 2, 3, 4}
     behind_real = make_config(stage="init", ode={"teacher": "causal"})
-    index, _ = supervised.ode_program(behind_real).prepare(state, {}, {}, examples)
+    index, _ = supervised.ode_program(behind_real).prepare(state, {}, seed, examples)
     assert set(np.unique(index)) == {0, 1, 2, 3}
     batch = {"latent": jnp.ones((64, FRAMES, *SIZE, SMALL.channels))}
     for kind, clean in (("diffusion_forcing", True), ("teacher_forcing", False)):

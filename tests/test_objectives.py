@@ -54,7 +54,8 @@ def make_batch(config, frames=FRAMES):
     text = jax.random.normal(keys[0], (config.batch_size, SMALL.text_len, SMALL.text_dim))
     latent = jax.random.normal(keys[1], (config.batch_size, frames, *SIZE, SMALL.channels))
     trajectory = jax.random.normal(keys[2], (config.batch_size, 5, frames, *SIZE, SMALL.channels))
-    return {"text": text, "latent": latent, "trajectory": trajectory, "negative": jnp.zeros((1, *text.shape[1:]))}
+    constants = {"negative": jnp.zeros((1, *text.shape[1:])), "seed": np.uint32(config.seed)}
+    return {"text": text, "latent": latent, "trajectory": trajectory, **constants}
 
 
 def setting(config):
@@ -102,6 +103,7 @@ def embedded_setting(config):
         "video": np.stack([clip["video"] for clip in clips]),
         "text": jnp.asarray(text.encode([clip["caption"] for clip in clips])),
         "negative": jnp.asarray(text.encode([""])),
+        "seed": np.uint32(config.seed),
     }
     if config.stage == "init":  # straight paths from noise
         clean = EMBEDDED.clean(batch)

@@ -131,7 +131,7 @@ def step_functions(config, media=MEDIA):
 
 def batch_for(config):
     text = jax.random.normal(jax.random.key(1), (config.batch_size, 10, 64))
-    return {"text": text, "negative": jnp.zeros((1, 10, 64))}
+    return {"text": text, "negative": jnp.zeros((1, 10, 64)), "seed": np.uint32(config.seed)}
 
 
 def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
@@ -146,6 +146,16 @@ def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
     network, _ = steps.update(network, grads, optimizer, config.ema, 4)
     expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, before.params, network.params)
     chex.assert_trees_all_close(network.ema, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", ["consistency", "distill"])
+def test_runs_with_different_seeds_are_one_program(stage):
+    texts = []
+    for seed in (0, 1):
+        config = small_config(stage, seed=seed, teacher_weights="unused")
+        run = abstract.abstract_run(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+        texts.append([program.lower(*run.arguments).as_text() for program in run.programs])
+    assert texts[0] == texts[1]
 
 
 EIGHT = """
@@ -168,7 +178,7 @@ for devices, sizes in ((1, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     frozen = {"teacher": random_params(config.model, 2)}
     updates = tuple((name, function, None) for name, function in step_functions(config).items())
-    stage = stages.Stage(None, None, frozen, {"negative": 0}, ("text",), None, updates, None, {})
+    stage = stages.Stage(None, None, frozen, {"negative": 0, "seed": 0}, ("text",), None, updates, None, {})
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     values = {}
     for program in loop.compile_updates(stage, mesh, state):
@@ -353,10 +363,10 @@ def test_a_teacher_in_host_memory_gives_the_same_update():
         state = steps.new_state(config, random_params(config.model, 2), random_params(config.model, 3))
         state = sharding.put(state, sharding.tree_shardings(state, mesh))
         batch = sharding.put_batch({"text": batch_for(config)["text"]}, mesh)
-        batch |= sharding.put_whole({"negative": batch_for(config)["negative"]}, mesh)
+        batch |= sharding.put_whole({name: batch_for(config)[name] for name in ("seed", "negative")}, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         updates = stages.updates_of(config, digits_media(PatchCodec.load()))
-        student = programs.jit_updates(updates, ["text"], ["negative"], mesh, shardings, places)[0][1]
+        student = programs.jit_updates(updates, ["text"], ["seed", "negative"], mesh, shardings, places)[0][1]
         with jax.set_mesh(mesh):
             found.append(jax.device_get(student(state, frozen, batch)))
     (state, metrics), (other, others) = found

@@ -107,6 +107,7 @@ def _inputs(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     text = jnp.dtype("bfloat16" if data.name == "wan" else "float32")
     rows = len(config.rollout.steps) + 1
     found = {
+        "seed": ((), jnp.uint32),
         "text": ((batch, model.text_len, model.text_dim), text),
         "negative": ((1, model.text_len, model.text_dim), text),
         "latent": ((batch, *latent), jnp.float32),

@@ -89,7 +89,7 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
 
     def of(purpose):
         def prepare(state, frozen, batch, examples):
-            key = key_for(config.seed, state.step, purpose)
+            key = key_for(batch["seed"], state.step, purpose)
             params = model_params(config, state.model.params, frozen)
             past, forced, metrics = None, None, {}
             exits = _exits(config, jax.random.fold_in(key, 0), frames)

@@ -62,7 +62,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     Raises:
       ValueError: if data or weights are missing or do not fit.
     """
-    keys, constants = keys_of(config)
+    keys, names = keys_of(config)
+    constants = {"seed": np.uint32(config.seed % 2**32)}
     frozen = {}
     vae = None
     if uses_vae(config):
@@ -89,7 +90,7 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
 
         found = pairs.open_pairs(config, workdir, load_teacher, source, mesh)
         iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
-        return Stage(params, None, frozen, {}, keys, iterator, updates, source, _digests(config, frozen, source))
+        return Stage(params, None, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
     critic = None
     if needs_teacher(config):
         frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
@@ -98,8 +99,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
         if config.critic_lora.rank:
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
     iterator = source.videos() if VIDEO_KEYS[config.data.name] in keys else source.prompts()
-    given = {"negative": source.negative} if constants else {}
-    return Stage(params, critic, frozen, given, keys, iterator, updates, source, _digests(config, frozen, source))
+    constants |= {"negative": source.negative} if "negative" in names else {}
+    return Stage(params, critic, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
 
 
 def _digests(config: TrainConfig, frozen: dict, source: Source) -> dict[str, str]:
@@ -130,13 +131,16 @@ def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
 
 
 def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What of a batch the updates read, and which arrays belong to every batch."""
+    """What of a batch the updates read, and which arrays belong to every batch.
+
+    The seed is one of them, so that runs with different seeds are one compiled program.
+    """
     if config.stage == "init" and config.init == "ode":
-        return ("trajectory", "text") + (("context",) if config.ode.teacher == "causal" else ()), ()
+        return ("trajectory", "text") + (("context",) if config.ode.teacher == "causal" else ()), ("seed",)
     own = config.stage == "distill" and config.student_input == "rollout" and config.objective != "gan"
     prompts_alone = own and not config.image_to_video and not config.regression_weight
     keys = ("text",) if prompts_alone else (VIDEO_KEYS[config.data.name], "text")
-    return keys, ("negative",) if needs_teacher(config) else ()
+    return keys, ("seed", "negative") if needs_teacher(config) else ("seed",)
 
 
 def needs_teacher(config: TrainConfig) -> bool:

@@ -21,7 +21,7 @@ from sf_jax.training.state import Network, TrainState, make_optimizer, new_netwo
 
 Step = Callable[[TrainState, dict, dict], tuple[TrainState, dict]]
 # Entries of a batch that belong to all its examples.
-CONSTANTS = ("negative",)
+CONSTANTS = ("seed", "negative")
 
 
 @dataclasses.dataclass(frozen=True)

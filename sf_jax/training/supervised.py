@@ -49,7 +49,7 @@ def teacher_program(config: TrainConfig, media: Media) -> Program:
 
     def prepare(state, frozen, batch, examples):
         del frozen
-        key = key_for(config.seed, state.step, Purpose.FLOW)
+        key = key_for(batch["seed"], state.step, Purpose.FLOW)
         clean = media.clean(batch)
         # stratified: the batch covers all noise levels evenly
         place = (examples + jax.random.uniform(jax.random.fold_in(key, config.batch_size))) / config.batch_size
@@ -80,7 +80,7 @@ def causal_program(config: TrainConfig, media: Media) -> Program:
 
     def prepare(state, frozen, batch, examples):
         del frozen
-        key = key_for(config.seed, state.step, Purpose.CAUSAL)
+        key = key_for(batch["seed"], state.step, Purpose.CAUSAL)
         time_key, noise_key, context_key = (jax.random.fold_in(key, i) for i in range(3))
         clean = media.clean(batch)
         t = jnp.asarray(schedule.timesteps)[per_chunk_index(config, time_key, examples, TRAIN_STEPS)]
@@ -113,8 +113,8 @@ def ode_program(config: TrainConfig) -> Program:
     timesteps = jnp.asarray(config.rollout.timesteps + (0.0,), jnp.float32)
 
     def prepare(state, frozen, batch, examples):
-        del frozen, batch
-        key = key_for(config.seed, state.step, Purpose.ODE_INDEX)
+        del frozen
+        key = key_for(batch["seed"], state.step, Purpose.ODE_INDEX)
         # The clean entry too: a clean chunk is what the cache will hold, and it is context here, not learned. Behind
         # real chunks the student has clean context anyway, and with a noisy context it never has.
         entries = len(timesteps) - (behind_real or config.rollout.context == "noisy")
@@ -151,7 +151,7 @@ def consistency_program(config: TrainConfig, media: Media) -> Program:
     layout = layout_of(config, True)
 
     def prepare(state, frozen, batch, examples):
-        key = key_for(config.seed, state.step, Purpose.CONSISTENCY)
+        key = key_for(batch["seed"], state.step, Purpose.CONSISTENCY)
         clean = media.clean(batch)
         noise = ro.example_noise(jax.random.fold_in(key, 0), examples, clean.shape)
         index = per_chunk_index(config, jax.random.fold_in(key, 1), examples, solver.steps)
