@@ -153,7 +153,7 @@ def _polish() -> dict:
     values = _gan()
     # Real clips keep their shape, and the teacher does not: DMD here makes all samples of a prompt alike.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
-    return values | {"steps": 10, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
+    return values | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
 
 
 def _causvid() -> dict:
