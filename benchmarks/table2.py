@@ -157,6 +157,7 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
         values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
             values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))
+            values["consistency"] = values["consistency"] | {"guidance": 2.0, "later_guidance": 1.5}  # of 1000 steps
         loop.train(from_dict(values), path.parent)
     return path
 

@@ -151,7 +151,7 @@ def _gan() -> dict:
 def _polish() -> dict:
     """Self Forcing with the GAN after consistency, a little of it: what the shipped student was made with."""
     values = _gan()
-    # Real clips keep their shape, and the teacher does not: DMD here makes all samples of a prompt alike.
+    # Real clips keep their shape, and DMD's teacher does not.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
     return values | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
 

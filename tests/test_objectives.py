@@ -29,11 +29,10 @@ FRAMES = 6
 
 
 def make_config(**changes):
-    model = dataclasses.asdict(SMALL)
     optimizer = {"lr": 3e-3, "beta1": 0.9, "clip": 1e3, "weight_decay": 0.0}
     return from_dict(
         {
-            "model": model,
+            "model": dataclasses.asdict(SMALL),
             "batch_size": 4,
             "generator_every": 1,
             "teacher_weights": "unused",
