@@ -75,9 +75,11 @@ case "$*" in
   *"-m pip install"*) echo "pip $*" >>"$NOTES/calls"; exit 0 ;;
   *"-m sf_jax."*)
     run="$NOTES/run.${{SF_JAX_PROCESS_ID:-x}}"
-    {{ printf 'call'; printf ' [%s]' "${{@:2}}"; printf '\\n'; env | grep SF_JAX_ | sort; }} >"$run"
-    for argument in "$@"; do case "$argument" in --workdir=*) workdir="${{argument#*=}}" ;; esac; done
     trap 'echo stopped >>"$run"; exit 0' TERM
+    # complete as soon as it is there: tests read it at once
+    {{ printf 'call'; printf ' [%s]' "${{@:2}}"; printf '\\n'; env | grep SF_JAX_ | sort; }} >"$NOTES/part.$$"
+    mv "$NOTES/part.$$" "$run"
+    for argument in "$@"; do case "$argument" in --workdir=*) workdir="${{argument#*=}}" ;; esac; done
     if [[ "$FAKE" == "fail 1" && "$SF_JAX_PROCESS_ID" == 1 ]]; then exit 3; fi
     if [[ "$FAKE" == done && "${{SF_JAX_PROCESS_ID:-0}}" == 0 ]]; then
       mkdir -p "$workdir"
