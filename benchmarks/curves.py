@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from sf_jax.config import from_dict
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
-from sf_jax.inference.pipeline import pipeline_of
+from sf_jax.inference.load import digits_pipeline
 from sf_jax.training import loop, sharding, stages
 from sf_jax.training.step import new_state, student_params, whole_params
 from sf_jax.weights.package import save_package
@@ -49,9 +49,9 @@ def main(_) -> None:
     def show(step: int) -> None:
         params = whole_params(config, student_params(state.model), stage.frozen)
         package = stages.package_of(config, jax.device_get(params))
-        pipe = pipeline_of(package)
+        pipe = digits_pipeline(package)
         starts = range(0, len(prompts), 64)
-        parts = [pipe.generate(prompts[i : i + 64], _FRAMES.value, 0, first_index=i) for i in starts]
+        parts = [pipe(prompts[i : i + 64], frames=_FRAMES.value, seed=0, first_index=i) for i in starts]
         chunk_starts = pipe.chunk_starts(_FRAMES.value)
         figures = dataclasses.asdict(metrics.measure(np.concatenate(parts), targets, judge, real, chunk_starts))
         line = {"step": step} | {name: round(figures[name], 3) for name in SHOWN}

@@ -25,9 +25,11 @@ import jaxlib
 import numpy as np
 
 from sf_jax import rollout as ro
-from sf_jax.inference import wan
+from sf_jax.inference.decoders import VaeDecoder
+from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
+from sf_jax.inference.pipeline import Sampling, VideoPipeline
 from sf_jax.models import tiny_vae, vae
-from sf_jax.models.wan import WanConfig, param_shapes, wan_1_3b
+from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
 
 SMALL = {"dim": 256, "ffn_dim": 1024, "num_heads": 4, "num_layers": 4, "text_dim": 64, "text_len": 64, "freq_dim": 256}
 
@@ -44,17 +46,13 @@ def random_params(shapes: dict, dtype: str) -> dict:
     return jax.tree.unflatten(tree, [jax.jit(leaf, static_argnums=1)(i, leaf_) for i, leaf_ in enumerate(leaves)])
 
 
-def time_video(pipe: wan.WanPipeline, text: np.ndarray, sampling: wan.Sampling) -> tuple[list[float], int]:
-    """Times at which every chunk was there, and the number of frames."""
-    began, times, frames = time.perf_counter(), [], 0
-    for latents, pixels in pipe.stream(text, None, np.zeros(1), sampling):
-        if pixels is None:
-            jax.block_until_ready(latents)
-            frames += latents.shape[1] * wan.TEMPORAL_FACTOR - (3 if not times else 0)
-        else:
-            frames += np.asarray(pixels).shape[1]
+def time_video(pipe: VideoPipeline, text: np.ndarray) -> list[float]:
+    """Times at which every chunk was there."""
+    began, times = time.perf_counter(), []
+    for chunk in pipe.chunks(text):
+        jax.block_until_ready(chunk.latents) if chunk.pixels is None else np.asarray(chunk.pixels)
         times.append(time.perf_counter() - began)
-    return times, frames
+    return times
 
 
 def main() -> None:
@@ -71,24 +69,27 @@ def main() -> None:
     dtype = args.dtype or ("float32" if args.small else "bfloat16")
     changes = {"dtype": dtype, "remat": "none", "attention": args.attention}
     config = WanConfig(channels=16, **SMALL, **changes) if args.small else wan_1_3b(**changes)
-    sampling = wan.Sampling(frames=9, height=16, width=24) if args.small else wan.Sampling()
+    sampling = Sampling(frames=33, height=128, width=192) if args.small else Sampling()
     rollout = ro.RolloutConfig(chunk=1 if args.framewise else 3, context_noise="none")
+    latent = latent_frames(sampling.frames, WAN_FACTOR)
     text = np.random.default_rng(0).standard_normal((1, config.text_len, config.text_dim), np.float32).astype(dtype)
     params = random_params(param_shapes(config), dtype)
     device = jax.devices()[0]
     about = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
-    about |= {"jaxlib": jaxlib.__version__, "dtype": dtype, "chunk": rollout.chunk, "frames": sampling.frames}
-    about |= {"size": [sampling.height * 8, sampling.width * 8], "dim": config.dim, "layers": config.num_layers}
+    about |= {"jaxlib": jaxlib.__version__, "dtype": dtype, "chunk": rollout.chunk, "frames": latent}
+    about |= {"size": [sampling.height, sampling.width], "dim": config.dim, "layers": config.num_layers}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'decoder':8s} {'FPS':>8s} {'first frame, s':>15s} {'s per chunk':>12s}")
     for row in args.rows.split(","):
-        decoder, decoder_params = _decoder(row, dtype)
-        pipe = wan.WanPipeline(config, params, rollout, decoder, decoder_params)
-        time_video(pipe, text, sampling)
-        runs = [time_video(pipe, text, sampling) for _ in range(args.repeats)]
-        fps = statistics.median(frames / times[-1] for times, frames in runs)
-        first = statistics.median(times[0] for times, _ in runs)
-        chunk = statistics.median((times[-1] - times[0]) / max(1, len(times) - 1) for times, _ in runs)
+        decoder, shown = _decoder(row, dtype), sampling
+        if decoder is None:  # sizes are those of the latents
+            shown = Sampling(latent, sampling.height // 8, sampling.width // 8)
+        pipe = VideoPipeline(None, WanTransformer(config), params, rollout, decoder, sampling=shown)
+        time_video(pipe, text)
+        runs = [time_video(pipe, text) for _ in range(args.repeats)]
+        fps = statistics.median(sampling.frames / times[-1] for times in runs)
+        first = statistics.median(times[0] for times in runs)
+        chunk = statistics.median((times[-1] - times[0]) / max(1, len(times) - 1) for times in runs)
         print(f"{row:8s} {fps:8.2f} {first:15.3f} {chunk:12.3f}", flush=True)
         with args.json.open("a") as file:
             result = {"decoder": row, "fps": fps, "first_frame_s": first, "chunk_s": chunk}
@@ -96,15 +97,16 @@ def main() -> None:
 
 
 def _decoder(row, dtype):
-    """The decoder of a row and its parameters."""
+    """The decoder of a row."""
     if row == "none":
-        return None, None
+        return None
     if row == "wan":
         config = vae.wan_vae(dtype=dtype)
-        return vae.WanVae(config), random_params(vae.param_shapes(config), dtype)
+        return VaeDecoder(vae.WanVae(config), random_params(vae.param_shapes(config), dtype))
     if row == "tiny":
         config = tiny_vae.TinyVaeConfig(dtype=dtype)
-        return tiny_vae.TinyVaeDecoder(config), random_params(tiny_vae.param_shapes(config), dtype)
+        params = random_params(tiny_vae.param_shapes(config), dtype)
+        return VaeDecoder(tiny_vae.TinyVaeDecoder(config), params)
     raise SystemExit(f"error: rows has {row!r}: none, wan or tiny")
 
 

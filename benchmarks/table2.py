@@ -39,7 +39,7 @@ from sf_jax.config import TrainConfig, from_dict
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
 from sf_jax.evaluation.forced import generate_behind_real, measure_behind_real
-from sf_jax.inference.pipeline import load_pipeline
+from sf_jax.inference.load import load_pipeline
 from sf_jax.training import loop
 
 RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/results/ablations.jsonl")
@@ -203,7 +203,7 @@ class Measure:
                 clips, only_first = self.context[frames][part], control == "first"
                 parts.append(generate_behind_real(pipe, self.prompts[part], clips, seed, first, only_first))
             else:
-                parts.append(pipe.generate(self.prompts[part], frames, seed, first_index=first))
+                parts.append(pipe(self.prompts[part], frames=frames, seed=seed, first_index=first))
         videos, figures = np.concatenate(parts), (self.targets, self.judge, reference, pipe.chunk_starts(frames))
         if control is True:
             return measure_behind_real(videos, self.context[frames], *figures)

@@ -10,7 +10,8 @@ The decoder takes a compiler minutes; JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTI
 import argparse
 
 from sf_jax import rollout as ro
-from sf_jax.inference import ahead, wan
+from sf_jax.inference import ahead
+from sf_jax.inference.pipeline import Sampling
 from sf_jax.models.vae import WanVae, param_shapes, wan_vae
 from sf_jax.models.wan import wan_1_3b
 from sf_jax.topology import chip_of
@@ -22,7 +23,7 @@ def measure(topology: str, only=ahead.PROGRAMS) -> list[ahead.Compiled]:
     rollout = ro.RolloutConfig(context_noise="none")
     vae = wan_vae(dtype="bfloat16")
     return ahead.compile_generation(
-        config, rollout, WanVae(vae), param_shapes(vae), wan.Sampling(), ahead.tpu_mesh(topology), only
+        config, rollout, WanVae(vae), param_shapes(vae), Sampling(), ahead.tpu_mesh(topology), only
     )
 
 

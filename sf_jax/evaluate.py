@@ -22,14 +22,14 @@ REAL = "real clips"
 
 
 class Pipe(Protocol):
-    """What is evaluated. Attribute `max_frames`: the only length it makes, or None for any."""
+    """What is evaluated. Attribute `only_frames`: the only length it makes, or None for any."""
 
-    max_frames: int | None
+    only_frames: int | None
 
     def chunk_starts(self, frames: int) -> tuple[int, ...]:
         """First frames of the chunks in which it makes a video."""
 
-    def generate(self, prompts: list[str], frames: int, seed: int, first_index: int = 0) -> np.ndarray:
+    def __call__(self, prompts: list[str], *, frames: int, seed: int, first_index: int = 0) -> np.ndarray:
         """Makes the videos of B prompts, uint8 [B, frames, 24, 24, 1]."""
 
 
@@ -39,7 +39,7 @@ def generate(pipe: Pipe, name: str, prompts: Sequence[str], frames: int, seed: i
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
         padded = part + [prompts[0]] * (batch - len(part))
-        videos.append(pipe.generate(padded, frames, seed, first_index=first)[: len(part)])
+        videos.append(pipe(padded, frames=frames, seed=seed, first_index=first)[: len(part)])
         done, spent = first + len(part), time.monotonic() - begun
         left = math.ceil(spent / done * (len(prompts) - done))
         print(f"{name}: {done}/{len(prompts)} videos of {frames} frames, {left} s left", flush=True)
@@ -61,7 +61,7 @@ def evaluate(
     Args:
       pipes: By name.
       out: Folder for the report.
-      frames: Length of the videos; a pipe with `max_frames` makes that many instead.
+      frames: Length of the videos; a pipe with `only_frames` makes that many instead.
       train_frames: Length the models were trained on, for the plot.
       num_samples: Videos of each model.
       seed: Seed of the models' noise and of the real clips.
@@ -72,7 +72,7 @@ def evaluate(
     """
     out, judge = files.check_writable(out), judging.load()
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
-    lengths = {name: pipe.max_frames or frames for name, pipe in pipes.items()}
+    lengths = {name: pipe.only_frames or frames for name, pipe in pipes.items()}
     lengths[REAL] = max(lengths.values(), default=frames)
     for length in lengths.values():
         metrics.quarters(length)  # Refuses what is too short before anything long begins.
@@ -115,19 +115,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     """Loads the checkpoints of the command line, by name."""
-    from sf_jax.inference.pipeline import load_pipeline  # Training a judge needs no models.
+    from sf_jax.inference.load import load_pipeline  # Training a judge needs no models.
 
     paths = values.checkpoint or ["student"]
     names = values.names or [Path(path).stem for path in paths]
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")
     pipes = {name: load_pipeline(path) for name, path in zip(names, paths, strict=True)}
-    if values.guidance is not None and all(pipe.package.kind == "student" for pipe in pipes.values()):
+    if values.guidance is not None and all(pipe.kind == "student" for pipe in pipes.values()):
         raise ValueError(f"guidance is {values.guidance}: a student has none (it was distilled from a guided teacher)")
-    for name, path in zip(names, paths, strict=True):
-        pipes[name].check_frames(pipes[name].max_frames or values.frames)
-        if values.guidance is not None and pipes[name].package.kind != "student":  # Networks of many steps take it.
-            pipes[name] = load_pipeline(path, values.guidance)
+    for name, pipe in pipes.items():
+        pipe.check_frames(pipe.only_frames or values.frames)
+        if values.guidance is not None and pipe.kind != "student":  # Networks of many steps take it.
+            pipes[name] = pipe.with_sampling(guidance=values.guidance)
     return pipes
 
 

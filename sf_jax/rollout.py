@@ -100,13 +100,15 @@ class RolloutConfig:
         """The denoising timesteps that the network is told."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
 
-    def timesteps_of(self, chunk: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Denoising timesteps float32 [S] of chunk `chunk` of a generated video, and how many they are, int32.
+    def timesteps_of(self, chunk: jax.Array | int) -> tuple[jax.Array, jax.Array | int]:
+        """Denoising timesteps float32 [S] of chunk `chunk` of a generated video, and how many they are.
 
         The first chunk has `first_steps`. `chunk` may be traced: one program serves all chunks, and the shorter of the
         two lists ends with zeros that are never read.
         """
-        first = dataclasses.replace(self, steps=self.first_steps or self.steps).timesteps
+        if not self.first_steps:
+            return jnp.asarray(self.timesteps, jnp.float32), len(self.steps)
+        first = dataclasses.replace(self, steps=self.first_steps).timesteps
         longest = max(len(first), len(self.steps))
         tables = (jnp.asarray(t + (0.0,) * (longest - len(t)), jnp.float32) for t in (first, self.timesteps))
         is_first = jnp.asarray(chunk) == 0

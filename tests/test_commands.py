@@ -7,7 +7,7 @@ import sys
 import imageio.v3 as iio
 import pytest
 
-from sf_jax.inference.pipeline import load_pipeline
+from sf_jax import load_pipeline
 
 
 def command(*arguments, module="sf_jax.generate", **options):
@@ -22,7 +22,7 @@ def test_generate_without_arguments_writes_a_video(tmp_path):
     env |= {"PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path / "caches")}
     done = command(cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("chunk") >= 16 and "first chunk after" in done.stdout
+    assert done.stdout.count("chunk") >= 16 and "time to first frame" in done.stdout
     name = tmp_path / "out" / "a_3_moving_up_and_right_slowly"
     assert iio.imread(name.with_suffix(".mp4")).shape == (48, 288, 288, 3)
     assert name.with_suffix(".gif").exists() and name.with_suffix(".png").exists()
@@ -34,26 +34,26 @@ def test_generate_without_arguments_writes_a_video(tmp_path):
 def test_shipped_student_streams_and_does_not_depend_on_the_batch():
     pipe = load_pipeline()
     prompts = ["a 7 moving left, fast", "a 2 moving up, slowly"]
-    parts = list(pipe.stream(prompts, 9, seed=3))
+    parts = list(pipe.stream(prompts, frames=9, seed=3))
     assert [part.shape for part in parts] == [(2, 3, 24, 24, 1)] * 3
-    alone = pipe.generate(prompts[1:], 9, seed=3, first_index=1)
-    whole = pipe.generate(prompts, 9, seed=3)
+    alone = pipe(prompts[1], frames=9, seed=3, first_index=1)
+    whole = pipe(prompts, frames=9, seed=3)
     assert (abs(alone[0].astype(int) - whole[1]) <= 1).mean() > 0.99
-    assert (whole != pipe.generate(prompts, 9, seed=4)).any()
+    assert (whole != pipe(prompts, frames=9, seed=4)).any()
 
 
 def test_shipped_teacher_makes_its_own_length_only():
     pipe = load_pipeline("teacher")
-    assert pipe.generate(["a 0 moving down"], 9, 0).shape == (1, 9, 24, 24, 1)
-    with pytest.raises(ValueError, match="frames is 48: this teacher makes 9"):
-        pipe.generate(["a 0 moving down"], 48, 0)
+    assert pipe("a 0 moving down").shape == (1, 9, 24, 24, 1)
+    with pytest.raises(ValueError, match="frames is 48: this bidirectional network generates 9"):
+        pipe("a 0 moving down", frames=48)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt=a purple 7"], "purple"),
-        (["--frames=10"], "frames is 10: with chunk=3 it must be a multiple of 3"),
+        (["--frames=10"], "frames is 10: with chunks of 3 latent frames the nearest that can be generated: 9 or 12"),
         (["--checkpoint=none.safetensors"], "checkpoint none.safetensors does not exist"),
         (["--checkpoint=tests/goldens/A/weights_real.safetensors"], "was not written by sf_jax.train"),
         (["--prompts=none.txt"], "prompts: cannot read none.txt"),

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from sf_jax import evaluate
+from sf_jax import evaluate, load_pipeline
 from sf_jax.data import moving_digits
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
 from sf_jax.evaluation.forced import generate_behind_real, measure_behind_real
-from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models.patch_codec import PatchCodec, to_float, to_uint8
 
 RNG = np.random.Generator(np.random.Philox(0))
@@ -41,13 +40,13 @@ def measure(judge, clips):
 class RealPipe:
     """Stands in for a model: gives real clips, and remembers the calls."""
 
-    max_frames: int | None = None
+    only_frames: int | None = None
     calls: list = dataclasses.field(default_factory=list)
 
     def chunk_starts(self, frames):
         return tuple(range(0, frames, 4))
 
-    def generate(self, prompts, frames, seed, first_index=0):
+    def __call__(self, prompts, *, frames, seed, first_index=0):
         self.calls.append((len(prompts), frames, seed, first_index))
         kinds = {text: kind for text, kind in zip(*metrics.choose_prompts(640)[:2])}
         return metrics.real_clips(np.array([kinds[text] for text in prompts]), frames, seed + 77)
@@ -268,7 +267,7 @@ def test_prompts_are_balanced_and_real_clips_show_them(num_samples, judge):
 
 
 def test_evaluate_writes_everything(tmp_path, capsys):
-    pipes = {"a model": RealPipe(), "teacher": RealPipe(max_frames=12)}
+    pipes = {"a model": RealPipe(), "teacher": RealPipe(only_frames=12)}
     outcome, paths = evaluate.evaluate(pipes, tmp_path / "new", frames=16, num_samples=40, seed=3, batch_size=16)
     assert pipes["a model"].calls == [(16, 16, 3, 0), (16, 16, 3, 16), (16, 16, 3, 32)]
     assert {call[1] for call in pipes["teacher"].calls} == {12}
@@ -303,7 +302,7 @@ def test_evaluate_refuses_before_generating(tmp_path):
 def test_behind_its_own_video_a_network_generates_the_same_again():
     pipe = load_pipeline("student")
     prompts = ["a 3 moving left, fast", "an 8 moving up and right, slowly"]
-    own = pipe.generate(prompts, 12, seed=3)
+    own = pipe(prompts, frames=12, seed=3)
     again = generate_behind_real(pipe, prompts, own, seed=3)
     np.testing.assert_array_equal(again[:, :3], own[:, :3])
     # but for the 256 levels and the codec, through which its context has gone
@@ -314,7 +313,7 @@ def test_behind_its_own_video_a_network_generates_the_same_again():
     first = generate_behind_real(pipe, prompts, own, seed=3, only_first=True)
     np.testing.assert_array_equal(first[:, :6], again[:, :6])
     assert (first[:, 6:] != again[:, 6:]).any()
-    with pytest.raises(ValueError, match="bidirectional teacher"):
+    with pytest.raises(ValueError, match="the network is bidirectional"):
         generate_behind_real(load_pipeline("teacher"), prompts, own, seed=3)
 
 

@@ -10,8 +10,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from sf_jax.inference import video_io, wan, wan_job
-from sf_jax.inference.wan_job import Job
+from sf_jax.inference import batch, lengths, video_io
+from sf_jax.inference.job import Job, video_names
 from tests.wan_folder import make_folder
 
 SMALL = {"frames": 33, "height": 32, "width": 48, "dtype": "float32", "prompts": ("a cat in the snow", "a dog runs")}
@@ -29,7 +29,7 @@ def job(folder, out, **changes):
 
 
 def test_student_writes_videos_latents_and_a_sheet(folder, tmp_path, capsys):
-    written = wan_job.run(job(folder, tmp_path, save_latents=True, num_samples=2))
+    written = batch.run(job(folder, tmp_path, save_latents=True, num_samples=2))
     names = [f"{prompt}-{i}" for prompt in ("a_cat_in_the_snow", "a_dog_runs") for i in range(2)]
     assert {path.name for path in written} == {f"{n}.{end}" for n in names for end in ("mp4", "npy")} | {
         f"{n}.png" for n in names
@@ -48,9 +48,9 @@ def test_a_video_is_the_same_on_any_number_of_devices(folder, tmp_path):
     code = f"""
 import dataclasses, sys, numpy as np
 from tests.test_generate_wan import job
-from sf_jax.inference import wan_job
+from sf_jax.inference import batch
 prompts = ("a cat", "a dog", "a cat runs")
-wan_job.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_latents=True, vbench_names=True))
+batch.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_latents=True, vbench_names=True))
 """
     for devices in (1, 2):
         env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
@@ -65,31 +65,31 @@ wan_job.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_l
 @pytest.mark.slow
 def test_image_video_and_many_steps(folder, tmp_path):
     one = {"prompts": ("a cat in the snow",), "save_latents": True}
-    student = wan_job.run(job(folder, tmp_path / "a", frames=9, **one))
+    student = batch.run(job(folder, tmp_path / "a", frames=9, **one))
     image = iio.imread(student[0])[0]
     iio.imwrite(tmp_path / "first.png", image)
-    wan_job.run(job(folder, tmp_path / "b", image=str(tmp_path / "first.png"), frames=13, **one))
+    batch.run(job(folder, tmp_path / "b", image=str(tmp_path / "first.png"), frames=13, **one))
     assert iio.imread(tmp_path / "b" / "a_cat_in_the_snow.mp4").shape[0] == 13
-    longer = wan_job.run(job(folder, tmp_path / "c", video=str(student[0]), frames=21, vae="tiny", **one))
+    longer = batch.run(job(folder, tmp_path / "c", video=str(student[0]), frames=21, vae="tiny", **one))
     assert iio.imread(longer[0]).shape[0] == 21 and np.load(longer[1]).shape[0] == 6
     many = {"solver": "unipc", "steps": 2, "guidance": 3.0, "negative_prompt": "a dog", **one}
-    causal = wan_job.run(job(folder, tmp_path / "d", frames=9, **many))
-    teacher = wan_job.run(job(folder, tmp_path / "e", frames=9, checkpoint=None, **many))
+    causal = batch.run(job(folder, tmp_path / "d", frames=9, **many))
+    teacher = batch.run(job(folder, tmp_path / "e", frames=9, checkpoint=None, **many))
     assert np.load(causal[1]).shape == np.load(teacher[1]).shape == (3, 4, 6, 16)
-    without = wan_job.run(job(folder, tmp_path / "f", frames=9, **many | {"negative_prompt": "snow"}))
+    without = batch.run(job(folder, tmp_path / "f", frames=9, **many | {"negative_prompt": "snow"}))
     assert np.abs(np.load(without[1]) - np.load(causal[1])).max() > 1e-3
 
 
 def test_lengths_that_can_be_made_are_named():
-    rollout = Job(model="m", prompts=("a",), checkpoint="c").rollout
-    with pytest.raises(ValueError, match="frames is 77 .20 latent frames, 0 of them given.*: 69 or 81"):
-        wan.check_frames(rollout, 20)
+    rollout = Job(model="m", prompts=("a",), checkpoint="c").wan_rollout
+    with pytest.raises(ValueError, match="frames is 77 .20 latent frames.: .* at most 1024 in all .*: 69 or 81"):
+        lengths.check_frames(rollout, 20, factor=4)
     alone = dataclasses.replace(rollout, first_frame_alone=True)
-    with pytest.raises(ValueError, match="of them given.*: 73 or 85"):
-        wan.check_frames(alone, 21, 1)
-    with pytest.raises(ValueError, match="nearest"):
-        wan.check_frames(rollout, 2000)
-    assert wan.latent_frames(81) == 21
+    with pytest.raises(ValueError, match="81 .* behind 1 initial latent frames: .*: 73 or 85"):
+        lengths.check_frames(alone, 21, 1, 4)
+    with pytest.raises(ValueError, match="frames is 7997 .* nearest that can be generated: 4077 or 4089"):
+        lengths.check_frames(rollout, 2000, factor=4)
+    assert lengths.latent_frames(81, 4) == 21
 
 
 @pytest.mark.parametrize(
@@ -111,28 +111,27 @@ def test_jobs_that_cannot_be_are_refused(changes, message):
 
 def test_vbench_counts_the_samples_of_a_prompt_on():
     named = dataclasses.replace(job("m", "out"), prompts=("a cat", "a/dog", "a cat"), vbench_names=True, num_samples=2)
-    assert wan_job.video_names(named) == ["a cat-0", "a cat-1", "a dog-0", "a dog-1", "a cat-2", "a cat-3"]
+    assert video_names(named) == ["a cat-0", "a cat-1", "a dog-0", "a dog-1", "a cat-2", "a cat-3"]
     plain = dataclasses.replace(named, vbench_names=False, num_samples=1)
-    assert wan_job.video_names(plain) == ["0000_a_cat", "0001_a_dog", "0002_a_cat"]
+    assert video_names(plain) == ["0000_a_cat", "0001_a_dog", "0002_a_cat"]
 
 
 def test_times_leave_compilation_out_where_they_can():
-    times = wan_job.Times([5.0], [wan_job.ChunkTime(4.0, 1.0, 9, compiled=True)])
+    times = batch.Times([5.0], [batch.ChunkTime(4.0, 1.0, 9, compiled=True)])
     assert times.summary() == (
         "time to first frame 5.00 s (compilation included); 5.00 s per chunk (compilation included); "
         "2.25 FPS without decoding, 1.80 FPS with it (compilation included)"
     )
-    times.chunks.append(wan_job.ChunkTime(1.0, 1.0, 12, compiled=False))
+    times.chunks.append(batch.ChunkTime(1.0, 1.0, 12, compiled=False))
     assert times.summary().endswith("2.00 s per chunk; 12.00 FPS without decoding, 6.00 FPS with it")
-    assert wan_job.Times().summary() == "no video for this process"
+    assert batch.Times().summary() == "no video for this process"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps=7"], "steps changes nothing here: a few-step student has none"),
-        (["--solver=euler", "--denoising_steps=500"], "denoising_steps changes nothing here"),
-        (["--scale=2"], "scale changes nothing here"),
+        (["--steps=7"], "steps has no effect here: a few-step student has none"),
+        (["--solver=euler", "--denoising_steps=500"], "denoising_steps has no effect here"),
     ],
 )
 def test_flags_without_a_meaning_are_refused(flags, message, folder, tmp_path):
@@ -145,7 +144,7 @@ def test_a_cut_video_is_refused_before_anything_is_loaded(folder, tmp_path):
     video_io.write_mp4(whole, np.random.default_rng(0).integers(0, 256, (33, 32, 48, 3), np.uint8), 16)
     (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(ValueError, match="video: cannot read"):
-        wan_job.run(job("nowhere", tmp_path, video=str(tmp_path / "cut.mp4"), frames=45))
+        batch.run(job("nowhere", tmp_path, video=str(tmp_path / "cut.mp4"), frames=45))
 
 
 def test_only_what_is_needed_must_be_in_the_folder(folder, tmp_path):
@@ -153,9 +152,9 @@ def test_only_what_is_needed_must_be_in_the_folder(folder, tmp_path):
     for name in ("diffusion_pytorch_model.safetensors", "Wan2.1_VAE.safetensors"):
         (part / name).unlink()
     changes = {"prompts": ("a cat",), "frames": 9, "checkpoint": f"{folder}/student.safetensors", "vae": "tiny"}
-    assert len(wan_job.run(job(part, tmp_path / "out", **changes))) == 2
+    assert len(batch.run(job(part, tmp_path / "out", **changes))) == 2
     with pytest.raises(ValueError, match="lacks: vae"):
-        wan_job.run(job(part, tmp_path / "out", **changes | {"vae": "wan"}))
+        batch.run(job(part, tmp_path / "out", **changes | {"vae": "wan"}))
 
 
 GOOD = ["--prompt=a cat", "--frames=9", "--height=32", "--width=48"]
@@ -214,7 +213,7 @@ def test_a_full_disk_leaves_no_half_written_video(folder, tmp_path):
         pytest.skip("no file system can be mounted here")
     try:
         with pytest.raises((OSError, ValueError), match="cannot write"):
-            wan_job.run(job(folder, disk, prompts=("a cat",)))
+            batch.run(job(folder, disk, prompts=("a cat",)))
         assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sf_jax import load_pipeline
 from sf_jax import rollout as ro
-from sf_jax.inference import pipeline
-from sf_jax.inference.pipeline import load_pipeline
+from sf_jax.inference import programs
 from sf_jax.models import attention, wan
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.replay import replay
@@ -69,8 +69,8 @@ def test_there_is_no_longest_video(start):
 
 def test_streams_go_on_past_the_table():
     pipe, frames = load_pipeline("student"), MAX_FRAMES + 2
-    assert pipe.package.rollout.sink and pipe.package.rollout.positions == "relative"
-    parts = list(pipe.stream(["a 3 moving left, fast"], frames, seed=0))
+    assert pipe.rollout.sink and pipe.rollout.positions == "relative"
+    parts = list(pipe.stream("a 3 moving left, fast", frames=frames))
     assert sum(part.shape[1] for part in parts) == frames
     # the digit still moves, and is as bright as it was
     early, late = (np.concatenate(parts[place : place + 4], axis=1).astype(float) for place in (4, len(parts) - 4))
@@ -82,15 +82,12 @@ def test_the_first_chunk_has_steps_of_its_own():
     prompts, pipe = ["a 3 moving left, fast"], load_pipeline("student")
 
     def video(**changes):
-        config = dataclasses.replace(pipe.package.rollout, **changes)
-        return dataclasses.replace(pipe, package=dataclasses.replace(pipe.package, rollout=config)).generate(
-            prompts, 6, 0
-        )
+        return pipe.with_rollout(**changes)(prompts, frames=6)
 
     plain, two = (video(steps=steps, first_steps=()) for steps in ((1000, 750, 500, 250), (1000, 500)))
-    programs = pipeline._chunk._cache_size()
+    compiled = programs.next_chunk._cache_size()
     mixed = video(steps=(1000, 750, 500, 250), first_steps=(1000, 500))
-    assert pipeline._chunk._cache_size() == programs + 1  # one for all chunks
+    assert programs.next_chunk._cache_size() == compiled + 1  # one for all chunks
     np.testing.assert_array_equal(mixed[:, :3], two[:, :3])
     assert (mixed[:, 3:] != plain[:, 3:]).any() and (mixed[:, 3:] != two[:, 3:]).any()
     with pytest.raises(ValueError, match=r"first_steps is \(500, 750\): it must descend strictly"):

@@ -11,9 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from sf_jax.data import captions, moving_digits, pipeline, prompts, videos
-from sf_jax.inference import prepare_job, video_io, wan
+from sf_jax.inference import prepare_job, video_io
+from sf_jax.inference.decoders import VaeEncoder
 from sf_jax.inference.prepare_job import Job
-from sf_jax.inference.wan_text import embed_prompts
+from sf_jax.inference.programs import encode_pixels
+from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import WanVae
 from sf_jax.options import OdeConfig
@@ -69,13 +71,18 @@ def make_videos(folder):
     (folder / "frames.txt").write_text("the\n dog ")
 
 
+def embed_prompts(model, texts, dtype):
+    """Embeddings [512, dim] by prompt, as `generate` makes them."""
+    return dict(zip(texts, Umt5TextEncoder(find_model(model), dtype).encode(texts), strict=True))
+
+
 def stored(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_embeddings_are_those_of_generation(model, data):
     source = prompts.open_prompts(data, **READ)
-    wanted = embed_prompts(find_model(model), [*TEXTS, "", prepare_job.NEGATIVE_PROMPT], "float32")
+    wanted = embed_prompts(model, [*TEXTS, "", prepare_job.NEGATIVE_PROMPT], "float32")
     assert [source[i]["caption"] for i in range(len(source))] == TEXTS
     for i, text in enumerate(TEXTS):
         np.testing.assert_array_equal(source[i]["text"], wanted[text])
@@ -89,7 +96,7 @@ def test_bfloat16_and_csv(model, tmp_path, capsys):
     assert prepare_job.run(Job(str(model), str(tmp_path / "out"), prompts=str(tmp_path / "p.csv")))
     assert "1 duplicates left out" in capsys.readouterr().out
     source = prompts.open_prompts(tmp_path / "out", **READ)
-    wanted = embed_prompts(find_model(model), ["a cat, a dog"], "bfloat16")["a cat, a dog"]
+    wanted = embed_prompts(model, ["a cat, a dog"], "bfloat16")["a cat, a dog"]
     assert len(source) == 2 and source[0]["text"].dtype == wanted.dtype == jax.numpy.bfloat16
     np.testing.assert_array_equal(source[0]["text"], wanted)
 
@@ -102,12 +109,12 @@ def test_latents_are_the_encoded_pixels(model, data):
     b = video_io.read_video(data.parent / "clips" / "b.mp4", 32, 48)
     for key, clip in {("b.mp4", 0): b[:5], ("b.mp4", 1): b[5:], ("frames", 0): pixels(3, 5)}.items():
         example = source[found[key]]
-        wanted = wan.encode_video(WanVae(config), params, clip[None])[0]
+        wanted = encode_pixels(VaeEncoder(WanVae(config), params), clip[None])[0]
         np.testing.assert_array_equal(example["latent"], wanted)
         assert example["latent"].shape == (2, 4, 6, 16) and example["latent"].dtype == np.float32
         caption = "the dog" if key[0] == "frames" else TEXTS[1]
         assert example["caption"] == caption
-        np.testing.assert_array_equal(example["text"], embed_prompts(find_model(model), [caption], "float32")[caption])
+        np.testing.assert_array_equal(example["text"], embed_prompts(model, [caption], "float32")[caption])
     # of a causal VAE the first latents do not depend on the later frames
     shorter = videos.open_videos(data, **SIZE | {"frames": 1}, **READ)
     np.testing.assert_array_equal(shorter[0]["latent"], source[0]["latent"][:1])

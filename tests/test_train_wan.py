@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from sf_jax.config import from_dict, to_dict
-from sf_jax.inference import prepare_job, wan_job
+from sf_jax.inference import batch, prepare_job
+from sf_jax.inference.job import Job
 from sf_jax.inference.video_io import write_samples
 from sf_jax.options import LogConfig
 from sf_jax.training import export, loop
@@ -120,8 +121,8 @@ def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_pa
     step, package = export.load_run(tmp_path / "whole")
     assert step == 2 and package.kind == "student"
     np.testing.assert_array_equal(load_file(whole)["head.head.bias"], package.params["head"]["bias"])
-    written = wan_job.run(
-        wan_job.Job(
+    written = batch.run(
+        Job(
             model=str(model), checkpoint=str(whole), out=str(tmp_path / "out"), prompts=("a cat",), frames=9, chunk=1,
             height=32, width=48, dtype="float32",
         )

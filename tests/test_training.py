@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import digits, wan_distill
+from sf_jax import load_pipeline
 from sf_jax.config import MeshConfig, config_dict, from_dict
 from sf_jax.data import moving_digits
-from sf_jax.inference.pipeline import load_pipeline
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.training import abstract, checkpoint, fingerprint, loop, metrics, programs, self_forcing, sharding, stages
 from sf_jax.training import step as steps
@@ -94,7 +94,7 @@ def test_every_stage_continues_from_the_files_of_the_others(teacher, data_dir, t
         path = loop.train(config, tmp_path / f"{variant}{len(list(tmp_path.iterdir()))}")
         pipe = load_pipeline(path)
         frames = 11 if config.image_to_video else 6
-        assert pipe.generate(["a 3 moving left"], frames, 0).shape == (1, frames, 24, 24, 1)
+        assert pipe("a 3 moving left", frames=pipe.only_frames or frames).shape == (1, frames, 24, 24, 1)
         return str(path)
 
     causal = run("causal", init_weights=teacher)

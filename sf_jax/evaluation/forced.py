@@ -12,17 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
-from sf_jax.diffusion.solvers import Solver
 from sf_jax.evaluation import metrics
 from sf_jax.evaluation.judge import WINDOW, Judge
-from sf_jax.inference.pipeline import Pipeline
-from sf_jax.many_step import guided_chunk
-from sf_jax.models.patch_codec import to_float, to_uint8
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.programs import decode, encode_pixels, encode_text, next_chunk
 from sf_jax.rng import Purpose, key_for
 
 
 def generate_behind_real(
-    pipe: Pipeline,
+    pipe: VideoPipeline,
     prompts: Sequence[str],
     clips: np.ndarray,
     seed: int,
@@ -43,39 +41,38 @@ def generate_behind_real(
       uint8 [B, F, h, w, 1]; the first chunk is the clips' own, as there is nothing before it.
 
     Raises:
-      ValueError: if the network is a bidirectional teacher or caches noisy chunks, or the frames are no chunks of it.
+      ValueError: if the network is bidirectional or caches noisy chunks, or the frames are no chunks of it.
     """
-    package = pipe.package
-    if package.kind == "teacher":
-        raise ValueError("the network is a bidirectional teacher: it generates whole videos behind nothing")
-    if package.rollout.context == "noisy":
+    if pipe.rollout is None:
+        raise ValueError("the network is bidirectional: it generates whole videos behind nothing")
+    if pipe.rollout.context == "noisy":
         raise ValueError("rollout.context is 'noisy': the network caches its own denoising steps, never a real chunk")
-    frames = clips.shape[1]
-    config, few = package.rollout, package.kind == "student"
-    text = jnp.asarray(pipe.text.encode(list(prompts)))
+    model, params, config, solver = pipe.transformer, pipe.params, pipe.rollout, pipe.sampling.solver
+    frames, many = clips.shape[1], None if solver is None else (solver, pipe.sampling.guidance)
+    text = jnp.asarray(pipe.text_encoder.encode(list(prompts)))
     examples = jnp.arange(first_index, first_index + len(prompts), dtype=jnp.int32)
-    key = key_for(seed, 0, Purpose.SAMPLE)
-    real = pipe.codec.encode(to_float(jnp.asarray(clips)))
-    if not few:  # prompts and empty prompts in turn, as `guided_chunk` takes them
+    source = (key_for(seed, 0, Purpose.SAMPLE), examples, pipe.noise_number)
+    real = encode_pixels(pipe.encoder, clips)
+    size = real.shape[2:]
+    if many:  # prompts and empty prompts in turn, as `next_chunk` takes them
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(-1, *text.shape[1:])
         real = jnp.repeat(real, 2, axis=0)
-    text = pipe.model.apply({"params": pipe.params}, text, method="encode_text")
-    solver = None if few else Solver("unipc", package.shift, pipe.teacher_steps)
-    cache = ro.empty_cache(pipe.model, config, len(text.k[0]), frames, *package.size)
+    text = encode_text(model, params, text)
+    cache = ro.empty_cache(model, config, len(text.k[0]), frames, *size[:2])
     parts = []
-    for chunk, (start, size) in enumerate(zip(pipe.chunk_starts(frames), config.chunks(frames)[1], strict=True)):
-        given, place = real[:, start : start + size], (jnp.int32(start), jnp.int32(chunk))
+    for chunk, (start, count) in enumerate(zip(pipe.chunk_starts(frames), config.chunks(frames)[1], strict=True)):
+        given, place, own = real[:, start : start + count], (jnp.int32(start), jnp.int32(chunk)), None
+        parts.append(clips[:, :count])
         if chunk:
-            shape = (len(prompts), *given.shape[1:])
-            network = (pipe.model, config, solver, package.guidance, shape)
-            own, pixels = _generate(*network, pipe.params, text, cache, (key, examples), place, pipe.codec)
-            parts.append(np.asarray(pixels))
-        else:
-            parts.append(clips[:, :size])
+            # the cache before it is needed for the real chunk, too: `next_chunk` takes a copy's memory
+            copy = jax.tree.map(jnp.copy, cache)
+            own, latents = next_chunk(model, config, many, (count, *size), params, text, copy, source, place)
+            _, pixels = decode(pipe.decoder, pipe.decoder.init_cache(len(prompts), *size[:2]), latents)
+            parts[-1] = np.asarray(pixels)
         if chunk and only_first:
             cache = own
         else:
-            cache = _write(pipe.model, config, few, pipe.params, text, cache, given, (key, examples), place)
+            cache = _write(model, config, many is None, params, text, cache, given, source[:2], place)
     return np.concatenate(parts, axis=1)
 
 
@@ -126,22 +123,6 @@ def measure_behind_real(
         joint_across=float(merged["joint"][:, across].mean()),
         border_jump=float(np.median(jumps)),
     )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(model, config, solver, guidance, shape, params, text, cache, source, place, codec):
-    """The cache with the next chunk, and its pixels, uint8.
-
-    `source` is the key and the examples, `place` the first frame and the index of the chunk.
-    """
-    (key, examples), (start, chunk) = source, place
-    noise = ro.example_noise(jax.random.fold_in(jax.random.fold_in(key, 2 * len(config.steps)), chunk), examples, shape)
-    if solver is None:
-        draw, last = ro.key_draw(key, examples), len(config.steps) - 1
-        cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, last, draw)
-    else:
-        cache, clean = guided_chunk(model, config, params, text, cache, noise, start, solver, guidance)
-    return cache, to_uint8(codec.decode(clean))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

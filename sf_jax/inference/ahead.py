@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax import rollout as ro
-from sf_jax.inference import wan
+from sf_jax.inference import programs
+from sf_jax.inference.decoders import VaeDecoder
+from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
+from sf_jax.inference.pipeline import Sampling
 from sf_jax.models import wan as transformer
-from sf_jax.models.streaming import empty_decode_cache
 from sf_jax.topology import tpu_devices
 
 PROGRAMS = ("prompt to keys and values", "one chunk of the student", "first frame to pixels", "later frame to pixels")
@@ -59,11 +61,11 @@ def compile_generation(
     rollout: ro.RolloutConfig,
     vae: nn.Module,
     vae_shapes: dict,
-    sampling: wan.Sampling,
+    sampling: Sampling,
     mesh: Mesh,
     only: Sequence[str] = PROGRAMS,
 ) -> list[Compiled]:
-    """Compiles what `WanPipeline.stream` runs for a few-step student, a video per chip, all numbers bfloat16.
+    """Compiles what `VideoPipeline.stream` runs for a few-step student, a video per chip, all numbers bfloat16.
 
     Args:
       config: the transformer; `attention` must name the implementation ("splash"), as there is no TPU to choose for.
@@ -90,26 +92,25 @@ def compile_generation(
 
     params = on_mesh(transformer.param_shapes(config))
     prompt = shape(batch, config.text_len, config.text_dim, dtype=jnp.bfloat16)
-    text = on_mesh(jax.eval_shape(lambda p, t: wan.encode_text(model, p, t), params, prompt), None, "data")
-    size = (rollout.chunk, sampling.height, sampling.width, config.channels)
-    cache = jax.eval_shape(lambda: ro.empty_cache(model, rollout, batch, sampling.frames, *size[1:3]))
+    text = on_mesh(jax.eval_shape(lambda p, t: programs.encode_text(model, p, t), params, prompt), None, "data")
+    factor, frames = vae.config.spatial_factor, latent_frames(sampling.frames, WAN_FACTOR)
+    size = (rollout.chunk, sampling.height // factor, sampling.width // factor, config.channels)
+    cache = jax.eval_shape(lambda: ro.empty_cache(model, rollout, batch, frames, *size[1:3]))
     k, v = on_mesh((cache.k, cache.v), None, "data")
     cache = cache.replace(k=k, v=v, frames=on_mesh(cache.frames))
     key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
     examples, latents = shape(batch, dtype=jnp.int32), shape(batch, 1, *size[1:])
-    decoder = on_mesh(vae_shapes)
-    stream = on_mesh(jax.eval_shape(lambda: empty_decode_cache(vae, batch, *size[1:3])), "data")
-    programs = {
-        PROGRAMS[0]: (wan.encode_text, model, params, prompt),
-        PROGRAMS[1]: (
-            wan.student_chunk,
-            *(model, rollout, size, params, text, cache, key, examples, number, number),
-        ),
-        PROGRAMS[2]: (wan.decode, vae, decoder, stream, latents),
-        PROGRAMS[3]: (wan.decode, vae, decoder, stream.replace(started=True), latents),
+    decoder = VaeDecoder(vae, on_mesh(vae_shapes))
+    stream = on_mesh(jax.eval_shape(lambda: decoder.init_cache(batch, *size[1:3])), "data")
+    source, place = (key, examples, number), (number, number)
+    calls = {
+        PROGRAMS[0]: (programs.encode_text, model, params, prompt),
+        PROGRAMS[1]: (programs.next_chunk, model, rollout, None, size, params, text, cache, source, place),
+        PROGRAMS[2]: (programs.decode, decoder, stream, latents),
+        PROGRAMS[3]: (programs.decode, decoder, stream.replace(started=True), latents),
     }
     with jax.set_mesh(mesh):
-        return [_compile(name, *arguments) for name, arguments in programs.items() if name in only]
+        return [_compile(name, *arguments) for name, arguments in calls.items() if name in only]
 
 
 def _compile(name, program, *arguments) -> Compiled:

@@ -1,183 +1,444 @@
-"""From text to video: a student streams chunk by chunk, a teacher makes a whole video in many steps."""
+"""From text to video: one pipeline for every model; a causal network streams its video chunk by chunk.
 
+Source: official `CausalInferencePipeline`, `CausalDiffusionInferencePipeline` and `wan/text2video.py`. `load_pipeline`
+(in `inference/load.py`) puts one together from weight files.
+"""
+
+import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from sf_jax import rollout as ro
-from sf_jax.diffusion.solvers import Solver, teacher_trajectory
-from sf_jax.many_step import guided_rollout
+from sf_jax.diffusion import solvers
+from sf_jax.diffusion.solvers import Solver
+from sf_jax.inference import lengths, programs
+from sf_jax.inference.decoders import Decoder, Encoder
+from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
-from sf_jax.models.patch_codec import PatchCodec, to_uint8
-from sf_jax.models.text import WordEmbedding
 from sf_jax.models.wan import WanTransformer
 from sf_jax.rng import Purpose, key_for
-from sf_jax.weights.package import Package, load_package, shipped_path
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _chunk(model, config, size, params, text, cache, key, examples, start, chunk, codec):
-    """Generates, decodes and caches one chunk of `size` (frames, H, W, C); pixels are uint8."""
-    draw = ro.key_draw(key, examples)
-    # behind the numbers that `key_draw` folds in for the steps
-    timesteps, count = config.timesteps_of(chunk)
-    noise_key = jax.random.fold_in(jax.random.fold_in(key, 2 * count), chunk)
-    noise = ro.example_noise(noise_key, examples, (examples.shape[0], *size))
-    cache, clean, _ = ro.generate_chunk(
-        model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps
-    )
-    return cache, to_uint8(codec.decode(clean))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _causal_video(model, config, solver, guidance, shape, params, text, key, examples, codec):
-    """A whole video of a many-step causal network; pixels are uint8."""
-    noise = ro.example_noise(key, examples, shape)
-    video = guided_rollout(model, config, params, text, jnp.zeros_like(text), noise, solver, guidance)
-    return to_uint8(codec.decode(video))
+OUTPUTS = ("pixels", "latent")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """A network with its text encoder and codec.
+class Sampling:
+    """How a video is generated.
 
     Attributes:
-      package: the network.
-      codec: latents to pixels.
-      text: prompts to embeddings.
-      teacher_steps: solver steps of a teacher, and of each chunk of a many-step causal network.
+      frames: pixel frames of the whole video, initial ones included.
+      height: pixel rows.
+      width: pixel columns.
+      seed: seed of the noise.
+      solver: many guided steps; None is the few steps of a distilled student.
+      guidance: scale of the many steps.
+      negative_prompt: what the many steps are guided away from.
     """
 
-    package: Package
-    codec: PatchCodec
-    text: WordEmbedding
-    teacher_steps: int = 24
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    seed: int = 0
+    solver: Solver | None = None
+    guidance: float = 6.0
+    negative_prompt: str = ""
 
-    @functools.cached_property
-    def model(self) -> WanTransformer:
-        """The network."""
-        return WanTransformer(self.package.config)
+    def __post_init__(self):
+        """Validates the seed."""
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
 
-    @functools.cached_property
-    def params(self) -> dict:
-        """Its parameters, on the device."""
-        return jax.tree.map(jnp.asarray, self.package.params)
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A chunk of the videos of a batch, on the devices.
+
+    Attributes:
+      latents: float32 [B, n, H, W, C].
+      pixels: uint8 [B, m, h, w, c]; None without a decoder.
+      start: first latent frame.
+      initial: whether it was given and not generated.
+    """
+
+    latents: jax.Array
+    pixels: jax.Array | None
+    start: int
+    initial: bool = False
+
+
+def example_numbers(first: int, count: int) -> np.ndarray:
+    """Numbers int32 [count] of videos; the noise of a video depends on its number and the seed alone."""
+    return np.arange(first, first + count, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoPipeline:
+    """A text encoder, a transformer and a decoder, on the devices of a mesh.
+
+    Attributes:
+      text_encoder: embeds prompts; None where embeddings are given in their place.
+      transformer: the network.
+      params: its parameters.
+      rollout: chunks, window and few steps of a causal network; None for a bidirectional one.
+      decoder: latents to pixels; None to stop at the latents.
+      mesh: devices over which the videos of a batch are spread (axis `data`); None for the default device alone.
+      encoder: pixels to latents, for videos that go on from given frames.
+      sampling: what `stream` and a call take where they are not told otherwise.
+      only_frames: the only length that a bidirectional network was trained for; None for any.
+      noise_number: what the noise of the chunks is drawn behind (`programs.chunk_noise`), part of a model's seeds.
+      progress: whether to show a bar where a whole video is generated in many steps.
+    """
+
+    text_encoder: TextEncoder | None
+    transformer: WanTransformer
+    params: dict
+    rollout: ro.RolloutConfig | None
+    decoder: Decoder | None = None
+    mesh: Mesh | None = None
+    encoder: Encoder | None = None
+    sampling: Sampling = Sampling()
+    only_frames: int | None = None
+    noise_number: int = ro.MAX_FRAMES
+    progress: bool = True
 
     @property
-    def max_frames(self) -> int | None:
-        """Frames of a teacher's videos; None for students, which go on as long as positions last."""
-        return self.package.frames if self.package.kind == "teacher" else None
+    def kind(self) -> str:
+        """A few-step "student", a many-step "causal" network, or a "bidirectional" one, which makes videos whole."""
+        if self.rollout is None:
+            return "bidirectional"
+        return "student" if self.sampling.solver is None else "causal"
 
-    def chunk_starts(self, frames: int) -> tuple[int, ...]:
-        """First frames of the chunks in which a video of this length is made; a teacher makes it whole."""
-        if self.package.kind == "teacher":
-            return (0,)
-        return tuple(start for start, _ in attention.chunk_bounds(self.package.rollout.chunks(frames)[1]))
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame, except for a video's first."""
+        return 1 if self.decoder is None else self.decoder.temporal_factor
 
-    def check_frames(self, frames: int) -> None:
-        """Refuses lengths that the network cannot make."""
-        if self.package.kind == "teacher":
-            if frames != self.package.frames:
-                raise ValueError(f"frames is {frames}: this teacher makes {self.package.frames}")
-            return
-        self.package.rollout.chunks(frames)
-        self.package.rollout.check_frames(frames)
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position, along each side."""
+        return 1 if self.decoder is None else self.decoder.spatial_factor
 
-    def stream(self, prompts: Sequence[str], frames: int, seed: int, first_index: int = 0) -> Iterator[np.ndarray]:
-        """Generates videos chunk by chunk.
+    def describe(self) -> str:
+        """One line on what runs: network, sizes, devices, attention, window and decoder."""
+        config, devices = self.transformer.config, jax.devices()[:1] if self.mesh is None else self.mesh.devices.flat
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", f"{config.dtype}"]
+        parts += [f"attention {self._attention()}", f"{len(list(devices))} x {jax.devices()[0].device_kind}"]
+        if self.rollout is not None:
+            rollout = self.rollout
+            window = f"window {rollout.window}, sink {rollout.sink}" if rollout.window else "no window"
+            parts += [f"chunks of {rollout.chunk}", window, f"positions {rollout.positions}"]
+        if self.rollout is not None and self.sampling.solver is None:
+            parts += [f"steps {', '.join(map(str, self.rollout.steps))}"]
+        if self.sampling.solver is not None:
+            solver = self.sampling.solver
+            parts += [f"{solver.name} in {solver.steps} steps, guidance {self.sampling.guidance:g}"]
+        name = getattr(self.decoder, "module", self.decoder)
+        return "; ".join([*parts, f"decoder {'none' if name is None else type(name).__name__}"])
 
-        The video of a prompt depends on the prompt, the seed and its index, not on the batch it is in.
+    def _attention(self) -> str:
+        """The implementation of the self-attention's steady state."""
+        config, rollout = self.transformer.config, self.rollout
+        factor = self.spatial_factor
+        grid = config.grid(self.sampling.height // factor, self.sampling.width // factor)
+        frames = self.latent_frames(self.sampling.frames) if rollout is None else rollout.chunk
 
-        Args:
-          prompts: B prompts.
-          frames: frames of each video; a multiple of the student's chunk.
-          seed: seed of the noise.
-          first_index: index of the first prompt; the others count on.
+        def tokens(count):
+            shape = (1, count * grid[0] * grid[1], config.num_heads, config.head_dim)
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
 
-        Yields:
-          uint8 [B, n, h, w, 1], the frames of each chunk; many-step networks give all at once.
+        segments = [(tokens(frames), tokens(frames), None)]
+        if rollout is not None:
+            # a ring's keys are counted, those of a full cache with a window are masked
+            segments.append((tokens(frames), tokens(frames), jax.ShapeDtypeStruct((), jnp.int32)))
+        return attention.choose(config.attention, tokens(frames), segments)
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a video of `frames` pixel frames.
 
         Raises:
-          ValueError: on frames or words that the model does not know.
+          ValueError: unless it is 1 + a multiple of `temporal_factor`.
         """
-        self.check_frames(frames)
-        text = jnp.asarray(self.text.encode(list(prompts)))
-        examples = jnp.arange(first_index, first_index + len(prompts), dtype=jnp.int32)
-        key = key_for(seed, 0, Purpose.SAMPLE)
-        if self.package.kind in ("teacher", "causal"):
-            yield self._by_many_steps(text, frames, key, examples)
+        return lengths.latent_frames(frames, self.temporal_factor)
+
+    def chunk_starts(self, frames: int) -> tuple[int, ...]:
+        """First latent frames of the chunks in which a video of `frames` pixel frames is generated."""
+        if self.rollout is None:
+            return (0,)
+        _, chunks = self.rollout.chunks(self.latent_frames(frames))
+        return tuple(start for start, _ in attention.chunk_bounds(chunks))
+
+    def check_frames(self, frames: int, initial: int = 0) -> None:
+        """Refuses lengths that the network cannot generate.
+
+        Args:
+          frames: pixel frames.
+          initial: latent frames to go on from.
+
+        Raises:
+          ValueError: naming lengths that would do.
+        """
+        latent = self.latent_frames(frames)
+        if self.rollout is not None:
+            lengths.check_frames(self.rollout, latent, initial, self.temporal_factor)
+        elif self.only_frames not in (None, frames):
+            raise ValueError(f"frames is {frames}: this bidirectional network generates {self.only_frames}")
+
+    def place(self, batch: jax.Array | np.ndarray) -> jax.Array:
+        """Spreads an array over the devices along its first axis, that of the videos."""
+        if self.mesh is None:
+            return jnp.asarray(batch)
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def run(self, program: Callable, *arguments):
+        """Calls a program under the mesh, which the attention kernels look for."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return program(*arguments)
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Latents float32 [B, F, H, W, C] of uint8 images or videos [B, f, h, w, c], for `initial`.
+
+        Raises:
+          ValueError: if the pipeline was loaded without an encoder.
+        """
+        if self.encoder is None:
+            raise ValueError("the pipeline has no encoder: load it with encoder=True")
+        return np.asarray(programs.encode_pixels(self.encoder, pixels))
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | np.ndarray,
+        *,
+        output: str = "pixels",
+        callback: Callable[[Chunk], None] | None = None,
+        **options,
+    ) -> np.ndarray:
+        """Generates whole videos.
+
+        Args:
+          prompts: see `stream`.
+          output: "pixels" or "latent".
+          callback: called with each chunk (`Chunk`) as soon as it has been generated.
+          **options: see `stream`.
+
+        Returns:
+          uint8 [B, F, h, w, c], or latents float32 [B, F, H, W, C].
+
+        Raises:
+          ValueError: see `stream`.
+        """
+        parts = []
+        for chunk in self.chunks(prompts, **self._options(output, options)):
+            if callback is not None:
+                callback(chunk)
+            parts.append(_on_host(chunk, output))
+        return np.concatenate(parts, axis=1)
+
+    def stream(
+        self, prompts: str | Sequence[str] | np.ndarray, *, output: str = "pixels", **options
+    ) -> Iterator[np.ndarray]:
+        """Generates videos chunk by chunk.
+
+        The video of a prompt depends on the prompt, the seed and its number, not on the batch it is in.
+
+        Args:
+          prompts: B prompts, one prompt, or embeddings [B, S, D] in their place.
+          output: "pixels" or "latent".
+          **options: fields of `Sampling` that differ from `self.sampling`, such as `frames` or `seed`; `first_index`,
+            the number of the first video (the others count on); `initial`, latents float32 [B, I, H, W, C] to go on
+            from.
+
+        Yields:
+          uint8 [B, m, h, w, c], or latents float32 [B, n, H, W, C], of each chunk, initial ones included. A
+          bidirectional network gives a whole video at once.
+
+        Raises:
+          ValueError: if the network cannot generate such a video, or does not know a word.
+        """
+        chunks = self.chunks(prompts, **self._options(output, options))
+        return (_on_host(chunk, output) for chunk in chunks)
+
+    def with_sampling(self, **changes) -> "VideoPipeline":
+        """The same pipeline with other fields of `Sampling` as its own.
+
+        Raises:
+          ValueError: on unknown fields, and on those that this network does not have.
+        """
+        return dataclasses.replace(self, sampling=self._options("latent", changes)["sampling"])
+
+    def with_rollout(self, **changes) -> "VideoPipeline":
+        """The same pipeline with other fields of `RolloutConfig`, such as `window`, `sink` or `steps`.
+
+        Raises:
+          ValueError: on values that no rollout can have, and with a bidirectional network.
+        """
+        if self.rollout is None:
+            raise ValueError(f"{', '.join(changes)}: a bidirectional network has no chunks; give a causal checkpoint")
+        return dataclasses.replace(self, rollout=dataclasses.replace(self.rollout, **changes))
+
+    def _options(self, output: str, options: dict) -> dict:
+        """Arguments of `chunks` from those of `stream`."""
+        fields = {field.name for field in dataclasses.fields(Sampling)}
+        unknown = set(options) - fields - {"first_index", "initial"}
+        if unknown:
+            known = ", ".join([*sorted(fields), "first_index", "initial", "output"])
+            raise ValueError(f"{sorted(unknown)[0]} is no option of a pipeline: options are {known}")
+        if output not in OUTPUTS:
+            raise ValueError(f"output is {output!r}: it must be one of {', '.join(OUTPUTS)}")
+        if output == "pixels" and self.decoder is None:
+            raise ValueError("output is 'pixels': a pipeline without decoder has 'latent' alone")
+        changes = {name: value for name, value in options.items() if name in fields}
+        sampling = dataclasses.replace(self.sampling, **changes)
+        for name in ("guidance", "negative_prompt"):
+            if name in changes and sampling.solver is None:
+                value = changes[name]
+                raise ValueError(f"{name} is {value!r}: a student has none (it was distilled from a guided teacher)")
+        return {name: value for name, value in options.items() if name not in fields} | {"sampling": sampling}
+
+    def chunks(
+        self,
+        prompts: str | Sequence[str] | np.ndarray,
+        sampling: Sampling | None = None,
+        first_index: int | Sequence[int] = 0,
+        initial: np.ndarray | None = None,
+    ) -> Iterator[Chunk]:
+        """As `stream`, with latents and pixels of each chunk on the devices, where they may still be computed.
+
+        Args:
+          prompts: see `stream`.
+          sampling: how; None is `self.sampling`.
+          first_index: see `stream`; or the numbers of all videos.
+          initial: see `stream`.
+
+        Raises:
+          ValueError: see `stream`.
+        """
+        sampling = sampling or self.sampling
+        if (self.rollout is None or self.sampling.solver is not None) and sampling.solver is None:
+            raise ValueError("solver is None: this network needs many steps, such as Solver('unipc')")
+        height, width = (self._latent_side(sampling, name) for name in ("height", "width"))
+        self.transformer.config.grid(height, width)
+        if initial is not None and self.rollout is None:
+            raise ValueError("a bidirectional network cannot go on from given frames: give a causal checkpoint")
+        self.check_frames(sampling.frames, 0 if initial is None else initial.shape[1])
+        text = self._embed([prompts] if isinstance(prompts, str) else prompts)
+        size = (height, width, self.transformer.config.channels)
+        if initial is not None and initial.shape[2:] != size:
+            raise ValueError(f"initial has the shape {initial.shape}: it must be [B, I, {', '.join(map(str, size))}]")
+        examples = example_numbers(first_index, len(text)) if isinstance(first_index, int) else first_index
+        latents = self._latents(text, np.asarray(examples, np.int32), sampling, size, initial)
+        return self._ahead(self._decoded(latents, len(text), size))
+
+    def _latent_side(self, sampling: Sampling, name: str) -> int:
+        pixels, factor = getattr(sampling, name), self.spatial_factor
+        side = self.transformer.config.patch[1 if name == "height" else 2] * factor
+        if pixels < side or pixels % side:
+            near = max(side, round(pixels / side) * side)
+            raise ValueError(f"{name} is {pixels}: it must be a multiple of {side}, such as {near}")
+        return pixels // factor
+
+    def _embed(self, prompts: Sequence[str] | np.ndarray) -> np.ndarray:
+        if not isinstance(prompts, (np.ndarray, jax.Array)):
+            if self.text_encoder is None:
+                raise ValueError("the pipeline has no text encoder: give embeddings [B, S, D] in place of prompts")
+            prompts = self.text_encoder.encode(list(prompts))
+        if prompts.ndim != 3 or prompts.shape[2] != self.transformer.config.text_dim or not len(prompts):
+            dim = self.transformer.config.text_dim
+            raise ValueError(f"embeddings have the shape {prompts.shape}: it must be [B, S, {dim}] with B >= 1")
+        return prompts
+
+    def _ahead(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Starts the next chunk before one is handed out, on a GPU or TPU."""
+        ready = collections.deque()
+        for chunk in chunks:
+            ready.append(chunk)
+            # a CPU would run both at once, each at half its speed
+            if jax.default_backend() == "cpu" or len(ready) > 1:
+                yield ready.popleft()
+        yield from ready
+
+    def _decoded(self, chunks: Iterator[Chunk], batch: int, size: tuple[int, ...]) -> Iterator[Chunk]:
+        """Adds the pixels."""
+        if self.decoder is None:
+            yield from chunks
             return
-        height, width = self.package.size
-        channels = self.package.config.channels
-        config = self.package.rollout
-        text = _encode_text(self.model, self.params, text)
-        cache = ro.empty_cache(self.model, config, len(prompts), frames, height, width)
+        cache = jax.tree.map(self.place, self.decoder.init_cache(batch, *size[:2]))
+        for chunk in chunks:
+            # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.
+            pixels = []
+            for i in range(chunk.latents.shape[1]):
+                frame = jax.lax.dynamic_slice_in_dim(chunk.latents, i, 1, axis=1)
+                cache, new = self.run(programs.decode, self.decoder, cache, frame)
+                pixels.append(new)
+            yield dataclasses.replace(chunk, pixels=jnp.concatenate(pixels, axis=1))
+
+    def _latents(self, text, examples, sampling, size, initial) -> Iterator[Chunk]:
+        """Chunks of latents; `size` is (H, W, C)."""
+        source = (key_for(sampling.seed, 0, Purpose.SAMPLE), self.place(examples), self.noise_number)
+        frames = self.latent_frames(sampling.frames)
+        if sampling.solver is not None:
+            negative = np.broadcast_to(self._negative(sampling, text), text.shape)
+            text = np.stack([text, negative], axis=1).reshape(-1, *text.shape[1:])
+        text = self.run(programs.encode_text, self.transformer, self.params, self.place(text))
+        if self.rollout is None:
+            yield Chunk(self._whole(text, source, sampling, (frames, *size)), None, 0)
+            return
+        cache = self._empty_cache(text.k.shape[1], frames, size)
+        given = 0 if initial is None else initial.shape[1]
+        first, chunks = self.rollout.chunks(frames - given, given)
         start = 0
-        for chunk, size in enumerate(config.chunks(frames)[1]):
-            shape = (size, height, width, channels)
-            static = (self.model, config, shape)
-            cache, pixels = _chunk(*static, self.params, text, cache, key, examples, start, chunk, self.codec)
-            yield np.asarray(pixels)
-            start += size
+        for count in first:
+            clean = self.place(np.asarray(initial[:, start : start + count], np.float32))
+            cache = self.run(
+                programs.write_initial, self.transformer, self.rollout, self.params, text, cache, clean, start
+            )
+            yield Chunk(clean, None, start, initial=True)
+            start += count
+        many = None if sampling.solver is None else (sampling.solver, sampling.guidance)
+        for index, count in enumerate(chunks):
+            static = (self.transformer, self.rollout, many, (count, *size))
+            cache, clean = self.run(programs.next_chunk, *static, self.params, text, cache, source, (start, index))
+            yield Chunk(clean, None, start)
+            start += count
 
-    def _by_many_steps(self, text: jax.Array, frames: int, key: jax.Array, examples: jax.Array) -> np.ndarray:
-        """Whole videos of a network of many steps, uint8 [B, F, h, w, 1]; text is [B, L, D]."""
-        package = self.package
-        shape = (len(examples), frames, *package.size, package.config.channels)
-        if package.kind == "teacher":
-            sampling = (package.shift, self.teacher_steps, package.guidance)
-            noise = ro.example_noise(key, examples, shape)
-            path = teacher_trajectory(self.model, *sampling, self.params, noise, text, jnp.zeros_like(text))
-            return np.asarray(to_uint8(self.codec.decode(path[-1])))
-        solver = Solver("unipc", package.shift, self.teacher_steps)
-        sampling = (package.rollout, solver, package.guidance)
-        given = (self.params, text, key, examples, self.codec)
-        return np.asarray(_causal_video(self.model, *sampling, shape, *given))
+    def _negative(self, sampling: Sampling, text: np.ndarray) -> np.ndarray:
+        """Embedding [1, S, D] of the negative prompt; zeros in a pipeline without text encoder."""
+        if self.text_encoder is None:
+            if sampling.negative_prompt:
+                raise ValueError("negative_prompt is given: a pipeline without text encoder cannot embed it")
+            return np.zeros_like(text[:1])
+        return self.text_encoder.encode([sampling.negative_prompt])
 
-    def generate(self, prompts: Sequence[str], frames: int, seed: int, first_index: int = 0) -> np.ndarray:
-        """Whole videos, uint8 [B, F, h, w, 1]; arguments as in `stream`."""
-        return np.concatenate(list(self.stream(prompts, frames, seed, first_index)), axis=1)
+    def _empty_cache(self, batch: int, frames: int, size: tuple[int, ...]):
+        """An empty cache, made on its devices; `frames` latent frames are what it must hold."""
+        make = functools.partial(ro.empty_cache, self.transformer, self.rollout, batch, frames, *size[:2])
+        if self.mesh is None:
+            return jax.jit(make)()
+        spread, whole = (NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))
+        like = jax.eval_shape(make)
+        return jax.jit(make, out_shardings=like.replace(k=spread, v=spread, frames=whole))()
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_text(model, params, text):
-    return model.apply({"params": params}, text, method="encode_text")
-
-
-def load_pipeline(path: Path | str | None = None, guidance: float | None = None) -> Pipeline:
-    """Loads a network with the moving digits' text encoder and codec.
-
-    Args:
-      path: a file that training wrote; None is the shipped student, "teacher" the shipped teacher.
-      guidance: replaces a teacher's guidance scale.
-
-    Raises:
-      ValueError: if the file is missing, damaged, or something else.
-    """
-    path = shipped_path("student" if path is None else path) if path in (None, "teacher", "student") else path
-    package = load_package(path)
-    if guidance is not None:
-        if package.kind == "student":
-            raise ValueError(f"guidance is {guidance}: a student has none (it was distilled from a guided teacher)")
-        package = dataclasses.replace(package, guidance=float(guidance))
-    return pipeline_of(package, f"checkpoint {path}")
+    def _whole(self, text, source, sampling: Sampling, size: tuple[int, ...]) -> jax.Array:
+        """A whole video of a bidirectional network; `size` is (F, H, W, C)."""
+        key, examples, _ = source
+        noise = jax.jit(ro.example_noise, static_argnums=2)(key, examples, (examples.shape[0], *size))
+        state, table = jax.jit(solvers.start)(noise), solvers.rows(sampling.solver)
+        steps = range(sampling.solver.steps)
+        for i in tqdm(steps, desc=sampling.solver.name, unit="step", disable=not self.progress):
+            row = tuple(column[i] for column in table)
+            static = (self.transformer, sampling.guidance)
+            state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)
+            jax.block_until_ready(state.x)  # else the bar would show the dispatch
+        return state.x
 
 
-def pipeline_of(package: Package, title: str = "package") -> Pipeline:
-    """A network with the moving digits' text encoder and codec.
-
-    Raises:
-      ValueError: if it is not one of moving digits; `title` names it.
-    """
-    codec, text = PatchCodec.load(), WordEmbedding()
-    if package.config.channels != codec.channels or package.config.text_dim != text.dim:
-        raise ValueError(
-            f"{title} has {package.config.channels} latent channels and text_dim {package.config.text_dim}: "
-            f"moving digits have {codec.channels} and {text.dim}"
-        )
-    return Pipeline(package, codec, text)
+def _on_host(chunk: Chunk, output: str) -> np.ndarray:
+    return np.asarray(chunk.pixels if output == "pixels" else chunk.latents.astype(jnp.float32))

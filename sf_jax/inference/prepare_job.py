@@ -14,9 +14,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sf_jax.data import captions, prompts, shards, videos
-from sf_jax.inference import video_io, wan
+from sf_jax.inference import video_io
+from sf_jax.inference.decoders import VaeEncoder
+from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
+from sf_jax.inference.programs import encode_pixels
+from sf_jax.inference.text_encoder import load_embedder
 from sf_jax.inference.tokenizer import load_tokenizer
-from sf_jax.inference.wan_text import load_embedder
 from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
 from sf_jax.weights.networks import identify, load_network
@@ -28,7 +31,6 @@ NEGATIVE_PROMPT = (
     "倒着走"
 )
 DTYPES = ("bfloat16", "float32")
-_SIDE = 2 * wan.SPATIAL_FACTOR  # pixels of a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Job:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
         for field in ("height", "width"):
             size = getattr(self, field)
-            if size < _SIDE or size % _SIDE:
-                near = max(_SIDE, round(size / _SIDE) * _SIDE)
-                raise ValueError(f"{field} is {size}: it must be a multiple of {_SIDE}, such as {near}")
+            if size < WAN_SIDE or size % WAN_SIDE:
+                near = max(WAN_SIDE, round(size / WAN_SIDE) * WAN_SIDE)
+                raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps is {self.fps}: it must be a finite number above 0")
         shards.check_processes(self.process_index, self.process_count)
@@ -89,7 +91,7 @@ class Job:
     @property
     def pixel_frames(self) -> int:
         """Pixel frames of a clip."""
-        return wan.TEMPORAL_FACTOR * (self.frames - 1) + 1
+        return WAN_FACTOR * (self.frames - 1) + 1
 
 
 def run(job: Job) -> bool:
@@ -243,15 +245,14 @@ def _ahead(function: Callable, items: Iterable) -> Iterator:
 class _Encoder:
     """The VAE's encoder on the devices of a mesh, a clip on each."""
 
-    vae: WanVae
-    params: dict
+    vae: VaeEncoder
     mesh: Mesh
 
     @classmethod
     def load(cls, path: Path, devices: Sequence[jax.Device]) -> "_Encoder":
         mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
         config, params = load_network(path, "vae", sharding=NamedSharding(mesh, PartitionSpec()))
-        return cls(WanVae(config), params, mesh)
+        return cls(VaeEncoder(WanVae(config), params), mesh)
 
     def encode(self, clips: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
         """Encodes numbered clips in order."""
@@ -268,5 +269,5 @@ class _Encoder:
         # every device needs a clip
         pixels = [pixels for _, pixels in part] + [part[0][1]] * (self.mesh.size - len(part))
         pixels = jax.device_put(np.stack(pixels), NamedSharding(self.mesh, PartitionSpec("data")))
-        latents = np.asarray(wan.encode_video(self.vae, self.params, pixels))
+        latents = np.asarray(encode_pixels(self.vae, pixels))
         yield from ((number, latent) for (number, _), latent in zip(part, latents, strict=False))

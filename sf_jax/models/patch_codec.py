@@ -83,6 +83,15 @@ class PatchCodec:
         patches = _matmul(latents * self.scale, jnp.asarray(self.components)) + self.mean
         return _from_patches(patches, self.spatial_factor)
 
+    def init_cache(self, batch: int, height: int, width: int) -> tuple:
+        """The decoder's cache before a video's first frame: nothing, as every frame is decoded by itself."""
+        del batch, height, width
+        return ()
+
+    def decode_chunk(self, cache: tuple, latents: jax.Array) -> tuple[tuple, jax.Array]:
+        """As `decode`, with the interface of a streaming decoder (`inference.decoders.Decoder`)."""
+        return cache, self.decode(latents)
+
     @classmethod
     def load(cls, path: str | Path | None = None) -> "PatchCodec":
         """Reads a codec's constants; without a path, those shipped for the moving digits."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,6 +13,13 @@ from sf_jax.inference.tokenizer import Tokenizer, load_tokenizer
 from sf_jax.models.umt5 import Umt5Config, Umt5Encoder
 from sf_jax.weights.folders import ModelFiles
 from sf_jax.weights.networks import load_network
+
+
+class TextEncoder(Protocol):
+    """Embeds prompts."""
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Embeddings [B, S, D] of B prompts; zeros behind each prompt's last token."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,8 +81,47 @@ def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] |
     return Embedder(tokenizer, dataclasses.replace(config, dtype=dtype), params, mesh)
 
 
-def embed_prompts(model: ModelFiles, prompts: Sequence[str], dtype: str) -> dict[str, np.ndarray]:
-    """Embeddings [512, 4096] of prompts; the encoder is in memory only meanwhile."""
-    unique = list(dict.fromkeys(prompts))
-    embedded = load_embedder(model, dtype).embed(unique)
-    return {prompt: embedding for prompt, (embedding, _) in zip(unique, embedded, strict=True)}
+class Umt5TextEncoder:
+    """Wan's text encoder behind the pipeline's interface.
+
+    The encoder of Wan2.1 takes 11 GB: it is loaded for prompts that have no embedding yet, and dropped again unless
+    `keep` is set. Embeddings are remembered, without the zeros behind each prompt's end.
+    """
+
+    def __init__(self, files: ModelFiles, dtype: str, keep: bool = False):
+        """Nothing is loaded yet.
+
+        Args:
+          files: the model folder's files.
+          dtype: of computation and embeddings, "bfloat16" or "float32".
+          keep: whether to keep the weights in memory, for prompts that change while a video plays.
+        """
+        self.files, self.dtype, self.keep = files, dtype, keep
+        self._embedder: Embedder | None = None
+        self._embeddings: dict[str, np.ndarray] = {}
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Embeds prompts.
+
+        Args:
+          prompts: B prompts.
+
+        Returns:
+          [B, 512, dim], zeros behind each prompt's end.
+
+        Raises:
+          ValueError: if a weight file is damaged, or tokenizer and encoder do not belong together.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if missing:
+            embedder = self._embedder or load_embedder(self.files, self.dtype)
+            if self.keep:
+                self._embedder = embedder
+            self._length = embedder.tokenizer.length
+            for prompt, (embedding, count) in zip(missing, embedder.embed(missing), strict=True):
+                self._embeddings[prompt] = embedding[:count].copy()
+        rows = [self._embeddings[prompt] for prompt in prompts]
+        out = np.zeros((len(rows), self._length, rows[0].shape[1]), rows[0].dtype)
+        for row, embedding in zip(out, rows, strict=True):
+            row[: len(embedding)] = embedding
+        return out

@@ -1,0 +1,210 @@
+"""The work of `python -m sf_jax.generate`: generates the videos of many prompts and writes their files."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sf_jax import files
+from sf_jax.inference import video_io
+from sf_jax.inference.job import Job, check_names, video_names
+from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
+from sf_jax.inference.pipeline import Chunk, VideoPipeline
+from sf_jax.inference.programs import encode_pixels
+from sf_jax.inference.text_encoder import Umt5TextEncoder
+from sf_jax.weights.networks import check_network
+
+DIGITS_FPS, DIGITS_SCALE, WAN_FPS = 12.0, 12, 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How videos become files.
+
+    Attributes:
+      fps: frames a second.
+      scale: enlargement of the pixels.
+      gif: whether to write a GIF, too.
+      one_sheet: whether all videos share a contact sheet, under their prompts.
+      latents: whether to write the latents, too.
+      only_videos: whether to write nothing else.
+    """
+
+    fps: float
+    scale: int = 1
+    gif: bool = False
+    one_sheet: bool = False
+    latents: bool = False
+    only_videos: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkTime:
+    """How long a new chunk took: seconds until its latents were there, then until its pixels; frames of all videos."""
+
+    denoise: float
+    decode: float
+    frames: int
+    compiled: bool
+
+
+@dataclasses.dataclass
+class Times:
+    """Times of a job.
+
+    Attributes:
+      first: seconds until the first new frames were there, of each batch.
+      chunks: the new chunks; those for which programs were compiled count only where there are no others.
+    """
+
+    first: list[float] = dataclasses.field(default_factory=list)
+    chunks: list[ChunkTime] = dataclasses.field(default_factory=list)
+
+    def summary(self) -> str:
+        """The line at the end."""
+        if not self.chunks:
+            return "no video for this process"
+        compiling = " (compilation included)"
+        chunks = [chunk for chunk in self.chunks if not chunk.compiled]
+        note, chunks = ("", chunks) if chunks else (compiling, self.chunks)
+        denoise, decode = sum(chunk.denoise for chunk in chunks), sum(chunk.decode for chunk in chunks)
+        frames = sum(chunk.frames for chunk in chunks)
+        return "; ".join(
+            [
+                f"time to first frame {self.first[-1]:.2f} s" + compiling * (len(self.first) == 1),
+                f"{(denoise + decode) / len(chunks):.2f} s per chunk{note}",
+                f"{frames / denoise:.2f} FPS without decoding, {frames / (denoise + decode):.2f} FPS with it{note}",
+            ]
+        )
+
+
+def run(job: Job) -> list[Path]:
+    """Does the job; prints a line per chunk and, at the end, the times. Returns the files.
+
+    Raises:
+      ValueError: if something given is wrong; the message says what to change.
+      OSError: if a file cannot be written.
+    """
+    out, names = files.check_writable(job.out), video_names(job)
+    check_names(names, out)
+    prompts = job.video_prompts()
+    numbers = range(jax.process_index(), len(prompts), jax.process_count())
+    if job.model is None:
+        pipe, initial = job.digits_pipeline(), None
+        size, style = max(1, len(numbers)), Style(DIGITS_FPS, DIGITS_SCALE, gif=True, one_sheet=True)
+    else:
+        devices = tuple(jax.local_devices()[: max(1, len(numbers))])
+        pipe, initial = _wan(job, devices)
+        size, style = len(devices), Style(WAN_FPS)
+    style = dataclasses.replace(
+        style,
+        fps=job.fps or style.fps,
+        scale=job.scale or style.scale,
+        latents=job.save_latents,
+        only_videos=job.vbench_names,  # VBench's folders hold videos alone
+    )
+    sampling = pipe.sampling
+    print(
+        f"{pipe.describe()}\n{len(prompts)} x {sampling.frames} frames of {sampling.height}x{sampling.width}",
+        flush=True,
+    )
+    written, times = [], Times()
+    for first in range(0, len(numbers), size):
+        batch = list(numbers[first : first + size])
+        # every device needs a video; what is there twice is written once
+        padded = batch + batch[:1] * (size - len(batch))
+        start = None if initial is None else np.repeat(initial, len(padded), axis=0)
+        chunks = pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=start)
+        label = f"videos {first + 1}-{first + len(batch)} of {len(numbers)}, " if size < len(numbers) else ""
+        videos = [(out / names[i], prompts[i]) for i in batch]
+        written += _write(pipe, style, videos, chunks, times, label)
+    print(times.summary(), flush=True)
+    return written
+
+
+def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
+    """Wan's pipeline and the latents to go on from; one large network after the other is in memory."""
+    pixels, options = job.initial_pixels(), job.wan_options(devices)
+    print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
+    model = find_wan(job.model, options)
+    if pixels is not None:
+        if model.vae is None:
+            raise ValueError(f"model folder {job.model} lacks: vae, which encodes the given frames")
+        check_network(model.vae, "vae")
+    text_encoder = Umt5TextEncoder(model, options.compute_dtype)
+    text_encoder.encode([*job.prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
+    initial = None if pixels is None else np.asarray(encode_pixels(load_encoder(model), pixels[None]))
+    return job.wan_sampling(wan_pipeline(job.model, options, model, text_encoder)), initial
+
+
+def _write(
+    pipe: VideoPipeline,
+    style: Style,
+    videos: Sequence[tuple[Path, str]],
+    chunks: Iterator[Chunk],
+    times: Times,
+    label: str,
+) -> list[Path]:
+    """Writes the files of one batch while later chunks are being generated; `videos` are paths and prompts."""
+    began = before = time.perf_counter()
+    cold, latents, small, done = not times.first, [], [], 0
+    paths, frames = [path.with_name(f"{path.name}.mp4") for path, _ in videos], pipe.sampling.frames
+    size = (pipe.sampling.height * style.scale, pipe.sampling.width * style.scale)
+    step = max(1, pipe.sampling.height // 120)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(video_io.Mp4Writer(path, style.fps, size)) for path in paths]
+        first = None
+        for index, chunk in enumerate(chunks):
+            jax.block_until_ready(chunk.latents)
+            denoised = time.perf_counter()
+            pixels = np.asarray(chunk.pixels)
+            decoded = time.perf_counter()
+            if not chunk.initial:
+                first = chunk.start if first is None else first
+                # a compiler works before the first new chunk and before the first two decoded frames
+                compiled = cold and chunk.start <= max(first, 1)
+                times.chunks.append(
+                    ChunkTime(denoised - before, decoded - denoised, pixels.shape[1] * len(videos), compiled)
+                )
+                if chunk.start == first:
+                    times.first.append(decoded - began)
+            before = decoded
+            done += pixels.shape[1]
+            print(f"{label}chunk {index + 1}: {done}/{frames} frames, {decoded - began:.2f} s", flush=True)
+            for writer, video in zip(writers, pixels, strict=False):
+                writer.append(video_io.upscale(video, style.scale))
+            small.append(pixels[: len(videos), :, ::step, ::step])
+            if style.latents:
+                latents.append(np.asarray(chunk.latents.astype(jnp.float32)))
+    small = np.concatenate(small, axis=1)
+    written = list(paths)
+    if style.latents:
+        for path, video in zip(paths, np.concatenate(latents, axis=1), strict=False):
+            with files.replacing(path.with_suffix(".npy")) as unfinished, open(unfinished, "wb") as file:
+                np.save(file, video)
+            written.append(path.with_suffix(".npy"))
+    return written if style.only_videos else [*written, *_write_stills(style, videos, small)]
+
+
+def _write_stills(style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray) -> list[Path]:
+    """Writes GIFs and contact sheets of small videos uint8 [N, F, h, w, c]."""
+    written, frames = [], small.shape[1]
+    if style.gif:
+        for (path, _), video in zip(videos, small, strict=True):
+            written.append(path.with_name(f"{path.name}.gif"))
+            video_io.write_gif(written[-1], video_io.upscale(video, style.scale), style.fps)
+    if style.one_sheet:
+        path = videos[0][0].with_name(f"{videos[0][0].name if len(videos) == 1 else 'contact_sheet'}.png")
+        labels = [prompt for _, prompt in videos]
+        sheet = video_io.contact_sheet(small, every=max(1, frames // 16), labels=labels, factor=3)
+        video_io.write_png(path, sheet)
+        return [*written, path]
+    for (path, _), video in zip(videos, small, strict=True):
+        written.append(path.with_name(f"{path.name}.png"))
+        video_io.write_png(written[-1], video_io.contact_sheet(video[None], every=max(1, frames // 8), factor=1))
+    return written

@@ -1,0 +1,272 @@
+"""What `python -m sf_jax.generate` was asked for, and which pipeline that is."""
+
+import collections
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from sf_jax.diffusion.solvers import Solver
+from sf_jax.inference import lengths, video_io
+from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
+from sf_jax.inference.load import WanOptions, load_pipeline
+from sf_jax.inference.pipeline import Sampling, VideoPipeline
+from sf_jax.rollout import RolloutConfig
+
+NAME_BYTES = 180  # of 255 that file systems take, with room for the index, the suffix and a temporary name
+WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to generate; one field per flag of the command. None stands for what the model has.
+
+    Attributes:
+      prompts: texts.
+      model: folder of Wan2.1; None for the moving digits.
+      checkpoint: Wan: weights of a causal transformer; None is the folder's own bidirectional one. Digits: see
+        `load_pipeline`.
+      part: which network of the checkpoint.
+      frames: pixel frames of the whole video, given ones included.
+      height: pixel rows.
+      width: pixel columns.
+      seed: seed of the noise.
+      num_samples: videos per prompt.
+      fps: frames a second of the files.
+      scale: enlargement of the pixels in the files.
+      out: folder for the files.
+      image: first frame.
+      video: video to extend.
+      solver: "few" (a distilled student) or one of `solvers.SOLVERS`.
+      steps: evaluations of the solver.
+      shift: shift of the schedule.
+      guidance: scale, where there is a solver.
+      negative_prompt: what to guide away from.
+      denoising_steps: of the few-step student, on the even scale.
+      first_chunk_steps: as `denoising_steps`, for the first chunk of a video.
+      chunk: latent frames generated together.
+      window: latent frames that a chunk sees, itself included.
+      sink: first latent frames that stay visible.
+      positions: "absolute", or "relative" to the window (videos without end).
+      context: "clean", or "noisy" for a few-step student that was trained to cache its last denoising step.
+      vae: "wan" or "tiny".
+      dtype: of parameters and computation.
+      save_latents: whether to write the latents beside the videos.
+      vbench_names: whether to name the files `prompt-index.mp4`.
+    """
+
+    prompts: tuple[str, ...]
+    model: str | None = None
+    checkpoint: str | None = None
+    part: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    num_samples: int = 1
+    fps: float | None = None
+    scale: int | None = None
+    out: str = "out"
+    image: str | None = None
+    video: str | None = None
+    solver: str | None = None
+    steps: int | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    denoising_steps: tuple[int, ...] | None = None
+    first_chunk_steps: tuple[int, ...] | None = None
+    chunk: int | None = None
+    window: int | None = None
+    sink: int | None = None
+    positions: str | None = None
+    context: str | None = None
+    vae: str | None = None
+    dtype: str | None = None
+    save_latents: bool = False
+    vbench_names: bool = False
+
+    def __post_init__(self):
+        """Refuses what can be seen to be wrong before anything is loaded."""
+        for field in ("checkpoint", "image", "video", "model", "out"):
+            if getattr(self, field) == "":
+                raise ValueError(f"{field} is empty: give a path or leave it out")
+        for field in ("guidance", "shift", "fps"):
+            value, low = getattr(self, field), -math.inf if field == "guidance" else 0.0
+            if value is not None and not low < value < math.inf:
+                raise ValueError(f"{field} is {value}: it must be a finite number" + " above 0" * (low == 0.0))
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}: it must be at least 1")
+        if not self.prompts:
+            raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
+        if self.model is None:
+            for field in WAN_ONLY:
+                if getattr(self, field) is not None:
+                    raise ValueError(f"{field} is given without model: it is for Wan, whose folder --model names")
+        else:
+            self._check_wan()
+
+    def _check_wan(self) -> None:
+        for field in ("height", "width"):
+            size = getattr(self, field)
+            if size is not None and (size < WAN_SIDE or size % WAN_SIDE):
+                near = max(WAN_SIDE, round(size / WAN_SIDE) * WAN_SIDE)
+                raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
+        if self.image and self.video:
+            raise ValueError("image and video are both given: choose one")
+        empty = [i + 1 for i, prompt in enumerate(self.prompts) if not prompt.strip()]
+        if empty:
+            raise ValueError(f"prompt is empty: say what to show (prompt {empty[0]})")
+        if self.checkpoint is None and (self.image or self.video):
+            raise ValueError("image and video need a causal network: give its weights as checkpoint")
+        if self.few_steps and self.checkpoint is None:
+            raise ValueError(
+                "solver is 'few': a model without checkpoint is Wan's bidirectional one, which needs many steps; "
+                "give a Self Forcing checkpoint, or choose the solver unipc, dpm++ or euler"
+            )
+        if self.context == "noisy" and not self.few_steps:
+            raise ValueError("context is 'noisy': only few-step students cache a denoising step; leave it out")
+        steps = ("denoising_steps", "first_chunk_steps")
+        no_effect = {
+            "a few-step student has none: choose a --solver": self.few_steps * ("steps", "guidance", "negative_prompt"),
+            "it is for few steps, without --solver": (not self.few_steps) * steps,
+            "it is for a causal network: give --checkpoint": (self.checkpoint is None)
+            * ("part", "chunk", "window", "sink", "positions", "context"),
+        }
+        for reason, fields in no_effect.items():
+            for field in fields:
+                if getattr(self, field) is not None:
+                    raise ValueError(f"{field} has no effect here: {reason}")
+        latent, rollout = lengths.latent_frames(self.wan_frames, WAN_FACTOR), self.wan_rollout
+        self.wan_options()
+        if rollout is not None and not self.video:
+            lengths.check_frames(rollout, latent, 1 if self.image else 0, WAN_FACTOR)
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether Wan's network is to run in the few steps of a student."""
+        return self.solver in (None, "few")
+
+    @property
+    def wan_frames(self) -> int:
+        """Pixel frames of Wan's videos; an image is a chunk of its own before those of a usual video."""
+        frames = Sampling().frames
+        if self.frames is not None or self.image is None:
+            return frames if self.frames is None else self.frames
+        chunk = self.chunk or RolloutConfig().chunk
+        return 1 + WAN_FACTOR * -(-(lengths.latent_frames(frames, WAN_FACTOR) - 1) // chunk) * chunk
+
+    @property
+    def rollout_changes(self) -> dict:
+        """Fields of `RolloutConfig` that are asked for."""
+        fields = {"steps": self.denoising_steps, "first_steps": self.first_chunk_steps}
+        fields |= {name: getattr(self, name) for name in ("chunk", "window", "sink", "positions", "context")}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def wan_rollout(self) -> RolloutConfig | None:
+        """Chunks and steps of Wan's causal network; None for its bidirectional one."""
+        if self.checkpoint is None:
+            return None
+        shift = {} if self.shift is None else {"shift": self.shift}
+        alone = {"first_frame_alone": self.image is not None}
+        return RolloutConfig(**self.rollout_changes | shift | alone, context_noise="none")
+
+    def wan_options(self, devices: tuple | None = None) -> WanOptions:
+        """What `load_pipeline` is told of Wan."""
+        vae = {} if self.vae is None else {"vae": self.vae}
+        return WanOptions(
+            self.checkpoint, self.part, dtype=self.dtype, rollout=self.wan_rollout, devices=devices, **vae
+        )
+
+    @property
+    def sampling_changes(self) -> dict:
+        """Fields of `Sampling` that are asked for, but for the solver."""
+        names = ("frames", "height", "width", "seed", "guidance", "negative_prompt")
+        fields = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def wan_sampling(self, pipe: VideoPipeline) -> VideoPipeline:
+        """A pipeline of Wan's that generates what the job asks for."""
+        changes = self.sampling_changes | {"frames": self.wan_frames}
+        if not self.few_steps:
+            shift = self.shift if self.shift is not None else 5.0 if self.checkpoint else 8.0
+            changes["solver"] = Solver(self.solver, shift, self.steps or 50)
+        return pipe.with_sampling(**changes)
+
+    def digits_pipeline(self) -> VideoPipeline:
+        """The pipeline of moving digits that the job asks for."""
+        pipe = load_pipeline(self.checkpoint)
+        solver, asked = pipe.sampling.solver, {"name": self.solver, "steps": self.steps, "shift": self.shift}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if solver is None and (asked.keys() - {"shift"} - ({"name"} if self.solver == "few" else set())):
+            raise ValueError(f"{'solver' if self.solver else 'steps'} has no effect here: a student takes few steps")
+        changes = self.rollout_changes
+        if solver is not None:
+            if self.solver == "few":
+                raise ValueError("solver is 'few': this network of moving digits needs many steps")
+            for name in ("denoising_steps", "first_chunk_steps"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect here: this network takes many steps")
+            pipe = pipe.with_sampling(solver=dataclasses.replace(solver, **asked))
+        elif self.shift is not None:
+            changes |= {"shift": self.shift}
+        if changes:
+            pipe = pipe.with_rollout(**changes)
+        return pipe.with_sampling(**self.sampling_changes)
+
+    def initial_pixels(self) -> np.ndarray | None:
+        """Pixels uint8 [F, h, w, 3] of the given image or video; None where there is none."""
+        height, width = self.height or Sampling().height, self.width or Sampling().width
+        if self.image is not None:
+            return video_io.read_image(self.image, height, width)[None]
+        if self.video is None:
+            return None
+        pixels, chunk = video_io.read_video(self.video, height, width), self.wan_rollout.chunk
+        # as many of the last frames as make whole chunks
+        latent = ((len(pixels) - 1) // WAN_FACTOR + 1) // chunk * chunk
+        if latent < 1:
+            raise ValueError(
+                f"video {self.video} has {len(pixels)} frames: a chunk of {chunk} latent frames needs at least "
+                f"{(chunk - 1) * WAN_FACTOR + 1}"
+            )
+        frames = lengths.latent_frames(self.wan_frames, WAN_FACTOR)
+        lengths.check_frames(self.wan_rollout, frames, latent, WAN_FACTOR)
+        return pixels[-((latent - 1) * WAN_FACTOR + 1) :]
+
+    def video_prompts(self) -> list[str]:
+        """The prompt of every video, each prompt's samples in order."""
+        return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
+
+
+def video_names(job: Job) -> list[str]:
+    """File names, without suffix, of the videos, every prompt's samples in order.
+
+    VBench wants the prompt itself and the number of the sample; a prompt that comes again is counted on.
+    """
+    names, seen = [], collections.Counter()
+    for prompt in job.prompts:
+        if job.vbench_names:
+            text = re.sub(r"[/\x00]", " ", prompt)
+        else:
+            text = re.sub(r"\W+", "_", prompt.lower()).strip("_")
+        text = text.encode()[:NAME_BYTES].decode(errors="ignore") or "video"
+        for sample in range(job.num_samples):
+            if job.vbench_names:
+                sample, seen[text] = seen[text], seen[text] + 1
+            names.append(f"{text}-{sample}" if job.vbench_names or job.num_samples > 1 else text)
+    if len(set(names)) < len(names):
+        names = [f"{i:04d}_{name}" for i, name in enumerate(names)]
+    return names
+
+
+def check_names(names: list[str], out: Path) -> None:
+    """Refuses names that folders have, before anything long begins."""
+    for name in names:
+        for suffix in (".mp4", ".png", ".npy", ".gif"):
+            if (out / f"{name}{suffix}").is_dir():
+                raise ValueError(f"out: {out / name}{suffix} is a folder: a file of that name is to be written")

@@ -1,0 +1,208 @@
+"""Pipelines from weight files: the embedded moving digits, and Wan2.1 with what was distilled from it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sf_jax.diffusion.solvers import Solver
+from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
+from sf_jax.inference.pipeline import Sampling, VideoPipeline
+from sf_jax.inference.text_encoder import Umt5TextEncoder
+from sf_jax.models.patch_codec import PatchCodec
+from sf_jax.models.text import WordEmbedding
+from sf_jax.models.tiny_vae import TinyVaeDecoder
+from sf_jax.models.vae import WanVae
+from sf_jax.models.wan import WanTransformer
+from sf_jax.rollout import RolloutConfig
+from sf_jax.weights.folders import ModelFiles, find_model
+from sf_jax.weights.networks import check_network, load_network
+from sf_jax.weights.package import SHIPPED, Package, load_package, shipped_path
+
+VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
+DIGITS_FRAMES, MANY_STEPS = 48, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class WanOptions:
+    """What `load_pipeline` makes of a model folder.
+
+    Attributes:
+      checkpoint: weights of a causal transformer, .pt or .safetensors; None is the folder's own bidirectional one.
+      part: which network of a checkpoint with several; None takes the averaged generator.
+      vae: decoder: "wan", "tiny" (fast), or "none" to stop at the latents.
+      dtype: of parameters and computation, "bfloat16" or "float32"; None is bfloat16, on a CPU float32.
+      rollout: chunks, window and steps of a causal network; None is chunks of 3 and the official steps.
+      encoder: whether to load the VAE's encoder, for videos that go on from an image or a video.
+      keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
+      devices: that share the videos of a batch; None is the default device alone.
+    """
+
+    checkpoint: str | Path | None = None
+    part: str | None = None
+    vae: str = "wan"
+    dtype: str | None = None
+    rollout: RolloutConfig | None = None
+    encoder: bool = False
+    keep_text_encoder: bool = False
+    devices: tuple[jax.Device, ...] | None = None
+
+    def __post_init__(self):
+        """Validates names."""
+        for name, allowed in (("vae", tuple(VAES)), ("dtype", (None, "bfloat16", "float32"))):
+            if getattr(self, name) not in allowed:
+                names = ", ".join(str(value) for value in allowed if value)
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {names}")
+        if self.checkpoint is None:
+            for name in ("part", "rollout"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect without checkpoint: it is for causal networks")
+            if self.encoder:
+                raise ValueError("encoder has no effect without checkpoint: only causal networks go on from videos")
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type of parameters and computation."""
+        return self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Parts of the model folder that must be there."""
+        parts = {"text_encoder", "tokenizer", VAES[self.vae], "vae" if self.encoder else None}
+        return (*sorted(parts - {None}), *([] if self.checkpoint else ["transformer"]))
+
+
+def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None = None, **options) -> VideoPipeline:
+    """Loads a model.
+
+    `load_pipeline()` is the student of moving digits that the package ships, and
+    `load_pipeline("weights/Wan2.1-T2V-1.3B", checkpoint="self_forcing_dmd.pt")` a student of Wan's.
+
+    Args:
+      model: a folder of Wan2.1, as it was published or of diffusers; a .safetensors file of moving digits that training
+        wrote; "student" or "teacher" for the shipped ones. None is the shipped student.
+      checkpoint: with a folder, weights of a causal transformer; None is the folder's own bidirectional one.
+      **options: with a folder, other fields of `WanOptions`.
+
+    Raises:
+      ValueError: if a file is missing, damaged, or something else.
+    """
+    path = Path("student" if model is None else model)
+    if model is None or str(model) in SHIPPED or path.suffix == ".safetensors" or not path.is_dir():
+        if str(model) not in SHIPPED and model is not None and path.suffix != ".safetensors":
+            raise ValueError(f"model folder {model} does not exist")
+        given = {"checkpoint": checkpoint} if checkpoint is not None else {}
+        for name in given | options:
+            raise ValueError(f"{name} is given without a model folder: it is for Wan")
+        return digits_pipeline(load_package(shipped_path(str(path)) if str(path) in SHIPPED else path), f"{path}")
+    fields = {field.name for field in dataclasses.fields(WanOptions)}
+    if set(options) - fields:
+        raise ValueError(f"{sorted(set(options) - fields)[0]} is no option: options are {', '.join(sorted(fields))}")
+    return wan_pipeline(model, WanOptions(checkpoint=checkpoint, **options))
+
+
+def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
+    """A network of moving digits with their words and their codec; `title` names it in errors.
+
+    Raises:
+      ValueError: if it is not one of moving digits.
+    """
+    codec, text = PatchCodec.load(), WordEmbedding()
+    config = package.config
+    if config.channels != codec.channels or config.text_dim != text.dim:
+        raise ValueError(
+            f"{title} has {config.channels} latent channels and text_dim {config.text_dim}: "
+            f"moving digits have {codec.channels} and {text.dim}"
+        )
+    height, width = (side * codec.spatial_factor for side in package.size)
+    bidirectional, solver = package.kind == "teacher", None
+    if package.kind != "student":
+        solver = Solver("euler" if bidirectional else "unipc", package.shift, MANY_STEPS)
+    frames = package.frames if bidirectional else DIGITS_FRAMES
+    return VideoPipeline(
+        text_encoder=text,
+        transformer=WanTransformer(config),
+        params=jax.tree.map(jnp.asarray, package.params),
+        rollout=None if bidirectional else package.rollout,
+        decoder=codec,
+        encoder=codec,
+        sampling=Sampling(frames, height, width, solver=solver, guidance=package.guidance),
+        only_frames=package.frames if bidirectional else None,
+        # behind the numbers of the draws between the steps, as when the first students were shipped
+        noise_number=2 * max(len(package.rollout.steps), len(package.rollout.first_steps)),
+        progress=False,
+    )
+
+
+def find_wan(folder: str | Path, options: WanOptions) -> ModelFiles:
+    """The files of a model folder, checked by names and shapes alone: nothing long begins before.
+
+    Raises:
+      ValueError: naming what is missing or does not fit.
+    """
+    files = find_model(folder, options.needed)
+    if files.config is None:
+        raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
+    check_network(_transformer_path(files, options), "transformer", files.config, options.part)
+    check_network(files.text_encoder, "umt5")
+    for kind in {VAES[options.vae], "vae" if options.encoder else None} - {None}:
+        check_network(getattr(files, kind), kind)
+    return files
+
+
+def _transformer_path(files: ModelFiles, options: WanOptions) -> Path:
+    return files.transformer if options.checkpoint is None else Path(options.checkpoint)
+
+
+def wan_mesh(devices: Sequence[jax.Device] | None) -> Mesh | None:
+    """Devices that have a video each, axis `data`; None for the default device alone."""
+    return None if devices is None else Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def load_encoder(files: ModelFiles) -> VaeEncoder:
+    """The VAE's encoder, in the precision of its file."""
+    config, params = load_network(files.vae, "vae")
+    return VaeEncoder(WanVae(config), params)
+
+
+def wan_pipeline(
+    folder: str | Path,
+    options: WanOptions,
+    files: ModelFiles | None = None,
+    text_encoder: Umt5TextEncoder | None = None,
+) -> VideoPipeline:
+    """Loads transformer and decoder of a model folder, and the encoder where it is asked for.
+
+    Args:
+      folder: the model folder.
+      options: what to make of it.
+      files: what `find_wan` found there; None looks.
+      text_encoder: one that has embedded the prompts already; None makes one.
+
+    Raises:
+      ValueError: see `find_wan`.
+    """
+    files = files or find_wan(folder, options)
+    dtype, mesh = options.compute_dtype, wan_mesh(options.devices)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    path = _transformer_path(files, options)
+    _, params = load_network(path, "transformer", files.config, dtype, options.part, everywhere)
+    causal, kind, decoder = options.checkpoint is not None, VAES[options.vae], None
+    if kind is not None:
+        config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere)
+        module = WanVae if kind == "vae" else TinyVaeDecoder
+        decoder = VaeDecoder(module(dataclasses.replace(config, dtype=dtype)), vae_params)
+    return VideoPipeline(
+        text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder),
+        transformer=WanTransformer(dataclasses.replace(files.config, dtype=dtype, remat="none")),
+        params=params,
+        rollout=(options.rollout or RolloutConfig(context_noise="none")) if causal else None,
+        decoder=decoder,
+        mesh=mesh,
+        encoder=load_encoder(files) if options.encoder else None,
+        sampling=Sampling(solver=None if causal else Solver("unipc", 8.0, 50)),
+    )

@@ -1,0 +1,87 @@
+"""What a pipeline runs on the devices, as jitted functions: one compilation per shape, caches donated."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sf_jax import rollout as ro
+from sf_jax.diffusion import solvers
+from sf_jax.diffusion.solvers import guided
+from sf_jax.inference.decoders import Decoder, Encoder
+from sf_jax.many_step import guided_chunk
+from sf_jax.models.patch_codec import to_float, to_uint8
+from sf_jax.models.wan import WanTransformer, bidirectional_layout
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_text(model: WanTransformer, params: dict, text: jax.Array):
+    """Cross-attention keys and values of prompt embeddings [B, S, text_dim]."""
+    return model.apply({"params": params}, text, method="encode_text")
+
+
+@jax.jit
+def encode_pixels(encoder: Encoder, pixels: jax.Array) -> jax.Array:
+    """Latents of uint8 pixels."""
+    return encoder.encode(to_float(pixels))
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def decode(decoder: Decoder, cache: Any, latents: jax.Array) -> tuple[Any, jax.Array]:
+    """The decoder's new cache, and the pixels, uint8, of the next latent frame [B, 1, H, W, C]."""
+    cache, pixels = decoder.decode_chunk(cache, latents)
+    return cache, to_uint8(pixels)
+
+
+def chunk_noise(source: tuple, chunk: jax.Array | int, size: tuple[int, ...]) -> jax.Array:
+    """Initial noise float32 [B, *size] of a chunk; `source` as in `next_chunk`."""
+    key, examples, number = source
+    key = jax.random.fold_in(jax.random.fold_in(key, number), chunk)
+    return ro.example_noise(key, examples, (examples.shape[0], *size))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+def next_chunk(model, config, many, size, params, text, cache, source, place):
+    """Generates the next chunk.
+
+    Args:
+      model: the transformer.
+      config: chunks and steps.
+      many: (solver, guidance) of many steps; None for the few steps of a student.
+      size: (n, H, W, C) of the chunk.
+      params: the transformer's parameters.
+      text: from `encode_text`; with many steps, each prompt is followed by its negative prompt.
+      cache: keys and values of the frames before.
+      source: (key, examples int32 [B], number), what the noise is drawn from.
+      place: (first latent frame, index of the chunk); may be traced.
+
+    Returns:
+      The new cache and the latents [B, n, H, W, C].
+    """
+    (start, chunk), noise = place, chunk_noise(source, place[1], size)
+    if many is not None:
+        return guided_chunk(model, config, params, text, cache, noise, start, *many)
+    timesteps, count = config.timesteps_of(chunk)
+    draw = ro.key_draw(*source[:2])
+    return ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps)[:2]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def write_initial(model, config, params, text, cache, clean, start):
+    """The cache with a chunk of given latents [B, n, H, W, C]."""
+    clean = jnp.repeat(clean, text.k.shape[1] // clean.shape[0], axis=0)
+    return ro.write_chunk(model, config, params, text, cache, clean, start)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def bidirectional_step(model, guidance, params, text, state, row):
+    """One guided step of a whole video; `row` is an entry of `solvers.rows`, `text` as in `next_chunk`."""
+    layout = bidirectional_layout(state.x.shape[1])
+
+    def flow(x, t):
+        t = jnp.full((2 * x.shape[0], 1), t, jnp.float32)
+        both = model.apply({"params": params}, jnp.repeat(x, 2, axis=0), t, text, layout)
+        return guided(both[::2], both[1::2], guidance)
+
+    return solvers.step(state, row, flow)
