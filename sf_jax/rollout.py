@@ -26,6 +26,7 @@ Draw = Callable[[str, Any, Any, tuple[int, ...]], jax.Array]
 CONTEXTS = ("clean", "noisy")
 CONTEXT_NOISES = ("exact", "official", "none")
 POSITIONS = ("absolute", "relative")
+MAX_PREFIXES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,8 @@ class Rollout:
       video: [B, F, H, W, C] clean latents, initial frames included.
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
-      cache: keys and values of all frames (of the last ones, if made without `full_cache`).
+      cache: keys and values of all frames (of the last ones, if made without `full_cache`); those of the last chunk,
+        which nothing reads, are its exit step's.
       context_inputs: [B, F_new, H, W, C] what the clean passes read; None where they read the video itself.
       initial_frames: number of given frames at the start (static).
     """
@@ -221,6 +223,10 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
     """
     if isinstance(start, int):
         kv_cache.check_capacity(cache, start + size, config.window)
+    # The slots of a ring fill in order and are then all in the window, as are those of a cache for a video that never
+    # outgrows it; a longer cache has old frames to hide.
+    is_prefix = config.window is None or cache.capacity <= config.window
+    prefixes, masked = context_lengths(config, cache.capacity, start) if is_prefix else ((), False)
     frames, context_frames = jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32), cache.frames
     if config.positions == "relative":
         moved = jnp.maximum(start + size - config.window, 0)
@@ -231,9 +237,27 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
         context_frames=jnp.maximum(context_frames, 0),
         context_mask=kv_cache.visible(cache, start, start + size, config.window),
         pattern=attention.cached(size, cache.capacity),
-        # a ring's slots fill in order and are then all in the window; a full cache with a window has old frames to hide
-        mask_is_prefix=config.window is None or cache.capacity <= config.window - config.chunk,
+        mask_is_prefix=is_prefix,
+        prefixes=prefixes,
+        prefixes_masked=masked,
     )
+
+
+def context_lengths(config: RolloutConfig, capacity: int, start: jax.Array | int) -> tuple[tuple[int, ...], bool]:
+    """Numbers of cached frames that the chunk at `start` can meet in a cache of `capacity` frames, ascending.
+
+    A traced start can be any. Each length is a copy of the attention in the compiled program, so that of many lengths
+    only some are kept, the longest among them.
+
+    Returns:
+      The lengths, and whether some were left out (`Layout.prefixes`, `Layout.prefixes_masked`).
+    """
+    if isinstance(start, int):
+        return (min(start, capacity),), False
+    first = 1 if config.first_frame_alone else config.chunk
+    lengths = [0, *range(first, capacity, config.chunk), *([] if config.window is None else [capacity])]
+    every = -(-len(lengths) // MAX_PREFIXES)
+    return tuple(sorted({0, *lengths[::-every]})), every > 1
 
 
 def predict(
@@ -291,6 +315,7 @@ def generate_chunk(
     exit_step: jax.Array | int,
     draw: Draw,
     timesteps: jax.Array | None = None,
+    last: jax.Array | bool = False,
 ) -> tuple[KVCache, jax.Array, jax.Array]:
     """Generates one chunk, without gradient, and writes it to the cache.
 
@@ -306,6 +331,8 @@ def generate_chunk(
       exit_step: index of the denoising step whose prediction is the result; may be traced.
       draw: source of noise.
       timesteps: float32 [S], more than `exit_step`; None is `config.timesteps`. May be traced.
+      last: whether no chunk follows: nothing would read what the clean pass writes, so it is left out, and the cache
+        gets the keys and values of the exit step. May be traced.
 
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
@@ -313,18 +340,20 @@ def generate_chunk(
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
     layout = chunk_layout(cache, config, start, noise.shape[1])
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
-    kv, clean, x = _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw, timesteps)
+    calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
+    state = (text, cache, layout)
+    kv, clean, x = _denoise(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps)
     return kv_cache.write(cache, kv.k, kv.v, start), clean, x
 
 
-def _denoise(model, config, params, text, cache, layout, noise, chunk, exit_step, draw, timesteps):
+def _denoise(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps):
     """All calls of the network for one chunk in one loop: one copy of the network is compiled.
 
-    The calls are the denoising steps up to the exit step, then the clean pass where there is one. Returns the last
+    The `calls` are the denoising steps up to the exit step, then the clean pass where there is one. Returns the last
     call's keys and values, the clean chunk and the exit step's input.
     """
     timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
-    calls = exit_step + (2 if config.context == "clean" else 1)
+    text, cache, layout = state
 
     def call(step, carry):
         clean, x, _ = carry
@@ -388,7 +417,10 @@ def rollout(
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
 
     def step(cache, noise, chunk, first, exit_step):
-        cache, clean, x = generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
+        last = jnp.asarray(chunk) == len(chunks) - 1
+        cache, clean, x = generate_chunk(
+            model, config, params, text, cache, noise, first, chunk, exit_step, draw, last=last
+        )
         read = (context_input(config, clean, draw, chunk),) if config.adds_context_noise else ()
         return cache, clean, x, *read
 

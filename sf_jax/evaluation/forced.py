@@ -66,7 +66,7 @@ def generate_behind_real(
         if chunk:
             # the cache before it is needed for the real chunk, too: `next_chunk` takes a copy's memory
             copy = jax.tree.map(jnp.copy, cache)
-            own, latents = next_chunk(model, config, many, (count, *size), params, text, copy, source, place)
+            own, latents = next_chunk(model, config, many, (count, *size), params, text, copy, source, (*place, False))
             _, pixels = decode(pipe.decoder, pipe.decoder.init_cache(len(prompts), *size[:2]), latents)
             parts[-1] = np.asarray(pixels)
         if chunk and only_first:

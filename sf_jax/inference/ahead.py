@@ -102,7 +102,7 @@ def compile_generation(
     examples, latents = shape(batch, dtype=jnp.int32), shape(batch, 1, *size[1:])
     decoder = VaeDecoder(vae, on_mesh(vae_shapes))
     stream = on_mesh(jax.eval_shape(lambda: decoder.init_cache(batch, *size[1:3])), "data")
-    source, place = (key, examples, number), (number, number)
+    source, place = (key, examples, number), (number, number, jax.ShapeDtypeStruct((), bool))
     calls = {
         PROGRAMS[0]: (programs.encode_text, model, params, prompt),
         PROGRAMS[1]: (programs.next_chunk, model, rollout, None, size, params, text, cache, source, place),

@@ -405,7 +405,8 @@ class VideoPipeline:
         many = None if sampling.solver is None else (sampling.solver, sampling.guidance)
         for index, count in enumerate(chunks):
             static = (self.transformer, self.rollout, many, (count, *size))
-            cache, clean = self.run(programs.next_chunk, *static, self.params, text, cache, source, (start, index))
+            place = (start, index, index == len(chunks) - 1)
+            cache, clean = self.run(programs.next_chunk, *static, self.params, text, cache, source, place)
             yield Chunk(clean, None, start)
             start += count
 

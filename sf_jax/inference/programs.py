@@ -54,17 +54,19 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
       text: from `encode_text`; with many steps, each prompt is followed by its negative prompt.
       cache: keys and values of the frames before.
       source: (key, examples int32 [B], number), what the noise is drawn from.
-      place: (first latent frame, index of the chunk); may be traced.
+      place: (first latent frame, index of the chunk, whether no chunk follows); may be traced.
 
     Returns:
       The new cache and the latents [B, n, H, W, C].
     """
-    (start, chunk), noise = place, chunk_noise(source, place[1], size)
+    (start, chunk, last), noise = place, chunk_noise(source, place[1], size)
     if many is not None:
         return guided_chunk(model, config, params, text, cache, noise, start, *many)
     timesteps, count = config.timesteps_of(chunk)
     draw = ro.key_draw(*source[:2])
-    return ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps)[:2]
+    return ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps, last)[
+        :2
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax.models import attention_kernels
+from sf_jax.models.tiled_attention import HIDDEN, tiled_attention
 
 Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
 IMPLEMENTATIONS = ("auto", "xla", "whole", "cudnn", "splash")
-# Logits of one query block, in elements: above this the queries are processed in blocks, one after the other.
-# Beyond 16 MB CPUs slow down, as every block's logits are new memory pages.
+# Logits of a call, in elements: above this they are computed in tiles. Beyond 16 MB CPUs slow down, as all logits are
+# new memory pages.
 MAX_LOGITS = {"cpu": 1 << 22}
 MAX_LOGITS_ELSEWHERE = 1 << 25
 
@@ -207,16 +208,16 @@ def attend(
 ) -> jax.Array:
     """Softmax attention of `q` over the keys of several segments together.
 
-    Logits and softmax are float32, and nothing of size T x T is kept: "xla" processes the queries in blocks once the
-    logits exceed `max_logits` elements and recomputes each block in the backward pass; the kernels never have them.
+    Logits and softmax are float32, and nothing of size T x T is kept: "xla" computes in tiles (`tiled_attention`) once
+    the logits exceed `max_logits` elements; the kernels never have them.
 
     Args:
       q: [B, T, N, D] queries, any float dtype.
       segments: (k [B, S, N, D], v [B, S, N, D], mask) each; the mask is None, bool [S], or an int32 scalar n for the
         first n keys. At least one key must be visible.
-      implementation: "xla" (any device), "whole" ("xla" without blocks: all logits at once), "cudnn" (GPU, 16 bit),
+      implementation: "xla" (any device), "whole" ("xla" without tiles: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
-      max_logits: largest number of logits that "xla" holds at once; None is the backend's.
+      max_logits: how many logits "xla" computes at once, and how many a tile may have; None are the backend's numbers.
       split: which axis of the queries the `context` of a mesh splits, "heads" or "tokens".
 
     Returns:
@@ -228,18 +229,16 @@ def attend(
     if chosen == "splash":
         return attention_kernels.splash_attention(q, segments, split)
     batch, length, heads, dim = q.shape
-    q = (q * dim**-0.5).transpose(0, 2, 1, 3)
-    segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)
-    keys = sum(k.shape[-1] for k, _, _ in segments)
-    max_logits = max_logits or MAX_LOGITS.get(jax.default_backend(), MAX_LOGITS_ELSEWHERE)
-    blocks = 1 if chosen == "whole" else -(-batch * heads * length * keys // max_logits)
-    if blocks == 1:
-        return _attend_block(q, segments).transpose(0, 2, 1, 3)
-    size = -(-length // min(blocks, length))
-    padded = jnp.pad(q, ((0, 0), (0, 0), (0, -length % size), (0, 0)))
-    padded = padded.reshape(batch, heads, -1, size, dim).transpose(2, 0, 1, 3, 4)
-    out = jax.lax.map(jax.checkpoint(lambda block: _attend_block(block, segments)), padded)
-    return _unblock(out)[:, :length]
+    keys = sum(k.shape[1] for k, _, _ in segments)
+    q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(jax.default_backend(), MAX_LOGITS_ELSEWHERE)
+    if chosen == "whole" or batch * heads * length * keys <= whole:
+        return _attend_whole(q, segments)
+    k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
+    bias = None
+    if any(mask is not None for _, _, mask in segments):
+        masks = [jnp.ones(k.shape[1], bool) if mask is None else _mask(k, mask) for k, _, mask in segments]
+        bias = jnp.where(jnp.concatenate(masks), 0.0, HIDDEN)
+    return tiled_attention(q, k, v, bias, max_logits)
 
 
 def _mask(k, mask):
@@ -247,18 +246,14 @@ def _mask(k, mask):
     return mask if mask is None or mask.ndim else jnp.arange(k.shape[1]) < mask
 
 
-def _unblock(out: jax.Array) -> jax.Array:
-    """[blocks, B, N, size, D] to [B, blocks*size, N, D]."""
-    blocks, batch, heads, size, dim = out.shape
-    return out.transpose(1, 0, 3, 2, 4).reshape(batch, blocks * size, heads, dim)
-
-
-def _attend_block(q, segments):
-    """Attention of one block of queries [B, N, T, D]; normalised after the product with the values."""
+def _attend_whole(q, segments):
+    """Attention with all logits at once; normalized after the product with the values."""
+    q = q.transpose(0, 2, 1, 3)
+    segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)
     logits = []
     for k, _, mask in segments:
         part = jnp.matmul(q, k, preferred_element_type=jnp.float32)
-        logits.append(part if mask is None else jnp.where(mask, part, -1e30))
+        logits.append(part if mask is None else jnp.where(mask, part, HIDDEN))
     top = logits[0].max(-1, keepdims=True)
     for part in logits[1:]:
         top = jnp.maximum(top, part.max(-1, keepdims=True))
@@ -268,4 +263,4 @@ def _attend_block(q, segments):
         weights = jnp.exp(part - top)
         total = total + weights.sum(-1, keepdims=True)
         out = out + jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / total).astype(q.dtype)
+    return (out / total).astype(q.dtype).transpose(0, 2, 1, 3)

@@ -6,6 +6,7 @@ predicts the flow, `noise - clean`.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import flax.struct
@@ -17,6 +18,9 @@ from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.layers import Axes, LayerNorm, Linear, RMSNorm, layer_norm, time_features
 from sf_jax.models.partition import constrain
+
+# Logits of a call, in elements, up to which it costs less to mask empty context than to have copies of the attention.
+PREFIX_LOGITS = 1 << 19
 
 REMAT_POLICIES = {
     "none": None,
@@ -133,6 +137,9 @@ class Layout:
       context_frames: int [S], positions of the context's frames, or None without context.
       context_mask: bool [S] of usable context frames, or None where all are.
       mask_is_prefix: whether the usable context frames are the first ones (static); kernels then need no mask.
+      prefixes: lengths of context to which attention is compiled (static, ascending), where the usable frames are the
+        first ones: a call computes nothing behind the shortest that holds all usable ones. Empty: all frames.
+      prefixes_masked: whether there can be other numbers of usable frames than those (static).
       pattern: which own and context frames each query frame sees (static).
       straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
         their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
@@ -144,6 +151,8 @@ class Layout:
     pattern: attention.Pattern = flax.struct.field(pytree_node=False, default=())
     straight_through: int | None = flax.struct.field(pytree_node=False, default=None)
     mask_is_prefix: bool = flax.struct.field(pytree_node=False, default=False)
+    prefixes: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    prefixes_masked: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def bidirectional_layout(frames: int) -> Layout:
@@ -163,6 +172,8 @@ class _Shared:
     tokens: int = flax.struct.field(pytree_node=False)
     straight_through: int | None = flax.struct.field(pytree_node=False)
     mask_is_prefix: bool = flax.struct.field(pytree_node=False)
+    prefixes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    prefixes_masked: bool = flax.struct.field(pytree_node=False)
     implementation: str = flax.struct.field(pytree_node=False)
     return_kv: bool = flax.struct.field(pytree_node=False)
 
@@ -279,6 +290,10 @@ def _pattern_attention(q, k, v, context, shared):
     own_k = rope.rotate(k, shared.own_rotation)
     q = rope.rotate(q, shared.own_rotation)
     mask = shared.context_mask
+    if context is not None and shared.prefixes:
+        keys = shared.prefixes[-1] * tokens + k.shape[1]
+        if q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
+            return _prefix_attention(q, own_k, v, context, shared)
     if mask is not None:
         mask = mask.sum(dtype=jnp.int32) * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)
     if context is not None:
@@ -299,6 +314,33 @@ def _pattern_attention(q, k, v, context, shared):
         start, stop = group.queries
         outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments, shared.implementation))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _prefix_attention(q, own_k, v, context, shared):
+    """Self-attention of one chunk over itself and the usable first frames of the context, and nothing else."""
+    frames = shared.context_mask.sum(dtype=jnp.int32)
+    tokens, prefixes = shared.tokens, shared.prefixes
+
+    def attend(segments):
+        return attention.attend(q, [*segments, (own_k, v, None)], shared.implementation)
+
+    def first(count):
+        part = slice(count * tokens)
+        context_k, context_v = context.k[:, part].astype(own_k.dtype), context.v[:, part].astype(v.dtype)
+        return rope.rotate(context_k, shared.context_rotation[:, part]), context_v
+
+    if not prefixes[-1]:
+        return attend([])
+    whole = jax.eval_shape(lambda: (*first(prefixes[-1]), jnp.int32(0)))
+    if attention.choose(shared.implementation, q, [whole, (own_k, v, None)]) == "cudnn":
+        return attend([(*first(prefixes[-1]), frames * tokens)])  # reads as many keys as it is told
+
+    def over(count):
+        # nothing to mask where the lengths leave out none that a chunk can meet
+        return attend([(*first(count), frames * tokens if shared.prefixes_masked else None)] if count else [])
+
+    branches = [functools.partial(over, count) for count in prefixes]
+    return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), frames), branches)
 
 
 def _part_of_mask(mask, part):
@@ -424,6 +466,8 @@ class WanTransformer(nn.Module):
             tokens=grid[0] * grid[1],
             straight_through=layout.straight_through,
             mask_is_prefix=layout.mask_is_prefix,
+            prefixes=layout.prefixes,
+            prefixes_masked=layout.prefixes_masked,
             implementation=config.attention,
             return_kv=return_kv,
         )

@@ -139,8 +139,10 @@ def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable
 
 def rollout_trips(config: TrainConfig) -> float:
     """Mean number of the network's calls per chunk of a rollout: up to the exit step, then any clean pass."""
-    steps = len(config.rollout.steps)
-    return (config.rollout.context == "clean") + (steps if config.exits == "last" else (steps + 1) / 2)
+    steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(config.data.frames)[1])
+    return (config.rollout.context == "clean") * (1 - 1 / chunks) + (
+        steps if config.exits == "last" else (steps + 1) / 2
+    )
 
 
 def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:
@@ -165,7 +167,9 @@ def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:
             inner = math.prod(kernel) // kernel[features]
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         elif name == "cond":
-            total += max(matmul_flops(branch, dynamic_trips) for branch in given["branches"])
+            # a chunk attends to as much as is cached, to each length once (`Layout.prefixes`)
+            branches = [flops for branch in given["branches"] if (flops := matmul_flops(branch, dynamic_trips))]
+            total += sum(branches) / max(1, len(branches))
         elif name == "while":
             total += dynamic_trips * matmul_flops(given["body_jaxpr"], dynamic_trips)
         else:

@@ -1,0 +1,78 @@
+"""What the size of the cache costs where it is empty: chunks of a video in caches of several capacities.
+
+  python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens a frame), batch 1
+  python -m benchmarks.cache_growth --small    # dim 128, 4 layers, 12x20 latents
+
+Each row is one program: a chunk of 3 latent frames in 4 denoising steps and the clean pass, random weights, float32.
+It is timed as the first chunk (nothing is cached) and as the last one that the cache takes, `--repeats` times in turns;
+the median is printed. CPU times are those of the process. The last line is the ratio of the first chunk's
+time in the largest cache to that in the smallest.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.streaming import random_params
+from sf_jax import rollout as ro
+from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def chunk(model, config, params, text, cache, noise, start):
+    """The latents of one chunk; the new cache is computed, too, and dropped."""
+    draw = ro.key_draw(jax.random.key(0), jnp.arange(noise.shape[0]))
+    made = ro.generate_chunk(model, config, params, text, cache, noise, start, 0, len(config.steps) - 1, draw)
+    return made[1], made[0].k[0, 0, 0, 0, 0]
+
+
+def main() -> None:
+    """Prints a table and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--capacities", default="9,21,63", help="latent frames, ascending")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    capacities = [int(capacity) for capacity in args.capacities.split(",")]
+    if args.small:
+        config, size = WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4), (12, 20)
+    else:
+        config, size = WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=6), (24, 40)
+    model, rollout = WanTransformer(config), ro.RolloutConfig(context_noise="none")
+    params = random_params(param_shapes(config), "float32")
+    text = jnp.asarray(np.random.default_rng(0).standard_normal((1, config.text_len, config.text_dim), np.float32))
+    text = model.apply({"params": params}, text, method="encode_text")
+    noise = jax.random.normal(jax.random.key(1), (1, rollout.chunk, *size, config.channels))
+    calls = {}
+    for capacity in capacities:
+        cache = ro.empty_cache(model, rollout, 1, capacity, *size)
+        full = cache.replace(frames=jnp.where(jnp.arange(capacity) < capacity - 3, jnp.arange(capacity), -1))
+        fixed = functools.partial(chunk, model, rollout, params, text)
+        calls[capacity, "first"] = functools.partial(fixed, cache, noise, jnp.int32(0))
+        calls[capacity, "last"] = functools.partial(fixed, full, noise, jnp.int32(capacity - 3))
+    times = {key: [] for key in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(args.repeats):
+        for key, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            times[key].append((time.perf_counter() - wall, time.process_time() - cpu))
+    device = jax.devices()[0].device_kind
+    print(f"JAX {jax.__version__}, {device}, dim {config.dim}, {config.num_layers} layers, {size[0]}x{size[1]} latents")
+    print(f"{'capacity':>8s} {'chunk':>6s} {'seconds':>8s} {'CPU s':>8s}")
+    medians = {key: [statistics.median(part) for part in zip(*runs, strict=True)] for key, runs in times.items()}
+    for (capacity, which), (wall, cpu) in medians.items():
+        print(f"{capacity:8d} {which:>6s} {wall:8.3f} {cpu:8.3f}")
+    small, large = (medians[capacity, "first"] for capacity in (capacities[0], capacities[-1]))
+    wall, cpu = (large[i] / small[i] for i in range(2))
+    print(f"first chunk, capacity {capacities[-1]} against {capacities[0]}: {wall:.2f} (CPU {cpu:.2f})")
+
+
+if __name__ == "__main__":
+    main()
