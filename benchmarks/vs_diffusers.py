@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.side_by_side import HEADER, Row, device, line, measure
 from sf_jax.models.umt5 import Umt5Encoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
@@ -44,22 +45,6 @@ except ImportError as error:
     raise SystemExit(f"error: {error}; pip install 'sf_jax[parity]'") from error
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "numpy")
-PAUSE = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One comparison.
-
-    Attributes:
-      what: the sizes, for the table.
-      ours: runs ours once, waits for it and returns the output.
-      theirs: the same for theirs; arrays of one shape.
-    """
-
-    what: str
-    ours: Callable[[], jax.Array]
-    theirs: Callable[[], np.ndarray]
 
 
 def _params(kind: str, model: torch.nn.Module, **changes) -> tuple:
@@ -154,33 +139,6 @@ ROWS = {
 }
 
 
-def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict:
-    """Seconds of both sides, taking turns; how far their outputs are apart; what other processes used meanwhile."""
-    outputs = [np.asarray(side(), np.float64) for side in (row.ours, row.theirs)]
-    difference = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
-    seconds, others = {"ours": [], "theirs": []}, []
-    for _ in range(repeats):
-        for name, side in (("ours", row.ours), ("theirs", row.theirs)):
-            time.sleep(PAUSE)
-            before, began = _machine_time(), clock()
-            side()
-            seconds[name].append(clock() - began)
-            others.append([after - start for after, start in zip(_machine_time(), before, strict=True)])
-    wall, busy, own = np.sum(others, axis=0)
-    share = float(max(busy - own, 0) / (wall * os.cpu_count())) if busy else None
-    return {"what": row.what, "seconds": seconds, "difference": float(difference), "others": share}
-
-
-def _machine_time() -> tuple[float, float, float]:
-    """Seconds: on the clock, of all cores at work (0 where the system does not say), of this process at work."""
-    stat = Path("/proc/stat")
-    busy = 0.0
-    if stat.is_file():
-        user, nice, system, _, _, *interrupts = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
-        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-    return time.perf_counter(), busy, time.process_time()
-
-
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,39 +157,21 @@ def main() -> None:
     machine = {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "device": _device(),
+        "device": device(),
         "threads": threads,
         "time": "CPU" if args.one_core else "clock",
     }
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
     print(f"{machine['device']}, threads: {threads}, float32; {machine['time']} time: ", end="")
     print(f"median (minimum) of {args.repeats} runs, seconds")
-    print(f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}{'others':>8s}")
+    print(HEADER)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for name in [args.row] if args.row else [name for name in ROWS if args.large or name != "dit_large"]:
         with torch.inference_mode():
             row = measure(ROWS[name](), args.repeats, clock)
-        print(_line(row), flush=True)
+        print(line(row), flush=True)
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps({"row": name, **row, **machine}) + "\n")
-
-
-def _line(row: dict) -> str:
-    """A line of the table."""
-    sides = [row["seconds"][side] for side in ("ours", "theirs")]
-    middle, least = [float(np.median(side)) for side in sides], [min(side) for side in sides]
-    cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(middle, least, strict=True)]
-    ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
-    others = "?" if row["others"] is None else f"{row['others']:.0%}"
-    return f"{row['what']:58s}{cells[0]:>16s}{cells[1]:>16s}{ratio:>14s}{row['difference']:12.1e}{others:>8s}"
-
-
-def _device() -> str:
-    """The processor, as Linux names it; elsewhere what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Times two sides of a comparison in turns, in one process."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+PAUSE = 0.1
+HEADER = f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}{'others':>8s}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+      what: the sizes, for the table.
+      ours: runs ours once, waits for it and returns the output.
+      theirs: the same for theirs; arrays of one shape.
+      same: whether the outputs are to be compared; those of updates with noise of their own are not.
+    """
+
+    what: str
+    ours: Callable[[], jax.Array]
+    theirs: Callable[[], np.ndarray]
+    same: bool = True
+
+
+def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict:
+    """Seconds of both sides, taking turns; how far their outputs are apart; what other processes used meanwhile."""
+    outputs = [np.asarray(side(), np.float64) for side in (row.ours, row.theirs)]
+    difference = None
+    if row.same:
+        difference = float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
+    seconds, others = {"ours": [], "theirs": []}, []
+    for _ in range(repeats):
+        for name, side in (("ours", row.ours), ("theirs", row.theirs)):
+            time.sleep(PAUSE)
+            before, began = machine_time(), clock()
+            side()
+            seconds[name].append(clock() - began)
+            others.append([after - start for after, start in zip(machine_time(), before, strict=True)])
+    wall, busy, own = np.sum(others, axis=0)
+    share = float(max(busy - own, 0) / (wall * os.cpu_count())) if busy else None
+    return {"what": row.what, "seconds": seconds, "difference": difference, "others": share}
+
+
+def machine_time() -> tuple[float, float, float]:
+    """Seconds: on the clock, of all cores at work (0 where the system does not say), of this process at work."""
+    stat = Path("/proc/stat")
+    busy = 0.0
+    if stat.is_file():
+        user, nice, system, _, _, *interrupts = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), busy, time.process_time()
+
+
+def line(row: dict) -> str:
+    """A line of the table."""
+    sides = [row["seconds"][side] for side in ("ours", "theirs")]
+    middle, least = [float(np.median(side)) for side in sides], [min(side) for side in sides]
+    cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(middle, least, strict=True)]
+    ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
+    others = "?" if row["others"] is None else f"{row['others']:.0%}"
+    difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
+    return f"{row['what']:58s}{cells[0]:>16s}{cells[1]:>16s}{ratio:>14s}{difference:>12s}{others:>8s}"
+
+
+def device() -> str:
+    """The processor, as Linux names it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
