@@ -223,10 +223,7 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
     """
     if isinstance(start, int):
         kv_cache.check_capacity(cache, start + size, config.window)
-    # The slots of a ring fill in order and are then all in the window, as are those of a cache for a video that never
-    # outgrows it; a longer cache has old frames to hide.
-    is_prefix = config.window is None or cache.capacity <= config.window
-    prefixes, masked = context_lengths(config, cache.capacity, start) if is_prefix else ((), False)
+    prefixes, masked = context_lengths(config, cache.capacity, start)
     frames, context_frames = jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32), cache.frames
     if config.positions == "relative":
         moved = jnp.maximum(start + size - config.window, 0)
@@ -237,7 +234,8 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
         context_frames=jnp.maximum(context_frames, 0),
         context_mask=kv_cache.visible(cache, start, start + size, config.window),
         pattern=attention.cached(size, cache.capacity),
-        mask_is_prefix=is_prefix,
+        # a ring's slots fill in order and are then all in the window; a larger cache has old frames to hide
+        mask_is_prefix=config.window is None or cache.capacity <= config.window - config.chunk,
         prefixes=prefixes,
         prefixes_masked=masked,
     )

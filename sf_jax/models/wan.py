@@ -137,9 +137,9 @@ class Layout:
       context_frames: int [S], positions of the context's frames, or None without context.
       context_mask: bool [S] of usable context frames, or None where all are.
       mask_is_prefix: whether the usable context frames are the first ones (static); kernels then need no mask.
-      prefixes: lengths of context to which attention is compiled (static, ascending), where the usable frames are the
-        first ones: a call computes nothing behind the shortest that holds all usable ones. Empty: all frames.
-      prefixes_masked: whether there can be other numbers of usable frames than those (static).
+      prefixes: lengths of context to which attention is compiled (static, ascending): a call computes nothing behind the
+        shortest that holds all usable frames. Empty: all frames.
+      prefixes_masked: whether the usable frames can be the first ones, but not as many as one of those (static).
       pattern: which own and context frames each query frame sees (static).
       straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
         their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
@@ -317,30 +317,34 @@ def _pattern_attention(q, k, v, context, shared):
 
 
 def _prefix_attention(q, own_k, v, context, shared):
-    """Self-attention of one chunk over itself and the usable first frames of the context, and nothing else."""
-    frames = shared.context_mask.sum(dtype=jnp.int32)
-    tokens, prefixes = shared.tokens, shared.prefixes
+    """Self-attention of one chunk over itself and the first context frames, up to the last usable one."""
+    tokens, prefixes, mask = shared.tokens, shared.prefixes, shared.context_mask
+    used = jnp.max(jnp.where(mask, jnp.arange(1, len(mask) + 1), 0), initial=0)
 
     def attend(segments):
         return attention.attend(q, [*segments, (own_k, v, None)], shared.implementation)
 
-    def first(count):
+    def first(count, masked):
         part = slice(count * tokens)
         context_k, context_v = context.k[:, part].astype(own_k.dtype), context.v[:, part].astype(v.dtype)
-        return rope.rotate(context_k, shared.context_rotation[:, part]), context_v
+        hidden = None
+        if not shared.mask_is_prefix:
+            hidden = jnp.repeat(mask[:count], tokens)
+        elif masked:
+            hidden = used * tokens
+        return rope.rotate(context_k, shared.context_rotation[:, part]), context_v, hidden
 
     if not prefixes[-1]:
         return attend([])
-    whole = jax.eval_shape(lambda: (*first(prefixes[-1]), jnp.int32(0)))
+    whole = jax.eval_shape(lambda: first(prefixes[-1], masked=True))
     if attention.choose(shared.implementation, q, [whole, (own_k, v, None)]) == "cudnn":
-        return attend([(*first(prefixes[-1]), frames * tokens)])  # reads as many keys as it is told
-
-    def over(count):
-        # nothing to mask where the lengths leave out none that a chunk can meet
-        return attend([(*first(count), frames * tokens if shared.prefixes_masked else None)] if count else [])
-
-    branches = [functools.partial(over, count) for count in prefixes]
-    return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), frames), branches)
+        return attend([first(prefixes[-1], masked=True)])  # reads as many keys as it is told
+    # nothing to mask where the lengths leave out none that a chunk can meet
+    branches = [
+        functools.partial(lambda n: attend([first(n, shared.prefixes_masked)] if n else []), count)
+        for count in prefixes
+    ]
+    return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), used), branches)
 
 
 def _part_of_mask(mask, part):
