@@ -58,7 +58,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["sf_jax", "sf_jax.*", "configs"]),
-    package_data={"sf_jax": ["assets/*"]},
+    package_data={"sf_jax": ["assets/*", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     zip_safe=False,

@@ -27,7 +27,8 @@ import numpy as np
 from sf_jax import rollout as ro
 from sf_jax.inference.decoders import VaeDecoder
 from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
-from sf_jax.inference.pipeline import Sampling, VideoPipeline
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.sampling import Sampling
 from sf_jax.models import tiny_vae, vae
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
 

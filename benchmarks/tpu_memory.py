@@ -11,7 +11,7 @@ import argparse
 
 from sf_jax import rollout as ro
 from sf_jax.inference import ahead
-from sf_jax.inference.pipeline import Sampling
+from sf_jax.inference.sampling import Sampling
 from sf_jax.models.vae import WanVae, param_shapes, wan_vae
 from sf_jax.models.wan import wan_1_3b
 from sf_jax.topology import chip_of

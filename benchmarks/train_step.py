@@ -119,7 +119,7 @@ def main() -> None:
         loss = program.losses[0]
         prepare = jax.jit(lambda state, program=program: program.prepare(state, frozen, batch, examples)[0])
         fakes = [prepare(state) for state in states]
-        trips = float(np.mean([np.mean(fake.exits) for fake in fakes])) + 2.0
+        trips = float(np.mean([np.mean(fake.exits) for fake in fakes])) + 2.0 - config.rollout.chunk / data.frames
 
         def gradient(params, state, fake, loss=loss):
             return jax.value_and_grad(loss.function, has_aux=True)(params, state, frozen, batch, fake)

@@ -12,9 +12,12 @@ chunks of 3, float32, weights of one side on both. Each side runs once to compil
 `--repeats` times. Rows:
 
   rollout   9 frames, all four denoising steps, no gradient
-  student   DMD's student update: rollout, critic, guided teacher, gradient, clip, AdamW; mean of exit steps 0 and 3
-  critic    the critic's update, likewise
   forward   the bidirectional network on 9 frames; backward: and the gradient of all parameters
+  student   DMD's student update: rollout, critic, guided teacher, gradient, clip, AdamW; exit steps 0 and 3 in turn
+  critic    the critic's update, likewise
+
+The official updates run with gradient checkpointing, as in the official recipe (the student's fails without it); ours
+with `remat="dots"`, the recipe of the embedded model.
 """
 
 import argparse
@@ -50,7 +53,7 @@ except ImportError as error:
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
 FRAMES, GUIDANCE, EXITS = 9, 3.0, (0, 3)
-ROWS = ("rollout", "student", "critic", "forward", "backward")
+ROWS = ("rollout", "forward", "backward", "student", "critic")  # updates change the weights of one side
 SIZES = {"middle": ((384, 1536, 6, 6), (24, 40)), "embedded": ((128, 512, 4, 4), (6, 6))}
 
 

@@ -2,8 +2,10 @@
 
 Public names are imported when they are first used:
 
-- `load_pipeline`, `VideoPipeline`, `Sampling`, `WanOptions`: video from a prompt;
-- `train`, `TrainConfig`: training, as `python -m sf_jax.train` does;
+- `load_pipeline`, `VideoPipeline`, `Sampling`, `Solver`, `Chunk`, `WanOptions`: video from a prompt; `TextEncoder`,
+  `Decoder`, `Encoder`: what a pipeline needs of them;
+- `train`, `TrainConfig`: training, as `python -m sf_jax.train` does (after `import sf_jax.train`, the name is that of
+  the command's module, and the function is `sf_jax.train.train`);
 - `WanConfig`, `WanTransformer`, `RolloutConfig`: the network, and how it generates;
 - the modules `rollout` and `replay`: Algorithm 1, as `rollout.rollout` and `replay.replay`;
 - `dmd_loss`, `dmd_critic_loss`, `sid_loss`, `gan_loss`, `gan_critic_loss`, `ode_loss`, `consistency_loss`,
@@ -16,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sf_jax import replay, rollout
     from sf_jax.config import TrainConfig
+    from sf_jax.diffusion.solvers import Solver
+    from sf_jax.inference.decoders import Decoder, Encoder
     from sf_jax.inference.load import WanOptions, load_pipeline
-    from sf_jax.inference.pipeline import Sampling, VideoPipeline
+    from sf_jax.inference.pipeline import VideoPipeline
+    from sf_jax.inference.sampling import Chunk, Sampling
+    from sf_jax.inference.text_encoder import TextEncoder
     from sf_jax.models.wan import WanConfig, WanTransformer
     from sf_jax.objectives.causal import causal_loss
     from sf_jax.objectives.consistency import consistency_loss
@@ -37,7 +43,12 @@ _PUBLIC = {
     "load_pipeline": ("inference.load", "load_pipeline"),
     "WanOptions": ("inference.load", "WanOptions"),
     "VideoPipeline": ("inference.pipeline", "VideoPipeline"),
-    "Sampling": ("inference.pipeline", "Sampling"),
+    "Sampling": ("inference.sampling", "Sampling"),
+    "Chunk": ("inference.sampling", "Chunk"),
+    "Solver": ("diffusion.solvers", "Solver"),
+    "Decoder": ("inference.decoders", "Decoder"),
+    "Encoder": ("inference.decoders", "Encoder"),
+    "TextEncoder": ("inference.text_encoder", "TextEncoder"),
     "train": ("training.loop", "train"),
     "TrainConfig": ("config", "TrainConfig"),
     "WanConfig": ("models.wan", "WanConfig"),
@@ -56,8 +67,13 @@ _PUBLIC = {
     "flow_loss": ("objectives.flow", "flow_loss"),
 }
 __all__ = [
+    "Chunk",
+    "Decoder",
+    "Encoder",
     "RolloutConfig",
     "Sampling",
+    "Solver",
+    "TextEncoder",
     "TrainConfig",
     "VideoPipeline",
     "WanConfig",

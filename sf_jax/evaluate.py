@@ -115,13 +115,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     """Loads the checkpoints of the command line, by name."""
-    from sf_jax.inference.load import load_pipeline  # Training a judge needs no models.
+    from sf_jax.inference.load import load_digits  # Training a judge needs no models.
 
     paths = values.checkpoint or ["student"]
     names = values.names or [Path(path).stem for path in paths]
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")
-    pipes = {name: load_pipeline(path) for name, path in zip(names, paths, strict=True)}
+    pipes = {name: load_digits(path) for name, path in zip(names, paths, strict=True)}
     if values.guidance is not None and all(pipe.kind == "student" for pipe in pipes.values()):
         raise ValueError(f"guidance is {values.guidance}: a student has none (it was distilled from a guided teacher)")
     for name, pipe in pipes.items():

@@ -101,18 +101,18 @@ class RolloutConfig:
         """The denoising timesteps that the network is told."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
 
-    def timesteps_of(self, chunk: jax.Array | int) -> tuple[jax.Array, jax.Array | int]:
-        """Denoising timesteps float32 [S] of chunk `chunk` of a generated video, and how many they are.
+    def timesteps_of(self, start: jax.Array | int) -> tuple[jax.Array, jax.Array | int]:
+        """Denoising timesteps float32 [S] of the generated chunk at frame `start`, and how many they are.
 
-        The first chunk has `first_steps`. `chunk` may be traced: one program serves all chunks, and the shorter of the
-        two lists ends with zeros that are never read.
+        A chunk that nothing comes before has `first_steps`. `start` may be traced: one program serves all chunks, and
+        the shorter of the two lists ends with zeros that are never read.
         """
         if not self.first_steps:
             return jnp.asarray(self.timesteps, jnp.float32), len(self.steps)
         first = dataclasses.replace(self, steps=self.first_steps).timesteps
         longest = max(len(first), len(self.steps))
         tables = (jnp.asarray(t + (0.0,) * (longest - len(t)), jnp.float32) for t in (first, self.timesteps))
-        is_first = jnp.asarray(chunk) == 0
+        is_first = jnp.asarray(start) == 0
         return jnp.where(is_first, *tables), jnp.where(is_first, len(first), len(self.steps))
 
     @property
@@ -253,8 +253,8 @@ def context_lengths(config: RolloutConfig, capacity: int, start: jax.Array | int
     if isinstance(start, int):
         return (min(start, capacity),), False
     first = 1 if config.first_frame_alone else config.chunk
-    lengths = [0, *range(first, capacity, config.chunk), *([] if config.window is None else [capacity])]
-    every = -(-len(lengths) // MAX_PREFIXES)
+    lengths = [*range(first, capacity, config.chunk), *([] if config.window is None else [capacity])]
+    every = max(1, -(-len(lengths) // (MAX_PREFIXES - 1)))
     return tuple(sorted({0, *lengths[::-every]})), every > 1
 
 

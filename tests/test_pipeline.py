@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sf_jax
+from sf_jax import rollout
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import programs
 from sf_jax.inference.load import load_pipeline
@@ -88,6 +89,17 @@ def test_a_video_goes_on_from_given_frames(wan):
         alone("a dog runs", **small, frames=13, initial=first[:, :, :, :4])
 
 
+def test_the_noise_of_a_chunk_is_not_that_between_its_steps(digits, monkeypatch):
+    keys, draw = [], rollout.example_noise
+    monkeypatch.setattr(rollout, "example_noise", lambda key, *rest: keys.append(key) or draw(key, *rest))
+    with jax.disable_jit():
+        digits.with_rollout(steps=[1000, 900, 750, 600, 500, 250])(PROMPTS[:1], frames=3, output="latent")
+    folded = {
+        tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys if not isinstance(key, jax.core.Tracer)
+    }
+    assert len(folded) == 6  # the chunk's, and five between its steps
+
+
 def test_digits_go_on_from_a_clip(digits):
     own = digits(PROMPTS, frames=12, seed=3)
     longer = digits(PROMPTS, frames=12, seed=3, initial=digits.encode(own[:, :6]))
@@ -128,10 +140,10 @@ def test_prompts_are_embedded_once_and_the_encoder_is_dropped(wan, monkeypatch):
 def test_a_pipeline_says_what_it_runs(wan, digits):
     assert digits.describe() == (
         "student network, 1.219 M parameters; float32; attention xla; 1 x cpu; chunks of 3; window 9, sink 3; "
-        "positions relative; steps 1000, 750, 500, 250; decoder PatchCodec"
+        "positions relative; steps 1000, 750, 500, 250, shift 3; context clean; decoder PatchCodec"
     )
     assert "chunks of 3; no window; positions absolute" in wan.describe() and "decoder WanVae" in wan.describe()
-    assert "euler in 24 steps, guidance 2.5" in load_pipeline("teacher").describe()
+    assert "euler in 24 steps, shift 3; guidance 2.5" in load_pipeline("teacher").describe()
 
 
 def test_public_names_are_there():
@@ -151,6 +163,17 @@ def test_public_names_are_there():
         ({"frames": 0}, "frames is 0: it must be at least 1"),
         ({"height": 30}, "height is 30: it must be a multiple of 8, such as 32"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5: it must be a whole number"),
+        ({"frames": "9"}, "frames is '9': it must be a whole number"),
+        ({"solver": "euler"}, "solver is 'euler': it must be None or a Solver"),
+        ({"solver": Solver("euler")}, "this student takes few steps"),
+        ({"first_index": 1.5}, "first_index is 1.5: it must be a whole number"),
+        ({"first_index": [1]}, r"first_index is \[1\]: it must give 2 numbers from 0 to"),
+        ({"first_index": 2**31}, "first_index is 2147483648"),
+        ({"initial": [1.0]}, r"initial has the shape \(1,\): it must be \[B, I, 6, 6, 8\]"),
+        ({"initial": np.zeros((1, 3, 6, 6, 8), np.float32)}, "initial has 1 videos: there are 2 prompts"),
+        ({"initial": np.full((2, 3, 6, 6, 8), np.nan, np.float32)}, "initial are no finite numbers"),
+        ({"initial": np.zeros((2, 3, 6, 6, 8), np.uint8)}, "initial are no finite numbers"),
         ({"guidance": 2.0}, "guidance is 2.0: a student has none"),
         ({"negative_prompt": "a 3"}, "negative_prompt is 'a 3': a student has none"),
         ({"output": "gif"}, "output is 'gif': it must be one of pixels, latent"),
@@ -172,12 +195,35 @@ def test_pipelines_that_cannot_be_are_refused(digits, wan, bare, folder, tmp_pat
         bare.stream(np.zeros((1, 3, 8), np.float32))
     with pytest.raises(ValueError, match="the pipeline has no text encoder"):
         bare("a cat", output="latent")
-    with pytest.raises(ValueError, match=r"embeddings have the shape \(1, 3, 9\): it must be \[B, S, 8\]"):
+    with pytest.raises(ValueError, match=r"embeddings have the shape \(1, 3, 9\): it must be \[B, 3, 8\]"):
         bare(np.zeros((1, 3, 9), np.float32), output="latent")
     with pytest.raises(ValueError, match="window: a bidirectional network has no chunks"):
         load_pipeline("teacher").with_rollout(window=6)
-    with pytest.raises(ValueError, match="model folder .* does not exist"):
+    with pytest.raises(ValueError, match="model .*none does not exist"):
         load_pipeline(tmp_path / "none")
+    with pytest.raises(ValueError, match="model 3 is no|model is 3: give a folder"):
+        load_pipeline(3)
+    with pytest.raises(ValueError, match="checkpoint is empty"):
+        load_pipeline(folder, "")
+    with pytest.raises(ValueError, match="rollout is .*: it must be a RolloutConfig"):
+        load_pipeline(folder, folder / "student.safetensors", rollout={"window": 6})
+    for prompts in ([], None, [1, 2]):
+        for pipe in (digits, wan):
+            with pytest.raises(ValueError, match="prompts is .*: give a text, or a list of at least one"):
+                pipe(prompts)
+    with pytest.raises(ValueError, match="pixels are float32 .*: they must be uint8"):
+        digits.encode(np.zeros((1, 3, 24, 24, 1), np.float32))
+    with pytest.raises(ValueError, match="solver is None: this network needs many steps"):
+        load_pipeline("teacher").with_sampling(solver=None)
+    with pytest.raises(ValueError, match="initial is no field of Sampling: give it to the call"):
+        digits.with_sampling(initial=3)
+    with pytest.raises(ValueError, match="foo is no field of RolloutConfig"):
+        digits.with_rollout(foo=3)
+    with pytest.raises(ValueError, match="chunk is 2.0: it must be a whole number"):
+        digits.with_rollout(chunk=2.0)
+    many = wan.with_sampling(solver=Solver("unipc", 5.0, 2))
+    with pytest.raises(ValueError, match="context is 'noisy': it has no effect on a network that takes many steps"):
+        many.with_rollout(context="noisy")
     with pytest.raises(ValueError, match="none.safetensors does not exist"):
         load_pipeline(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="checkpoint is given without a model folder"):

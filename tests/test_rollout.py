@@ -12,7 +12,7 @@ import pytest
 from sf_jax import many_step
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
-from sf_jax.models import attention, wan
+from sf_jax.models import attention, pattern_attention, wan
 from sf_jax.replay import CACHE_GRADIENTS, replay, replay_recorded
 from sf_jax.training.programs import matmul_flops
 from tests import oracle
@@ -92,7 +92,7 @@ def test_nothing_is_computed_for_empty_cache(name, most, monkeypatch):
     params, videos, work = random_params(), [], []
     monkeypatch.setattr(ro, "MAX_PREFIXES", most)
     for small in (1 << 30, 0):  # one masked attention for all chunks; one for each number of cached frames
-        monkeypatch.setattr(wan, "PREFIX_LOGITS", small)
+        monkeypatch.setattr(pattern_attention, "PREFIX_LOGITS", small)
 
         def video(noise):
             return ro.rollout(MODEL, config, params, text, noise, 1, draw, None, False).video

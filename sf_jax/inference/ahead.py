@@ -17,7 +17,7 @@ from sf_jax import rollout as ro
 from sf_jax.inference import programs
 from sf_jax.inference.decoders import VaeDecoder
 from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
-from sf_jax.inference.pipeline import Sampling
+from sf_jax.inference.sampling import Sampling
 from sf_jax.models import wan as transformer
 from sf_jax.topology import tpu_devices
 

@@ -14,8 +14,9 @@ from sf_jax import files
 from sf_jax.inference import video_io
 from sf_jax.inference.job import Job, check_names, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
-from sf_jax.inference.pipeline import Chunk, VideoPipeline
+from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.programs import encode_pixels
+from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.weights.networks import check_network
 
@@ -29,7 +30,7 @@ class Style:
     Attributes:
       fps: frames a second.
       scale: enlargement of the pixels.
-      gif: whether to write a GIF, too.
+      gif: whether to write a GIF, too: for small videos, all of whose frames are kept.
       one_sheet: whether all videos share a contact sheet, under their prompts.
       latents: whether to write the latents, too.
       only_videos: whether to write nothing else.
@@ -157,7 +158,9 @@ def _write(
     size = (pipe.sampling.height * style.scale, pipe.sampling.width * style.scale)
     step = max(1, pipe.sampling.height // 120)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(video_io.Mp4Writer(path, style.fps, size)) for path in paths]
+        # small videos are written afterwards, one by one: there may be hundreds
+        open_now = [] if style.gif else paths
+        writers = [stack.enter_context(video_io.Mp4Writer(path, style.fps, size)) for path in open_now]
         first = None
         for index, chunk in enumerate(chunks):
             jax.block_until_ready(chunk.latents)
@@ -182,6 +185,9 @@ def _write(
             if style.latents:
                 latents.append(np.asarray(chunk.latents.astype(jnp.float32)))
     small = np.concatenate(small, axis=1)
+    if style.gif:
+        for path, video in zip(paths, small, strict=True):
+            video_io.write_mp4(path, video_io.upscale(video, style.scale), style.fps)
     written = list(paths)
     if style.latents:
         for path, video in zip(paths, np.concatenate(latents, axis=1), strict=False):

@@ -11,8 +11,9 @@ import numpy as np
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import lengths, video_io
 from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
-from sf_jax.inference.load import WanOptions, load_pipeline
-from sf_jax.inference.pipeline import Sampling, VideoPipeline
+from sf_jax.inference.load import WanOptions, load_digits
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.sampling import Sampling
 from sf_jax.rollout import RolloutConfig
 
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index, the suffix and a temporary name
@@ -27,7 +28,7 @@ class Job:
       prompts: texts.
       model: folder of Wan2.1; None for the moving digits.
       checkpoint: Wan: weights of a causal transformer; None is the folder's own bidirectional one. Digits: see
-        `load_pipeline`.
+        `load_digits`.
       part: which network of the checkpoint.
       frames: pixel frames of the whole video, given ones included.
       height: pixel rows.
@@ -200,21 +201,18 @@ class Job:
 
     def digits_pipeline(self) -> VideoPipeline:
         """The pipeline of moving digits that the job asks for."""
-        pipe = load_pipeline(self.checkpoint)
+        pipe, changes = load_digits(self.checkpoint), self.rollout_changes
         solver, asked = pipe.sampling.solver, {"name": self.solver, "steps": self.steps, "shift": self.shift}
         asked = {name: value for name, value in asked.items() if value is not None}
-        if solver is None and (asked.keys() - {"shift"} - ({"name"} if self.solver == "few" else set())):
-            raise ValueError(f"{'solver' if self.solver else 'steps'} has no effect here: a student takes few steps")
-        changes = self.rollout_changes
-        if solver is not None:
+        if solver is None:
+            if self.solver not in (None, "few") or self.steps is not None:
+                name = "steps" if self.solver in (None, "few") else "solver"
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a student takes the few steps it was trained for")
+            changes |= {} if self.shift is None else {"shift": self.shift}
+        else:
             if self.solver == "few":
                 raise ValueError("solver is 'few': this network of moving digits needs many steps")
-            for name in ("denoising_steps", "first_chunk_steps"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} has no effect here: this network takes many steps")
             pipe = pipe.with_sampling(solver=dataclasses.replace(solver, **asked))
-        elif self.shift is not None:
-            changes |= {"shift": self.shift}
         if changes:
             pipe = pipe.with_rollout(**changes)
         return pipe.with_sampling(**self.sampling_changes)

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
-from sf_jax.inference.pipeline import Sampling, VideoPipeline
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
@@ -39,7 +40,7 @@ class WanOptions:
       rollout: chunks, window and steps of a causal network; None is chunks of 3 and the official steps.
       encoder: whether to load the VAE's encoder, for videos that go on from an image or a video.
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
-      devices: that share the videos of a batch; None is the default device alone.
+      devices: that share the videos of a batch, as many on each; None is the default device alone.
     """
 
     checkpoint: str | Path | None = None
@@ -49,7 +50,7 @@ class WanOptions:
     rollout: RolloutConfig | None = None
     encoder: bool = False
     keep_text_encoder: bool = False
-    devices: tuple[jax.Device, ...] | None = None
+    devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
         """Validates names."""
@@ -57,6 +58,12 @@ class WanOptions:
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(value) for value in allowed if value)
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {names}")
+        if self.checkpoint == "":
+            raise ValueError("checkpoint is empty: give a path or leave it out")
+        if not isinstance(self.rollout, (RolloutConfig, type(None))):
+            raise ValueError(f"rollout is {self.rollout!r}: it must be a RolloutConfig")
+        if self.devices is not None and not (isinstance(self.devices, Sequence) and len(self.devices)):
+            raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if self.checkpoint is None:
             for name in ("part", "rollout"):
                 if getattr(self, name) is not None:
@@ -91,18 +98,30 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     Raises:
       ValueError: if a file is missing, damaged, or something else.
     """
-    path = Path("student" if model is None else model)
-    if model is None or str(model) in SHIPPED or path.suffix == ".safetensors" or not path.is_dir():
-        if str(model) not in SHIPPED and model is not None and path.suffix != ".safetensors":
-            raise ValueError(f"model folder {model} does not exist")
-        given = {"checkpoint": checkpoint} if checkpoint is not None else {}
-        for name in given | options:
+    if not isinstance(model, (str, Path, type(None))) or model == "":
+        raise ValueError(f"model is {model!r}: give a folder of Wan2.1 or a .safetensors file of moving digits")
+    if model is None or not Path(model).is_dir():
+        for name in ({"checkpoint": checkpoint} if checkpoint is not None else {}) | options:
             raise ValueError(f"{name} is given without a model folder: it is for Wan")
-        return digits_pipeline(load_package(shipped_path(str(path)) if str(path) in SHIPPED else path), f"{path}")
+        if model is not None and str(model) not in SHIPPED and Path(model).suffix != ".safetensors":
+            what = "is no .safetensors file" if Path(model).exists() else "does not exist"
+            raise ValueError(f"model {model} {what}: give a folder of Wan2.1, or weights of moving digits")
+        return load_digits(model)
     fields = {field.name for field in dataclasses.fields(WanOptions)}
     if set(options) - fields:
         raise ValueError(f"{sorted(set(options) - fields)[0]} is no option: options are {', '.join(sorted(fields))}")
     return wan_pipeline(model, WanOptions(checkpoint=checkpoint, **options))
+
+
+def load_digits(checkpoint: str | Path | None = None) -> VideoPipeline:
+    """Loads a network of moving digits: a .safetensors file that training wrote, "student" or "teacher" (shipped ones).
+
+    Raises:
+      ValueError: if the file is missing, damaged, or something else.
+    """
+    checkpoint = "student" if checkpoint is None else checkpoint
+    path = shipped_path(str(checkpoint)) if str(checkpoint) in SHIPPED else checkpoint
+    return digits_pipeline(load_package(path), f"checkpoint {checkpoint}")
 
 
 def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
@@ -132,8 +151,8 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
         encoder=codec,
         sampling=Sampling(frames, height, width, solver=solver, guidance=package.guidance),
         only_frames=package.frames if bidirectional else None,
-        # behind the numbers of the draws between the steps, as when the first students were shipped
-        noise_number=2 * max(len(package.rollout.steps), len(package.rollout.first_steps)),
+        many_steps=package.kind != "student",
+        noise_number=None,
         progress=False,
     )
 

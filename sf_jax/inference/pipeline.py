@@ -18,65 +18,15 @@ from tqdm import tqdm
 
 from sf_jax import rollout as ro
 from sf_jax.diffusion import solvers
-from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import lengths, programs
 from sf_jax.inference.decoders import Decoder, Encoder
+from sf_jax.inference.sampling import Chunk, Sampling, example_numbers
 from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.wan import WanTransformer
 from sf_jax.rng import Purpose, key_for
 
 OUTPUTS = ("pixels", "latent")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a video is generated.
-
-    Attributes:
-      frames: pixel frames of the whole video, initial ones included.
-      height: pixel rows.
-      width: pixel columns.
-      seed: seed of the noise.
-      solver: many guided steps; None is the few steps of a distilled student.
-      guidance: scale of the many steps.
-      negative_prompt: what the many steps are guided away from.
-    """
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-    seed: int = 0
-    solver: Solver | None = None
-    guidance: float = 6.0
-    negative_prompt: str = ""
-
-    def __post_init__(self):
-        """Validates the seed."""
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A chunk of the videos of a batch, on the devices.
-
-    Attributes:
-      latents: float32 [B, n, H, W, C].
-      pixels: uint8 [B, m, h, w, c]; None without a decoder.
-      start: first latent frame.
-      initial: whether it was given and not generated.
-    """
-
-    latents: jax.Array
-    pixels: jax.Array | None
-    start: int
-    initial: bool = False
-
-
-def example_numbers(first: int, count: int) -> np.ndarray:
-    """Numbers int32 [count] of videos; the noise of a video depends on its number and the seed alone."""
-    return np.arange(first, first + count, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +43,8 @@ class VideoPipeline:
       encoder: pixels to latents, for videos that go on from given frames.
       sampling: what `stream` and a call take where they are not told otherwise.
       only_frames: the only length that a bidirectional network was trained for; None for any.
-      noise_number: what the noise of the chunks is drawn behind (`programs.chunk_noise`), part of a model's seeds.
+      many_steps: whether the network was trained for many steps; None where that is not known.
+      noise_number: what the noise of the chunks is drawn behind (`programs.next_chunk`), part of a model's seeds.
       progress: whether to show a bar where a whole video is generated in many steps.
     """
 
@@ -106,7 +57,8 @@ class VideoPipeline:
     encoder: Encoder | None = None
     sampling: Sampling = Sampling()
     only_frames: int | None = None
-    noise_number: int = ro.MAX_FRAMES
+    many_steps: bool | None = None
+    noise_number: int | None = ro.MAX_FRAMES
     progress: bool = True
 
     @property
@@ -128,19 +80,24 @@ class VideoPipeline:
 
     def describe(self) -> str:
         """One line on what runs: network, sizes, devices, attention, window and decoder."""
-        config, devices = self.transformer.config, jax.devices()[:1] if self.mesh is None else self.mesh.devices.flat
+        config = self.transformer.config
+        devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", f"{config.dtype}"]
-        parts += [f"attention {self._attention()}", f"{len(list(devices))} x {jax.devices()[0].device_kind}"]
+        parts += [f"attention {self._attention()}", f"{len(devices)} x {devices[0].device_kind}"]
         if self.rollout is not None:
             rollout = self.rollout
             window = f"window {rollout.window}, sink {rollout.sink}" if rollout.window else "no window"
-            parts += [f"chunks of {rollout.chunk}", window, f"positions {rollout.positions}"]
-        if self.rollout is not None and self.sampling.solver is None:
-            parts += [f"steps {', '.join(map(str, self.rollout.steps))}"]
+            alone = " behind a lone first frame" if rollout.first_frame_alone else ""
+            parts += [f"chunks of {rollout.chunk}{alone}", window, f"positions {rollout.positions}"]
+        if self.kind == "student":
+            first = f" (first chunk {', '.join(map(str, rollout.first_steps))})" if rollout.first_steps else ""
+            parts += [f"steps {', '.join(map(str, rollout.steps))}{first}, shift {rollout.shift:g}"]
+            parts += [f"context {rollout.context}"]
         if self.sampling.solver is not None:
             solver = self.sampling.solver
-            parts += [f"{solver.name} in {solver.steps} steps, guidance {self.sampling.guidance:g}"]
+            parts += [f"{solver.name} in {solver.steps} steps, shift {solver.shift:g}"]
+            parts += [f"guidance {self.sampling.guidance:g}"]
         name = getattr(self.decoder, "module", self.decoder)
         return "; ".join([*parts, f"decoder {'none' if name is None else type(name).__name__}"])
 
@@ -171,6 +128,7 @@ class VideoPipeline:
 
     def chunk_starts(self, frames: int) -> tuple[int, ...]:
         """First latent frames of the chunks in which a video of `frames` pixel frames is generated."""
+        self.check_frames(frames)
         if self.rollout is None:
             return (0,)
         _, chunks = self.rollout.chunks(self.latent_frames(frames))
@@ -211,6 +169,9 @@ class VideoPipeline:
         """
         if self.encoder is None:
             raise ValueError("the pipeline has no encoder: load it with encoder=True")
+        pixels = np.asarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 5:
+            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}: they must be uint8 [B, f, h, w, c]")
         return np.asarray(programs.encode_pixels(self.encoder, pixels))
 
     def __call__(
@@ -236,7 +197,8 @@ class VideoPipeline:
           ValueError: see `stream`.
         """
         parts = []
-        for chunk in self.chunks(prompts, **self._options(output, options)):
+        decoded = output == "pixels" or callback is not None
+        for chunk in self.chunks(prompts, **self._options(output, options), decoded=decoded):
             if callback is not None:
                 callback(chunk)
             parts.append(_on_host(chunk, output))
@@ -263,7 +225,7 @@ class VideoPipeline:
         Raises:
           ValueError: if the network cannot generate such a video, or does not know a word.
         """
-        chunks = self.chunks(prompts, **self._options(output, options))
+        chunks = self.chunks(prompts, **self._options(output, options), decoded=output == "pixels")
         return (_on_host(chunk, output) for chunk in chunks)
 
     def with_sampling(self, **changes) -> "VideoPipeline":
@@ -272,6 +234,8 @@ class VideoPipeline:
         Raises:
           ValueError: on unknown fields, and on those that this network does not have.
         """
+        for name in {"first_index", "initial"} & set(changes):
+            raise ValueError(f"{name} is no field of Sampling: give it to the call")
         return dataclasses.replace(self, sampling=self._options("latent", changes)["sampling"])
 
     def with_rollout(self, **changes) -> "VideoPipeline":
@@ -282,6 +246,17 @@ class VideoPipeline:
         """
         if self.rollout is None:
             raise ValueError(f"{', '.join(changes)}: a bidirectional network has no chunks; give a causal checkpoint")
+        fields = {field.name for field in dataclasses.fields(ro.RolloutConfig)}
+        for name, value in changes.items():
+            if name not in fields:
+                raise ValueError(f"{name} is no field of RolloutConfig: fields are {', '.join(sorted(fields))}")
+            if name in ("steps", "first_steps"):
+                changes[name] = tuple(value)
+            elif name in ("chunk", "window", "sink") and not isinstance(value, (int, np.integer, type(None))):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number")
+            few = name in ("steps", "first_steps", "shift") or (name == "context" and value == "noisy")
+            if few and self.kind != "student":
+                raise ValueError(f"{name} is {value!r}: it has no effect on a network that takes many steps")
         return dataclasses.replace(self, rollout=dataclasses.replace(self.rollout, **changes))
 
     def _options(self, output: str, options: dict) -> dict:
@@ -297,6 +272,10 @@ class VideoPipeline:
             raise ValueError("output is 'pixels': a pipeline without decoder has 'latent' alone")
         changes = {name: value for name, value in options.items() if name in fields}
         sampling = dataclasses.replace(self.sampling, **changes)
+        if sampling.solver is None and (self.many_steps or self.rollout is None):
+            raise ValueError("solver is None: this network needs many steps, such as Solver('unipc')")
+        if sampling.solver is not None and self.many_steps is False:
+            raise ValueError(f"solver is {sampling.solver}: this student takes few steps")
         for name in ("guidance", "negative_prompt"):
             if name in changes and sampling.solver is None:
                 value = changes[name]
@@ -309,6 +288,7 @@ class VideoPipeline:
         sampling: Sampling | None = None,
         first_index: int | Sequence[int] = 0,
         initial: np.ndarray | None = None,
+        decoded: bool = True,
     ) -> Iterator[Chunk]:
         """As `stream`, with latents and pixels of each chunk on the devices, where they may still be computed.
 
@@ -317,25 +297,36 @@ class VideoPipeline:
           sampling: how; None is `self.sampling`.
           first_index: see `stream`; or the numbers of all videos.
           initial: see `stream`.
+          decoded: whether to decode the latents, where there is a decoder.
 
         Raises:
           ValueError: see `stream`.
         """
         sampling = sampling or self.sampling
-        if (self.rollout is None or self.sampling.solver is not None) and sampling.solver is None:
-            raise ValueError("solver is None: this network needs many steps, such as Solver('unipc')")
         height, width = (self._latent_side(sampling, name) for name in ("height", "width"))
         self.transformer.config.grid(height, width)
-        if initial is not None and self.rollout is None:
-            raise ValueError("a bidirectional network cannot go on from given frames: give a causal checkpoint")
+        size = (height, width, self.transformer.config.channels)
+        if initial is not None:
+            initial = self._checked_initial(initial, size)
         self.check_frames(sampling.frames, 0 if initial is None else initial.shape[1])
         text = self._embed([prompts] if isinstance(prompts, str) else prompts)
-        size = (height, width, self.transformer.config.channels)
-        if initial is not None and initial.shape[2:] != size:
+        if initial is not None and len(initial) != len(text):
+            raise ValueError(f"initial has {len(initial)} videos: there are {len(text)} prompts")
+        if self.mesh is not None and len(text) % self.mesh.size:
+            raise ValueError(f"there are {len(text)} prompts: it must be a multiple of the {self.mesh.size} devices")
+        examples = example_numbers(first_index, len(text))
+        latents = self._latents(text, examples, sampling, size, initial)
+        return self._ahead(self._decoded(latents, len(text), size) if decoded and self.decoder else latents)
+
+    def _checked_initial(self, initial: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        if self.rollout is None:
+            raise ValueError("a bidirectional network cannot go on from given frames: give a causal checkpoint")
+        initial = np.asarray(initial)
+        if initial.ndim != 5 or initial.shape[2:] != size or not initial.shape[1]:
             raise ValueError(f"initial has the shape {initial.shape}: it must be [B, I, {', '.join(map(str, size))}]")
-        examples = example_numbers(first_index, len(text)) if isinstance(first_index, int) else first_index
-        latents = self._latents(text, np.asarray(examples, np.int32), sampling, size, initial)
-        return self._ahead(self._decoded(latents, len(text), size))
+        if initial.dtype.kind not in "fV" or not np.isfinite(initial.astype(np.float32)).all():
+            raise ValueError("initial are no finite numbers: give latents, such as those of `pipe.encode(pixels)`")
+        return initial
 
     def _latent_side(self, sampling: Sampling, name: str) -> int:
         pixels, factor = getattr(sampling, name), self.spatial_factor
@@ -349,10 +340,14 @@ class VideoPipeline:
         if not isinstance(prompts, (np.ndarray, jax.Array)):
             if self.text_encoder is None:
                 raise ValueError("the pipeline has no text encoder: give embeddings [B, S, D] in place of prompts")
-            prompts = self.text_encoder.encode(list(prompts))
-        if prompts.ndim != 3 or prompts.shape[2] != self.transformer.config.text_dim or not len(prompts):
-            dim = self.transformer.config.text_dim
-            raise ValueError(f"embeddings have the shape {prompts.shape}: it must be [B, S, {dim}] with B >= 1")
+            prompts = list(prompts) if isinstance(prompts, Sequence) else prompts
+            if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+                raise ValueError(f"prompts is {prompts!r}: give a text, or a list of at least one")
+            prompts = self.text_encoder.encode(prompts)
+        config = self.transformer.config
+        if prompts.ndim != 3 or prompts.shape[1:] != (config.text_len, config.text_dim) or not len(prompts):
+            wanted = f"[B, {config.text_len}, {config.text_dim}]"
+            raise ValueError(f"embeddings have the shape {prompts.shape}: it must be {wanted} with B >= 1")
         return prompts
 
     def _ahead(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -367,9 +362,6 @@ class VideoPipeline:
 
     def _decoded(self, chunks: Iterator[Chunk], batch: int, size: tuple[int, ...]) -> Iterator[Chunk]:
         """Adds the pixels."""
-        if self.decoder is None:
-            yield from chunks
-            return
         cache = jax.tree.map(self.place, self.decoder.init_cache(batch, *size[:2]))
         for chunk in chunks:
             # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.

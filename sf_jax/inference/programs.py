@@ -34,13 +34,6 @@ def decode(decoder: Decoder, cache: Any, latents: jax.Array) -> tuple[Any, jax.A
     return cache, to_uint8(pixels)
 
 
-def chunk_noise(source: tuple, chunk: jax.Array | int, size: tuple[int, ...]) -> jax.Array:
-    """Initial noise float32 [B, *size] of a chunk; `source` as in `next_chunk`."""
-    key, examples, number = source
-    key = jax.random.fold_in(jax.random.fold_in(key, number), chunk)
-    return ro.example_noise(key, examples, (examples.shape[0], *size))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
 def next_chunk(model, config, many, size, params, text, cache, source, place):
     """Generates the next chunk.
@@ -53,17 +46,21 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
       params: the transformer's parameters.
       text: from `encode_text`; with many steps, each prompt is followed by its negative prompt.
       cache: keys and values of the frames before.
-      source: (key, examples int32 [B], number), what the noise is drawn from.
+      source: (key, examples int32 [B], number), what the noise is drawn from: the key of a chunk's initial noise is
+        folded with the number, which must not be one of those of `rollout.key_draw`; None is the first behind them.
       place: (first latent frame, index of the chunk, whether no chunk follows); may be traced.
 
     Returns:
       The new cache and the latents [B, n, H, W, C].
     """
-    (start, chunk, last), noise = place, chunk_noise(source, place[1], size)
+    (start, chunk, last), (key, examples, number) = place, source
+    timesteps, count = config.timesteps_of(start)
+    number = 2 * count if number is None else number
+    noise_key = jax.random.fold_in(jax.random.fold_in(key, number), chunk)
+    noise = ro.example_noise(noise_key, examples, (examples.shape[0], *size))
     if many is not None:
         return guided_chunk(model, config, params, text, cache, noise, start, *many)
-    timesteps, count = config.timesteps_of(chunk)
-    draw = ro.key_draw(*source[:2])
+    draw = ro.key_draw(key, examples)
     return ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps, last)[
         :2
     ]

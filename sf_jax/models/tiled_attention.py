@@ -23,7 +23,7 @@ def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
       q: [B, T, N, D] queries, scaled.
       k: [B, S, N, D] keys.
       v: [B, S, N, D] values.
-      bias: float32 [S] to add to the logits; None for nothing.
+      bias: float32 [S] to add to the logits, a constant: it gets no gradient. None for nothing.
       logits: how many logits a tile may have; None is the backend's number.
 
     Returns:

@@ -6,7 +6,6 @@ predicts the flow, `noise - clean`.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import flax.struct
@@ -18,9 +17,7 @@ from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.layers import Axes, LayerNorm, Linear, RMSNorm, layer_norm, time_features
 from sf_jax.models.partition import constrain
-
-# Logits of a call, in elements, up to which it costs less to mask empty context than to have copies of the attention.
-PREFIX_LOGITS = 1 << 19
+from sf_jax.models.pattern_attention import pattern_attention
 
 REMAT_POLICIES = {
     "none": None,
@@ -137,8 +134,8 @@ class Layout:
       context_frames: int [S], positions of the context's frames, or None without context.
       context_mask: bool [S] of usable context frames, or None where all are.
       mask_is_prefix: whether the usable context frames are the first ones (static); kernels then need no mask.
-      prefixes: lengths of context to which attention is compiled (static, ascending): a call computes nothing behind the
-        shortest that holds all usable frames. Empty: all frames.
+      prefixes: lengths of context to which attention is compiled (static, ascending) where `pattern` is `cached`: a
+        call computes nothing behind the shortest that holds all usable frames. Empty: all frames.
       prefixes_masked: whether the usable frames can be the first ones, but not as many as one of those (static).
       pattern: which own and context frames each query frame sees (static).
       straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
@@ -266,7 +263,7 @@ class Block(nn.Module):
 
         h = modulated(x, shift1, scale1)
         q, k, v = (_all_tokens(a) for a in (self.self_attn.queries(h), *self.self_attn.keys_values(h)))
-        y = _pattern_attention(q, k, v, context, shared).reshape(*x.shape[:3], *q.shape[2:])
+        y = pattern_attention(q, k, v, context, shared).reshape(*x.shape[:3], *q.shape[2:])
         y = self.self_attn.output(constrain(y, "batch", None, "tokens", "features", None))
         x = constrain(x + wide(y, lambda s: s * gate1[:, :, None]), *stream)
         q = partition.merge_tokens(self.cross_attn.queries(self.norm3(x)))
@@ -282,86 +279,6 @@ def _all_tokens(x):
     """[B, F, P, N, D] to [B, F*P, N, D] with all tokens of its heads on a device."""
     x = constrain(x, "batch", None, None, "heads", None)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _pattern_attention(q, k, v, context, shared):
-    """Self-attention [B, T, N, D] of the groups of the pattern, over own and context frames."""
-    tokens = shared.tokens
-    own_k = rope.rotate(k, shared.own_rotation)
-    q = rope.rotate(q, shared.own_rotation)
-    mask = shared.context_mask
-    if context is not None and shared.prefixes:
-        keys = shared.prefixes[-1] * tokens + k.shape[1]
-        if q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
-            return _prefix_attention(q, own_k, v, context, shared)
-    if mask is not None:
-        mask = mask.sum(dtype=jnp.int32) * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)
-    if context is not None:
-        context_k, context_v = context.k.astype(k.dtype), context.v.astype(v.dtype)
-        if shared.straight_through is not None:
-            context_k = _straight_through(context_k, k, shared.straight_through * tokens)
-            context_v = _straight_through(context_v, v, shared.straight_through * tokens)
-        context_k = rope.rotate(context_k, shared.context_rotation)
-    outputs = []
-    for group in shared.pattern:
-        segments = []
-        for start, stop in group.context:
-            part = slice(start * tokens, stop * tokens)
-            segments.append((context_k[:, part], context_v[:, part], _part_of_mask(mask, part)))
-        for start, stop in group.own:
-            part = slice(start * tokens, stop * tokens)
-            segments.append((own_k[:, part], v[:, part], None))
-        start, stop = group.queries
-        outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments, shared.implementation))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-
-
-def _prefix_attention(q, own_k, v, context, shared):
-    """Self-attention of one chunk over itself and the first context frames, up to the last usable one."""
-    tokens, prefixes, mask = shared.tokens, shared.prefixes, shared.context_mask
-    used = jnp.max(jnp.where(mask, jnp.arange(1, len(mask) + 1), 0), initial=0)
-
-    def attend(segments):
-        return attention.attend(q, [*segments, (own_k, v, None)], shared.implementation)
-
-    def first(count, masked):
-        part = slice(count * tokens)
-        context_k, context_v = context.k[:, part].astype(own_k.dtype), context.v[:, part].astype(v.dtype)
-        hidden = None
-        if not shared.mask_is_prefix:
-            hidden = jnp.repeat(mask[:count], tokens)
-        elif masked:
-            hidden = used * tokens
-        return rope.rotate(context_k, shared.context_rotation[:, part]), context_v, hidden
-
-    if not prefixes[-1]:
-        return attend([])
-    whole = jax.eval_shape(lambda: first(prefixes[-1], masked=True))
-    if attention.choose(shared.implementation, q, [whole, (own_k, v, None)]) == "cudnn":
-        return attend([first(prefixes[-1], masked=True)])  # reads as many keys as it is told
-    # nothing to mask where the lengths leave out none that a chunk can meet
-    branches = [
-        functools.partial(lambda n: attend([first(n, shared.prefixes_masked)] if n else []), count)
-        for count in prefixes
-    ]
-    return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), used), branches)
-
-
-def _part_of_mask(mask, part):
-    """The mask (or count of visible keys) of a slice of the context."""
-    if mask is None or mask.ndim:
-        return None if mask is None else mask[part]
-    return jnp.clip(mask - part.start, 0, part.stop - part.start)
-
-
-def _straight_through(context, own, start):
-    """The context's values with the gradient of `own`, whose first token is token `start` of the context."""
-    count = min(own.shape[1], context.shape[1] - start)
-    own = own[:, :count]
-    fixed = jax.lax.stop_gradient(context)
-    # Not `own + (fixed - own)`: that rounds, and the values must be those of the clean pass.
-    passed = fixed[:, start : start + count] + (own - jax.lax.stop_gradient(own))
-    return jnp.concatenate([fixed[:, :start], passed, fixed[:, start + count :]], axis=1)
 
 
 class WanTransformer(nn.Module):

@@ -139,7 +139,8 @@ def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable
 
 def rollout_trips(config: TrainConfig) -> float:
     """Mean number of the network's calls per chunk of a rollout: up to the exit step, then any clean pass."""
-    steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(config.data.frames)[1])
+    given = int(config.image_to_video)
+    steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(config.data.frames - given, given)[1])
     return (config.rollout.context == "clean") * (1 - 1 / chunks) + (
         steps if config.exits == "last" else (steps + 1) / 2
     )

@@ -1,0 +1,87 @@
+"""What a pipeline is asked for, and what it gives out."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from sf_jax.diffusion.solvers import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a video is generated.
+
+    Attributes:
+      frames: pixel frames of the whole video, initial ones included.
+      height: pixel rows.
+      width: pixel columns.
+      seed: seed of the noise.
+      solver: many guided steps; None is the few steps of a distilled student.
+      guidance: scale of the many steps.
+      negative_prompt: what the many steps are guided away from.
+    """
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    seed: int = 0
+    solver: Solver | None = None
+    guidance: float = 6.0
+    negative_prompt: str = ""
+
+    def __post_init__(self):
+        """Validates types and ranges."""
+        for name in ("frames", "height", "width", "seed"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, np.integer)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be a whole number")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
+        if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance!r}: it must be a finite number")
+        if not (self.solver is None or isinstance(self.solver, Solver)):
+            raise ValueError(f"solver is {self.solver!r}: it must be None or a Solver, such as Solver('unipc')")
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt is {self.negative_prompt!r}: it must be a text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A chunk of the videos of a batch, on the devices.
+
+    Attributes:
+      latents: float32 [B, n, H, W, C].
+      pixels: uint8 [B, m, h, w, c]; None without a decoder.
+      start: first latent frame.
+      initial: whether it was given and not generated.
+    """
+
+    latents: jax.Array
+    pixels: jax.Array | None
+    start: int
+    initial: bool = False
+
+
+def example_numbers(first: int | Sequence[int], count: int) -> np.ndarray:
+    """Numbers int32 [count] of videos; the noise of a video depends on its number and the seed alone.
+
+    Args:
+      first: the first number, or all.
+      count: how many there are.
+
+    Raises:
+      ValueError: unless the numbers are whole, as many as wanted, and in the range of int32.
+    """
+    try:
+        if isinstance(first, (Sequence, np.ndarray)):
+            numbers = [operator.index(number) for number in first]
+        else:
+            numbers = [operator.index(first) + i for i in range(count)]
+    except TypeError as error:
+        raise ValueError(f"first_index is {first!r}: it must be a whole number") from error
+    if len(numbers) != count or min(numbers) < 0 or max(numbers) >= 2**31:
+        raise ValueError(f"first_index is {first!r}: it must give {count} numbers from 0 to 2**31 - 1")
+    return np.asarray(numbers, np.int32)

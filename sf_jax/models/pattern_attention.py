@@ -1,0 +1,92 @@
+"""Self-attention by patterns: which of its own and of the cached keys each group of queries reads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sf_jax.models import attention, rope
+
+# Logits of a call, in elements, up to which it costs less to mask empty context than to have copies of the attention.
+PREFIX_LOGITS = 1 << 19
+
+
+def pattern_attention(q, k, v, context, shared):
+    """Self-attention [B, T, N, D] of the groups of the pattern, over own and context frames."""
+    tokens = shared.tokens
+    own_k = rope.rotate(k, shared.own_rotation)
+    q = rope.rotate(q, shared.own_rotation)
+    mask = shared.context_mask
+    if context is not None and shared.prefixes:
+        keys = shared.prefixes[-1] * tokens + k.shape[1]
+        if q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
+            return _prefix_attention(q, own_k, v, context, shared)
+    if mask is not None:
+        mask = mask.sum(dtype=jnp.int32) * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)
+    if context is not None:
+        context_k, context_v = context.k.astype(k.dtype), context.v.astype(v.dtype)
+        if shared.straight_through is not None:
+            context_k = _straight_through(context_k, k, shared.straight_through * tokens)
+            context_v = _straight_through(context_v, v, shared.straight_through * tokens)
+        context_k = rope.rotate(context_k, shared.context_rotation)
+    outputs = []
+    for group in shared.pattern:
+        segments = []
+        for start, stop in group.context:
+            part = slice(start * tokens, stop * tokens)
+            segments.append((context_k[:, part], context_v[:, part], _part_of_mask(mask, part)))
+        for start, stop in group.own:
+            part = slice(start * tokens, stop * tokens)
+            segments.append((own_k[:, part], v[:, part], None))
+        start, stop = group.queries
+        outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments, shared.implementation))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _prefix_attention(q, own_k, v, context, shared):
+    """Self-attention of one chunk over itself and the first context frames, up to the last usable one."""
+    tokens, prefixes, mask = shared.tokens, shared.prefixes, shared.context_mask
+    used = jnp.max(jnp.where(mask, jnp.arange(1, len(mask) + 1), 0), initial=0)
+
+    def attend(segments):
+        return attention.attend(q, [*segments, (own_k, v, None)], shared.implementation)
+
+    def first(count, masked):
+        part = slice(count * tokens)
+        context_k, context_v = context.k[:, part].astype(own_k.dtype), context.v[:, part].astype(v.dtype)
+        hidden = None
+        if not shared.mask_is_prefix:
+            hidden = jnp.repeat(mask[:count], tokens)
+        elif masked:
+            hidden = used * tokens
+        return rope.rotate(context_k, shared.context_rotation[:, part]), context_v, hidden
+
+    if not prefixes[-1]:
+        return attend([])
+    whole = jax.eval_shape(lambda: first(prefixes[-1], masked=True))
+    if attention.choose(shared.implementation, q, [whole, (own_k, v, None)]) == "cudnn":
+        return attend([first(prefixes[-1], masked=True)])  # reads as many keys as it is told
+    # nothing to mask where the lengths leave out none that a chunk can meet
+    branches = [
+        functools.partial(lambda n: attend([first(n, shared.prefixes_masked)] if n else []), count)
+        for count in prefixes
+    ]
+    return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), used), branches)
+
+
+def _part_of_mask(mask, part):
+    """The mask (or count of visible keys) of a slice of the context."""
+    if mask is None or mask.ndim:
+        return None if mask is None else mask[part]
+    return jnp.clip(mask - part.start, 0, part.stop - part.start)
+
+
+def _straight_through(context, own, start):
+    """The context's values with the gradient of `own`, whose first token is token `start` of the context."""
+    count = min(own.shape[1], context.shape[1] - start)
+    own = own[:, :count]
+    fixed = jax.lax.stop_gradient(context)
+    # Not `own + (fixed - own)`: that rounds, and the values must be those of the clean pass.
+    passed = fixed[:, start : start + count] + (own - jax.lax.stop_gradient(own))
+    return jnp.concatenate([fixed[:, :start], passed, fixed[:, start + count :]], axis=1)
