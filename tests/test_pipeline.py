@@ -91,13 +91,15 @@ def test_a_video_goes_on_from_given_frames(wan):
 
 def test_the_noise_of_a_chunk_is_not_that_between_its_steps(digits, monkeypatch):
     keys, draw = [], rollout.example_noise
-    monkeypatch.setattr(rollout, "example_noise", lambda key, *rest: keys.append(key) or draw(key, *rest))
-    with jax.disable_jit():
-        digits.with_rollout(steps=[1000, 900, 750, 600, 500, 250])(PROMPTS[:1], frames=3, output="latent")
-    folded = {
-        tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys if not isinstance(key, jax.core.Tracer)
-    }
-    assert len(folded) == 6  # the chunk's, and five between its steps
+
+    def recorded(key, *rest):
+        jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+        return draw(key, *rest)
+
+    monkeypatch.setattr(rollout, "example_noise", recorded)
+    digits.with_rollout(steps=[1000, 900, 750, 600, 500, 250])(PROMPTS[:1], frames=3, output="latent")
+    jax.effects_barrier()
+    assert len(set(keys)) == len(keys) == 6  # the chunk's, and five between its steps
 
 
 def test_digits_go_on_from_a_clip(digits):
