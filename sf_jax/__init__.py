@@ -4,6 +4,7 @@ Public names are imported when they are first used:
 
 - `load_pipeline`, `VideoPipeline`, `Sampling`, `Solver`, `Chunk`, `WanOptions`: video from a prompt; `TextEncoder`,
   `Decoder`, `Encoder`: what a pipeline needs of them;
+- `Stream`: video that never ends, several at once, with prompts that change;
 - `train`, `TrainConfig`: training, as `python -m sf_jax.train` does (after `import sf_jax.train`, the name is that of
   the command's module, and the function is `sf_jax.train.train`);
 - `WanConfig`, `WanTransformer`, `RolloutConfig`: the network, and how it generates;
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sf_jax.inference.load import WanOptions, load_pipeline
     from sf_jax.inference.pipeline import VideoPipeline
     from sf_jax.inference.sampling import Chunk, Sampling
+    from sf_jax.inference.stream import Stream
     from sf_jax.inference.text_encoder import TextEncoder
     from sf_jax.models.wan import WanConfig, WanTransformer
     from sf_jax.objectives.causal import causal_loss
@@ -45,6 +47,7 @@ _PUBLIC = {
     "VideoPipeline": ("inference.pipeline", "VideoPipeline"),
     "Sampling": ("inference.sampling", "Sampling"),
     "Chunk": ("inference.sampling", "Chunk"),
+    "Stream": ("inference.stream", "Stream"),
     "Solver": ("diffusion.solvers", "Solver"),
     "Decoder": ("inference.decoders", "Decoder"),
     "Encoder": ("inference.decoders", "Encoder"),
@@ -73,6 +76,7 @@ __all__ = [
     "RolloutConfig",
     "Sampling",
     "Solver",
+    "Stream",
     "TextEncoder",
     "TrainConfig",
     "VideoPipeline",

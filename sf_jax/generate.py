@@ -57,6 +57,9 @@ _JOB = {
         "positions", None, POSITIONS, "Positions: of the video, at most 1024 (Wan's), or relative to the window"
     ),
     "context": flags.DEFINE_enum("context", None, CONTEXTS, "What is cached, as in training (clean)"),
+    "schedule": flags.DEFINE_string(
+        "schedule", None, "JSON file of prompts that change while the video plays, instead of --prompt (docs/wan.md)"
+    ),
     "vae": flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
@@ -68,7 +71,7 @@ _LISTS = ("denoising_steps", "first_chunk_steps")
 def _prompts() -> list[str]:
     """The prompts of the command line."""
     if _PROMPTS.value is None:
-        default = [DEFAULT_PROMPT] if _JOB["model"].value is None else []
+        default = [] if _JOB["model"].value or _JOB["schedule"].value else [DEFAULT_PROMPT]
         return default if _PROMPT.value is None else [_PROMPT.value]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")

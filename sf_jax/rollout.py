@@ -340,15 +340,38 @@ def generate_chunk(
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
     calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
     state = (text, cache, layout)
-    kv, clean, x = _denoise(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps)
+    kv, clean, x = denoise_chunk(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps)
     return kv_cache.write(cache, kv.k, kv.v, start), clean, x
 
 
-def _denoise(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps):
-    """All calls of the network for one chunk in one loop: one copy of the network is compiled.
+def denoise_chunk(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    state: tuple[KeysValues, KVCache, Layout],
+    noise: jax.Array,
+    chunk: jax.Array | int,
+    exit_step: jax.Array | int,
+    calls: jax.Array | int,
+    draw: Draw,
+    timesteps: jax.Array,
+) -> tuple[KeysValues, jax.Array, jax.Array]:
+    """All calls of the network for one chunk, without gradient, in one loop: one copy of the network is compiled.
 
-    The `calls` are the denoising steps up to the exit step, then the clean pass where there is one. Returns the last
-    call's keys and values, the clean chunk and the exit step's input.
+    Args:
+      model: see `generate_chunk`, as are `config`, `params`, `noise`, `chunk`, `exit_step` and `draw`.
+      config: see `generate_chunk`.
+      params: see `generate_chunk`.
+      state: prompt keys and values, the cache, and the chunk's place in it.
+      noise: see `generate_chunk`.
+      chunk: see `generate_chunk`.
+      exit_step: see `generate_chunk`.
+      calls: how often to call: the denoising steps up to the exit step, then the clean pass where there is one.
+      draw: see `generate_chunk`.
+      timesteps: float32 [S], more than `exit_step`.
+
+    Returns:
+      The last call's keys and values, the clean chunk, and its noisy input at the exit step.
     """
     timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
     text, cache, layout = state

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import files
@@ -17,6 +16,7 @@ from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
+from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.weights.networks import check_network
 
@@ -120,7 +120,10 @@ def run(job: Job) -> list[Path]:
         # every device needs a video; what is there twice is written once
         padded = batch + batch[:1] * (size - len(batch))
         start = None if initial is None else np.repeat(initial, len(padded), axis=0)
-        chunks = pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=start)
+        if job.scenes:
+            chunks = scheduled_chunks(pipe, job.scenes, padded, style.fps, start)
+        else:
+            chunks = pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=start)
         label = f"videos {first + 1}-{first + len(batch)} of {len(numbers)}, " if size < len(numbers) else ""
         videos = [(out / names[i], prompts[i]) for i in batch]
         written += _write(pipe, style, videos, chunks, times, label)
@@ -138,7 +141,7 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
             raise ValueError(f"model folder {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
     text_encoder = Umt5TextEncoder(model, options.compute_dtype)
-    text_encoder.encode([*job.prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
+    text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
     initial = None if pixels is None else np.asarray(encode_pixels(load_encoder(model), pixels[None]))
     return job.wan_sampling(wan_pipeline(job.model, options, model, text_encoder)), initial
 
@@ -183,7 +186,7 @@ def _write(
                 writer.append(video_io.upscale(video, style.scale))
             small.append(pixels[: len(videos), :, ::step, ::step])
             if style.latents:
-                latents.append(np.asarray(chunk.latents.astype(jnp.float32)))
+                latents.append(np.asarray(chunk.latents).astype(np.float32))
     small = np.concatenate(small, axis=1)
     if style.gif:
         for path, video in zip(paths, small, strict=True):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
 from sf_jax.inference.load import WanOptions, load_digits
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
+from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.rollout import RolloutConfig
 
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index, the suffix and a temporary name
@@ -52,6 +54,7 @@ class Job:
       sink: first latent frames that stay visible.
       positions: "absolute", or "relative" to the window (videos without end).
       context: "clean", or "noisy" for a few-step student that was trained to cache its last denoising step.
+      schedule: file of prompts that change while the video plays (`scenes.read_schedule`), in place of `prompts`.
       vae: "wan" or "tiny".
       dtype: of parameters and computation.
       save_latents: whether to write the latents beside the videos.
@@ -84,6 +87,7 @@ class Job:
     sink: int | None = None
     positions: str | None = None
     context: str | None = None
+    schedule: str | None = None
     vae: str | None = None
     dtype: str | None = None
     save_latents: bool = False
@@ -91,7 +95,7 @@ class Job:
 
     def __post_init__(self):
         """Refuses what can be seen to be wrong before anything is loaded."""
-        for field in ("checkpoint", "image", "video", "model", "out"):
+        for field in ("checkpoint", "image", "video", "model", "out", "schedule"):
             if getattr(self, field) == "":
                 raise ValueError(f"{field} is empty: give a path or leave it out")
         for field in ("guidance", "shift", "fps"):
@@ -102,7 +106,13 @@ class Job:
             raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}: it must be at least 1")
-        if not self.prompts:
+        if self.schedule is not None:
+            if self.prompts:
+                raise ValueError("schedule and prompt are both given: the schedule has the prompts")
+            self.scenes  # noqa: B018 (reads the file)
+            if self.model is not None and (not self.few_steps or self.checkpoint is None):
+                raise ValueError("schedule needs a few-step student: give its weights as checkpoint, and no solver")
+        elif not self.prompts:
             raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
         if self.model is None:
             for field in WAN_ONLY:
@@ -146,6 +156,16 @@ class Job:
         self.wan_options()
         if rollout is not None and not self.video:
             lengths.check_frames(rollout, latent, 1 if self.image else 0, WAN_FACTOR)
+
+    @functools.cached_property
+    def scenes(self) -> tuple[Scene, ...]:
+        """The scenes of the schedule; none without one."""
+        return () if self.schedule is None else read_schedule(self.schedule)
+
+    @property
+    def all_prompts(self) -> tuple[str, ...]:
+        """All texts that are to be embedded."""
+        return self.prompts or tuple(scene.prompt for scene in self.scenes)
 
     @property
     def few_steps(self) -> bool:
@@ -236,9 +256,14 @@ class Job:
         lengths.check_frames(self.wan_rollout, frames, latent, WAN_FACTOR)
         return pixels[-((latent - 1) * WAN_FACTOR + 1) :]
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What videos are named after: the prompts, or the first one of a schedule."""
+        return self.prompts or (self.scenes[0].prompt,)
+
     def video_prompts(self) -> list[str]:
         """The prompt of every video, each prompt's samples in order."""
-        return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
+        return [prompt for prompt in self.titles for _ in range(self.num_samples)]
 
 
 def video_names(job: Job) -> list[str]:
@@ -247,7 +272,7 @@ def video_names(job: Job) -> list[str]:
     VBench wants the prompt itself and the number of the sample; a prompt that comes again is counted on.
     """
     names, seen = [], collections.Counter()
-    for prompt in job.prompts:
+    for prompt in job.titles:
         if job.vbench_names:
             text = re.sub(r"[/\x00]", " ", prompt)
         else:

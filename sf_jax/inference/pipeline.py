@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.wan import WanTransformer
 from sf_jax.rng import Purpose, key_for
+
+if TYPE_CHECKING:
+    from sf_jax.inference.stream_memory import StreamBytes
 
 OUTPUTS = ("pixels", "latent")
 
@@ -149,6 +153,16 @@ class VideoPipeline:
             lengths.check_frames(self.rollout, latent, initial, self.temporal_factor)
         elif self.only_frames not in (None, frames):
             raise ValueError(f"frames is {frames}: this bidirectional network generates {self.only_frames}")
+
+    def bytes_per_stream(self, slots: int = 1) -> "StreamBytes":
+        """Memory of each of `slots` endless streams (`stream.Stream`), before any of it is taken.
+
+        Raises:
+          ValueError: if this is no few-step student with a window.
+        """
+        from sf_jax.inference import stream, stream_memory  # they import this module
+
+        return stream_memory.bytes_per_stream(stream.stream_spec(self), self, slots)
 
     def place(self, batch: jax.Array | np.ndarray) -> jax.Array:
         """Spreads an array over the devices along its first axis, that of the videos."""
@@ -303,13 +317,11 @@ class VideoPipeline:
           ValueError: see `stream`.
         """
         sampling = sampling or self.sampling
-        height, width = (self._latent_side(sampling, name) for name in ("height", "width"))
-        self.transformer.config.grid(height, width)
-        size = (height, width, self.transformer.config.channels)
+        size = self.latent_size(sampling)
         if initial is not None:
-            initial = self._checked_initial(initial, size)
+            initial = self.checked_initial(initial, size)
         self.check_frames(sampling.frames, 0 if initial is None else initial.shape[1])
-        text = self._embed([prompts] if isinstance(prompts, str) else prompts)
+        text = self.embed([prompts] if isinstance(prompts, str) else prompts)
         if initial is not None and len(initial) != len(text):
             raise ValueError(f"initial has {len(initial)} videos: there are {len(text)} prompts")
         if self.mesh is not None and len(text) % self.mesh.size:
@@ -318,7 +330,8 @@ class VideoPipeline:
         latents = self._latents(text, examples, sampling, size, initial)
         return self._ahead(self._decoded(latents, len(text), size) if decoded and self.decoder else latents)
 
-    def _checked_initial(self, initial: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    def checked_initial(self, initial: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        """Refuses initial latents [B, I, H, W, C] that no video of latents of `size` (H, W, C) can go on from."""
         if self.rollout is None:
             raise ValueError("a bidirectional network cannot go on from given frames: give a causal checkpoint")
         initial = np.asarray(initial)
@@ -328,6 +341,12 @@ class VideoPipeline:
             raise ValueError("initial are no finite numbers: give latents, such as those of `pipe.encode(pixels)`")
         return initial
 
+    def latent_size(self, sampling: Sampling) -> tuple[int, int, int]:
+        """(H, W, C) of a latent frame."""
+        height, width = (self._latent_side(sampling, name) for name in ("height", "width"))
+        self.transformer.config.grid(height, width)
+        return height, width, self.transformer.config.channels
+
     def _latent_side(self, sampling: Sampling, name: str) -> int:
         pixels, factor = getattr(sampling, name), self.spatial_factor
         side = self.transformer.config.patch[1 if name == "height" else 2] * factor
@@ -336,7 +355,8 @@ class VideoPipeline:
             raise ValueError(f"{name} is {pixels}: it must be a multiple of {side}, such as {near}")
         return pixels // factor
 
-    def _embed(self, prompts: Sequence[str] | np.ndarray) -> np.ndarray:
+    def embed(self, prompts: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Embeddings [B, S, D] of prompts, or those that are given in their place, checked."""
         if not isinstance(prompts, (np.ndarray, jax.Array)):
             if self.text_encoder is None:
                 raise ValueError("the pipeline has no text encoder: give embeddings [B, S, D] in place of prompts")

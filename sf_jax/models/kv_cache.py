@@ -75,31 +75,45 @@ def check_capacity(cache: KVCache, frames: int, window: int | None) -> None:
         )
 
 
-def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array | int) -> KVCache:
-    """Writes the frames [start, start + n) of `k`, `v` [L, B, n*tokens, N, D]; `start` may be traced."""
+def write(
+    cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array | int, keep: jax.Array | bool = False
+) -> KVCache:
+    """Writes the frames [start, start + n) of `k`, `v` [L, B, n*tokens, N, D].
+
+    Args:
+      cache: where to.
+      k: keys without rotary embedding.
+      v: values.
+      start: the first frame; may be traced.
+      keep: whether to leave the cache as it is after all; may be traced.
+    """
     tokens = cache.tokens_per_frame
     if not cache.capacity:
         return cache
-    ring = cache.capacity - cache.sink
     keys, values, frames = cache.k, cache.v, cache.frames
     for i in range(k.shape[2] // tokens):
         frame = jnp.asarray(start, jnp.int32) + i
-        if ring:
-            slot = jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring)
-        else:
-            slot = jnp.minimum(frame, cache.sink - 1)
-        part = slice(i * tokens, (i + 1) * tokens)
+        slot, dropped = slot_of(cache, frame)
+        part, dropped = slice(i * tokens, (i + 1) * tokens), keep if dropped is None else dropped | keep
 
-        def put(old, new, slot=slot, frame=frame):
+        def put(old, new, slot=slot, dropped=dropped):
             at = (0, 0, slot * tokens, 0, 0)
-            if not ring:  # a sink without a ring: later frames are dropped
+            if dropped is not False:
                 kept = jax.lax.dynamic_slice(old, at, (*old.shape[:2], tokens, *old.shape[3:]))
-                new = jnp.where(frame < cache.sink, new, kept)
+                new = jnp.where(dropped, kept, new)
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
 
         keys, values = put(keys, k[:, :, part]), put(values, v[:, :, part])
-        frames = frames.at[slot].set(frame if ring else jnp.where(frame < cache.sink, frame, frames[slot]))
+        frames = frames.at[slot].set(frame if dropped is False else jnp.where(dropped, frames[slot], frame))
     return cache.replace(k=keys, v=values, frames=frames)
+
+
+def slot_of(cache: KVCache, frame: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The slot int32 of a frame, and whether there is none for it: behind a sink without a ring (None: there is)."""
+    ring = cache.capacity - cache.sink
+    if not ring:
+        return jnp.minimum(frame, cache.sink - 1), frame >= cache.sink
+    return jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring), None
 
 
 def visible(cache: KVCache, start: jax.Array | int, stop: jax.Array | int, window: int | None) -> jax.Array:

@@ -64,7 +64,7 @@ def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: in
 
 def rotate(x: jax.Array, rotations: jax.Array) -> jax.Array:
     """Rotates the channel pairs of `x` [B, T, N, D] by `rotations` [2, T, D/2], in float32; dtype of `x` out."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = rotations[0][:, None], rotations[1][:, None]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

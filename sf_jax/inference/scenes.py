@@ -1,0 +1,134 @@
+"""Prompts that change while a video plays, from a file: what `sf_jax.generate --schedule` shows.
+
+The file is a JSON list, a scene an entry:
+
+    [{"time": 0, "prompt": "a 7 moving left, fast"},
+     {"time": 2.5, "prompt": "a 2 moving up", "mode": "recache", "transition_chunks": 2}]
+
+`time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode` and `transition_chunks`
+are those of `Stream.prompt`, by default "swap" and 0.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.sampling import Chunk
+from sf_jax.inference.stream import MODES, Frames, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One entry of a schedule; see the module."""
+
+    time: float
+    prompt: str
+    mode: str = "swap"
+    transition_chunks: int = 0
+
+    def __post_init__(self):
+        """Validates types and ranges."""
+        if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not 0 <= self.time < math.inf:
+            raise ValueError(f"time is {self.time!r}: it must be a number of seconds, at least 0")
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"prompt is {self.prompt!r}: it must be a text")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}: it must be one of {', '.join(MODES)}")
+        count = self.transition_chunks
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0 or (count and self.mode == "cut"):
+            raise ValueError(f"transition_chunks is {count!r}: a whole number of at least 0, and 0 with mode 'cut'")
+
+
+def read_schedule(path: str | Path) -> tuple[Scene, ...]:
+    """Reads a schedule.
+
+    Raises:
+      ValueError: if the file cannot be read, or an entry is wrong; the message names file and entry.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"schedule: cannot read {path} ({reason})") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f'schedule: {path} must be a list of scenes, such as [{{"time": 0, "prompt": "a cat"}}]')
+    scenes, fields = [], [field.name for field in dataclasses.fields(Scene)]
+    for number, entry in enumerate(entries, 1):
+        for name in [*(set(entry) - set(fields)), *({"time", "prompt"} - set(entry))]:
+            fault = f"{name} is no field" if name in entry else f"{name} is missing"
+            raise ValueError(f"schedule: {path}, scene {number}: {fault}; fields are {', '.join(fields)}")
+        try:
+            scenes.append(Scene(**entry))
+        except ValueError as error:
+            raise ValueError(f"schedule: {path}, scene {number}: {error}") from error
+    times = [scene.time for scene in scenes]
+    if times[0] != 0 or any(later <= earlier for earlier, later in zip(times[:-1], times[1:], strict=True)):
+        raise ValueError(f"schedule: {path}: times are {times}: the first must be 0 and each later than the one before")
+    return tuple(scenes)
+
+
+def scheduled_chunks(
+    pipe: VideoPipeline,
+    scenes: Sequence[Scene],
+    numbers: Sequence[int],
+    fps: float,
+    initial: np.ndarray | None = None,
+) -> Iterator[Chunk]:
+    """Videos whose prompts change together.
+
+    Args:
+      pipe: a few-step student with a window; its `sampling` says how long, how large, and the seed.
+      scenes: the prompts.
+      numbers: number of each video, for its noise.
+      fps: frames a second, for the scenes' times.
+      initial: latents [B, I, H, W, C] to go on from.
+
+    Yields:
+      The chunks, pixels cut to `sampling.frames` in all; the first one with the given frames.
+
+    Raises:
+      ValueError: if the network cannot make such videos.
+    """
+    pipe.check_frames(pipe.sampling.frames, 0 if initial is None else initial.shape[1])
+    stream, seed = Stream(pipe, len(numbers)), pipe.sampling.seed
+    for scene in scenes:
+        pipe.embed([scene.prompt])  # a prompt that cannot be embedded ends nothing long
+    given = [None] * len(numbers) if initial is None else initial
+    ids = [
+        stream.join(scenes[0].prompt, seed=seed, number=number, initial=latents)
+        for number, latents in zip(numbers, given, strict=True)
+    ]
+    return _chunks(pipe, stream, ids, scenes[1:], fps, initial)
+
+
+def _chunks(pipe, stream, ids, scenes, fps, initial) -> Iterator[Chunk]:
+    shown = start = 0
+    for frames in _ahead(pipe, stream, ids, scenes, fps):
+        pixels = np.stack([frames[stream] for stream in ids])[:, : pipe.sampling.frames - shown]
+        latents = np.stack([frames.latents(stream) for stream in ids])
+        if not start and initial is not None:
+            latents = np.concatenate([initial, latents], axis=1)
+        yield Chunk(latents, pixels, start)
+        shown, start = shown + pixels.shape[1], start + latents.shape[1]
+
+
+def _ahead(pipe, stream: Stream, ids: Sequence[int], scenes: Sequence[Scene], fps: float) -> Iterator[Frames]:
+    """The steps of a video; on a GPU or TPU each is handed out when the next one has been started."""
+    due, ready, shown = collections.deque(scenes), collections.deque(), 0
+    while shown < pipe.sampling.frames:
+        while due and due[0].time * fps <= shown + 1e-6:
+            scene = due.popleft()
+            for one in ids:
+                stream.prompt(one, scene.prompt, scene.mode, scene.transition_chunks)
+        ready.append(stream.step())
+        shown += ready[-1].count(ids[0])
+        if jax.default_backend() == "cpu" or len(ready) > 1:
+            yield ready.popleft()
+    yield from ready

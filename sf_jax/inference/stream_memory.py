@@ -1,0 +1,113 @@
+"""What endless streams take of a device's memory, known before any of it is taken."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sf_jax.inference import stream_state
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.stream_state import StreamSpec
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamBytes:
+    """Bytes of one stream among several.
+
+    Attributes:
+      cache: keys and values of its window.
+      latents: its clean latents.
+      prompt: keys and values of its prompt.
+      decoder: the decoder's cache.
+      workspace: its share of what a step needs while it runs, its frames included.
+    """
+
+    cache: int
+    latents: int
+    prompt: int
+    decoder: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.cache + self.latents + self.prompt + self.decoder + self.workspace
+
+    def describe(self) -> str:
+        """One line."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in fields.items())
+        return f"{_size(self.total)} ({parts})"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
+
+
+def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> StreamBytes:
+    """What each of `slots` streams takes: shapes alone, and the memory plan of the compiled step.
+
+    The compiler is the only one who knows the workspace, so it is asked; nothing is allocated. On a mesh, the bytes
+    are those of the device's own streams.
+    """
+    state = jax.eval_shape(lambda: stream_state.empty_state(spec, pipe.decoder, slots))
+
+    def size(tree):
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // slots
+
+    active = jax.ShapeDtypeStruct((slots,), bool)
+    if pipe.mesh is not None:
+        state, active = _on_mesh(pipe, state), jax.ShapeDtypeStruct((slots,), bool)
+    arguments = (spec, pipe.params, pipe.decoder, state, active)
+    memory = pipe.run(lambda: stream_state.step.lower(*arguments).compile().memory_analysis())
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    own = slots if pipe.mesh is None else slots // pipe.mesh.size
+    workspace = (memory.temp_size_in_bytes + max(0, results)) // own
+    return StreamBytes(size((state.k, state.v)), size(state.latents), size(state.text), size(state.decoder), workspace)
+
+
+def _on_mesh(pipe, state):
+    """The state's shapes, spread over the mesh as `stream_state` spreads them."""
+
+    def leaf(*axes):
+        spread = NamedSharding(pipe.mesh, PartitionSpec(*axes))
+        return lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread)
+
+    layers = {name: jax.tree.map(leaf(None, "data"), getattr(state, name)) for name in ("k", "v", "text")}
+    return jax.tree.map(leaf("data"), state.replace(k=(), v=(), text=())).replace(**layers)
+
+
+def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int | None) -> None:
+    """Refuses more streams than fit, before anything is allocated.
+
+    Args:
+      spec: what they are compiled for.
+      pipe: whose streams they are.
+      slots: how many.
+      memory: bytes that the streams of one device may take; None is what the device says is left (CPUs say nothing).
+
+    Raises:
+      ValueError: saying how many would fit.
+    """
+    devices = jax.devices()[:1] if pipe.mesh is None else list(pipe.mesh.devices.flat)
+    if memory is None:
+        free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in map(_stats, devices) if stats]
+        memory = min(free, default=None)
+    if memory is None:
+        return
+    own = slots // len(devices)
+    each = bytes_per_stream(spec, pipe, slots)
+    if own * each.total > memory:
+        fit = memory // each.total * len(devices)
+        raise ValueError(
+            f"slots is {slots}: a stream takes {each.describe()}, and {_size(memory)} are free on a device: "
+            + (f"at most {fit} fit" if fit else "not even one fits; take a smaller window, or a smaller decoder")
+        )
+
+
+def _stats(device) -> dict | None:
+    stats = device.memory_stats() or {}
+    return stats if {"bytes_limit", "bytes_in_use"} <= set(stats) else None

@@ -1,0 +1,359 @@
+"""The state of endless streams, side by side in one batch, and the programs that move it on. `stream.Stream` runs them.
+
+A stream's frames are numbered anew when it begins, at a cut and at a flush; the number says where a frame is kept, and
+`shift` turns it into a position in the video. Every stream has its own age, so what is one number for the videos of a
+batch elsewhere is an array here: `jax.vmap` of the rollout's own code for one video.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from sf_jax import rollout as ro
+from sf_jax.inference.decoders import Decoder
+from sf_jax.models import kv_cache
+from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.patch_codec import to_uint8
+from sf_jax.models.wan import KeysValues, Layout, WanTransformer
+from sf_jax.rng import Purpose, key_for
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSpec:
+    """What the programs of a stream are compiled for.
+
+    Attributes:
+      model: the student.
+      rollout: how it generates; it has a window.
+      size: (H, W, C) of a latent frame.
+      noise_number: see `VideoPipeline`.
+    """
+
+    model: WanTransformer
+    rollout: ro.RolloutConfig
+    size: tuple[int, int, int]
+    noise_number: int | None
+
+    @property
+    def capacity(self) -> int:
+        """Latent frames that are kept of a stream: those that its next chunk sees."""
+        return self.rollout.window - self.rollout.chunk
+
+
+@flax.struct.dataclass
+class StreamState:
+    """S streams.
+
+    Attributes:
+      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding.
+      v: [L, S, capacity*tokens, N, D].
+      held: int32 [S, capacity], number of the frame that each slot of the cache holds; -1 where it is empty.
+      latents: float32 [S, capacity, H, W, C], the clean latents of the same frames.
+      text: prompt keys and values [L, S, T, N, D].
+      decoder: the decoder's cache, S first; () without decoder.
+      fresh: bool [S], whether the next frame is the first that the decoder sees.
+      age: int32 [S], number of the next frame.
+      shift: int32 [S], position of a frame behind the sink less its number.
+      chunk: int32 [S], chunks since the stream began; counts on through cuts.
+      seed: uint32 [S], of the noise.
+      number: int32 [S], of the video, as `first_index` of a pipeline.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    held: jax.Array
+    latents: jax.Array
+    text: KeysValues
+    decoder: Any
+    fresh: jax.Array
+    age: jax.Array
+    shift: jax.Array
+    chunk: jax.Array
+    seed: jax.Array
+    number: jax.Array
+
+    @property
+    def counters(self) -> dict[str, jax.Array]:
+        """The fields that are a number for each stream."""
+        return {name: getattr(self, name) for name in ("fresh", "age", "shift", "chunk", "seed", "number")}
+
+
+def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
+    """`slots` streams that have not begun."""
+    config, (height, width, channels) = spec.model.config, spec.size
+    cache = ro.empty_cache(spec.model, spec.rollout, slots, spec.rollout.window, height, width)
+    shape = (config.num_layers, slots, config.text_len, config.num_heads, config.head_dim)
+    text = KeysValues(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
+    whole = jnp.zeros(slots, jnp.int32)
+    like = () if decoder is None else _decoder_cache(decoder, slots, spec.size)
+    return StreamState(
+        k=cache.k,
+        v=cache.v,
+        held=jnp.full((slots, spec.capacity), -1, jnp.int32),
+        latents=jnp.zeros((slots, spec.capacity, height, width, channels)),
+        text=text,
+        decoder=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like),
+        fresh=jnp.ones(slots, bool),
+        age=whole,
+        shift=whole,
+        chunk=whole,
+        seed=whole.astype(jnp.uint32),
+        number=whole,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def empty_on_devices(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
+    """`empty_state`, made where it stays."""
+    return _spread(empty_state(spec, decoder, slots))
+
+
+def _decoder_cache(decoder: Decoder, batch: int, size: tuple[int, int, int]) -> Any:
+    """Shapes of a decoder's cache behind a video's first frame, which those of its later frames are."""
+    frame = jax.ShapeDtypeStruct((batch, 1, *size), jnp.float32)
+    return jax.eval_shape(lambda x: decoder.decode_chunk(decoder.init_cache(batch, *size[:2]), x)[0], frame)
+
+
+def _slot(state: StreamState, slot: jax.Array | int) -> StreamState:
+    """One of the streams, still with its axis of length 1."""
+
+    def leaf(axis):
+        return lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis)
+
+    layers = {name: jax.tree.map(leaf(1), getattr(state, name)) for name in ("k", "v", "text")}
+    return jax.tree.map(leaf(0), state.replace(k=(), v=(), text=())).replace(**layers)
+
+
+def _put(state: StreamState, slot: jax.Array | int, one: StreamState) -> StreamState:
+    """The state with one of the streams replaced."""
+
+    def leaf(axis):
+        return lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), slot, axis)
+
+    layers = {name: jax.tree.map(leaf(1), getattr(state, name), getattr(one, name)) for name in ("k", "v", "text")}
+    bare, other = (part.replace(k=(), v=(), text=()) for part in (state, one))
+    return _spread(jax.tree.map(leaf(0), bare, other).replace(**layers))
+
+
+def _spread(state: StreamState) -> StreamState:
+    """Keeps the streams spread over the devices of the pipeline's mesh, where there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state
+
+    def leaf(*axes):
+        return lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec(*axes))
+
+    layers = {name: jax.tree.map(leaf(None, "data"), getattr(state, name)) for name in ("k", "v", "text")}
+    return jax.tree.map(leaf("data"), state.replace(k=(), v=(), text=())).replace(**layers)
+
+
+def _cache(spec: StreamSpec, one: StreamState) -> KVCache:
+    """The cache of one stream, from `_slot` or inside `vmap` with its axis put back."""
+    return KVCache(k=one.k, v=one.v, frames=one.held[0], sink=spec.rollout.sink)
+
+
+def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, size: int) -> Layout:
+    """Positions and visible slots of the next `size` frames; everything kept is computed on, at any age."""
+    layout = ro.chunk_layout(cache, spec.rollout, age, size)
+    frames, context = layout.frames, layout.context_frames
+    if spec.rollout.positions == "absolute":
+        frames = frames + shift
+        context = jnp.where(context < spec.rollout.sink, context, context + shift)
+    return layout.replace(frames=frames, context_frames=context, prefixes=(), prefixes_masked=False)
+
+
+def _written(spec: StreamSpec, one: StreamState, kv: KeysValues, clean: jax.Array, active) -> StreamState:
+    """A stream with the next frames, whose keys and values are `kv`; left as it is unless `active`."""
+    age, count = one.age[0], clean.shape[1]
+    cache = kv_cache.write(_cache(spec, one), kv.k, kv.v, age, keep=~active)
+    latents = one.latents
+    for i in range(count if spec.capacity else 0):
+        slot, dropped = kv_cache.slot_of(cache, age + i)
+        old = jax.lax.dynamic_slice_in_dim(latents, slot, 1, 1)
+        new = jnp.where(active if dropped is None else active & ~dropped, clean[:, i : i + 1], old)
+        latents = jax.lax.dynamic_update_slice_in_dim(latents, new, slot, 1)
+    return one.replace(
+        k=cache.k, v=cache.v, held=cache.frames[None], latents=latents, age=one.age + jnp.where(active, count, 0)
+    )
+
+
+def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Array, count: int):
+    """One stream's next `count` latent frames [1, n, H, W, C], as `programs.next_chunk` makes them."""
+    config, age = spec.rollout, one.age[0]
+    timesteps, steps = config.timesteps_of(age)
+    number = 2 * steps if spec.noise_number is None else spec.noise_number
+    key = key_for(one.seed[0], 0, Purpose.SAMPLE)
+    noise_key = jax.random.fold_in(jax.random.fold_in(key, number), one.chunk[0])
+    noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
+    cache = _cache(spec, one)
+    inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
+    calls, draw = steps + (config.context == "clean"), ro.key_draw(key, one.number)
+    kv, clean, _ = ro.denoise_chunk(
+        spec.model, config, params, inputs, noise, one.chunk[0], steps - 1, calls, draw, timesteps
+    )
+    one = _written(spec, one, kv, clean, active)
+    return one.replace(chunk=one.chunk + active), clean
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def step(
+    spec: StreamSpec, params: dict, decoder: Decoder | None, state: StreamState, active: jax.Array
+) -> tuple[StreamState, jax.Array, jax.Array | None]:
+    """The next chunk of every active stream; one program for the whole life of all streams.
+
+    Args:
+      spec: what it is compiled for.
+      params: the student's parameters.
+      decoder: latents to pixels; None to stop at the latents.
+      state: the streams; donated.
+      active: bool [S]; the others stay as they are, and what is returned for them means nothing.
+
+    Returns:
+      The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c]: of a stream
+      whose first frame is among them, the first `temporal_factor - 1` are empty.
+    """
+    axes = StreamState(**{field.name: 0 for field in dataclasses.fields(StreamState)}).replace(k=1, v=1, text=1)
+
+    def one(stream, active):
+        lead = {name: jax.tree.map(lambda a: a[:, None], getattr(stream, name)) for name in ("k", "v", "text")}
+        bare = jax.tree.map(lambda a: a[None], stream.replace(k=(), v=(), text=(), decoder=()))
+        new, clean = _next_chunk(spec, params, bare.replace(**lead), active, spec.rollout.chunk)
+        lead = {name: jax.tree.map(lambda a: a[:, 0], getattr(new, name)) for name in ("k", "v", "text")}
+        bare = jax.tree.map(lambda a: a[0], new.replace(k=(), v=(), text=()))
+        return bare.replace(**lead, decoder=stream.decoder), clean[0]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = {} if mesh.empty else {"spmd_axis_name": "data"}
+    state, latents = jax.vmap(one, (axes, 0), (axes, 0), **spread)(state, active)
+    pixels = None
+    if decoder is not None:
+        cache, pixels = _decode(decoder, state, latents, active)
+        state = state.replace(decoder=cache, fresh=state.fresh & ~active)
+    return _spread(state), latents, pixels
+
+
+def _decode(decoder: Decoder, state: StreamState, latents: jax.Array, active: jax.Array):
+    """Decodes the next latents [S, n, H, W, C] of all streams: the first frame of the fresh ones in its own way."""
+
+    def chosen(mask, new, old):
+        return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+    def later(cache, frame):
+        cache, pixels = decoder.decode_chunk(cache, frame[:, None])
+        return cache, to_uint8(pixels)
+
+    def first(operands):
+        cache, pixels = operands
+        empty = decoder.init_cache(latents.shape[0], *latents.shape[2:4])
+        new, one = decoder.decode_chunk(empty, latents[:, :1])
+        one = jnp.pad(to_uint8(one), ((0, 0), (pixels.shape[1] - 1, 0), (0, 0), (0, 0), (0, 0)))
+        return chosen(state.fresh, (new, one), (cache, pixels))
+
+    cache, pixels = later(state.decoder, latents[:, 0])
+    if jax.tree.leaves(state.decoder):  # else every frame is decoded by itself, in the same way
+        cache, pixels = jax.lax.cond(jnp.any(state.fresh & active), first, lambda x: x, (cache, pixels))
+    cache, rest = jax.lax.scan(later, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
+    pixels = jnp.concatenate([pixels[None], rest]).swapaxes(0, 1)
+    return chosen(active, cache, state.decoder), pixels.reshape(pixels.shape[0], -1, *pixels.shape[3:])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def begin(state: StreamState, slot, text: KeysValues, seed, number) -> StreamState:
+    """Begins a stream in a slot: nothing is kept, and `text` is from `encode_text` of one prompt."""
+    one = _slot(state, slot)
+    zero = jnp.zeros_like(one.age)
+    one = one.replace(held=jnp.full_like(one.held, -1), text=text, fresh=jnp.ones_like(one.fresh))
+    one = one.replace(age=zero, shift=zero, chunk=zero, seed=jnp.full_like(one.seed, seed), number=zero + number)
+    return _put(state, slot, one)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def set_text(state: StreamState, slot, text: KeysValues) -> StreamState:
+    """Gives a stream the keys and values of another prompt."""
+    return _put(state, slot, _slot(state, slot).replace(text=text))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def set_decoder(state: StreamState, slot, cache: Any) -> StreamState:
+    """Gives a stream the decoder's cache of one video whose first frame has been decoded."""
+    one = _slot(state, slot)
+    return _put(state, slot, one.replace(decoder=cache, fresh=jnp.zeros_like(one.fresh)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def cut(state: StreamState, slot) -> StreamState:
+    """Forgets all frames of a stream: a new video begins in it, with noise that goes on."""
+    one = _slot(state, slot)
+    zero = jnp.zeros_like(one.age)
+    one = one.replace(held=jnp.full_like(one.held, -1), age=zero, shift=zero, fresh=jnp.ones_like(one.fresh))
+    return _put(state, slot, one)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
+    """Keeps the sink and the newest latent frame of a stream alone (Infinity-RoPE, arXiv 2511.20649)."""
+    one, sink, tokens = _slot(state, slot), spec.rollout.sink, state.k.shape[2] // max(1, spec.capacity)
+    kept = min(sink + 1, spec.capacity)
+    fewer = one.age[0] > kept
+    if spec.capacity > sink:
+        newest = kv_cache.slot_of(_cache(spec, one), one.age[0] - 1)[0]
+
+        def moved(a, axis, width):
+            last = jax.lax.dynamic_slice_in_dim(a, newest * width, width, axis)
+            return jnp.where(fewer, jax.lax.dynamic_update_slice_in_dim(a, last, sink * width, axis), a)
+
+        one = one.replace(k=moved(one.k, 2, tokens), v=moved(one.v, 2, tokens), latents=moved(one.latents, 1, 1))
+    places = jnp.arange(spec.capacity)
+    held = jnp.where(fewer, jnp.where(places < kept, places, -1), one.held)
+    age = jnp.where(fewer, kept, one.age)
+    return _put(state, slot, one.replace(held=held, age=age, shift=one.shift + one.age - age))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def recall(spec: StreamSpec, state: StreamState, slot) -> tuple[StreamState, jax.Array]:
+    """Empties a stream's cache, for its frames to be written again by `append`.
+
+    Returns:
+      The new state, and the clean latents [1, capacity, H, W, C] that were kept, oldest first.
+    """
+    one = _slot(state, slot)
+    order = jnp.argsort(jnp.where(one.held < 0, jnp.iinfo(jnp.int32).max, one.held), axis=1)[0]
+    count = (one.held >= 0).sum(axis=1).astype(jnp.int32)
+    latents = one.latents[:, order]
+    shift = one.shift + one.age - count
+    emptied = one.replace(held=jnp.full_like(one.held, -1), age=jnp.zeros_like(one.age), shift=shift)
+    return _put(state, slot, emptied), latents
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def append(spec: StreamSpec, params: dict, state: StreamState, slot, clean: jax.Array) -> StreamState:
+    """Writes given clean latents [1, n, H, W, C] as the next frames of a stream."""
+    one = _slot(state, slot)
+    cache = _cache(spec, one)
+    layout = _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
+    _, kv = ro.predict(spec.model, spec.rollout, params, clean, 0.0, one.text, layout, cache)
+    return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def lone_frame(spec: StreamSpec, params: dict, state: StreamState, slot) -> tuple[StreamState, jax.Array]:
+    """A stream's first latent frame [1, 1, H, W, C] as a chunk of its own."""
+    one, clean = _next_chunk(spec, params, _slot(state, slot), jnp.bool_(True), 1)
+    return _put(state, slot, one), clean
+
+
+@jax.jit
+def take(state: StreamState, slot) -> StreamState:
+    """One of the streams, to be saved."""
+    return _slot(state, slot)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(state: StreamState, slot, one: StreamState) -> StreamState:
+    """The state with a stream that `take` gave."""
+    return _put(state, slot, one)

@@ -1,0 +1,404 @@
+"""Endless streams: the frames of a pipeline, no stream depends on another, prompts change, one compile."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sf_jax
+from sf_jax import rollout as ro
+from sf_jax.inference import stream_state
+from sf_jax.inference.load import load_pipeline
+from sf_jax.inference.stream import MODES
+from sf_jax.inference.stream_memory import bytes_per_stream
+from sf_jax.models import attention, wan
+from sf_jax.rollout import MAX_FRAMES, RolloutConfig
+from tests.helpers import SMALL, random_params, relative
+from tests.wan_folder import make_folder
+
+PROMPTS = ["a 7 moving left, fast", "a 2 moving up, slowly", "a 5 moving right", "a 3 moving down"]
+BARE = RolloutConfig(chunk=2, window=6, sink=2, positions="relative", context_noise="none")
+SMALL_VIDEO = {"height": 32, "width": 48}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The shipped student."""
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder of Wan."""
+    return make_folder(tmp_path_factory.mktemp("models") / "wan")
+
+
+def bare(**changes):
+    """A network that takes embeddings and stops at the latents."""
+    config = dataclasses.replace(BARE, **changes)
+    pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(SMALL), random_params(), config)
+    return pipe.with_sampling(height=4, width=4)
+
+
+def text(seed):
+    """A prompt's embedding."""
+    return np.random.default_rng(seed).standard_normal((3, 8), np.float32)
+
+
+def latents(stream, one, steps):
+    """New latents of the next steps."""
+    return np.concatenate([stream.step().latents(one) for _ in range(steps)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"positions": "absolute"},
+        {"sink": 0},
+        {"window": 4},
+        {"window": 2, "sink": 0},
+        {"chunk": 1, "window": 4, "sink": 1},
+        {"first_frame_alone": True},
+        {"first_steps": (1000, 500)},
+        {"steps": (1000,)},
+        {"context": "noisy"},
+    ],
+    ids=str,
+)
+def test_streams_are_the_videos_of_a_pipeline(changes):
+    pipe = bare(**changes)
+    embeddings, frames = np.stack([text(0), text(1)]), 12 + pipe.rollout.first_frame_alone
+    whole = pipe(embeddings, frames=frames, output="latent", seed=2**31 + 5, first_index=[3, 9])
+    stream = sf_jax.Stream(pipe, slots=2)
+    ids = [stream.join(embeddings[i], seed=2**31 + 5, number=number) for i, number in enumerate((3, 9))]
+    parts = {one: [] for one in ids}
+    for _ in range(12 // pipe.rollout.chunk):
+        step = stream.step()
+        assert list(step) == ids and len(step) == 2
+        for one in ids:
+            parts[one].append(step.latents(one))
+    for i, one in enumerate(ids):
+        assert relative(np.concatenate(parts[one]), whole[i, -12:]) < 1e-5
+        assert stream.frames(one) == frames
+
+
+@pytest.mark.parametrize("vae", ["wan", "tiny"])
+def test_pixels_are_those_of_a_pipeline(folder, vae):
+    rollout = RolloutConfig(window=6, positions="relative", context_noise="none")
+    pipe = load_pipeline(folder, folder / "student.safetensors", vae=vae, rollout=rollout)
+    whole = pipe("a dog runs", **SMALL_VIDEO, frames=45, seed=3)[0]
+    stream = sf_jax.Stream(pipe, slots=3, **SMALL_VIDEO)
+    other = stream.join("a cat")
+    first = stream.step()[other]
+    assert first.shape[0] == 9 and first.dtype == np.uint8
+    one = stream.join("a dog runs", seed=3)
+    steps = [stream.step() for _ in range(4)]
+    assert [step.count(one) for step in steps] == [9, 12, 12, 12] == [len(step[one]) for step in steps]
+    assert np.abs(np.concatenate([step[one] for step in steps]).astype(int) - whole).max() <= 1
+    assert steps[0].count(other) == 12
+    # an image's or a video's latents, then new frames
+    given = pipe("a dog runs", **SMALL_VIDEO, frames=9, seed=3, output="latent")
+    longer = pipe("a cat", **SMALL_VIDEO, frames=33, seed=4, first_index=2, initial=given)[0]
+    extended = stream.join("a cat", seed=4, number=2, initial=given[0])
+    steps = [stream.step() for _ in range(2)]
+    assert [step.count(extended) for step in steps] == [21, 12]
+    assert np.abs(np.concatenate([step[extended] for step in steps]).astype(int) - longer).max() <= 1
+    stream.prompt(one, "a cat", "cut")
+    assert stream.step().count(one) == 9
+
+
+def test_no_stream_depends_on_another_and_nothing_is_compiled_again(digits):
+    stream = sf_jax.Stream(digits, slots=4)
+    alone = stream.join(PROMPTS[1], seed=5, number=9)
+    expected = latents(stream, alone, 8)
+    stream.leave(alone)
+    before = {name: getattr(stream_state, name)._cache_size() for name in ("step", "begin", "set_text")}
+    ids = [stream.join(prompt, seed=i) for i, prompt in enumerate(PROMPTS[:3])]
+    stream.step()
+    stream.leave(ids[0])
+    stream.step()
+    one, pausing = stream.join(PROMPTS[1], seed=5, number=9), stream.join(PROMPTS[0], seed=1)
+    parts = []
+    for i in range(8):
+        chosen = [stream for stream in stream.playing if stream != pausing] if i % 2 else None
+        parts.append(stream.step(chosen).latents(one))
+        if i == 3:
+            stream.prompt(ids[1], PROMPTS[3], "swap", transition_chunks=2)
+            stream.leave(ids[2])
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+    after = {name: getattr(stream_state, name)._cache_size() for name in before}
+    assert after["step"] == before["step"] and after["begin"] == before["begin"]
+    assert after["set_text"] <= before["set_text"] + 1  # the first change of a prompt
+    assert stream.frames(pausing) == 12 and stream.free == 1
+
+
+def test_a_pause_changes_nothing(digits):
+    stream = sf_jax.Stream(digits, slots=2)
+    one = stream.join(PROMPTS[0], seed=1)
+    expected = latents(stream, one, 6)
+    stream.leave(one)
+    other, one = stream.join(PROMPTS[1]), stream.join(PROMPTS[0], seed=1)
+    parts = []
+    for _ in range(6):
+        stream.step([other])
+        parts.append(stream.step([one]).latents(one))
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def next_chunk(pipe, kept, positions, own, embedding, noise_of):
+    """A stream's next chunk behind given frames, at given positions, from the noise that the stream would draw."""
+    model, params, config = pipe.transformer, pipe.params, pipe.rollout
+    kv = model.apply({"params": params}, jnp.asarray(embedding[None]), method="encode_text")
+    layout = wan.Layout(own, positions, pattern=attention.cached(len(own), len(positions)))
+    state, slot = noise_of
+    one = stream_state.take(state, slot)
+    cache = ro.KVCache(*kept, frames=jnp.asarray(positions))
+    noise, draw, t = drawn(pipe, one)
+    calls = len(config.steps) + 1
+    arguments = (config, params, (kv, cache, layout), noise, one.chunk[0], len(config.steps) - 1, calls, draw, t)
+    return ro.denoise_chunk(model, *arguments)[1][0]
+
+
+def drawn(pipe, one):
+    """Noise of a stream's next chunk, as a pipeline draws it."""
+    key = stream_state.key_for(one.seed[0], 0, stream_state.Purpose.SAMPLE)
+    noise_key = jax.random.fold_in(jax.random.fold_in(key, pipe.noise_number), one.chunk[0])
+    noise = ro.example_noise(noise_key, one.number, (1, pipe.rollout.chunk, 4, 4, 4))
+    return noise, ro.key_draw(key, one.number), jnp.asarray(pipe.rollout.timesteps, jnp.float32)
+
+
+def kept_in_order(stream, slot):
+    """Keys and values of a stream's kept frames, oldest first, and their numbers."""
+    one = stream_state.take(stream.state, slot)
+    held = np.asarray(one.held[0])
+    order = [place for place in np.argsort(held) if held[place] >= 0]
+    tokens = (np.asarray(order)[:, None] * 4 + np.arange(4)).ravel()
+    return (one.k[:, :, tokens], one.v[:, :, tokens]), held[order], one
+
+
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+@pytest.mark.parametrize("sink", [0, 2])
+def test_prompts_change_in_every_mode(positions, sink):
+    pipe = bare(positions=positions, sink=sink)
+    stream = sf_jax.Stream(pipe, slots=2)
+    one = stream.join(text(0), seed=3)
+    latents(stream, one, 6)
+    (k, v), held, before = kept_in_order(stream, 0)
+    clean = before.latents[0, np.argsort(np.asarray(before.held[0]))]
+    assert held.tolist() == ([0, 1, 10, 11] if sink else [8, 9, 10, 11])
+    moved, relative_to_window = max(0, 14 - 6), positions == "relative"
+
+    def frames(numbers):
+        numbers = np.asarray(numbers)
+        return np.where(numbers < sink, numbers, numbers - moved) if relative_to_window else numbers
+
+    saved = jax.tree.map(jnp.copy, stream.state)
+    for mode in MODES:
+        stream.state = jax.tree.map(jnp.copy, saved)
+        playing = stream._playing[one]
+        playing.sizes, playing.position, playing.frames = [2] * 6, 12, 12
+        stream.prompt(one, text(7), mode)
+        own = frames([12, 13])
+        if mode == "swap":
+            wanted = next_chunk(pipe, (k, v), frames(held), own, text(7), (saved, 0))
+        elif mode == "flush":
+            last = [*range(sink), len(held) - 1]
+            tokens = (np.asarray(last)[:, None] * 4 + np.arange(4)).ravel()
+            places, own = (
+                (np.arange(sink + 1), np.arange(sink + 1, sink + 3)) if relative_to_window else (held[last], own)
+            )
+            wanted = next_chunk(pipe, (k[:, :, tokens], v[:, :, tokens]), places, own, text(7), (saved, 0))
+        elif mode == "cut":
+            kv = pipe.transformer.apply({"params": pipe.params}, text(7)[None], method="encode_text")
+            noise, draw, t = drawn(pipe, before)
+            cache = ro.empty_cache(pipe.transformer, pipe.rollout, 1, 12, 4, 4)
+            chunk = before.chunk[0]
+            arguments = (pipe.params, kv, cache, noise, 0, chunk, len(pipe.rollout.steps) - 1, draw, t)
+            wanted = ro.generate_chunk(pipe.transformer, pipe.rollout, *arguments)[1][0]
+        else:
+            kv = pipe.transformer.apply({"params": pipe.params}, text(7)[None], method="encode_text")
+            places = np.arange(4) if relative_to_window else frames(held)
+            causal = wan.Layout(places, pattern=attention.block_causal((2, 2)))
+            inputs = (clean[None], jnp.zeros((1, 1)), kv, causal)
+            _, again = pipe.transformer.apply({"params": pipe.params}, *inputs, return_kv=True)
+            own = np.arange(4, 6) if relative_to_window else own
+            wanted = next_chunk(pipe, (again.k, again.v), places, own, text(7), (saved, 0))
+        assert relative(stream.step().latents(one), wanted) < 1e-5, mode
+        after = stream_state.take(stream.state, 0)
+        held_after = {"swap": 4, "recache": 4, "flush": min(4, sink + 3), "cut": 2}[mode]
+        assert (np.asarray(after.held) >= 0).sum() == held_after == sum(stream._kept_sizes(stream._playing[one]))
+
+
+def test_a_transition_goes_in_even_steps():
+    pipe = bare()
+    stream = sf_jax.Stream(pipe)
+    one = stream.join(text(0))
+    stream.step()
+    for mode in ("swap", "recache", "flush"):
+        old, new = stream._playing[one].embedding[0], text(MODES.index(mode) + 1)
+        stream.prompt(one, new, mode, transition_chunks=3)
+        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+            stream.step()
+            mixed = jnp.asarray((1 - part) * old + part * new)[None]
+            expected = pipe.transformer.apply({"params": pipe.params}, mixed, method="encode_text")
+            assert relative(stream.state.text.k, expected.k) < 1e-5
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
+    stream = sf_jax.Stream(digits, slots=2)
+    stream.join(PROMPTS[2])
+    one = stream.join(PROMPTS[0], seed=1)
+    latents(stream, one, 5)
+    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=2)
+    stream.step()
+    stream.save(one, tmp_path / "one.safetensors", compact=compact)
+    expected = latents(stream, one, 6)
+    again = sf_jax.Stream(digits, slots=2)
+    again.join(PROMPTS[3])
+    restored = again.restore(tmp_path / "one.safetensors")
+    assert again.frames(restored) == 18
+    if compact:
+        assert relative(latents(again, restored, 1), expected[:3]) < 0.5
+        assert (tmp_path / "one.safetensors").stat().st_size < 60_000
+    else:
+        np.testing.assert_array_equal(latents(again, restored, 6), expected)
+
+
+@pytest.mark.slow
+def test_another_process_goes_on_with_the_same_bits(digits, tmp_path):
+    stream = sf_jax.Stream(digits)
+    one = stream.join(PROMPTS[0], seed=1)
+    latents(stream, one, 3)
+    stream.save(one, tmp_path / "one.safetensors")
+    program = (
+        "import sys, numpy as np, sf_jax; stream = sf_jax.Stream(sf_jax.load_pipeline());"
+        "one = stream.restore(sys.argv[1]); np.save(sys.argv[2], np.concatenate([stream.step()[one] for _ in '123']))"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "one.safetensors", tmp_path / "rest.npy"], check=True)
+    expected = np.concatenate([stream.step()[one] for _ in range(3)])
+    np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), expected)
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one(tmp_path):
+    program = """
+import sys, numpy as np, jax, dataclasses, sf_jax
+from jax.sharding import AxisType, Mesh
+pipe = sf_jax.load_pipeline()
+if sys.argv[2] == "8":
+    pipe = dataclasses.replace(pipe, mesh=Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,)))
+stream = sf_jax.Stream(pipe, slots=8)
+ids = [stream.join("a 7 moving left, fast", seed=i) for i in range(7)]
+parts = [np.stack([step.latents(i) for i in ids]) for step in (stream.step() for _ in range(3))]
+stream.prompt(2, "a 3 moving up", "recache")
+stream.prompt(3, "a 3 moving up", "flush")
+stream.prompt(4, "a 3 moving up", "cut")
+parts += [np.stack([step.latents(i) for i in ids]) for step in (stream.step() for _ in range(3))]
+assert sf_jax.inference.stream_state.step._cache_size() == 1, "compiled again"
+np.save(sys.argv[1], np.concatenate(parts, axis=1))
+"""
+    for count in ("1", "8"):
+        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        command = [sys.executable, "-c", program, str(tmp_path / count), count]
+        subprocess.run(command, check=True, env={**__import__("os").environ, **environment})
+    one, eight = (np.load(tmp_path / f"{count}.npy") for count in ("1", "8"))
+    assert relative(eight, one) < 1e-4
+
+
+def test_what_streams_take_is_known_before(digits):
+    spec = sf_jax.Stream(digits).spec
+    each = bytes_per_stream(spec, digits, 4)
+    config = digits.transformer.config
+    assert each.cache == 2 * config.num_layers * 6 * 9 * config.dim * 4
+    assert each.latents == 6 * 6 * 6 * config.channels * 4 and each.decoder == 0 and each.workspace > 0
+    assert each.total > each.cache and "cache" in each.describe()
+    with pytest.raises(ValueError, match=r"slots is 4: a stream takes .*, and .* are free on a device: at most 2 fit"):
+        sf_jax.Stream(digits, slots=4, memory=int(2.5 * each.total))
+    with pytest.raises(ValueError, match="not even one fits"):
+        sf_jax.Stream(digits, memory=1000)
+    assert digits.bytes_per_stream(4) == each
+
+
+def test_absolute_positions_end(digits):
+    stream = sf_jax.Stream(bare(positions="absolute"))
+    one = stream.join(text(0))
+    playing = stream._playing[one]
+    playing.frames = playing.position = MAX_FRAMES - 2
+    stream.step()
+    with pytest.raises(ValueError, match="stream 0 is at latent frame 1024: positions 'absolute' end at 1024"):
+        stream.step()
+    stream.prompt(one, text(1), "cut")
+    stream.step()
+
+
+def test_mistakes_are_named(digits, folder, tmp_path):
+    stream = sf_jax.Stream(digits)
+    one = stream.join(PROMPTS[0])
+    for call, message in (
+        (lambda: stream.join(PROMPTS[1]), "all 1 slots play"),
+        (lambda: stream.prompt(one, "a cat"), "unknown word 'cat'"),
+        (lambda: stream.prompt(one, PROMPTS[1], "fade"), "mode is 'fade': it must be one of swap, recache"),
+        (lambda: stream.prompt(one, PROMPTS[1], "cut", 2), "transition_chunks is 2: a cut is at once"),
+        (lambda: stream.prompt(one, PROMPTS[1], "swap", -1), "transition_chunks is -1: it must be a whole number"),
+        (lambda: stream.step([7]), "stream 7 does not play: streams that do: 0"),
+        (lambda: stream.leave("a"), "stream 'a' does not play"),
+        (lambda: stream.save(5, tmp_path / "x"), "stream 5 does not play"),
+        (lambda: sf_jax.Stream(digits, slots=0), "slots is 0: it must be a whole number of at least 1"),
+        (lambda: sf_jax.Stream(digits, frames=3), "frames is no option of a stream"),
+        (lambda: sf_jax.Stream(load_pipeline("teacher")), "has a bidirectional network: only few-step students"),
+        (lambda: sf_jax.Stream(bare(window=None, sink=0, positions="absolute")), "window is None: an endless stream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    stream.leave(one)
+    for options, message in (
+        ({"seed": -1}, "seed is -1"),
+        ({"number": 0.5}, "first_index is 0.5"),
+        ({"initial": np.zeros((3, 6, 6, 1), np.float32)}, "initial has the shape"),
+        ({"initial": np.zeros((2, 6, 6, 8), np.float32)}, "frames is 2: with chunk=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.join(PROMPTS[0], **options)
+    assert stream.free == 1
+    with pytest.raises(ValueError, match="path: cannot read .*none"):
+        stream.restore(tmp_path / "none")
+    one = stream.join(PROMPTS[0])
+    stream.step()
+    stream.save(one, tmp_path / "one")
+    stream.leave(one)
+    other = dataclasses.replace(digits, params=jax.tree.map(lambda a: a + 1, digits.params))
+    with pytest.raises(ValueError, match="was saved with other weights"):
+        sf_jax.Stream(other).restore(tmp_path / "one")
+    with pytest.raises(ValueError, match="was saved with rollout.window 9: here it is 12"):
+        sf_jax.Stream(digits.with_rollout(window=12)).restore(tmp_path / "one")
+    (tmp_path / "cut").write_bytes((tmp_path / "one").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is a damaged safetensors file"):
+        stream.restore(tmp_path / "cut")
+    assert stream.free == 1 and stream.frames(stream.restore(tmp_path / "one")) == 3
+
+
+def test_schedules_that_are_wrong_are_refused(tmp_path):
+    from sf_jax.inference.scenes import read_schedule
+
+    path = tmp_path / "scenes.json"
+    for content, message in (
+        ("nothing", "cannot read"),
+        ([], "must be a list of scenes"),
+        ([{"prompt": "a 7"}], "scene 1: time is missing"),
+        ([{"time": 0, "prompt": "a 7", "fade": 1}], "scene 1: fade is no field"),
+        ([{"time": 0, "prompt": ""}], "scene 1: prompt is ''"),
+        ([{"time": True, "prompt": "a 7"}], "scene 1: time is True"),
+        ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "fade"}], "scene 2: mode is 'fade'"),
+        ([{"time": 1, "prompt": "a 7"}], "the first must be 0"),
+        ([{"time": 0, "prompt": "a 7"}, {"time": 0, "prompt": "a 2"}], "each later than the one before"),
+    ):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            read_schedule(path)
