@@ -228,11 +228,6 @@ class TrainConfig:
         name = "data.frames" if longest == self.data.frames else "rollout_frames"
         if longest > MAX_FRAMES:
             raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
-        if self.rollout.moves_sink(longest):
-            raise ValueError(
-                f"{name} is {longest}, rollout.window {self.rollout.window}: a training video that outgrows the window "
-                f"needs rollout.sink 0 instead of {self.rollout.sink}, or rollout.positions 'absolute'"
-            )
         for name in ("teacher", "critic"):
             other = getattr(self, name)
             for field in ("channels", "text_dim"):  # they share latents and prompts

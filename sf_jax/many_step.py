@@ -148,6 +148,7 @@ def forced_trajectory(
         context_frames=positions,
         pattern=attention.replay(chunks, 0, config.window, config.sink, frames),
     )
+    causal, behind = (ro.with_moved_sink(config, layout) for layout in (causal, behind))
     contexts = []
     for prompt in (text, negative)[: 1 if guidance == 1 else 2]:
         kv = model.apply({"params": params}, prompt, method="encode_text")

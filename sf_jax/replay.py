@@ -11,7 +11,7 @@ import numpy as np
 
 from sf_jax.models import attention
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
-from sf_jax.rollout import Rollout, RolloutConfig
+from sf_jax.rollout import Rollout, RolloutConfig, with_moved_sink
 
 CACHE_GRADIENTS = ("stop", "straight_through", "write")
 
@@ -72,11 +72,6 @@ def replay_recorded(
     if cache_gradient not in CACHE_GRADIENTS:
         raise ValueError(f"cache_gradient is {cache_gradient!r}: it must be one of {', '.join(CACHE_GRADIENTS)}")
     total = past.video.shape[1]
-    if config.moves_sink(total):
-        raise ValueError(
-            f"positions is 'relative', and the video of {total} frames outgrows the window of {config.window}: the "
-            f"sink, {config.sink}, must be 0 to replay it"
-        )
     given, chunks = config.chunks(past.exit_inputs.shape[1], past.initial_frames)
     first = len(given) + first_live
     offset = sum((given + chunks)[:first])
@@ -103,6 +98,7 @@ def replay_recorded(
     context = KeysValues(past.cache.k, past.cache.v) if needs_cache else None
     own_t = jnp.broadcast_to(jnp.concatenate([clean_t, t]), (x.shape[0], len(layout.frames)))
     own = jnp.concatenate([clean, x], axis=1)
+    layout = with_moved_sink(config, layout)
     flow = model.apply({"params": params}, own, own_t, text, layout, context)[:, clean.shape[1] :]
     video = config.schedule.to_clean(flow, x, jnp.broadcast_to(t, x.shape[:2]))
     return jnp.concatenate([past.video[:, :offset], video], axis=1)

@@ -120,10 +120,6 @@ class RolloutConfig:
         """The longest video, in latent frames; None where positions never end."""
         return MAX_FRAMES if self.positions == "absolute" else None
 
-    def moves_sink(self, frames: int) -> bool:
-        """Whether a video of `frames` frames outgrows the window, so that its sink changes its position."""
-        return self.positions == "relative" and self.sink > 0 and frames > self.window
-
     def check_frames(self, frames: int) -> None:
         """Refuses videos that are longer than positions are.
 
@@ -239,6 +235,18 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
         prefixes=prefixes,
         prefixes_masked=masked,
     )
+
+
+def with_moved_sink(config: RolloutConfig, layout: Layout) -> Layout:
+    """The layout of a whole video (numpy positions) with the sink right before every chunk's window.
+
+    The other frames keep their numbers as positions: only distances count.
+    """
+    if config.positions != "relative" or not config.sink:
+        return layout
+    ends = [int(layout.frames[group.queries[1] - 1]) + 1 for group in layout.pattern]
+    shifts = tuple(max(0, end - config.window) for end in ends)
+    return layout.replace(sink=config.sink, sink_shifts=shifts) if any(shifts) else layout
 
 
 def context_lengths(config: RolloutConfig, capacity: int, start: jax.Array | int) -> tuple[tuple[int, ...], bool]:

@@ -13,9 +13,10 @@ from sf_jax import rollout as ro
 from sf_jax.inference import programs
 from sf_jax.models import attention, wan
 from sf_jax.models.rope import MAX_FRAMES
-from sf_jax.replay import replay
-from tests.helpers import SMALL, inputs, random_params, relative
-from tests.test_objectives import make_config
+from sf_jax.objectives.causal import causal_layout
+from sf_jax.replay import CACHE_GRADIENTS, replay
+from tests import oracle
+from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
 
 MODEL = wan.WanTransformer(SMALL)
 WINDOW = ro.RolloutConfig(chunk=2, window=6, positions="relative")
@@ -55,6 +56,58 @@ def test_a_sink_is_right_before_the_window():
         flow = MODEL.apply({"params": params}, x, t, kv, layout, context)
         clean = SINK.schedule.to_clean(flow, x, t)
         assert relative(past.video[:, start : start + 2], clean) < 1e-5
+
+
+CASES = [
+    {"chunk": chunk, "window": window, "sink": sink, "positions": positions}
+    for chunk in (1, 2)
+    for window in (4, 6, 8)
+    for sink in (0, 1, 2, 3)
+    for positions in ro.POSITIONS
+    if sink + chunk <= window
+]
+# those that cover every sort of window and sink at least once
+FAST = CASES[1::6]
+LONGEST = (pytest.mark.slow, pytest.mark.exhaustive)
+MARKED = [pytest.param(case, marks=() if case in FAST else LONGEST) for case in CASES]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=str)
+def test_cached_is_block_causal(case):
+    config, frames = ro.RolloutConfig(**case), 12
+    params, (noise, text, draw) = random_params(), inputs(frames)
+    past = run(config, params, text, noise, draw, 1, False)
+    layout = ro.with_moved_sink(
+        config, causal_layout((config.chunk,) * (frames // config.chunk), True, *window(config))
+    )
+    clean_t = jnp.zeros((2, frames))
+    t = jnp.concatenate([clean_t, clean_t + config.timesteps[1]], axis=1)
+    both = jnp.concatenate([past.video, past.exit_inputs], axis=1)
+    flow = MODEL.apply({"params": params}, both, t, text, layout)[:, frames:]
+    assert relative(config.schedule.to_clean(flow, past.exit_inputs, t[:, frames:]), past.video) < 1e-5
+
+
+def test_a_moved_sink_is_replayed_and_has_its_gradient():
+    params, (noise, text, draw) = random_params(), inputs(FRAMES)
+    weight = jax.random.normal(jax.random.key(9), noise.shape)
+
+    def by_scan(params, mode):
+        return (oracle.rollout_video(MODEL, SINK, params, text, noise, 1, draw, cache_gradient=mode) * weight).sum()
+
+    def by_replay(params, mode):
+        past = ro.rollout(MODEL, SINK, params, text, noise, 1, draw)
+        video = replay(MODEL, SINK, params, text, past, mode)
+        return (video * weight).sum(), (video, past.video)
+
+    @jax.jit
+    def gradients(params):
+        return [
+            (jax.grad(by_scan)(params, mode), jax.grad(by_replay, has_aux=True)(params, mode))
+            for mode in CACHE_GRADIENTS
+        ]
+
+    for scanned, (replayed, (video, expected)) in gradients(params):
+        assert relative(video, expected) < 1e-5 and tree_relative(replayed, scanned) < 2e-6
 
 
 @pytest.mark.parametrize("start", [4, 5000, np.int32(2**31 - 100)])
@@ -101,10 +154,3 @@ def test_what_they_cannot_do_is_refused():
         ro.RolloutConfig(positions="relative")
     with pytest.raises(ValueError, match=f"frames is {MAX_FRAMES + 1}: positions are tabulated"):
         ro.RolloutConfig().check_frames(MAX_FRAMES + 1)
-    rollout = {"chunk": 3, "window": 6, "sink": 3, "positions": "relative"}
-    with pytest.raises(ValueError, match=r"data.frames is 9, rollout.window 6: .* needs rollout.sink 0 instead of 3"):
-        make_config(rollout=rollout, data={"name": "digits", "frames": 9, "height": 4, "width": 4})
-    params, (noise, text, draw) = random_params(), inputs(FRAMES)
-    past = run(SINK, params, text, noise, draw, 1)
-    with pytest.raises(ValueError, match="the video of 10 frames outgrows the window of 6: the sink, 2, must be 0"):
-        replay(MODEL, SINK, params, text, past)

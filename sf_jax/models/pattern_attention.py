@@ -29,16 +29,18 @@ def pattern_attention(q, k, v, context, shared):
         if shared.straight_through is not None:
             context_k = _straight_through(context_k, k, shared.straight_through * tokens)
             context_v = _straight_through(context_v, v, shared.straight_through * tokens)
-        context_k = rope.rotate(context_k, shared.context_rotation)
+        plain, context_k = context_k, rope.rotate(context_k, shared.context_rotation)
     outputs = []
-    for group in shared.pattern:
-        segments = []
-        for start, stop in group.context:
+    for index, group in enumerate(shared.pattern):
+        segments, sink = [], _moved_sink(shared, index)
+        for start, stop, moved in sink(group.context, shared.context_frames):
             part = slice(start * tokens, stop * tokens)
-            segments.append((context_k[:, part], context_v[:, part], _part_of_mask(mask, part)))
-        for start, stop in group.own:
+            keys = context_k[:, part] if moved is None else rope.rotate(plain[:, part], moved)
+            segments.append((keys, context_v[:, part], _part_of_mask(mask, part)))
+        for start, stop, moved in sink(group.own, shared.frames):
             part = slice(start * tokens, stop * tokens)
-            segments.append((own_k[:, part], v[:, part], None))
+            keys = own_k[:, part] if moved is None else rope.rotate(k[:, part], moved)
+            segments.append((keys, v[:, part], None))
         start, stop = group.queries
         outputs.append(attention.attend(q[:, start * tokens : stop * tokens], segments, shared.implementation))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
@@ -73,6 +75,27 @@ def _prefix_attention(q, own_k, v, context, shared):
         for count in prefixes
     ]
     return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), used), branches)
+
+
+def _moved_sink(shared, index):
+    """Splits ranges of keys where the sink of a group begins or ends, and gives its parts the group's rotation."""
+    moved = shared.sink_rotations[index] if shared.sink_rotations else None
+
+    def split(ranges, frames):
+        if moved is None:
+            return [(start, stop, None) for start, stop in ranges]
+        parts, sink = [], moved.shape[1] // shared.tokens
+        for start, stop in ranges:
+            border = start + sum(frame < sink for frame in frames[start:stop])
+            if border > start:
+                first = frames[start]
+                tokens = slice(first * shared.tokens, (first + border - start) * shared.tokens)
+                parts.append((start, border, moved[:, tokens]))
+            if stop > border:
+                parts.append((border, stop, None))
+        return parts
+
+    return split
 
 
 def _part_of_mask(mask, part):

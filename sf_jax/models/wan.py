@@ -140,6 +140,9 @@ class Layout:
       pattern: which own and context frames each query frame sees (static).
       straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
         their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
+      sink: frames below this number are the sink where `sink_shifts` moves them (static).
+      sink_shifts: by how many frames the sink's keys are moved for each group of `pattern`, so that it stays right
+        before the group's window; `frames` and `context_frames` are then numpy. Empty: not at all (static).
     """
 
     frames: jax.Array | np.ndarray
@@ -150,6 +153,8 @@ class Layout:
     mask_is_prefix: bool = flax.struct.field(pytree_node=False, default=False)
     prefixes: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     prefixes_masked: bool = flax.struct.field(pytree_node=False, default=False)
+    sink: int = flax.struct.field(pytree_node=False, default=0)
+    sink_shifts: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 def bidirectional_layout(frames: int) -> Layout:
@@ -165,6 +170,9 @@ class _Shared:
     own_rotation: jax.Array
     context_rotation: jax.Array | None
     context_mask: jax.Array | None
+    sink_rotations: tuple[jax.Array | None, ...]
+    frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    context_frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     pattern: attention.Pattern = flax.struct.field(pytree_node=False)
     tokens: int = flax.struct.field(pytree_node=False)
     straight_through: int | None = flax.struct.field(pytree_node=False)
@@ -378,11 +386,16 @@ class WanTransformer(nn.Module):
         if context is not None:
             context = KeysValues(context.k, context.v)
             context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
+        moved = np.arange(layout.sink)
+        sinks = [rope.rotation(moved + n, grid, config.head_dim) if n else None for n in layout.sink_shifts]
         shared = _Shared(
             modulation=self.time_projection(nn.silu(time)).reshape(*t.shape, 6, config.dim),
             own_rotation=rope.rotation(layout.frames, grid, config.head_dim),
             context_rotation=context_rotation,
             context_mask=layout.context_mask,
+            sink_rotations=tuple(sinks),
+            frames=_static(layout.frames) if sinks else None,
+            context_frames=_static(layout.context_frames) if sinks else None,
             pattern=layout.pattern,
             tokens=grid[0] * grid[1],
             straight_through=layout.straight_through,
@@ -414,6 +427,11 @@ def init_params(config: WanConfig, key: jax.Array) -> dict:
 def param_shapes(config: WanConfig) -> dict:
     """Shapes and types of the parameters."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _static(frames):
+    """Positions as a hashable constant."""
+    return None if frames is None else tuple(int(frame) for frame in frames)
 
 
 def _patchify(x, patch):

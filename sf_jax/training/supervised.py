@@ -22,8 +22,10 @@ def chunks_of(config: TrainConfig) -> tuple[int, ...]:
 
 
 def layout_of(config: TrainConfig, teacher_forcing: bool) -> Layout:
-    """The causal layout of a whole training video, with the rollout's window and sink."""
-    return causal.causal_layout(chunks_of(config), teacher_forcing, config.rollout.window, config.rollout.sink)
+    """The causal layout of a whole training video, with the rollout's window, sink and positions."""
+    rollout = config.rollout
+    layout = causal.causal_layout(chunks_of(config), teacher_forcing, rollout.window, rollout.sink)
+    return ro.with_moved_sink(rollout, layout)
 
 
 def per_example(key: jax.Array, examples: jax.Array, draw) -> jax.Array:
