@@ -77,9 +77,8 @@ def test_cached_is_block_causal(case):
     config, frames = ro.RolloutConfig(**case), 12
     params, (noise, text, draw) = random_params(), inputs(frames)
     past = run(config, params, text, noise, draw, 1, False)
-    layout = ro.with_moved_sink(
-        config, causal_layout((config.chunk,) * (frames // config.chunk), True, *window(config))
-    )
+    chunks = (config.chunk,) * (frames // config.chunk)
+    layout = ro.with_moved_sink(config, causal_layout(chunks, True, config.window, config.sink))
     clean_t = jnp.zeros((2, frames))
     t = jnp.concatenate([clean_t, clean_t + config.timesteps[1]], axis=1)
     both = jnp.concatenate([past.video, past.exit_inputs], axis=1)
