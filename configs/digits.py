@@ -156,6 +156,12 @@ def _polish() -> dict:
     return values | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
 
 
+def _switch() -> dict:
+    """A little more of the GAN, on rollouts whose prompt changes: for students that are told something new."""
+    values = _polish()
+    return values | {"steps": 24, "rollout_frames": (18,), "prompt_switch": 0.75}
+
+
 def _causvid() -> dict:
     """The baseline DF+DMD (CausVid): the student sees real clips, noised by chunk."""
     return _distill() | {"student_input": "diffusion_forcing"}
@@ -175,6 +181,7 @@ VARIANTS = {
     "consistency": _consistency,
     "distill": _distill,
     "polish": _polish,
+    "switch": _switch,
     "sid": _sid,
     "gan": _gan,
     "causvid": _causvid,

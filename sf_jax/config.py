@@ -39,6 +39,7 @@ DISTILL_ONLY = {
     "student_input": "rollout",
     "share_rollout": False,
     "rollout_frames": (),
+    "prompt_switch": 0.0,
     "exits": "same",
     "cache_gradient": "stop",
     "regression_weight": 0.0,
@@ -68,6 +69,9 @@ class TrainConfig:
       exits: exit step of a training rollout: one for all chunks ("same"), "per_chunk", or always the "last".
       rollout_frames: latent frames of the rollouts; each iteration draws one of them. Empty is `data.frames`. The loss
         sees the last `data.frames` of longer ones, whose first frame is then encoded again as an image.
+      prompt_switch: share of the videos of longer rollouts that begin with another prompt, that of their neighbor in
+        the batch, and change to their own before the last `data.frames`: a student for prompts that change while it
+        streams. Half of them go on with the cache as it is, half with one that is computed again under the new prompt.
       image_to_video: whether the first latent frame is given; needs `rollout.first_frame_alone` and videos.
       cache_gradient: what of the gradient crosses a chunk, see `replay.replay`.
       regression_weight: weight of a regression beside the objective of "distill": the student denoises chunks of real
@@ -115,6 +119,7 @@ class TrainConfig:
     share_rollout: bool = False
     exits: str = "same"
     rollout_frames: tuple[int, ...] = ()
+    prompt_switch: float = 0.0
     image_to_video: bool = False
     cache_gradient: str = "stop"
     regression_weight: float = 0.0
@@ -260,7 +265,7 @@ class TrainConfig:
 
     def _check_distill(self):
         own = self.student_input == "rollout"
-        for name in ("share_rollout", "rollout_frames", "exits", "cache_gradient"):
+        for name in ("share_rollout", "rollout_frames", "prompt_switch", "exits", "cache_gradient"):
             if getattr(self, name) != DISTILL_ONLY[name] and not own:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}: student_input is {self.student_input!r}, it must be 'rollout'"
@@ -291,6 +296,18 @@ class TrainConfig:
             last = self.critic_model.num_layers - 1
             raise ValueError(f"gan.head.taps is {self.gan.head.taps}: the critic's blocks are 0 to {last}")
         low, chunk = self.data.frames, self.rollout.chunk
+        if not 0 <= self.prompt_switch <= 1:
+            raise ValueError(f"prompt_switch is {self.prompt_switch}: it must be a share from 0 to 1")
+        if self.prompt_switch and max((0, *self.rollout_frames)) <= low:
+            raise ValueError(
+                f"prompt_switch is {self.prompt_switch}: prompts change in rollouts longer than data.frames, {low}; "
+                f"give rollout_frames, such as ({low}, {2 * low})"
+            )
+        if self.prompt_switch and self.cache_gradient == "write" and self.rollout.context == "clean":
+            raise ValueError(
+                f"prompt_switch is {self.prompt_switch}, cache_gradient 'write': frames before the switch were written "
+                "under another prompt; it must be 'stop' or 'straight_through'"
+            )
         for frames in self.rollout_frames:
             if frames < low or (frames - low) % chunk:
                 raise ValueError(

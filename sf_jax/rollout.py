@@ -413,6 +413,7 @@ def rollout(
     draw: Draw,
     initial: jax.Array | None = None,
     full_cache: bool = True,
+    cache: KVCache | None = None,
 ) -> Rollout:
     """Generates a video chunk by chunk (paper, Algorithm 1 without its gradient; Algorithm 2 at the last exit step).
 
@@ -428,6 +429,7 @@ def rollout(
       draw: source of noise, see `key_draw`.
       initial: [B, I, H, W, C] clean latents to continue from.
       full_cache: keep all frames in the cache (what most of `replay` needs) even if a window would need fewer.
+      cache: one to go on with, which holds the keys and values of `initial`; None computes them.
 
     Raises:
       ValueError: if the frames are no multiple of the chunk, or more than positions allow.
@@ -439,10 +441,11 @@ def rollout(
     params, text = jax.lax.stop_gradient((params, text))
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")
-    cache = empty_cache(model, config, batch, start + frames, height, width, full_cache)
+    if cache is None:
+        cache = empty_cache(model, config, batch, start + frames, height, width, full_cache)
+        for first, last in attention.chunk_bounds(given) if given else ():
+            cache, _ = write_chunk(model, config, params, text, cache, initial[:, first:last], first)
     kv_cache.check_capacity(cache, start + frames, config.window)
-    for first, last in attention.chunk_bounds(given) if given else ():
-        cache, _ = write_chunk(model, config, params, text, cache, initial[:, first:last], first)
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
 
     def step(cache, noise, chunk, first, exit_step):

@@ -20,7 +20,7 @@ def pattern_attention(q, k, v, context, shared):
     mask = shared.context_mask
     if context is not None and shared.prefixes:
         keys = shared.prefixes[-1] * tokens + k.shape[1]
-        if q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
+        if len(shared.prefixes) == 1 or q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
             return _prefix_attention(q, own_k, v, context, shared)
     if mask is not None:
         mask = mask.sum(dtype=jnp.int32) * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)

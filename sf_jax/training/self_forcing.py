@@ -1,6 +1,7 @@
 """The programs of Self Forcing (paper, Algorithm 1) and of the baselines without rollouts: student and critic."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig
+from sf_jax.models import attention
 from sf_jax.models.wan import WanTransformer
 from sf_jax.objectives import causal, dmd, gan, scores, sid
 from sf_jax.replay import replay, replay_reads_cache
@@ -125,8 +127,42 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
     draw = ro.key_draw(jax.random.fold_in(key, 2), examples)
     initial = media.clean(batch)[:, :1] if given else None
+    if config.prompt_switch and frames > data.frames:
+        sources = (key, examples, noise, draw)
+        return _switched_rollout(config, student, params, batch["text"], sources, exits, initial)
     keeps_cache = replay_reads_cache(config.rollout, config.cache_gradient, _first_live(config, frames))
     return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, keeps_cache)
+
+
+def _switched_rollout(config, student, params, text, sources, exits, initial) -> ro.Rollout:
+    """A rollout whose prompt was another before the first chunk that learns; all frames before it count as given.
+
+    The cache goes on as it is (mode "swap" of `inference.stream`), or is computed again under the new prompt
+    ("recache"), by half of the videos each. Source: the long tuning of LongLive (arXiv 2509.22622).
+    """
+    key, examples, noise, draw = sources
+    given = 0 if initial is None else initial.shape[1]
+    count = _first_live(config, given + noise.shape[1])
+    before = sum(config.rollout.chunks(noise.shape[1], given)[1][:count])
+    share, again = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 9), i), (2,)))(
+        examples
+    ).T
+    encode = functools.partial(student.apply, {"params": params}, method="encode_text")
+    other = jnp.where((share < config.prompt_switch)[:, None, None], jnp.roll(text, 1, axis=0), text)
+    size = (len(examples), given + noise.shape[1], *noise.shape[2:4])
+    empty = ro.empty_cache(student, config.rollout, *size, full=True)
+    inputs = (other, noise[:, :before], exits[:count], draw, initial)
+    old = ro.rollout(student, config.rollout, params, *inputs, cache=empty)
+    recomputed, now = empty, encode(text)
+    for first, last in attention.chunk_bounds(sum(config.rollout.chunks(before, given), ())):
+        part = old.video[:, first:last]
+        recomputed, _ = ro.write_chunk(student, config.rollout, params, now, recomputed, part, first)
+    mine = (again < 0.5)[None, :, None, None, None]
+    cache = old.cache.replace(
+        k=jnp.where(mine, recomputed.k, old.cache.k), v=jnp.where(mine, recomputed.v, old.cache.v)
+    )
+    inputs = (now, noise[:, before:], exits[count:], ro.key_draw(jax.random.fold_in(key, 10), examples), old.video)
+    return jax.lax.stop_gradient(ro.rollout(student, config.rollout, params, *inputs, cache=cache))
 
 
 def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
@@ -168,7 +204,9 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
         )
         return video, (t != 0)[:, :, None, None, None]
     total, window = fake.past.video.shape[1], config.data.frames
-    first_live = _first_live(config, total)
+    # behind a switch all frames before the window are given ones
+    switched = config.prompt_switch and total > window
+    first_live = 0 if switched else _first_live(config, total)
     video = replay(
         networks.student, config.rollout, params, batch["text"], fake.past, config.cache_gradient, first_live
     )
