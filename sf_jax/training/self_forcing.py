@@ -153,14 +153,17 @@ def _switched_rollout(config, student, params, text, sources, exits, initial) ->
     empty = ro.empty_cache(student, config.rollout, *size, full=True)
     inputs = (other, noise[:, :before], exits[:count], draw, initial)
     old = ro.rollout(student, config.rollout, params, *inputs, cache=empty)
-    recomputed, now = empty, encode(text)
+    written, recomputed, now = old.cache, empty, encode(text)
+    if config.rollout.context == "clean":  # a rollout leaves out its last clean pass
+        size = config.rollout.chunks(before, given)[1][-1]
+        read = ro.context_input(config.rollout, old.video[:, -size:], draw, count - 1)
+        place = (given + before - size, config.rollout.context_timestep)
+        written, _ = ro.write_chunk(student, config.rollout, params, encode(other), written, read, *place)
     for first, last in attention.chunk_bounds(sum(config.rollout.chunks(before, given), ())):
         part = old.video[:, first:last]
         recomputed, _ = ro.write_chunk(student, config.rollout, params, now, recomputed, part, first)
     mine = (again < 0.5)[None, :, None, None, None]
-    cache = old.cache.replace(
-        k=jnp.where(mine, recomputed.k, old.cache.k), v=jnp.where(mine, recomputed.v, old.cache.v)
-    )
+    cache = written.replace(k=jnp.where(mine, recomputed.k, written.k), v=jnp.where(mine, recomputed.v, written.v))
     inputs = (now, noise[:, before:], exits[count:], ro.key_draw(jax.random.fold_in(key, 10), examples), old.video)
     return jax.lax.stop_gradient(ro.rollout(student, config.rollout, params, *inputs, cache=cache))
 
