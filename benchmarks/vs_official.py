@@ -17,7 +17,7 @@ chunks of 3, float32, weights of one side on both. Each side runs once to compil
   critic    the critic's update, likewise
 
 The official updates run with gradient checkpointing, as in the official recipe (the student's fails without it); ours
-with `remat="dots"`, the recipe of the embedded model.
+with `remat="dots"`, the recipe of the embedded model. In the row "forward and backward" neither side recomputes.
 """
 
 import argparse
@@ -165,7 +165,8 @@ def update(sides: Sides, name: str) -> Row:
 
 def forward(sides: Sides, backward: bool) -> Row:
     """The bidirectional network, and the gradient of a sum of squares."""
-    model, layout = WanTransformer(sides.config), bidirectional_layout(FRAMES)
+    config = dataclasses.replace(sides.config, remat="none") if backward else sides.config
+    model, layout = WanTransformer(config), bidirectional_layout(FRAMES)
     network, t = sides.theirs["fake_score"], 500.0
     network.model.gradient_checkpointing = False
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import imageio.v3 as iio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 
 import sf_jax
 from sf_jax import rollout as ro
-from sf_jax.inference import stream_state
+from sf_jax.inference import batch, stream_state
+from sf_jax.inference.job import Job
 from sf_jax.inference.load import load_pipeline
+from sf_jax.inference.scenes import read_schedule
 from sf_jax.inference.stream import MODES
 from sf_jax.inference.stream_memory import bytes_per_stream
 from sf_jax.models import attention, wan
@@ -385,8 +388,6 @@ def test_mistakes_are_named(digits, folder, tmp_path):
 
 
 def test_schedules_that_are_wrong_are_refused(tmp_path):
-    from sf_jax.inference.scenes import read_schedule
-
     path = tmp_path / "scenes.json"
     for content, message in (
         ("nothing", "cannot read"),
@@ -402,3 +403,40 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         with pytest.raises(ValueError, match=message):
             read_schedule(path)
+
+
+def test_a_schedule_is_a_stream(digits, tmp_path):
+    scenes = [{"time": 0, "prompt": PROMPTS[0]}, {"time": 0.6, "prompt": PROMPTS[1], "mode": "recache"}]
+    path = tmp_path / "scenes.json"
+    path.write_text(json.dumps(scenes))
+    fields = {"frames": 21, "seed": 4, "num_samples": 2, "out": str(tmp_path / "out"), "save_latents": True}
+    batch.run(Job(prompts=(), schedule=str(path), **fields))
+    stream = sf_jax.Stream(digits, slots=2)
+    ids = [stream.join(PROMPTS[0], seed=4, number=number) for number in range(2)]
+    parts = []
+    for chunk in range(7):
+        if chunk == 3:  # at 12 frames a second, the first chunk behind 0.6 s
+            for one in ids:
+                stream.prompt(one, PROMPTS[1], "recache")
+        step = stream.step()
+        parts.append(np.stack([step.latents(one) for one in ids]))
+    for i, expected in enumerate(np.concatenate(parts, axis=1)):
+        np.testing.assert_array_equal(np.load(tmp_path / "out" / f"a_7_moving_left_fast-{i}.npy"), expected)
+    with pytest.raises(ValueError, match="schedule and prompt are both given"):
+        Job(prompts=("a 7",), schedule=str(path))
+    with pytest.raises(ValueError, match="only few-step students stream for ever"):
+        batch.run(Job(prompts=(), schedule=str(path), checkpoint="teacher", out=str(tmp_path / "out")))
+
+
+def test_a_schedule_of_wan(folder, tmp_path):
+    scenes = [{"time": 0, "prompt": "a cat"}, {"time": 0.6, "prompt": "a dog runs", "mode": "cut"}]
+    path = tmp_path / "scenes.json"
+    path.write_text(json.dumps(scenes))
+    fields = {"model": str(folder), "checkpoint": str(folder / "student.safetensors"), "schedule": str(path)}
+    fields |= {"frames": 33, "dtype": "float32", "out": str(tmp_path / "out"), **SMALL_VIDEO}
+    (video, _) = batch.run(Job(prompts=(), window=6, **fields))
+    assert iio.imread(video).shape == (33, 32, 48, 3)  # 9, 12, and after the cut 9 and 3 of 12
+    with pytest.raises(ValueError, match="window is None: an endless stream needs one"):
+        batch.run(Job(prompts=(), **fields))
+    with pytest.raises(ValueError, match="schedule needs a few-step student"):
+        Job(prompts=(), window=6, solver="unipc", **fields)
