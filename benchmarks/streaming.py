@@ -3,6 +3,7 @@
   python -m benchmarks.streaming                 # Wan2.1-T2V-1.3B, 480x832, 21 latent frames (81 frames), bfloat16
   python -m benchmarks.streaming --framewise     # chunks of one latent frame
   python -m benchmarks.streaming --small         # a small network, for a CPU
+  python -m benchmarks.streaming --small --streams=1,4,16 --rows=none   # endless streams in one forward pass
 
 Protocol: random weights (the speed does not depend on them), random prompt embeddings, a video at a time, 4 denoising
 steps and the clean pass for every chunk, on one device. Every row runs a whole video first to compile and warm up; then
@@ -10,10 +11,17 @@ steps and the clean pass for every chunk, on one device. Every row runs a whole 
 values included, the text encoder not. FPS is all frames of a video over its whole time, with the frames on the host
 where they are decoded. One JSON line per row is appended to `--json`, with the device and the versions.
 
+With `--streams`, a row is a number of endless streams (`sf_jax.Stream`), window 9, sink 3, positions relative: the
+median of `--repeats` times 5 chunks behind a full window, and the frames of all streams together. "GFLOP/s" is the
+arithmetic of the matrix products over that time, "of a product" its share of what one product of 1024x1024 matrices
+reaches here: where one stream is near it, more streams cannot be faster. `--embedded` is the shipped student of moving
+digits.
+
 The reference's figures on one H100 (paper): 17.0 FPS with 0.69 s to the first chunk, frame-wise 8.9 FPS and 0.45 s.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -25,14 +33,20 @@ import jaxlib
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax.inference import stream_state
 from sf_jax.inference.decoders import VaeDecoder
 from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
+from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
+from sf_jax.inference.stream import Stream, stream_spec
 from sf_jax.models import tiny_vae, vae
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
+from sf_jax.training.programs import matmul_flops
 
 SMALL = {"dim": 256, "ffn_dim": 1024, "num_heads": 4, "num_layers": 4, "text_dim": 64, "text_len": 64, "freq_dim": 256}
+
+COLUMNS = {"streams": 8, "s per chunk": 13, "frames/s of all": 17, "to one": 8, "GFLOP/s": 9, "of a product": 14}
 
 
 def random_params(shapes: dict, dtype: str) -> dict:
@@ -56,6 +70,58 @@ def time_video(pipe: VideoPipeline, text: np.ndarray) -> list[float]:
     return times
 
 
+def time_streams(pipe: VideoPipeline, text: np.ndarray, slots: int, chunks: int) -> tuple[float, float]:
+    """Median seconds of a chunk of all streams, and the pixel frames (or latent ones) of all in a second."""
+    stream = Stream(pipe, slots)
+    ids = [stream.join(text[0], number=number) for number in range(slots)]
+    for _ in range(3):
+        stream.step().block_until_ready()
+    times = []
+    for _ in range(chunks):
+        began = time.perf_counter()
+        count = len(stream.step()[ids[0]])
+        times.append(time.perf_counter() - began)
+    return statistics.median(times), slots * count / statistics.median(times)
+
+
+def product_rate() -> float:
+    """FLOP/s of a product of 1024x1024 float32 matrices."""
+    side = 1024
+    product, x = jax.jit(jnp.matmul), jnp.ones((side, side))
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(times)
+
+
+def step_flops(pipe: VideoPipeline, slots: int) -> float:
+    """Arithmetic of a step's matrix products."""
+    spec, params = stream_spec(pipe), pipe.params
+    state = jax.eval_shape(lambda: stream_state.empty_state(spec, pipe.decoder, slots))
+    traced = stream_state.step.trace(spec, params, pipe.decoder, state, jax.ShapeDtypeStruct((slots,), bool))
+    return matmul_flops(traced.jaxpr, len(pipe.rollout.steps) + 1)
+
+
+def streams_table(pipe: VideoPipeline, text: np.ndarray, about: dict, args: argparse.Namespace) -> None:
+    """Prints a row for each number of streams."""
+    one, product = None, product_rate()
+    print(f"a product of 1024x1024 matrices: {product / 1e9:.1f} GFLOP/s")
+    print(
+        f"{'streams':>8s}{'s per chunk':>13s}{'frames/s of all':>17s}{'to one':>8s}{'GFLOP/s':>9s}{'of a product':>14s}"
+    )
+    for slots in map(int, args.streams.split(",")):
+        seconds, speed = time_streams(pipe, text, slots, 5 * args.repeats)
+        one, rate = one or speed, step_flops(pipe, slots) / seconds
+        cells = (f"{slots}", f"{seconds:.4f}", f"{speed:.2f}", f"{speed / one:.2f}", f"{rate / 1e9:.1f}")
+        cells = zip((*cells, f"{rate / product:.2f}"), COLUMNS.values(), strict=True)
+        print("".join(f"{cell:>{width}s}" for cell, width in cells), flush=True)
+        result = {"streams": slots, "chunk_s": seconds, "fps": speed, "flops": rate, "product_flops": product}
+        with args.json.open("a") as file:
+            file.write(json.dumps(about | result) + "\n")
+
+
 def main() -> None:
     """Prints a table and appends JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +130,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default=None, choices=["bfloat16", "float32"])
     parser.add_argument("--attention", default="auto", help="auto, xla, cudnn or splash")
+    parser.add_argument("--embedded", action="store_true", help="with --streams: the shipped student")
+    parser.add_argument("--streams", default=None, help="numbers of endless streams, such as 1,4,16")
     parser.add_argument("--rows", default="none,wan,tiny", help="decoders: none, wan, tiny")
     parser.add_argument("--json", type=Path, default=Path("streaming.jsonl"))
     args = parser.parse_args()
@@ -80,6 +148,17 @@ def main() -> None:
     about |= {"jaxlib": jaxlib.__version__, "dtype": dtype, "chunk": rollout.chunk, "frames": latent}
     about |= {"size": [sampling.height, sampling.width], "dim": config.dim, "layers": config.num_layers}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if args.streams:
+        rollout = dataclasses.replace(rollout, window=9, sink=3, positions="relative")
+        decoder = _decoder(args.rows.split(",")[0], dtype)
+        shown = sampling if decoder else Sampling(latent, sampling.height // 8, sampling.width // 8)
+        pipe = VideoPipeline(None, WanTransformer(config), params, rollout, decoder, sampling=shown)
+        if args.embedded:
+            pipe = load_pipeline()
+            text = pipe.embed(["a 3 moving left, fast"])
+        print(pipe.describe())
+        streams_table(pipe, text, about, args)
+        return
     print(f"{'decoder':8s} {'FPS':>8s} {'first frame, s':>15s} {'s per chunk':>12s}")
     for row in args.rows.split(","):
         decoder, shown = _decoder(row, dtype), sampling
