@@ -58,7 +58,9 @@ _JOB = {
     ),
     "context": flags.DEFINE_enum("context", None, CONTEXTS, "What is cached, as in training (clean)"),
     "schedule": flags.DEFINE_string(
-        "schedule", None, "JSON file of prompts that change while the video plays, instead of --prompt (docs/wan.md)"
+        "schedule",
+        None,
+        "JSON file of prompts that change while the video plays, instead of --prompt (docs/streaming.md)",
     ),
     "vae": flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),

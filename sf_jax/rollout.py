@@ -237,6 +237,11 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
     )
 
 
+def seen_cache(config: RolloutConfig, cache: KVCache, start: jax.Array | int) -> KVCache:
+    """The part of a cache that the chunk at `start` sees: of a whole video's, its window."""
+    return cache if config.window is None else kv_cache.within(cache, start, config.window - config.chunk)
+
+
 def with_moved_sink(config: RolloutConfig, layout: Layout) -> Layout:
     """The layout of a whole video (numpy positions) with the sink right before every chunk's window.
 
@@ -293,8 +298,9 @@ def write_chunk(
     t: float = 0.0,
 ) -> tuple[KVCache, KeysValues]:
     """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and writes it to the cache."""
-    layout = chunk_layout(cache, config, start, clean.shape[1])
-    _, kv = predict(model, config, params, clean, t, text, layout, cache)
+    seen = seen_cache(config, cache, start)
+    layout = chunk_layout(seen, config, start, clean.shape[1])
+    _, kv = predict(model, config, params, clean, t, text, layout, seen)
     return kv_cache.write(cache, kv.k, kv.v, start), kv
 
 
@@ -344,10 +350,11 @@ def generate_chunk(
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
     """
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
-    layout = chunk_layout(cache, config, start, noise.shape[1])
+    seen = seen_cache(config, cache, start)
+    layout = chunk_layout(seen, config, start, noise.shape[1])
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
     calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
-    state = (text, cache, layout)
+    state = (text, seen, layout)
     kv, clean, x = denoise_chunk(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps)
     return kv_cache.write(cache, kv.k, kv.v, start), clean, x
 

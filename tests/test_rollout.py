@@ -85,6 +85,21 @@ def test_ring_equals_the_full_cache(name):
     assert relative(ring.video, full.video) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["windowed", "window and sink"])
+def test_a_window_in_a_whole_cache_needs_no_mask(name):
+    config, frames, *_ = case(name)
+    cache = ro.empty_cache(MODEL, config, 1, frames, *SIZE, full=True)
+    cache = cache.replace(frames=jnp.arange(frames))
+    for start in range(0, frames - config.chunk + 1, config.chunk):
+        seen = ro.seen_cache(config, cache.replace(frames=jnp.where(cache.frames < start, cache.frames, -1)), start)
+        layout = ro.chunk_layout(seen, config, jnp.int32(start), config.chunk)
+        assert seen.capacity == config.window - config.chunk and layout.mask_is_prefix
+        past = attention.visible_past(start, start + config.chunk, config.window, config.sink)
+        visible = [frame for first, last in past for frame in range(first, last)]
+        assert layout.context_mask.sum() == len(visible) and layout.context_mask[: len(visible)].all()
+        np.testing.assert_array_equal(seen.frames[: len(visible)], visible)
+
+
 @pytest.mark.parametrize("most", [16, 2])
 @pytest.mark.parametrize("name", ["chunk-wise", "window and sink", "first frame alone"])
 def test_nothing_is_computed_for_empty_cache(name, most, monkeypatch):

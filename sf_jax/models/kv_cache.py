@@ -116,6 +116,24 @@ def slot_of(cache: KVCache, frame: jax.Array) -> tuple[jax.Array, jax.Array | No
     return jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring), None
 
 
+def within(cache: KVCache, start: jax.Array | int, capacity: int) -> KVCache:
+    """What the chunk at `start` sees of a cache that holds a whole video: the sink and the newest frames, in order.
+
+    As a cache of `capacity` frames of its own, whose usable slots are the first ones: kernels need no mask for it.
+    """
+    if capacity >= cache.capacity:
+        return cache
+    tokens, sink = cache.tokens_per_frame, min(cache.sink, capacity)
+    ring = capacity - sink
+    oldest = jnp.clip(jnp.asarray(start, jnp.int32) - ring, sink, cache.capacity - ring)
+
+    def part(x, axis, width):
+        newest = jax.lax.dynamic_slice_in_dim(x, oldest * width, ring * width, axis)
+        return jnp.concatenate([jax.lax.slice_in_dim(x, 0, sink * width, axis=axis), newest], axis)
+
+    return KVCache(part(cache.k, 2, tokens), part(cache.v, 2, tokens), part(cache.frames, 0, 1), sink)
+
+
 def visible(cache: KVCache, start: jax.Array | int, stop: jax.Array | int, window: int | None) -> jax.Array:
     """Bool [capacity]: the slots that the chunk [start, stop) sees; the run-time form of `attention.visible_past`."""
     past = (cache.frames >= 0) & (cache.frames < start)
