@@ -1,4 +1,4 @@
-"""Whether endless streams keep what they promise, on the moving digits of the shipped student.
+"""Whether endless streams keep what they promise, on a student of moving digits (the shipped one).
 
   python -m benchmarks.endless --what=memory     # 10,000 chunks of one stream: resident memory and time of a chunk
   python -m benchmarks.endless --what=length     # accuracy along 40 times the training length, positions and sinks
@@ -43,9 +43,8 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def memory(chunks: int) -> None:
+def memory(pipe, chunks: int) -> None:
     """One stream for a long time."""
-    pipe = sf_jax.load_pipeline()
     stream = sf_jax.Stream(pipe)
     one = stream.join("a 3 moving left, fast")
     sizes, times = np.zeros(chunks), np.zeros(chunks)
@@ -70,9 +69,9 @@ def videos_of(pipe, prompts: list[str], chunks: int) -> np.ndarray:
     return np.concatenate([np.stack([step[one] for one in ids]) for step in steps], axis=1)
 
 
-def length(times: int, samples: int) -> None:
+def length(pipe, times: int, samples: int) -> None:
     """Accuracy along long videos."""
-    pipe, judge = sf_jax.load_pipeline(), judging.load()
+    judge = judging.load()
     prompts, _, targets = metrics.choose_prompts(samples)
     default = pipe.rollout
     kinds = [("relative", 3), ("relative", 0), ("absolute", 3), ("absolute", 0)]
@@ -87,13 +86,13 @@ def length(times: int, samples: int) -> None:
         ends = [
             right[name][:, part].mean() for name in ("digit", "joint") for part in (slice(tenth), slice(-tenth, None))
         ]
-        name = f"{positions}, sink {sink}, window {default.window}" + " (shipped)" * (changed.rollout == default)
+        name = f"{positions}, sink {sink}, window {default.window}" + " (its own)" * (changed.rollout == default)
         print(f"{name:34s}" + "".join(f"{end:8.3f}" for end in ends) + f"{ends[3] / ends[2]:8.3f}", flush=True)
 
 
-def switches(count: int) -> None:
+def switches(pipe, count: int) -> None:
     """Prompts that change."""
-    pipe, judge = sf_jax.load_pipeline(), judging.load()
+    judge = judging.load()
     rng, chunk = np.random.default_rng(0), pipe.rollout.chunk
     digits = np.stack([rng.permutation(10)[:2] for _ in range(count)])
     directions = rng.integers(len(moving_digits.DIRECTIONS), size=(count, 2))
@@ -134,13 +133,15 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=40, help="length: in training lengths")
     parser.add_argument("--samples", type=int, default=160, help="length: videos of each row")
     parser.add_argument("--count", type=int, default=50, help="switches: of each mode")
+    parser.add_argument("--checkpoint", default=None, help="another student of moving digits")
     args = parser.parse_args()
+    pipe = sf_jax.load_pipeline(args.checkpoint)
     if args.what == "memory":
-        memory(args.chunks)
+        memory(pipe, args.chunks)
     elif args.what == "length":
-        length(args.times, args.samples)
+        length(pipe, args.times, args.samples)
     else:
-        switches(args.count)
+        switches(pipe, args.count)
 
 
 if __name__ == "__main__":

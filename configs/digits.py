@@ -7,8 +7,9 @@
 
 Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `causal_ode` and `consistency` (starts
 along a causal network, with and without ODE pairs: `--config.teacher_weights=runs/causal/causal.safetensors`), `polish`
-(a little of the GAN after `consistency`), `sid` and `gan` (other objectives), `causvid` and `tf_dmd` (the baselines
-without rollouts). Every one of them continues from the same kinds of files.
+(a little of the GAN after `consistency`), `switch` (more of it, on rollouts whose prompt changes), `sid` and `gan`
+(other objectives), `causvid` and `tf_dmd` (the baselines without rollouts). Every one of them continues from the same
+kinds of files.
 
 Videos are 9 latent frames of 6x6x8 (24x24 pixels), 9 tokens a frame; the network has 1.2 million parameters. `init`
 and `distill` start from the teacher that the package ships; `--config.teacher_weights=FILE` takes another.
@@ -157,9 +158,10 @@ def _polish() -> dict:
 
 
 def _switch() -> dict:
-    """A little more of the GAN, on rollouts whose prompt changes: for students that are told something new."""
+    """The GAN on rollouts whose prompt changes, after `polish`: a student that follows new prompts at once."""
     values = _polish()
-    return values | {"steps": 24, "rollout_frames": (18,), "prompt_switch": 0.75}
+    optimizer = values["optimizer"] | {"lr": 3e-4}
+    return values | {"steps": 120, "optimizer": optimizer, "rollout_frames": (18,), "prompt_switch": 1.0}
 
 
 def _causvid() -> dict:
