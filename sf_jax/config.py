@@ -303,6 +303,11 @@ class TrainConfig:
                 f"prompt_switch is {self.prompt_switch}: prompts change in rollouts longer than data.frames, {low}; "
                 f"give rollout_frames, such as ({low}, {2 * low})"
             )
+        if self.prompt_switch and self.batch_size < 2:
+            raise ValueError(
+                f"prompt_switch is {self.prompt_switch}, batch_size {self.batch_size}: the other prompt is a "
+                "neighbor's, batch_size must be at least 2"
+            )
         if self.prompt_switch and self.cache_gradient == "write" and self.rollout.context == "clean":
             raise ValueError(
                 f"prompt_switch is {self.prompt_switch}, cache_gradient 'write': frames before the switch were written "

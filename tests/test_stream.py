@@ -16,7 +16,7 @@ from sf_jax import rollout as ro
 from sf_jax.inference import batch, stream_state
 from sf_jax.inference.job import Job
 from sf_jax.inference.load import load_pipeline
-from sf_jax.inference.scenes import read_schedule
+from sf_jax.inference.scenes import Scene, read_schedule, scene_starts
 from sf_jax.inference.stream import MODES
 from sf_jax.inference.stream_memory import bytes_per_stream
 from sf_jax.models import attention, wan
@@ -86,8 +86,9 @@ def test_streams_are_the_videos_of_a_pipeline(changes):
         assert list(step) == ids and len(step) == 2
         for one in ids:
             parts[one].append(step.latents(one))
+            assert step.count(one) == len(parts[one][-1])
     for i, one in enumerate(ids):
-        assert relative(np.concatenate(parts[one]), whole[i, -12:]) < 1e-5
+        assert relative(np.concatenate(parts[one]), whole[i]) < 1e-5
         assert stream.frames(one) == frames
 
 
@@ -205,7 +206,7 @@ def test_prompts_change_in_every_mode(positions, sink):
     for mode in MODES:
         stream.state = jax.tree.map(jnp.copy, saved)
         playing = stream._playing[one]
-        playing.sizes, playing.position, playing.frames = [2] * 6, 12, 12
+        playing.sizes, playing.position, playing.frames, playing.change = [2] * 6, 12, 12, None
         stream.prompt(one, text(7), mode)
         own = frames([12, 13])
         if mode == "swap":
@@ -274,6 +275,54 @@ def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
         np.testing.assert_array_equal(latents(again, restored, 6), expected)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"context_timestep": 250.0}, {"context_timestep": 250.0, "context_noise": "exact"}]
+)
+def test_recache_writes_as_the_rollout_does(changes):
+    stream = sf_jax.Stream(bare(sink=0, **changes))
+    one = stream.join(text(0), seed=3)
+    latents(stream, one, 2)  # nothing has left the window
+    before = np.array(stream.state.k)
+    stream.prompt(one, text(0), "recache")
+    stream._prepare(stream._playing[one])
+    difference = relative(stream.state.k, before)
+    assert difference < 1e-5 if noise == "none" else 1e-3 < difference < 0.5  # noise is drawn anew
+
+
+def test_what_begins_anew_begins_as_a_video_does():
+    alone = bare(first_frame_alone=True)
+    stream = sf_jax.Stream(alone)
+    one = stream.join(text(0))
+    assert stream.step().count(one) == 3 and stream.frames(one) == 3
+    stream.prompt(one, text(1), "cut")
+    assert stream.step().latents(one).shape[0] == 3 and np.asarray(stream.state.age).tolist() == [3]
+    # without a cache, only a video's first chunk has the first chunk's steps
+    steps = bare(window=2, sink=0, first_steps=(1000,))
+    parts = {}
+    for mode in ("swap", "recache", "flush"):
+        stream = sf_jax.Stream(steps)
+        one = stream.join(text(0))
+        stream.step()
+        stream.prompt(one, text(0), mode)
+        parts[mode] = stream.step().latents(one)
+    assert relative(parts["recache"], parts["swap"]) < 1e-5 and relative(parts["flush"], parts["swap"]) < 1e-5
+    noisy = sf_jax.Stream(bare(context="noisy"))
+    with pytest.raises(ValueError, match="mode is 'recache': rollout.context is 'noisy'"):
+        noisy.prompt(noisy.join(text(0)), text(1), "recache")
+
+
+def test_a_stream_that_was_interrupted_ends(digits, monkeypatch):
+    stream = sf_jax.Stream(digits, slots=2)
+    one, other = stream.join(PROMPTS[0]), stream.join(PROMPTS[1])
+    stream.step()
+    stream.prompt(one, PROMPTS[2], "recache")
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_append", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stream.step()
+    assert stream.playing == (other,) and list(stream.step()) == [other]
+
+
 @pytest.mark.slow
 def test_another_process_goes_on_with_the_same_bits(digits, tmp_path):
     stream = sf_jax.Stream(digits)
@@ -327,6 +376,8 @@ def test_what_streams_take_is_known_before(digits):
     with pytest.raises(ValueError, match="not even one fits"):
         sf_jax.Stream(digits, memory=1000)
     assert digits.bytes_per_stream(4) == each
+    with pytest.raises(ValueError, match="at most 1 fit"):
+        sf_jax.Stream(digits, slots=20, memory=bytes_per_stream(spec, digits, 1).total)
 
 
 def test_absolute_positions_end(digits):
@@ -356,6 +407,18 @@ def test_mistakes_are_named(digits, folder, tmp_path):
         (lambda: sf_jax.Stream(digits, slots=0), "slots is 0: it must be a whole number of at least 1"),
         (lambda: sf_jax.Stream(digits, frames=3), "frames is no option of a stream"),
         (lambda: sf_jax.Stream(load_pipeline("teacher")), "has a bidirectional network: only few-step students"),
+        (lambda: sf_jax.Stream(None), "pipe is None: it must be a VideoPipeline"),
+        (lambda: sf_jax.Stream(digits, memory="4GB"), "memory is '4GB': it must be a whole number of bytes"),
+        (lambda: digits.bytes_per_stream(0), "slots is 0: it must be a whole number"),
+        (lambda: stream.step(0), "only is 0: it must be a list of ids"),
+        (lambda: stream.step([0.0]), "stream 0.0 does not play"),
+        (lambda: stream.prompt(one, ""), "prompt is '': it must be a text"),
+        (lambda: stream.prompt(one, np.zeros((10, 3))), r"prompt is an embedding of the shape \(10, 3\): it must be"),
+        (
+            lambda: stream.prompt(one, np.full((10, 64), np.nan)),
+            "embeddings are float64 with values that are no finite",
+        ),
+        (lambda: stream.save(one, 3), "path is 3: it must be the name of a file"),
         (lambda: sf_jax.Stream(bare(window=None, sink=0, positions="absolute")), "window is None: an endless stream"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -363,13 +426,14 @@ def test_mistakes_are_named(digits, folder, tmp_path):
     stream.leave(one)
     for options, message in (
         ({"seed": -1}, "seed is -1"),
-        ({"number": 0.5}, "first_index is 0.5"),
+        ({"number": 0.5}, "number is 0.5: it must be a whole number"),
         ({"initial": np.zeros((3, 6, 6, 1), np.float32)}, "initial has the shape"),
-        ({"initial": np.zeros((2, 6, 6, 8), np.float32)}, "frames is 2: with chunk=3"),
+        ({"initial": np.zeros((2, 6, 6, 8), np.float32)}, "initial has 2 latent frames: frames is 2"),
     ):
         with pytest.raises(ValueError, match=message):
             stream.join(PROMPTS[0], **options)
     assert stream.free == 1
+    assert len(stream.step([])) == 0 and list(stream.step()) == []
     with pytest.raises(ValueError, match="path: cannot read .*none"):
         stream.restore(tmp_path / "none")
     one = stream.join(PROMPTS[0])
@@ -381,6 +445,14 @@ def test_mistakes_are_named(digits, folder, tmp_path):
         sf_jax.Stream(other).restore(tmp_path / "one")
     with pytest.raises(ValueError, match="was saved with rollout.window 9: here it is 12"):
         sf_jax.Stream(digits.with_rollout(window=12)).restore(tmp_path / "one")
+    with pytest.raises(KeyError, match="stream 7 has no frames in this step: streams that do: none"):
+        stream.step()[7]
+    host = b'"frames\\": 3'
+    damaged = (tmp_path / "one").read_bytes()
+    assert host in damaged
+    (tmp_path / "other").write_bytes(damaged.replace(host, b'"frame_\\": 3'))
+    with pytest.raises(ValueError, match="is damaged"):
+        stream.restore(tmp_path / "other")
     (tmp_path / "cut").write_bytes((tmp_path / "one").read_bytes()[:-100])
     with pytest.raises(ValueError, match="is a damaged safetensors file"):
         stream.restore(tmp_path / "cut")
@@ -397,6 +469,8 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
         ([{"time": 0, "prompt": ""}], "scene 1: prompt is ''"),
         ([{"time": True, "prompt": "a 7"}], "scene 1: time is True"),
         ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "fade"}], "scene 2: mode is 'fade'"),
+        ([{"time": 0, "prompt": "a 7", "mode": "swap"}], "scene 1: mode and transition_chunks are for the scenes"),
+        ([{"time": 0, "prompt": "a 7"}, {"time": 10**400, "prompt": "a 2"}], "scene 2: time is 1000"),
         ([{"time": 1, "prompt": "a 7"}], "the first must be 0"),
         ([{"time": 0, "prompt": "a 7"}, {"time": 0, "prompt": "a 2"}], "each later than the one before"),
     ):
@@ -422,9 +496,16 @@ def test_a_schedule_is_a_stream(digits, tmp_path):
         parts.append(np.stack([step.latents(one) for one in ids]))
     for i, expected in enumerate(np.concatenate(parts, axis=1)):
         np.testing.assert_array_equal(np.load(tmp_path / "out" / f"a_7_moving_left_fast-{i}.npy"), expected)
+    for time, message in (
+        (50, "scene 2 begins at 50 s, behind the last chunk"),
+        (0.61, "in the same chunk as scene 2"),
+    ):
+        wrong = (Scene(0, PROMPTS[0]), *([Scene(0.6, PROMPTS[1])] if time < 1 else []), Scene(time, PROMPTS[2]))
+        with pytest.raises(ValueError, match=message):
+            scene_starts(digits.with_sampling(frames=21), wrong, 12.0)
     with pytest.raises(ValueError, match="schedule and prompt are both given"):
         Job(prompts=("a 7",), schedule=str(path))
-    with pytest.raises(ValueError, match="only few-step students stream for ever"):
+    with pytest.raises(ValueError, match="only few-step students stream without end"):
         batch.run(Job(prompts=(), schedule=str(path), checkpoint="teacher", out=str(tmp_path / "out")))
 
 
@@ -436,7 +517,7 @@ def test_a_schedule_of_wan(folder, tmp_path):
     fields |= {"frames": 33, "dtype": "float32", "out": str(tmp_path / "out"), **SMALL_VIDEO}
     (video, _) = batch.run(Job(prompts=(), window=6, **fields))
     assert iio.imread(video).shape == (33, 32, 48, 3)  # 9, 12, and after the cut 9 and 3 of 12
-    with pytest.raises(ValueError, match="window is None: an endless stream needs one"):
-        batch.run(Job(prompts=(), **fields))
+    with pytest.raises(ValueError, match="window is None: a schedule needs one"):
+        Job(prompts=(), **fields)
     with pytest.raises(ValueError, match="schedule needs a few-step student"):
         Job(prompts=(), window=6, solver="unipc", **fields)

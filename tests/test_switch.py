@@ -20,7 +20,7 @@ LONG = {"rollout_frames": (12,), "prompt_switch": 1.0}
 
 @functools.partial(jax.jit, static_argnums=0)
 def switched(config, text, examples):
-    batch = {**make_batch(config), "text": text}
+    batch = {**make_batch(config), "text": text, "other_text": jnp.roll(text, 1, axis=0)}
     exits = jnp.full((4,), 2, jnp.int32)
     return self_forcing._student_rollout(
         config, MEDIA, MODEL, random_params(), batch, jax.random.key(5), examples, exits, 12
@@ -72,9 +72,45 @@ def test_the_new_chunks_learn():
     assert critic(after, frozen, batch)[1]["critic_finite"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_to_video": True, "rollout": {"chunk": 5, "first_frame_alone": True}, "rollout_frames": (11,)},
+        {"rollout": {"context_timestep": 80.0}},
+        {"rollout": {"context": "noisy"}},
+    ],
+    ids=["image", "context noise", "noisy context"],
+)
+def test_every_kind_of_rollout_can_change_its_prompt(changes):
+    config = make_config(**LONG | changes)
+    frames, given = config.rollout_frames[0], int(config.image_to_video)
+    batch, params = make_batch(config), random_params()
+    batch["other_text"] = batch["text"]  # the same prompt: then it is a rollout like any other
+    chunks = config.rollout.chunks(frames - given, given)[1]
+    exits, key = jnp.full(len(chunks), 1, jnp.int32), jax.random.key(5)
+
+    @jax.jit
+    def run(batch):
+        return self_forcing._student_rollout(config, MEDIA, MODEL, params, batch, key, jnp.arange(4), exits, frames)
+
+    past = run(batch)
+    before = past.initial_frames - given
+    noise = ro.example_noise(jax.random.fold_in(key, 1), jnp.arange(4), (4, frames - given, 4, 4, SMALL.channels))
+    draw, initial = ro.key_draw(jax.random.fold_in(key, 2), jnp.arange(4)), batch["latent"][:, :1] if given else None
+    plain = jax.jit(lambda text: ro.rollout(MODEL, config.rollout, params, text, noise, 1, draw, initial))(
+        batch["text"]
+    )
+    tokens = 4 * past.initial_frames
+    assert before and relative(past.video[:, : past.initial_frames], plain.video[:, : past.initial_frames]) < 1e-5
+    assert relative(past.cache.k[:, :, :tokens], plain.cache.k[:, :, :tokens]) < 1e-5
+    again = jax.jit(lambda past: replay(MODEL, config.rollout, params, batch["text"], past))(past)
+    assert relative(again, past.video) < 1e-5
+
+
 def test_mistakes_are_named():
     for changes, message in (
         ({"prompt_switch": 1.5}, "prompt_switch is 1.5: it must be a share from 0 to 1"),
+        (LONG | {"batch_size": 1}, "prompt_switch is 1.0, batch_size 1: the other prompt is a neighbor's"),
         ({"prompt_switch": 0.5}, r"prompts change in rollouts longer than data.frames, 6; give rollout_frames"),
         (LONG | {"cache_gradient": "write"}, "prompt_switch is 1.0, cache_gradient 'write'"),
         ({"stage": "teacher", "teacher_weights": None, "prompt_switch": 0.5}, "prompt_switch is 0.5: it is for stage"),

@@ -112,6 +112,8 @@ class Job:
             self.scenes  # noqa: B018 (reads the file)
             if self.model is not None and (not self.few_steps or self.checkpoint is None):
                 raise ValueError("schedule needs a few-step student: give its weights as checkpoint, and no solver")
+            if self.model is not None and self.window is None:
+                raise ValueError("window is None: a schedule needs one, such as 21 latent frames")
         elif not self.prompts:
             raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
         if self.model is None:

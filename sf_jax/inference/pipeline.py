@@ -338,7 +338,10 @@ class VideoPipeline:
         if initial.ndim != 5 or initial.shape[2:] != size or not initial.shape[1]:
             raise ValueError(f"initial has the shape {initial.shape}: it must be [B, I, {', '.join(map(str, size))}]")
         if initial.dtype.kind not in "fV" or not np.isfinite(initial.astype(np.float32)).all():
-            raise ValueError("initial are no finite numbers: give latents, such as those of `pipe.encode(pixels)`")
+            raise ValueError(
+                f"initial is {initial.dtype}, with values that are no finite floats: give latents, such as those of "
+                "`pipe.encode(pixels)`"
+            )
         return initial
 
     def latent_size(self, sampling: Sampling) -> tuple[int, int, int]:
@@ -368,6 +371,8 @@ class VideoPipeline:
         if prompts.ndim != 3 or prompts.shape[1:] != (config.text_len, config.text_dim) or not len(prompts):
             wanted = f"[B, {config.text_len}, {config.text_dim}]"
             raise ValueError(f"embeddings have the shape {prompts.shape}: it must be {wanted} with B >= 1")
+        if prompts.dtype.kind not in "fViu" or not np.isfinite(np.asarray(prompts).astype(np.float32)).all():
+            raise ValueError(f"embeddings are {prompts.dtype} with values that are no finite numbers: give finite ones")
         return prompts
 
     def _ahead(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

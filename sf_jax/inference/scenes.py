@@ -12,7 +12,6 @@ are those of `Stream.prompt`, by default "swap" and 0.
 import collections
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +20,9 @@ import numpy as np
 
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Chunk
-from sf_jax.inference.stream import MODES, Frames, Stream
+from sf_jax.inference.stream import MODES, Frames, Stream, stream_spec
+
+LONGEST = 1e9  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +36,17 @@ class Scene:
 
     def __post_init__(self):
         """Validates types and ranges."""
-        if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not 0 <= self.time < math.inf:
-            raise ValueError(f"time is {self.time!r}: it must be a number of seconds, at least 0")
+        if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not 0 <= self.time < LONGEST:
+            raise ValueError(f"time is {self.time!r}: it must be a number of seconds, at least 0 and below {LONGEST:g}")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt is {self.prompt!r}: it must be a text")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}: it must be one of {', '.join(MODES)}")
         count = self.transition_chunks
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0 or (count and self.mode == "cut"):
-            raise ValueError(f"transition_chunks is {count!r}: a whole number of at least 0, and 0 with mode 'cut'")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"transition_chunks is {count!r}: it must be a whole number of at least 0")
+        if count and self.mode == "cut":
+            raise ValueError(f"transition_chunks is {count}: a cut is at once, it must be 0")
 
 
 def read_schedule(path: str | Path) -> tuple[Scene, ...]:
@@ -68,6 +71,8 @@ def read_schedule(path: str | Path) -> tuple[Scene, ...]:
             scenes.append(Scene(**entry))
         except ValueError as error:
             raise ValueError(f"schedule: {path}, scene {number}: {error}") from error
+    if set(entries[0]) - {"time", "prompt"}:
+        raise ValueError(f"schedule: {path}, scene 1: mode and transition_chunks are for the scenes behind it")
     times = [scene.time for scene in scenes]
     if times[0] != 0 or any(later <= earlier for earlier, later in zip(times[:-1], times[1:], strict=True)):
         raise ValueError(f"schedule: {path}: times are {times}: the first must be 0 and each later than the one before")
@@ -96,21 +101,61 @@ def scheduled_chunks(
     Raises:
       ValueError: if the network cannot make such videos.
     """
-    pipe.check_frames(pipe.sampling.frames, 0 if initial is None else initial.shape[1])
+    stream_spec(pipe)
+    given = 0 if initial is None else initial.shape[1]
+    pipe.check_frames(pipe.sampling.frames, given)
+    starts = scene_starts(pipe, scenes, fps, given)
+    for number, scene in enumerate(scenes, 1):
+        try:
+            pipe.embed([scene.prompt])  # before anything long begins
+        except ValueError as error:
+            raise ValueError(f"schedule: scene {number}: {error}") from error
     stream, seed = Stream(pipe, len(numbers)), pipe.sampling.seed
-    for scene in scenes:
-        pipe.embed([scene.prompt])  # a prompt that cannot be embedded ends nothing long
-    given = [None] * len(numbers) if initial is None else initial
+    rows = [None] * len(numbers) if initial is None else initial
     ids = [
         stream.join(scenes[0].prompt, seed=seed, number=number, initial=latents)
-        for number, latents in zip(numbers, given, strict=True)
+        for number, latents in zip(numbers, rows, strict=True)
     ]
-    return _chunks(pipe, stream, ids, scenes[1:], fps, initial)
+    return _chunks(pipe, stream, ids, starts, initial)
 
 
-def _chunks(pipe, stream, ids, scenes, fps, initial) -> Iterator[Chunk]:
+def scene_starts(pipe: VideoPipeline, scenes: Sequence[Scene], fps: float, given: int = 0) -> dict[int, Scene]:
+    """The chunk with which each scene but the first begins.
+
+    Raises:
+      ValueError: if a scene would begin behind the video's end, or in the same chunk as another.
+    """
+    chunk, factor, alone = pipe.rollout.chunk, pipe.temporal_factor, pipe.rollout.first_frame_alone
+    starts, shown, index, due = {}, 0, 0, collections.deque(enumerate(scenes[1:], 2))
+    first = given + alone * (not given)
+    while shown < pipe.sampling.frames:
+        fresh = index == 0
+        if due and due[0][1].time * fps <= shown + 1e-6 and index:
+            number, scene = due.popleft()
+            starts[index] = scene
+            fresh = scene.mode == "cut"
+            first = alone if fresh else 0
+            if due and due[0][1].time * fps <= shown + 1e-6:
+                raise ValueError(
+                    f"schedule: scene {number + 1} begins at {due[0][1].time:g} s, in the same chunk as scene "
+                    f"{number}: a chunk takes {chunk * factor / fps:g} s, let it begin later"
+                )
+        elif index:
+            first = 0
+        shown += (first + chunk) * factor - (factor - 1) * fresh
+        index += 1
+    if due:
+        number, scene = due[0]
+        raise ValueError(
+            f"schedule: scene {number} begins at {scene.time:g} s, behind the last chunk of a video of "
+            f"{pipe.sampling.frames / fps:g} s: let it begin earlier, or make the video longer (frames)"
+        )
+    return starts
+
+
+def _chunks(pipe, stream, ids, starts, initial) -> Iterator[Chunk]:
     shown = start = 0
-    for frames in _ahead(pipe, stream, ids, scenes, fps):
+    for frames in _ahead(pipe, stream, ids, starts):
         pixels = np.stack([frames[stream] for stream in ids])[:, : pipe.sampling.frames - shown]
         latents = np.stack([frames.latents(stream) for stream in ids])
         if not start and initial is not None:
@@ -119,16 +164,16 @@ def _chunks(pipe, stream, ids, scenes, fps, initial) -> Iterator[Chunk]:
         shown, start = shown + pixels.shape[1], start + latents.shape[1]
 
 
-def _ahead(pipe, stream: Stream, ids: Sequence[int], scenes: Sequence[Scene], fps: float) -> Iterator[Frames]:
+def _ahead(pipe, stream: Stream, ids: Sequence[int], starts: dict[int, Scene]) -> Iterator[Frames]:
     """The steps of a video; on a GPU or TPU each is handed out when the next one has been started."""
-    due, ready, shown = collections.deque(scenes), collections.deque(), 0
+    ready, shown, index = collections.deque(), 0, 0
     while shown < pipe.sampling.frames:
-        while due and due[0].time * fps <= shown + 1e-6:
-            scene = due.popleft()
+        if index in starts:
+            scene = starts[index]
             for one in ids:
                 stream.prompt(one, scene.prompt, scene.mode, scene.transition_chunks)
         ready.append(stream.step())
-        shown += ready[-1].count(ids[0])
+        shown, index = shown + ready[-1].count(ids[0]), index + 1
         if jax.default_backend() == "cpu" or len(ready) > 1:
             yield ready.popleft()
     yield from ready

@@ -10,7 +10,7 @@ compiling anything, and none of them depends on the others.
 """
 
 import dataclasses
-from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,10 +20,36 @@ import numpy as np
 from sf_jax.inference import programs, stream_files, stream_state
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling, example_numbers
-from sf_jax.inference.stream_memory import check_memory
+from sf_jax.inference.stream_memory import check_memory, check_slots
 from sf_jax.inference.stream_state import StreamSpec
 
 MODES = ("swap", "recache", "flush", "cut")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A prompt on its way to another.
+
+    Attributes:
+      old: float32 [1, S, D], the embedding before.
+      new: float32 [1, S, D], the embedding afterwards.
+      chunks: chunks over which it changes, the one that has all of it included.
+      done: how many of them there have been.
+      mode: one of `MODES`.
+    """
+
+    old: np.ndarray
+    new: np.ndarray
+    chunks: int
+    done: int
+    mode: str
+
+    def next(self) -> tuple[np.ndarray, "Change | None"]:
+        """The embedding of the next chunk, and what is left of the change."""
+        done = self.done + 1
+        if done == self.chunks:
+            return self.new, None
+        return self.old + np.float32(done / self.chunks) * (self.new - self.old), dataclasses.replace(self, done=done)
 
 
 @dataclasses.dataclass
@@ -35,11 +61,12 @@ class _Playing:
       embedding: float32 [1, S, D], what its prompt keys and values were made of.
       frames: latent frames since it began, given ones included.
       position: frames since the last cut: the next frame's position where positions are absolute.
-      sizes: chunks in the cache, oldest first; frames that have left it are taken off when they are needed.
-      ahead: embeddings of the chunks to come, while the prompt changes.
-      mode: how the prompt changes.
+      sizes: sizes of its chunks, oldest first; at least of those in the cache, see `_kept_sizes`.
+      change: how its prompt changes with the chunks to come.
       given: pixels that the next step gives out before its own.
+      lone: latents [1, H, W, C] that the next step gives out before its own.
       fresh: whether the decoder has seen nothing.
+      begins: whether a first frame of its own is to be generated.
     """
 
     slot: int
@@ -47,21 +74,22 @@ class _Playing:
     frames: int = 0
     position: int = 0
     sizes: list[int] = dataclasses.field(default_factory=list)
-    ahead: deque = dataclasses.field(default_factory=deque)
-    mode: str = "swap"
+    change: Change | None = None
     given: list = dataclasses.field(default_factory=list)
+    lone: list = dataclasses.field(default_factory=list)
     fresh: bool = True
+    begins: bool = False
 
 
 class Frames:
-    """What a step made, still on the devices until it is asked for.
+    """What a step made, still on the devices until somebody looks at it.
 
-    `frames[id]` is uint8 [m, h, w, c] (or latents float32 [n, H, W, C] of a pipeline without decoder): the stream's new
-    frames, after its given ones where it has just begun.
+    `frames[id]` is uint8 [m, h, w, c]: the stream's new frames, behind the given ones where it has just begun. Of a
+    pipeline without decoder it is `latents(id)`.
     """
 
-    def __init__(self, latents: jax.Array, pixels: jax.Array | None, parts: dict[int, tuple[int, int, list]]):
-        """Keeps arrays of all slots, and the slot, the first frame that counts and what comes before, of each id."""
+    def __init__(self, latents: jax.Array | None, pixels: jax.Array | None, parts: dict[int, tuple]):
+        """Keeps arrays of all slots, and of each id its slot, its first frame there, given pixels, lone latents."""
         self._latents, self._pixels, self._parts = latents, pixels, parts
         self._host: dict[bool, np.ndarray] = {}
 
@@ -69,26 +97,33 @@ class Frames:
         """The frames of a stream."""
         if self._pixels is None:
             return self.latents(stream)
-        slot, first, given = self._parts[stream]
+        slot, first, given, _ = self._part(stream)
         return np.concatenate([*given, self._fetched(pixels=True)[slot, first:]])
 
     def latents(self, stream: int) -> np.ndarray:
         """The new clean latents of a stream, float32 [n, H, W, C], without given ones."""
-        return self._fetched(pixels=False)[self._parts[stream][0]]
+        slot, _, _, lone = self._part(stream)
+        return np.concatenate([*lone, self._fetched(pixels=False)[slot]])
 
     def count(self, stream: int) -> int:
         """How many frames `self[stream]` has, without waiting for them."""
+        _, first, given, lone = self._part(stream)
         if self._pixels is None:
-            return self._latents.shape[1]
-        _, first, given = self._parts[stream]
+            return self._latents.shape[1] + len(lone)
         return self._pixels.shape[1] - first + sum(len(part) for part in given)
+
+    def _part(self, stream):
+        if stream not in self._parts:
+            there = ", ".join(map(str, self._parts)) or "none"
+            raise KeyError(f"stream {stream!r} has no frames in this step: streams that do: {there}")
+        return self._parts[stream]
 
     def _fetched(self, pixels):
         if pixels not in self._host:
             self._host[pixels] = np.asarray(self._pixels if pixels else self._latents)
         return self._host[pixels]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         """The ids of the streams that have new frames."""
         return iter(self._parts)
 
@@ -105,8 +140,8 @@ class Frames:
 class Stream:
     """Endless streams of a few-step student, S of them in one batch.
 
-    `step` makes the next chunk of all of them. It only starts the work: the frames are fetched when they are looked
-    at, so that a GPU or TPU can be given the next step before.
+    `step` makes the next chunk of all of them. It only starts the work: the frames are fetched when somebody looks at
+    them, so a GPU or TPU can be given the next step before.
     """
 
     def __init__(self, pipe: VideoPipeline, slots: int = 1, *, memory: int | None = None, **options):
@@ -115,7 +150,7 @@ class Stream:
         Args:
           pipe: a few-step student with a window.
           slots: how many streams there can be at once. Their memory is taken now, and every step computes them all.
-          memory: bytes that the streams may take; None is what the device says it has left, if it does.
+          memory: bytes that the streams of one device may take; None is what the device says it has left, if it does.
           **options: `height` and `width`, where they are not those of the pipeline.
 
         Raises:
@@ -123,15 +158,14 @@ class Stream:
         """
         for name in set(options) - {"height", "width"}:
             raise ValueError(f"{name} is no option of a stream: options are height, width, memory, slots")
-        self.pipe = pipe.with_sampling(**options) if options else pipe
-        self.spec = stream_spec(self.pipe)
-        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-            raise ValueError(f"slots is {slots!r}: it must be a whole number of at least 1")
-        if pipe.mesh is not None and slots % pipe.mesh.size:
-            raise ValueError(f"slots is {slots}: it must be a multiple of the {pipe.mesh.size} devices")
-        check_memory(self.spec, self.pipe, slots, memory)
-        self.slots = slots
-        self.state = self._run(stream_state.empty_on_devices, self.spec, pipe.decoder, slots)
+        self.spec = stream_spec(pipe)
+        self.pipe = pipe
+        if options:
+            self.pipe = pipe.with_sampling(**options)
+            self.spec = stream_spec(self.pipe)
+        self.slots = check_slots(slots, pipe.mesh)
+        check_memory(self.spec, self.pipe, self.slots, memory)
+        self.state = self._run(stream_state.empty_on_devices, self.spec, pipe.decoder, self.slots)
         self._playing: dict[int, _Playing] = {}
         self._next_id = 0
 
@@ -153,7 +187,7 @@ class Stream:
         self,
         prompt: str | np.ndarray,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         number: int = 0,
         initial: np.ndarray | None = None,
     ) -> int:
@@ -163,7 +197,7 @@ class Stream:
 
         Args:
           prompt: a text, or its embedding [S, D].
-          seed: seed of the noise.
+          seed: seed of the noise; None is the pipeline's.
           number: number of the video; together with the seed it says which noise.
           initial: latents float32 [I, H, W, C] to go on from, such as `pipe.encode(pixels[None])[0]`.
 
@@ -171,34 +205,25 @@ class Stream:
           An id, by which the stream is known from now on.
 
         Raises:
-          ValueError: if all slots play, or something given is wrong.
+          ValueError: if all slots play, or an argument is wrong.
         """
-        if not self.free:
-            raise ValueError(f"all {self.slots} slots play: let a stream leave, or make more slots")
+        slot, seed = self._free_slot(), self.pipe.sampling.seed if seed is None else seed
         Sampling(seed=seed)
-        number = int(example_numbers(number, 1)[0])
-        embedding = self._embedded(prompt)
-        given, chunks = None, ()
+        try:
+            number = int(example_numbers(number, 1)[0])
+        except ValueError as error:
+            raise ValueError(f"number is {number!r}: it must be a whole number from 0 to 2**31 - 1") from error
+        embedding, chunks = self._embedded(prompt), ()
         if initial is not None:
-            given = self.pipe.checked_initial(np.asarray(initial)[None], self.spec.size)
-            chunks, _ = self.spec.rollout.chunks(self.spec.rollout.chunk, given.shape[1])
-        slot = min(set(range(self.slots)) - {playing.slot for playing in self._playing.values()})
+            initial, chunks = self._checked_initial(initial)
         self._change("begin", slot, self._keys_values(embedding), np.uint32(seed), np.int32(number))
-        playing = _Playing(slot, embedding)
-        if given is not None:
-            playing.given = self._decode_given(playing, given)
+        playing = _Playing(slot, embedding, begins=self.spec.rollout.first_frame_alone and initial is None)
+        if initial is not None:
+            playing.given, first = self._decode(playing, initial), 0
             for count in chunks:
-                part, given = given[:, :count], given[:, count:]
-                self._append(playing, np.asarray(part, np.float32))
-        elif self.spec.rollout.first_frame_alone:
-            self._check_end(self._next_id, 0, 1)
-            lone = stream_state.lone_frame
-            self.state, clean = self._run(lone, self.spec, self.pipe.params, self.state, np.int32(slot))
-            self._count(playing, 1)
-            playing.given = self._decode_given(playing, clean)
-        self._next_id += 1
-        self._playing[self._next_id - 1] = playing
-        return self._next_id - 1
+                self._append(playing, initial[:, first : first + count], given=True)
+                first += count
+        return self._add(playing)
 
     def leave(self, stream: int) -> None:
         """Ends a stream; another can join in its place."""
@@ -207,6 +232,9 @@ class Stream:
 
     def prompt(self, stream: int, prompt: str | np.ndarray, mode: str = "swap", transition_chunks: int = 0) -> None:
         """Changes the prompt of a stream, from its next chunk on.
+
+        What "flush" and "cut" forget is forgotten at once; all else waits for the next step, and a second prompt
+        before it takes the place of the first.
 
         Args:
           stream: the stream's id.
@@ -222,27 +250,28 @@ class Stream:
           ValueError: on an unknown id or mode, or a prompt that cannot be embedded.
         """
         playing = self._of(stream)
-        if mode not in MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(MODES)}")
+        if mode == "recache":
+            self._check_recache("mode is 'recache'")
         whole = isinstance(transition_chunks, (int, np.integer)) and not isinstance(transition_chunks, bool)
         if not whole or transition_chunks < 0:
             raise ValueError(f"transition_chunks is {transition_chunks!r}: it must be a whole number of at least 0")
         if mode == "cut" and transition_chunks:
             raise ValueError(f"transition_chunks is {transition_chunks}: a cut is at once, it must be 0")
-        new, old = self._embedded(prompt), playing.embedding
-        parts = [(i + 1) / (transition_chunks + 1) for i in range(transition_chunks)]
-        playing.ahead = deque([*(old + np.float32(part) * (new - old) for part in parts), new])
-        playing.mode = mode
+        new = self._embedded(prompt)
+        playing.change = Change(playing.embedding, new, int(transition_chunks) + 1, 0, mode)
         if mode == "flush":
-            self._change_of(playing, "flush", self.spec)
+            self.state = self._run(stream_state.flush, self.spec, self.state, np.int32(playing.slot))
             sizes, sink = self._kept_sizes(playing), self.spec.rollout.sink
             newest = min(1, self.spec.capacity - sink)
             playing.sizes = sizes if sum(sizes) <= sink + newest else _first(sizes, sink) + [1] * newest
         elif mode == "cut":
-            self._change_of(playing, "cut")
+            self._change("cut", playing.slot)
             playing.sizes, playing.position, playing.fresh = [], 0, True
+            playing.begins = self.spec.rollout.first_frame_alone
 
-    def step(self, only: tuple[int, ...] | None = None) -> Frames:
+    def step(self, only: Sequence[int] | None = None) -> Frames:
         """Starts the next chunk of the streams.
 
         Args:
@@ -251,20 +280,29 @@ class Stream:
         Raises:
           ValueError: if a stream is unknown, or at the end of absolute positions.
         """
+        if only is not None and (isinstance(only, str) or not isinstance(only, (Sequence, set, np.ndarray))):
+            raise ValueError(f"only is {only!r}: it must be a list of ids")
         chosen = {stream: self._of(stream) for stream in (self._playing if only is None else only)}
+        if not chosen:
+            return Frames(None, None, {})
         count = self.spec.rollout.chunk
         for stream, playing in chosen.items():
-            self._check_end(stream, playing.position, count)
-        for playing in chosen.values():
-            self._change_text(playing)
+            self._check_end(f"stream {stream} is at latent frame", playing.position, count + playing.begins)
+        for stream, playing in chosen.items():
+            try:
+                self._prepare(playing)
+            except BaseException:
+                # half of its keys and values may be gone: it must not go on as if nothing had been
+                self._playing.pop(stream, None)
+                raise
         active = np.zeros(self.slots, bool)
         active[[playing.slot for playing in chosen.values()]] = True
         arguments = (self.spec, self.pipe.params, self.pipe.decoder, self.state, active)
         self.state, latents, pixels = self._run(stream_state.step, *arguments)
         parts, factor = {}, self.pipe.temporal_factor
         for stream, playing in chosen.items():
-            parts[stream] = (playing.slot, factor - 1 if playing.fresh else 0, playing.given)
-            playing.given, playing.fresh = [], False
+            parts[stream] = (playing.slot, factor - 1 if playing.fresh else 0, playing.given, playing.lone)
+            playing.given, playing.lone, playing.fresh = [], [], False
             self._count(playing, count)
         return Frames(latents, pixels, parts)
 
@@ -275,20 +313,24 @@ class Stream:
           stream: the stream's id.
           path: the file, safetensors.
           compact: whether to leave out the keys and values, nearly all of the file: they are then computed again from
-            the clean latents of the window, whose chunks no longer see what was before it, and the frames to come are
-            close to those without the break. With them, the frames are the same to the bit.
+            the clean latents, as "recache" does, and the frames to come are close to those without the break. With
+            them, and as many slots, the frames are the same to the bit.
 
         Raises:
           ValueError: if the stream is unknown, or the path cannot be written.
         """
         playing = self._of(stream)
-        if playing.given:
-            raise ValueError(f"stream {stream} has just begun: save it after its first step")
+        if compact:
+            self._check_recache("compact is True")
+        if playing.given or playing.begins:
+            raise ValueError(f"stream {stream} has frames that no step has given out yet: save it after the next step")
         one = self._run(stream_state.take, self.state, np.int32(playing.slot))
-        host = {"frames": playing.frames, "position": playing.position, "mode": playing.mode}
-        host["sizes"] = self._kept_sizes(playing)
-        embeddings = np.concatenate([playing.embedding, *playing.ahead])
-        stream_files.write(Path(path), self.spec, self.pipe.params, one, host, embeddings, compact)
+        host = {"frames": playing.frames, "position": playing.position, "sizes": self._kept_sizes(playing)}
+        embeddings, change = playing.embedding, playing.change
+        if change is not None:
+            host |= {"change": [change.chunks, change.done, change.mode]}
+            embeddings = np.concatenate([embeddings, change.old, change.new])
+        stream_files.write(_path(path), self.spec, self._weights, one, host, embeddings, compact)
 
     def restore(self, path: str | Path) -> int:
         """Goes on with a stream that `save` wrote; returns its new id.
@@ -296,30 +338,84 @@ class Stream:
         Raises:
           ValueError: if all slots play, or the file is damaged or was written with another model or other sizes.
         """
-        if not self.free:
-            raise ValueError(f"all {self.slots} slots play: let a stream leave, or make more slots")
-        slot = min(set(range(self.slots)) - {playing.slot for playing in self._playing.values()})
+        slot, path = self._free_slot(), _path(path)
         like = jax.eval_shape(stream_state.take, self.state, 0)
-        one, host, embeddings, compact = stream_files.read(Path(path), self.spec, self.pipe.params, like)
-        playing = _Playing(slot, embeddings[:1], **host, fresh=bool(one.fresh[0]))
-        playing.ahead.extend(row[None] for row in embeddings[1:])
-        self.state = self._run(stream_state.insert, self.state, np.int32(slot), one)
-        self._change_of(playing, "set_text", self._keys_values(playing.embedding))
+        one, host, embeddings, compact = stream_files.read(path, self.spec, self._weights, like)
+        playing = _Playing(slot, self.pipe.embed(embeddings[:1]), fresh=bool(one.fresh[0]))
+        playing.frames, playing.position, playing.sizes = host["frames"], host["position"], host["sizes"]
+        if "change" in host:
+            chunks, done, mode = host["change"]
+            old, new = (self.pipe.embed(embeddings[i : i + 1]) for i in (1, 2))
+            playing.change = Change(old, new, chunks, done, mode)
+        self._change("insert", slot, one)
+        self._change("set_text", slot, self._keys_values(playing.embedding))
         if compact:
             self._recache(playing)
-        self._next_id += 1
-        self._playing[self._next_id - 1] = playing
-        return self._next_id - 1
+        return self._add(playing)
 
     def _of(self, stream: int) -> _Playing:
-        if stream not in self._playing:
+        whole = isinstance(stream, (int, np.integer)) and not isinstance(stream, bool)
+        if not whole or stream not in self._playing:
             playing = ", ".join(map(str, self._playing)) or "none"
             raise ValueError(f"stream {stream!r} does not play: streams that do: {playing}")
         return self._playing[stream]
 
+    def _free_slot(self) -> int:
+        if not self.free:
+            raise ValueError(f"all {self.slots} slots play: let a stream leave, or make more slots")
+        return min(set(range(self.slots)) - {playing.slot for playing in self._playing.values()})
+
+    def _add(self, playing: _Playing) -> int:
+        self._playing[self._next_id] = playing
+        self._next_id += 1
+        return self._next_id - 1
+
+    @property
+    def _weights(self):
+        """What the frames depend on beside the state."""
+        return {"params": self.pipe.params, "decoder": self.pipe.decoder}
+
     def _embedded(self, prompt) -> np.ndarray:
-        rows = np.asarray(prompt)[None] if isinstance(prompt, (np.ndarray, jax.Array)) else [prompt]
-        return np.asarray(self.pipe.embed(rows), np.float32)
+        """float32 [1, S, D]."""
+        if isinstance(prompt, (np.ndarray, jax.Array)):
+            config = self.pipe.transformer.config
+            if prompt.shape != (config.text_len, config.text_dim):
+                wanted = f"[{config.text_len}, {config.text_dim}]"
+                raise ValueError(f"prompt is an embedding of the shape {prompt.shape}: it must be {wanted}")
+            return np.asarray(self.pipe.embed(np.asarray(prompt)[None]), np.float32)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt is {prompt!r}: it must be a text, or an embedding [S, D]")
+        return np.asarray(self.pipe.embed([prompt]), np.float32)
+
+    def _checked_initial(self, initial) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Latents float32 [1, I, H, W, C], and the sizes of their chunks."""
+        initial = np.asarray(initial)
+        if initial.ndim != 4 or initial.shape[1:] != self.spec.size or not len(initial):
+            wanted = ", ".join(map(str, self.spec.size))
+            raise ValueError(f"initial has the shape {initial.shape}: it must be [I, {wanted}]")
+        initial = self.pipe.checked_initial(initial[None], self.spec.size)
+        count, chunk = initial.shape[1], self.spec.rollout.chunk
+        self._check_end("initial ends at latent frame", count, chunk)
+        try:
+            chunks, _ = self.spec.rollout.chunks(chunk, count)
+        except ValueError as error:
+            raise ValueError(f"initial has {count} latent frames: {error}") from error
+        return initial.astype(np.float32), chunks
+
+    def _check_recache(self, what: str) -> None:
+        if self.spec.rollout.context == "noisy":
+            raise ValueError(
+                f"{what}: rollout.context is 'noisy', whose keys and values are those of a denoising step and cannot "
+                "be computed again; it must be 'clean'"
+            )
+
+    def _check_end(self, what: str, position: int, count: int) -> None:
+        end = self.spec.rollout.max_frames
+        if end is not None and position + count > end:
+            raise ValueError(
+                f"{what} {position}: positions 'absolute' end at {end}; use pipe.with_rollout(positions='relative'), "
+                "or prompt with mode 'cut', which begins anew"
+            )
 
     def _keys_values(self, embedding: np.ndarray):
         arguments = (self.pipe.transformer, self.pipe.params, jnp.asarray(embedding))
@@ -331,21 +427,19 @@ class Stream:
     def _change(self, name: str, slot: int, *arguments) -> None:
         self.state = self._run(getattr(stream_state, name), self.state, np.int32(slot), *arguments)
 
-    def _change_of(self, playing: _Playing, name: str, *arguments) -> None:
-        program, slot = getattr(stream_state, name), np.int32(playing.slot)
-        if name == "flush":
-            self.state = self._run(program, *arguments, self.state, slot)
-        else:
-            self.state = self._run(program, self.state, slot, *arguments)
-
-    def _change_text(self, playing: _Playing) -> None:
-        """What a new prompt asks for before the next chunk."""
-        if not playing.ahead:
-            return
-        playing.embedding = playing.ahead.popleft()
-        self._change_of(playing, "set_text", self._keys_values(playing.embedding))
-        if playing.mode == "recache":
-            self._recache(playing)
+    def _prepare(self, playing: _Playing) -> None:
+        """What comes before the next chunk: a new prompt, and a first frame of its own."""
+        if playing.change is not None:
+            embedding, rest = playing.change.next()
+            self._change("set_text", playing.slot, self._keys_values(embedding))
+            if playing.change.mode == "recache":
+                self._recache(playing)
+            playing.embedding, playing.change = embedding, rest
+        if playing.begins:
+            arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot))
+            self.state, clean = self._run(stream_state.lone_frame, *arguments)
+            self._count(playing, 1)
+            playing.given, playing.lone, playing.begins = self._decode(playing, clean), [np.asarray(clean[0])], False
 
     def _recache(self, playing: _Playing) -> None:
         """Computes the kept keys and values again, chunk by chunk, under the present prompt."""
@@ -353,12 +447,12 @@ class Stream:
         self.state, latents = self._run(stream_state.recall, self.spec, self.state, np.int32(playing.slot))
         playing.sizes, first = [], 0
         for count in sizes:
-            self._append(playing, latents[:, first : first + count])
+            self._append(playing, latents[:, first : first + count], given=False)
             first += count
         playing.frames, playing.position = before
 
-    def _append(self, playing: _Playing, clean) -> None:
-        arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot), clean)
+    def _append(self, playing: _Playing, clean, given: bool) -> None:
+        arguments = (self.spec, given, self.pipe.params, self.state, np.int32(playing.slot), clean)
         self.state = self._run(stream_state.append, *arguments)
         self._count(playing, clean.shape[1])
 
@@ -377,16 +471,8 @@ class Stream:
         newest = _first(playing.sizes[::-1], self.spec.capacity - sink)[::-1]
         return _first(playing.sizes, sink) + newest
 
-    def _check_end(self, stream: int, position: int, count: int) -> None:
-        end = self.spec.rollout.max_frames
-        if end is not None and position + count > end:
-            raise ValueError(
-                f"stream {stream} is at latent frame {position}: positions 'absolute' end at {end}; use "
-                "pipe.with_rollout(positions='relative'), give it a new prompt with mode 'cut', or let it leave"
-            )
-
-    def _decode_given(self, playing: _Playing, latents) -> list[np.ndarray]:
-        """Pixels of given latents [1, n, H, W, C]; the decoder goes on from there."""
+    def _decode(self, playing: _Playing, latents) -> list[np.ndarray]:
+        """Pixels of a video's first latents [1, n, H, W, C]; the decoder goes on from there."""
         decoder = self.pipe.decoder
         if decoder is None:
             return []
@@ -394,9 +480,15 @@ class Stream:
         for i in range(latents.shape[1]):
             cache, new = programs.decode(decoder, cache, jnp.asarray(latents[:, i : i + 1], jnp.float32))
             pixels.append(np.asarray(new)[0])
-        self._change_of(playing, "set_decoder", cache)
+        self._change("set_decoder", playing.slot, cache)
         playing.fresh = False
         return pixels
+
+
+def _path(path) -> Path:
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise ValueError(f"path is {path!r}: it must be the name of a file")
+    return Path(path)
 
 
 def _first(sizes: list[int], count: int) -> list[int]:
@@ -415,8 +507,12 @@ def stream_spec(pipe: VideoPipeline) -> StreamSpec:
     Raises:
       ValueError: if it is no few-step student, or has no window.
     """
+    if not isinstance(pipe, VideoPipeline):
+        raise ValueError(f"pipe is {pipe!r}: it must be a VideoPipeline, such as that of sf_jax.load_pipeline()")
     if pipe.kind != "student":
-        raise ValueError(f"the pipeline has a {pipe.kind} network: only few-step students stream for ever")
+        raise ValueError(f"pipe has a {pipe.kind} network: only few-step students stream without end")
     if pipe.rollout.window is None:
-        raise ValueError("window is None: an endless stream needs one, such as 21 latent frames")
+        raise ValueError(
+            "window is None: an endless stream needs one, such as 21 latent frames (pipe.with_rollout(window=21))"
+        )
     return StreamSpec(pipe.transformer, pipe.rollout, pipe.latent_size(pipe.sampling), pipe.noise_number)

@@ -15,13 +15,13 @@ from sf_jax.weights.tensors import TensorFile
 
 FORMAT = "sf_jax stream 1"
 KEYS_VALUES = ("k", "v")
-SAMPLE = 256  # numbers of every parameter that the digest reads
+SAMPLE = 4  # entries of every axis but the first, that of the layers, which the digest reads
 
 
 def write(
     path: Path,
     spec: StreamSpec,
-    params: dict,
+    weights: Any,
     one: StreamState,
     host: dict[str, Any],
     embeddings: np.ndarray,
@@ -32,10 +32,10 @@ def write(
     Args:
       path: the file.
       spec: what the stream is compiled for; `read` refuses another.
-      params: the student's parameters, by whose digest `read` knows them.
+      weights: student and decoder, by whose digest `read` knows them.
       one: the stream's state, with an axis of length 1.
       host: what the host knows of it, ready for JSON.
-      embeddings: float32 [1 + n, S, D], of the prompt and of the chunks in which it changes.
+      embeddings: float32 [1, S, D] of the prompt, or [3, S, D] with those between which it changes.
       compact: whether to leave out keys and values.
 
     Raises:
@@ -51,18 +51,18 @@ def write(
         lambda name: np.ascontiguousarray(arrays[name]),
     )
     metadata = {"format": FORMAT, "host": json.dumps(host), "spec": json.dumps(_described(spec))}
-    write_safetensors(path, tensors, metadata | {"weights": _digest(params)})
+    write_safetensors(path, tensors, metadata | {"weights": _digest(weights)})
 
 
 def read(
-    path: Path, spec: StreamSpec, params: dict, like: StreamState
+    path: Path, spec: StreamSpec, weights: Any, like: StreamState
 ) -> tuple[StreamState, dict[str, Any], np.ndarray, bool]:
     """Reads what `write` wrote.
 
     Args:
       path: the file.
       spec: what the streams here are compiled for.
-      params: the student's parameters.
+      weights: student and decoder.
       like: shapes of the stream's state.
 
     Returns:
@@ -78,19 +78,23 @@ def read(
         raise ValueError(f"path: cannot read {path} ({error.strerror})") from error
     with file:
         if file.metadata.get("format") != FORMAT:
-            raise ValueError(f"path: {path} is no stream that this version saved")
+            raise ValueError(f"path: {path} has the format {file.metadata.get('format')!r}: it must be {FORMAT!r}")
+        try:
+            described, host = (json.loads(file.metadata[name]) for name in ("spec", "host"))
+            there, embeddings = file.metadata["weights"], file["embeddings"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"path: {path} is damaged ({error})") from error
         for name, here in _described(spec).items():
-            there = json.loads(file.metadata["spec"]).get(name)
-            if there != here:
-                raise ValueError(f"path: {path} was saved with {name} {there}: here it is {here}")
-        if file.metadata["weights"] != _digest(params):
-            raise ValueError(f"path: {path} was saved with other weights: load the same checkpoint")
+            if described.get(name) != here:
+                raise ValueError(f"path: {path} was saved with {name} {described.get(name)}: here it is {here}")
+        if there != _digest(weights):
+            raise ValueError(f"path: {path} was saved with other weights: load the same checkpoint and decoder")
         compact, arrays = not set(KEYS_VALUES) & set(file), {}
         for name, shape in _flat(like).items():
-            if name not in file:
+            if compact and name in KEYS_VALUES:
                 arrays[name] = np.zeros(shape.shape, shape.dtype)
-                if not (compact and name in KEYS_VALUES):
-                    raise ValueError(f"path: {path} lacks {name}: another decoder, or a damaged file")
+            elif name not in file:
+                raise ValueError(f"path: {path} is damaged ({name} is missing)")
             elif file.shapes[name] != shape.shape or file.dtypes[name] != shape.dtype:
                 raise ValueError(
                     f"path: {name} in {path} is {file.dtypes[name]} {file.shapes[name]}: "
@@ -98,9 +102,29 @@ def read(
                 )
             else:
                 arrays[name] = file[name]
-        text = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.text)
-        leaves = jax.tree.unflatten(jax.tree.structure(like.replace(text=())), list(arrays.values()))
-        return leaves.replace(text=text), json.loads(file.metadata["host"]), file["embeddings"], compact
+    leaves = jax.tree.unflatten(jax.tree.structure(like.replace(text=())), list(arrays.values()))
+    _check_host(path, host, leaves, embeddings)
+    text = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.text)
+    return leaves.replace(text=text), host, embeddings, compact
+
+
+def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray) -> None:
+    """Refuses what the host cannot have known of such a state."""
+
+    def whole(values):
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    kept = int((one.held >= 0).sum())
+    wanted = {"frames", "position", "sizes"}
+    good = isinstance(host, dict) and wanted <= set(host) <= wanted | {"change"}
+    good = good and whole([host["frames"], host["position"]]) and whole(host["sizes"]) and sum(host["sizes"]) == kept
+    rows, change = 1, host.get("change") if good else None
+    if change is not None:
+        rows = 3
+        good = isinstance(change, list) and len(change) == 3 and whole(change[:2]) and isinstance(change[2], str)
+        good = good and change[1] < change[0]
+    if not good or embeddings.ndim != 3 or len(embeddings) != rows:
+        raise ValueError(f"path: {path} is damaged (its counters do not fit its frames)")
 
 
 def _flat(one: StreamState) -> dict[str, Any]:
@@ -118,11 +142,11 @@ def _described(spec: StreamSpec) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _digest(params: dict) -> str:
-    """A digest of the first numbers of every parameter."""
+def _digest(weights: Any) -> str:
+    """A digest of some numbers of every parameter, of every layer."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        flat = leaf.reshape(-1)[:SAMPLE]
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.asarray(flat).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        part = leaf[tuple(slice(SAMPLE if axis else None) for axis in range(np.ndim(leaf)))]
+        digest.update(f"{jax.tree_util.keystr(path)} {np.shape(leaf)} {leaf.dtype}".encode())
+        digest.update(np.asarray(part).tobytes())
     return digest.hexdigest()

@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.inference import stream_state
 from sf_jax.inference.pipeline import VideoPipeline
@@ -47,12 +48,26 @@ def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
+def check_slots(slots: int, mesh: Mesh | None) -> int:
+    """A number of streams.
+
+    Raises:
+      ValueError: unless it is whole, at least 1 and a multiple of the devices.
+    """
+    if isinstance(slots, bool) or not isinstance(slots, (int, np.integer)) or slots < 1:
+        raise ValueError(f"slots is {slots!r}: it must be a whole number of at least 1")
+    if mesh is not None and slots % mesh.size:
+        raise ValueError(f"slots is {slots}: it must be a multiple of the {mesh.size} devices")
+    return int(slots)
+
+
 def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> StreamBytes:
     """What each of `slots` streams takes: shapes alone, and the memory plan of the compiled step.
 
     The compiler is the only one who knows the workspace, so it is asked; nothing is allocated. On a mesh, the bytes
     are those of the device's own streams.
     """
+    slots = check_slots(slots, pipe.mesh)
     state = jax.eval_shape(lambda: stream_state.empty_state(spec, pipe.decoder, slots))
 
     def size(tree):
@@ -92,6 +107,8 @@ def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int 
     Raises:
       ValueError: saying how many would fit.
     """
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, (int, np.integer)) or memory < 0):
+        raise ValueError(f"memory is {memory!r}: it must be a whole number of bytes")
     devices = jax.devices()[:1] if pipe.mesh is None else list(pipe.mesh.devices.flat)
     if memory is None:
         free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in map(_stats, devices) if stats]
@@ -100,12 +117,18 @@ def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int 
         return
     own = slots // len(devices)
     each = bytes_per_stream(spec, pipe, slots)
-    if own * each.total > memory:
-        fit = memory // each.total * len(devices)
-        raise ValueError(
-            f"slots is {slots}: a stream takes {each.describe()}, and {_size(memory)} are free on a device: "
-            + (f"at most {fit} fit" if fit else "not even one fits; take a smaller window, or a smaller decoder")
-        )
+    if own * each.total <= memory:
+        return
+    fit, smaller = min(own - 1, memory // each.total), each
+    while fit:  # the workspace is not quite proportional to the slots
+        smaller = bytes_per_stream(spec, pipe, fit * len(devices))
+        if fit * smaller.total <= memory:
+            break
+        fit = min(fit - 1, memory // smaller.total)
+    raise ValueError(
+        f"slots is {slots}: a stream takes {each.describe()}, and {_size(memory)} are free on a device: "
+        + (f"at most {fit * len(devices)} fit" if fit else "not even one fits; take a smaller window or decoder")
+    )
 
 
 def _stats(device) -> dict | None:

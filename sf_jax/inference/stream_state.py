@@ -57,6 +57,7 @@ class StreamState:
       text: prompt keys and values [L, S, T, N, D].
       decoder: the decoder's cache, S first; () without decoder.
       fresh: bool [S], whether the next frame is the first that the decoder sees.
+      first: bool [S], whether the next chunk is the first of its video.
       age: int32 [S], number of the next frame.
       shift: int32 [S], position of a frame behind the sink less its number.
       chunk: int32 [S], chunks since the stream began; counts on through cuts.
@@ -71,16 +72,12 @@ class StreamState:
     text: KeysValues
     decoder: Any
     fresh: jax.Array
+    first: jax.Array
     age: jax.Array
     shift: jax.Array
     chunk: jax.Array
     seed: jax.Array
     number: jax.Array
-
-    @property
-    def counters(self) -> dict[str, jax.Array]:
-        """The fields that are a number for each stream."""
-        return {name: getattr(self, name) for name in ("fresh", "age", "shift", "chunk", "seed", "number")}
 
 
 def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
@@ -99,6 +96,7 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
         text=text,
         decoder=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like),
         fresh=jnp.ones(slots, bool),
+        first=jnp.ones(slots, bool),
         age=whole,
         shift=whole,
         chunk=whole,
@@ -178,14 +176,19 @@ def _written(spec: StreamSpec, one: StreamState, kv: KeysValues, clean: jax.Arra
         new = jnp.where(active if dropped is None else active & ~dropped, clean[:, i : i + 1], old)
         latents = jax.lax.dynamic_update_slice_in_dim(latents, new, slot, 1)
     return one.replace(
-        k=cache.k, v=cache.v, held=cache.frames[None], latents=latents, age=one.age + jnp.where(active, count, 0)
+        k=cache.k,
+        v=cache.v,
+        held=cache.frames[None],
+        latents=latents,
+        first=one.first & ~active,
+        age=one.age + jnp.where(active, count, 0),
     )
 
 
 def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Array, count: int):
     """One stream's next `count` latent frames [1, n, H, W, C], as `programs.next_chunk` makes them."""
     config, age = spec.rollout, one.age[0]
-    timesteps, steps = config.timesteps_of(age)
+    timesteps, steps = config.timesteps_of(jnp.where(one.first[0], 0, 1))
     number = 2 * steps if spec.noise_number is None else spec.noise_number
     key = key_for(one.seed[0], 0, Purpose.SAMPLE)
     noise_key = jax.random.fold_in(jax.random.fold_in(key, number), one.chunk[0])
@@ -211,7 +214,7 @@ def step(
       params: the student's parameters.
       decoder: latents to pixels; None to stop at the latents.
       state: the streams; donated.
-      active: bool [S]; the others stay as they are, and what is returned for them means nothing.
+      active: bool [S]; the others stay as they are, and their outputs are undefined.
 
     Returns:
       The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c]: of a stream
@@ -267,7 +270,8 @@ def begin(state: StreamState, slot, text: KeysValues, seed, number) -> StreamSta
     """Begins a stream in a slot: nothing is kept, and `text` is from `encode_text` of one prompt."""
     one = _slot(state, slot)
     zero = jnp.zeros_like(one.age)
-    one = one.replace(held=jnp.full_like(one.held, -1), text=text, fresh=jnp.ones_like(one.fresh))
+    one = one.replace(held=jnp.full_like(one.held, -1), text=text)
+    one = one.replace(fresh=jnp.ones_like(one.fresh), first=jnp.ones_like(one.first))
     one = one.replace(age=zero, shift=zero, chunk=zero, seed=jnp.full_like(one.seed, seed), number=zero + number)
     return _put(state, slot, one)
 
@@ -290,7 +294,8 @@ def cut(state: StreamState, slot) -> StreamState:
     """Forgets all frames of a stream: a new video begins in it, with noise that goes on."""
     one = _slot(state, slot)
     zero = jnp.zeros_like(one.age)
-    one = one.replace(held=jnp.full_like(one.held, -1), age=zero, shift=zero, fresh=jnp.ones_like(one.fresh))
+    one = one.replace(held=jnp.full_like(one.held, -1), age=zero, shift=zero)
+    one = one.replace(fresh=jnp.ones_like(one.fresh), first=jnp.ones_like(one.first))
     return _put(state, slot, one)
 
 
@@ -330,13 +335,19 @@ def recall(spec: StreamSpec, state: StreamState, slot) -> tuple[StreamState, jax
     return _put(state, slot, emptied), latents
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def append(spec: StreamSpec, params: dict, state: StreamState, slot, clean: jax.Array) -> StreamState:
-    """Writes given clean latents [1, n, H, W, C] as the next frames of a stream."""
-    one = _slot(state, slot)
-    cache = _cache(spec, one)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def append(spec: StreamSpec, given: bool, params: dict, state: StreamState, slot, clean: jax.Array) -> StreamState:
+    """Writes clean latents [1, n, H, W, C] as the next frames of a stream.
+
+    Frames that were `given` are written at timestep 0, generated ones as the rollout's clean pass writes them.
+    """
+    one, config = _slot(state, slot), spec.rollout
+    cache, read, t = _cache(spec, one), clean, 0.0
+    if not given:
+        draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
+        read, t = ro.context_input(config, clean, draw, one.chunk[0]), config.context_timestep
     layout = _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
-    _, kv = ro.predict(spec.model, spec.rollout, params, clean, 0.0, one.text, layout, cache)
+    _, kv = ro.predict(spec.model, config, params, read, t, one.text, layout, cache)
     return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
 
 

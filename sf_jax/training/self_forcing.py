@@ -1,7 +1,6 @@
 """The programs of Self Forcing (paper, Algorithm 1) and of the baselines without rollouts: student and critic."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,8 @@ from sf_jax.training.media import Media
 from sf_jax.training.step import Loss, Program, critic_params, model_params
 from sf_jax.training.supervised import chunks_of, layout_of, per_chunk_index, per_example
 
+# What keys of an iteration are folded with, beside the small numbers below.
+PROMPT_SWITCH, SWITCHED_NOISE = 9, 10
 OBJECTIVES = {"dmd": dmd.generator_loss, "sid": sid.generator_loss}
 
 
@@ -127,45 +128,58 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
     draw = ro.key_draw(jax.random.fold_in(key, 2), examples)
     initial = media.clean(batch)[:, :1] if given else None
-    if config.prompt_switch and frames > data.frames:
-        sources = (key, examples, noise, draw)
-        return _switched_rollout(config, student, params, batch["text"], sources, exits, initial)
+    if config.prompt_switch and _first_live(config, frames):
+        prompts, sources = (batch["other_text"], batch["text"]), (key, examples, noise, draw)
+        return _switched_rollout(config, student, params, prompts, sources, exits, initial)
     keeps_cache = replay_reads_cache(config.rollout, config.cache_gradient, _first_live(config, frames))
     return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, keeps_cache)
 
 
-def _switched_rollout(config, student, params, text, sources, exits, initial) -> ro.Rollout:
+def _switched_rollout(config, student, params, prompts, sources, exits, initial) -> ro.Rollout:
     """A rollout whose prompt was another before the first chunk that learns; all frames before it count as given.
 
     The cache goes on as it is (mode "swap" of `inference.stream`), or is computed again under the new prompt
-    ("recache"), by half of the videos each. Source: the long tuning of LongLive (arXiv 2509.22622).
+    ("recache"), by half of the videos each; a noisy context cannot be computed again. Source: the long tuning of
+    LongLive (arXiv 2509.22622).
     """
     key, examples, noise, draw = sources
-    given = 0 if initial is None else initial.shape[1]
-    count = _first_live(config, given + noise.shape[1])
-    before = sum(config.rollout.chunks(noise.shape[1], given)[1][:count])
-    share, again = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 9), i), (2,)))(
-        examples
+    rollout, given = config.rollout, 0 if initial is None else initial.shape[1]
+    first_live = _first_live(config, given + noise.shape[1])
+    before = sum(rollout.chunks(noise.shape[1], given)[1][:first_live])
+    switches, recaches = per_example(
+        jax.random.fold_in(key, PROMPT_SWITCH), examples, lambda k: jax.random.uniform(k, (2,))
     ).T
-    encode = functools.partial(student.apply, {"params": params}, method="encode_text")
-    other = jnp.where((share < config.prompt_switch)[:, None, None], jnp.roll(text, 1, axis=0), text)
+    recaches = (recaches < 0.5) & (rollout.context == "clean")
+    other, text = prompts
+    other = jnp.where((switches < config.prompt_switch)[:, None, None], other, text)
+    old, new = (student.apply({"params": params}, prompt, method="encode_text") for prompt in (other, text))
     size = (len(examples), given + noise.shape[1], *noise.shape[2:4])
-    empty = ro.empty_cache(student, config.rollout, *size, full=True)
-    inputs = (other, noise[:, :before], exits[:count], draw, initial)
-    old = ro.rollout(student, config.rollout, params, *inputs, cache=empty)
-    written, recomputed, now = old.cache, empty, encode(text)
-    if config.rollout.context == "clean":  # a rollout leaves out its last clean pass
-        size = config.rollout.chunks(before, given)[1][-1]
-        read = ro.context_input(config.rollout, old.video[:, -size:], draw, count - 1)
-        place = (given + before - size, config.rollout.context_timestep)
-        written, _ = ro.write_chunk(student, config.rollout, params, encode(other), written, read, *place)
-    for first, last in attention.chunk_bounds(sum(config.rollout.chunks(before, given), ())):
-        part = old.video[:, first:last]
-        recomputed, _ = ro.write_chunk(student, config.rollout, params, now, recomputed, part, first)
-    mine = (again < 0.5)[None, :, None, None, None]
-    cache = written.replace(k=jnp.where(mine, recomputed.k, written.k), v=jnp.where(mine, recomputed.v, written.v))
-    inputs = (now, noise[:, before:], exits[count:], ro.key_draw(jax.random.fold_in(key, 10), examples), old.video)
-    return jax.lax.stop_gradient(ro.rollout(student, config.rollout, params, *inputs, cache=cache))
+    empty = ro.empty_cache(student, rollout, *size, full=True)
+    chunks = rollout.chunks(before, given)
+    bounds = attention.chunk_bounds(sum(chunks, ()))
+
+    def write(cache, text, video, index):
+        """A chunk's clean pass, as the rollout has it (but for its last chunk)."""
+        first, last = bounds[index]
+        part, t = video[:, first:last], 0.0
+        if index >= len(chunks[0]):
+            part, t = ro.context_input(rollout, part, draw, index - len(chunks[0])), rollout.context_timestep
+        return ro.write_chunk(student, rollout, params, text, cache, part, first, t)[0]
+
+    start = empty
+    for index in range(len(chunks[0])):
+        start = write(start, old, initial, index)
+    past = ro.rollout(student, rollout, params, old, noise[:, :before], exits[:first_live], draw, initial, cache=start)
+    kept, again = past.cache, empty
+    if rollout.context == "clean":
+        kept = write(kept, old, past.video, len(bounds) - 1)
+        for index in range(len(bounds)):
+            again = write(again, new, past.video, index)
+    mine = recaches[None, :, None, None, None]
+    cache = kept.replace(k=jnp.where(mine, again.k, kept.k), v=jnp.where(mine, again.v, kept.v))
+    draw = ro.key_draw(jax.random.fold_in(key, SWITCHED_NOISE), examples)
+    inputs = (new, noise[:, before:], exits[first_live:], draw, past.video)
+    return jax.lax.stop_gradient(ro.rollout(student, rollout, params, *inputs, cache=cache))
 
 
 def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
@@ -207,8 +221,8 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
         )
         return video, (t != 0)[:, :, None, None, None]
     total, window = fake.past.video.shape[1], config.data.frames
-    # behind a switch all frames before the window are given ones
-    switched = config.prompt_switch and total > window
+    # behind a switch all frames before the first chunk that learns are given ones
+    switched = fake.past.initial_frames > int(config.image_to_video)
     first_live = 0 if switched else _first_live(config, total)
     video = replay(
         networks.student, config.rollout, params, batch["text"], fake.past, config.cache_gradient, first_live

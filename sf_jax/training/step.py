@@ -116,6 +116,8 @@ def make_step(config: TrainConfig, program: Program) -> Step:
     optimizers = make_optimizers(config)
 
     def step(state, frozen, batch):
+        if config.prompt_switch:  # here, as a neighbor may be in another part of the batch
+            batch = batch | {"other_text": jnp.roll(batch["text"], 1, axis=0)}
         grads, metrics = _gradients(program, state, frozen, batch, config.accumulate)
         before = state
         for loss, gradient in zip(program.losses, grads, strict=True):
