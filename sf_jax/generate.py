@@ -15,7 +15,7 @@ from sf_jax import command
 from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
-from sf_jax.rollout import CONTEXTS, POSITIONS
+from sf_jax.rollout_config import CONTEXTS, POSITIONS
 
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
 

@@ -13,8 +13,9 @@ from sf_jax import rollout
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import programs
 from sf_jax.inference.load import load_pipeline
+from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
-from sf_jax.rollout import MAX_FRAMES, RolloutConfig
+from sf_jax.rollout import RolloutConfig
 from tests.helpers import SMALL, random_params
 from tests.wan_folder import make_folder
 

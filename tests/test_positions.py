@@ -63,7 +63,7 @@ CASES = [
     for chunk in (1, 2)
     for window in (4, 6, 8)
     for sink in (0, 1, 2, 3)
-    for positions in ro.POSITIONS
+    for positions in ("absolute", "relative")
     if sink + chunk <= window
 ]
 # those that cover every sort of window and sink at least once

@@ -24,6 +24,7 @@ from sf_jax.inference.decoders import Decoder, Encoder
 from sf_jax.inference.sampling import Chunk, Sampling, example_numbers
 from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
+from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
 from sf_jax.rng import Purpose, key_for
 
@@ -62,7 +63,7 @@ class VideoPipeline:
     sampling: Sampling = Sampling()
     only_frames: int | None = None
     many_steps: bool | None = None
-    noise_number: int | None = ro.MAX_FRAMES
+    noise_number: int | None = MAX_FRAMES
     progress: bool = True
 
     @property
