@@ -67,9 +67,11 @@ CASES = [
     if sink + chunk <= window
 ]
 # those that cover every sort of window and sink at least once
-FAST = CASES[1::6]
+FAST, SLOW = CASES[1::13], CASES[7::13]
 LONGEST = (pytest.mark.slow, pytest.mark.exhaustive)
-MARKED = [pytest.param(case, marks=() if case in FAST else LONGEST) for case in CASES]
+MARKED = [
+    pytest.param(case, marks=() if case in FAST else pytest.mark.slow if case in SLOW else LONGEST) for case in CASES
+]
 
 
 @pytest.mark.parametrize("case", MARKED, ids=str)
@@ -86,6 +88,7 @@ def test_cached_is_block_causal(case):
     assert relative(config.schedule.to_clean(flow, past.exit_inputs, t[:, frames:]), past.video) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_moved_sink_is_replayed_and_has_its_gradient():
     params, (noise, text, draw) = random_params(), inputs(FRAMES)
     weight = jax.random.normal(jax.random.key(9), noise.shape)

@@ -55,22 +55,18 @@ def latents(stream, one, steps):
     return np.concatenate([stream.step().latents(one) for _ in range(steps)])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"positions": "absolute"},
-        {"sink": 0},
-        {"window": 4},
-        {"window": 2, "sink": 0},
-        {"chunk": 1, "window": 4, "sink": 1},
-        {"first_frame_alone": True},
-        {"first_steps": (1000, 500)},
-        {"steps": (1000,)},
-        {"context": "noisy"},
-    ],
-    ids=str,
-)
+FAST = [{}, {"window": 2, "sink": 0}, {"first_frame_alone": True, "first_steps": (1000, 500)}]
+SLOW = [
+    {"positions": "absolute"},
+    {"sink": 0},
+    {"window": 4},
+    {"chunk": 1, "window": 4, "sink": 1},
+    {"steps": (1000,)},
+    {"context": "noisy"},
+]
+
+
+@pytest.mark.parametrize("changes", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
 def test_streams_are_the_videos_of_a_pipeline(changes):
     pipe = bare(**changes)
     embeddings, frames = np.stack([text(0), text(1)]), 12 + pipe.rollout.first_frame_alone
@@ -183,8 +179,8 @@ def kept_in_order(stream, slot):
     return (one.k[:, :, tokens], one.v[:, :, tokens]), held[order], one
 
 
-@pytest.mark.parametrize("positions", ["relative", "absolute"])
-@pytest.mark.parametrize("sink", [0, 2])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("absolute", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sink", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_prompts_change_in_every_mode(positions, sink):
     pipe = bare(positions=positions, sink=sink)
     stream = sf_jax.Stream(pipe, slots=2)

@@ -27,7 +27,10 @@ def switched(config, text, examples):
     )
 
 
-@pytest.mark.parametrize("rollout", [{}, {"window": 9, "sink": 3, "positions": "relative"}], ids=["all", "window"])
+WINDOW = {"window": 9, "sink": 3, "positions": "relative"}
+
+
+@pytest.mark.parametrize("rollout", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["all", "window"])
 def test_prompts_change_before_the_frames_that_learn(rollout):
     config = make_config(**LONG, rollout=rollout)
     text, examples, params = make_batch(config)["text"], jnp.arange(4), random_params()
@@ -72,6 +75,7 @@ def test_the_new_chunks_learn():
     assert critic(after, frozen, batch)[1]["critic_finite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
