@@ -1,7 +1,9 @@
-"""One cache of compiled programs for all tests of a run, its worker and child processes included."""
+"""One cache of compiled programs for all tests of a run, child processes included; models that many tests share."""
 
 import os
 import tempfile
+
+import pytest
 
 
 def pytest_configure(config):
@@ -17,3 +19,19 @@ def pytest_unconfigure(config):
     """Removes the cache; only the process that made it has it."""
     if hasattr(config, "compiled"):
         config.compiled.cleanup()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The shipped student."""
+    from sf_jax import load_pipeline  # JAX reads the cache's place from the environment
+
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder of Wan."""
+    from tests.wan_folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("models") / "wan")

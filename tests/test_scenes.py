@@ -9,24 +9,10 @@ import pytest
 import sf_jax
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
-from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.scenes import Scene, read_schedule, scene_starts
-from tests.wan_folder import make_folder
 
 PROMPTS = ["a 7 moving left, fast", "a 2 moving up, slowly", "a 5 moving right"]
 SMALL_VIDEO = {"height": 32, "width": 48}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """The shipped student."""
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model folder of Wan."""
-    return make_folder(tmp_path_factory.mktemp("models") / "wan")
 
 
 def test_schedules_that_are_wrong_are_refused(tmp_path):

@@ -19,23 +19,10 @@ from sf_jax.models import attention, wan
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.rollout import RolloutConfig
 from tests.helpers import SMALL, random_params, relative
-from tests.wan_folder import make_folder
 
 PROMPTS = ["a 7 moving left, fast", "a 2 moving up, slowly", "a 5 moving right", "a 3 moving down"]
 BARE = RolloutConfig(chunk=2, window=6, sink=2, positions="relative", context_noise="none")
 SMALL_VIDEO = {"height": 32, "width": 48}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """The shipped student."""
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model folder of Wan."""
-    return make_folder(tmp_path_factory.mktemp("models") / "wan")
 
 
 def bare(**changes):

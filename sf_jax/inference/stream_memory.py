@@ -5,7 +5,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from sf_jax.inference import stream_state
 from sf_jax.inference.pipeline import VideoPipeline
@@ -75,7 +75,7 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
 
     active = jax.ShapeDtypeStruct((slots,), bool)
     if pipe.mesh is not None:
-        state, active = _on_mesh(pipe, state), jax.ShapeDtypeStruct((slots,), bool)
+        state = _on_mesh(pipe, state)
     arguments = (spec, pipe.params, pipe.decoder, state, active)
     memory = pipe.run(lambda: stream_state.step.lower(*arguments).compile().memory_analysis())
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -87,12 +87,10 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
 def _on_mesh(pipe, state):
     """The state's shapes, spread over the mesh as `stream_state` spreads them."""
 
-    def leaf(*axes):
-        spread = NamedSharding(pipe.mesh, PartitionSpec(*axes))
-        return lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread)
+    def leaf(axis, a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(pipe.mesh, stream_state.axes_of(axis)))
 
-    layers = {name: jax.tree.map(leaf(None, "data"), getattr(state, name)) for name in ("k", "v", "text")}
-    return jax.tree.map(leaf("data"), state.replace(k=(), v=(), text=())).replace(**layers)
+    return stream_state.by_axis(leaf, state)
 
 
 def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int | None) -> None:

@@ -7,6 +7,7 @@ batch elsewhere is an array here: `jax.vmap` of the rollout's own code for one v
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -21,6 +22,9 @@ from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.patch_codec import to_uint8
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rng import Purpose, key_for
+
+# Fields whose first axis is the layers; the streams are along the second one, in all others along the first.
+LAYERED = ("k", "v", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,37 +121,40 @@ def _decoder_cache(decoder: Decoder, batch: int, size: tuple[int, int, int]) -> 
     return jax.eval_shape(lambda x: decoder.decode_chunk(decoder.init_cache(batch, *size[:2]), x)[0], frame)
 
 
+def by_axis(function: Callable, *states: StreamState) -> StreamState:
+    """Maps the arrays of states: `function(axis, *arrays)`, with the axis along which the streams are."""
+    layers = {
+        name: jax.tree.map(functools.partial(function, 1), *(getattr(state, name) for state in states))
+        for name in LAYERED
+    }
+    bare = (state.replace(**dict.fromkeys(LAYERED, ())) for state in states)
+    return jax.tree.map(functools.partial(function, 0), *bare).replace(**layers)
+
+
+def axes_of(axis: int) -> PartitionSpec:
+    """How an array whose streams are along `axis` is split over the devices of a pipeline's mesh."""
+    return PartitionSpec(*[None] * axis, "data")
+
+
 def _slot(state: StreamState, slot: jax.Array | int) -> StreamState:
     """One of the streams, still with its axis of length 1."""
-
-    def leaf(axis):
-        return lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis)
-
-    layers = {name: jax.tree.map(leaf(1), getattr(state, name)) for name in ("k", "v", "text")}
-    return jax.tree.map(leaf(0), state.replace(k=(), v=(), text=())).replace(**layers)
+    return by_axis(lambda axis, a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis), state)
 
 
 def _put(state: StreamState, slot: jax.Array | int, one: StreamState) -> StreamState:
     """The state with one of the streams replaced."""
 
-    def leaf(axis):
-        return lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), slot, axis)
+    def put(axis, a, b):
+        return jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), slot, axis)
 
-    layers = {name: jax.tree.map(leaf(1), getattr(state, name), getattr(one, name)) for name in ("k", "v", "text")}
-    bare, other = (part.replace(k=(), v=(), text=()) for part in (state, one))
-    return _spread(jax.tree.map(leaf(0), bare, other).replace(**layers))
+    return _spread(by_axis(put, state, one))
 
 
 def _spread(state: StreamState) -> StreamState:
     """Keeps the streams spread over the devices of the pipeline's mesh, where there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return state
-
-    def leaf(*axes):
-        return lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec(*axes))
-
-    layers = {name: jax.tree.map(leaf(None, "data"), getattr(state, name)) for name in ("k", "v", "text")}
-    return jax.tree.map(leaf("data"), state.replace(k=(), v=(), text=())).replace(**layers)
+    return by_axis(lambda axis, a: jax.lax.with_sharding_constraint(a, axes_of(axis)), state)
 
 
 def _cache(spec: StreamSpec, one: StreamState) -> KVCache:
@@ -220,19 +227,20 @@ def step(
       The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c]: of a stream
       whose first frame is among them, the first `temporal_factor - 1` are empty.
     """
-    axes = StreamState(**{field.name: 0 for field in dataclasses.fields(StreamState)}).replace(k=1, v=1, text=1)
+    axes = StreamState(**{field.name: 0 for field in dataclasses.fields(StreamState)}).replace(
+        **dict.fromkeys(LAYERED, 1)
+    )
 
     def one(stream, active):
-        lead = {name: jax.tree.map(lambda a: a[:, None], getattr(stream, name)) for name in ("k", "v", "text")}
-        bare = jax.tree.map(lambda a: a[None], stream.replace(k=(), v=(), text=(), decoder=()))
-        new, clean = _next_chunk(spec, params, bare.replace(**lead), active, spec.rollout.chunk)
-        lead = {name: jax.tree.map(lambda a: a[:, 0], getattr(new, name)) for name in ("k", "v", "text")}
-        bare = jax.tree.map(lambda a: a[0], new.replace(k=(), v=(), text=()))
-        return bare.replace(**lead, decoder=stream.decoder), clean[0]
+        stream = by_axis(lambda axis, a: jnp.expand_dims(a, axis), stream)
+        new, clean = _next_chunk(spec, params, stream, active, spec.rollout.chunk)
+        return by_axis(lambda axis, a: jnp.squeeze(a, axis), new), clean[0]
 
     mesh = jax.sharding.get_abstract_mesh()
     spread = {} if mesh.empty else {"spmd_axis_name": "data"}
-    state, latents = jax.vmap(one, (axes, 0), (axes, 0), **spread)(state, active)
+    cache = state.decoder
+    state, latents = jax.vmap(one, (axes, 0), (axes, 0), **spread)(state.replace(decoder=()), active)
+    state = state.replace(decoder=cache)
     pixels = None
     if decoder is not None:
         cache, pixels = _decode(decoder, state, latents, active)
