@@ -17,28 +17,15 @@ from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
 from sf_jax.rollout import RolloutConfig
 from tests.helpers import SMALL, random_params
-from tests.wan_folder import make_folder
 
 PROMPTS = ["a 7 moving left, fast", "a 2 moving up, slowly"]
 WAN = {"frames": 33, "height": 32, "width": 48}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model folder of Wan."""
-    return make_folder(tmp_path_factory.mktemp("models") / "wan")
-
-
-@pytest.fixture(scope="module")
 def wan(folder):
     """A student of Wan."""
     return load_pipeline(folder, folder / "student.safetensors")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """The shipped student."""
-    return load_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +37,7 @@ def bare():
 
 
 def close_to_recorded(video, name):
-    """At most one grey level from what was recorded before there was one pipeline; the bits depend on the processor."""
+    """At most one gray level from what was recorded before there was one pipeline; the bits depend on the processor."""
     recorded = np.load(f"tests/recorded/{name}.npz")["video"]
     assert np.abs(video.astype(int) - recorded).max() <= 1, hashlib.sha256(video.tobytes()).hexdigest()
 
