@@ -222,6 +222,9 @@ class TrainConfig:
 
     def _check_sizes(self):
         """Refuses frames that are no chunks or have no positions, and networks that cannot share their inputs."""
+        for name in ("model", "teacher", "critic"):
+            if not getattr(getattr(self, name), "scan_layers", True):
+                raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")
         given = int(self.image_to_video)
         try:
             self.rollout.chunks(self.data.frames - given, given)

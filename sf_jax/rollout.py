@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax.diffusion.schedule import TRAIN_STEPS
-from sf_jax.models import attention, kv_cache
+from sf_jax.models import attention, kv_cache, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
+from sf_jax.models.slots import own_keys_values, take_apart
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rollout_config import RolloutConfig
 
@@ -269,9 +270,10 @@ def denoise_chunk(
     """
     timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
     text, cache, layout = state
+    in_place = not model.config.scan_layers
 
     def call(step, carry):
-        clean, x, _ = carry
+        clean, x, kv = carry
         kind = (step > 0).astype(jnp.int32) + (step > exit_step)
         inputs = (
             lambda: noise,
@@ -280,13 +282,19 @@ def denoise_chunk(
         )
         now = jax.lax.switch(kind, inputs)
         t = jnp.where(step > exit_step, timesteps[-1], timesteps[step])
-        predicted, kv = predict(model, config, params, now, t, text, layout, cache)
+        predicted, kv = predict(model, config, params, now, t, text, layout, kv if in_place else cache)
         return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
 
-    kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
+    if in_place:
+        grid = model.config.grid(*noise.shape[2:4])
+        rotation = rope.rotation(layout.context_frames, grid, model.config.head_dim)
+        seen = layout.prefixes[-1] if layout.prefixes else cache.capacity
+        empty = take_apart(cache, text, rotation, noise.shape[1] * grid[0] * grid[1], seen)
+    else:
+        kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
     clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, empty))
-    return jax.lax.stop_gradient((kv, clean, x))
+    return jax.lax.stop_gradient((own_keys_values(kv) if in_place else kv, clean, x))
 
 
 def rollout(

@@ -14,11 +14,12 @@ from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.text_encoder import Umt5TextEncoder
+from sf_jax.models import attention
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
-from sf_jax.models.wan import WanTransformer
+from sf_jax.models.wan import WanConfig, WanTransformer, unstack_layers
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.folders import ModelFiles, find_model
 from sf_jax.weights.networks import check_network, load_network
@@ -188,6 +189,13 @@ def load_encoder(files: ModelFiles) -> VaeEncoder:
     return VaeEncoder(WanVae(config), params)
 
 
+def _reads_in_place(config: WanConfig) -> bool:
+    """Whether attention is told how many keys to read: then nothing needs to be copied out of stacked layers."""
+    head = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
+    counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
+    return attention.choose(config.attention, head, [counted]) == "cudnn"
+
+
 def wan_pipeline(
     folder: str | Path,
     options: WanOptions,
@@ -215,9 +223,12 @@ def wan_pipeline(
         config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere)
         module = WanVae if kind == "vae" else TinyVaeDecoder
         decoder = VaeDecoder(module(dataclasses.replace(config, dtype=dtype)), vae_params)
+    network = dataclasses.replace(files.config, dtype=dtype, remat="none")
+    if causal and _reads_in_place(network):
+        network, params = dataclasses.replace(network, scan_layers=False), unstack_layers(params, delete=True)
     return VideoPipeline(
         text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder),
-        transformer=WanTransformer(dataclasses.replace(files.config, dtype=dtype, remat="none")),
+        transformer=WanTransformer(network),
         params=params,
         rollout=(options.rollout or RolloutConfig(context_noise="none")) if causal else None,
         decoder=decoder,

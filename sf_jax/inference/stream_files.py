@@ -32,7 +32,7 @@ def write(
     Args:
       path: the file.
       spec: what the stream is compiled for; `read` refuses another.
-      weights: student and decoder, by whose digest `read` knows them.
+      weights: `params` of the student and `decoder`, by whose digest `read` knows them.
       one: the stream's state, with an axis of length 1.
       host: what the host knows of it, ready for JSON.
       embeddings: float32 [1, S, D] of the prompt, or [3, S, D] with those between which it changes.
@@ -62,7 +62,7 @@ def read(
     Args:
       path: the file.
       spec: what the streams here are compiled for.
-      weights: student and decoder.
+      weights: `params` of the student and `decoder`.
       like: shapes of the stream's state.
 
     Returns:
@@ -136,17 +136,33 @@ def _flat(one: StreamState) -> dict[str, Any]:
 def _described(spec: StreamSpec) -> dict[str, Any]:
     """What must be the same where a stream goes on."""
     fields = {f"model.{name}": value for name, value in dataclasses.asdict(spec.model.config).items()}
-    del fields["model.remat"], fields["model.attention"]
+    for name in ("remat", "attention", "scan_layers"):  # the same numbers, computed in another way
+        del fields[f"model.{name}"]
     fields |= {f"rollout.{name}": value for name, value in dataclasses.asdict(spec.rollout).items()}
     fields |= {"size": spec.size, "noise_number": spec.noise_number}
     return json.loads(json.dumps(fields))
 
 
 def _digest(weights: Any) -> str:
-    """A digest of some numbers of every parameter, of every layer."""
+    """A digest of some numbers of `params` and `decoder`, of every layer; the same whether they are stacked or not."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        part = leaf[tuple(slice(SAMPLE if axis else None) for axis in range(np.ndim(leaf)))]
-        digest.update(f"{jax.tree_util.keystr(path)} {np.shape(leaf)} {leaf.dtype}".encode())
-        digest.update(np.asarray(part).tobytes())
+    samples = {"params": _sampled(weights["params"]), "decoder": jax.tree.map(_sample, weights["decoder"])}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(samples):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(leaf.tobytes())
     return digest.hexdigest()
+
+
+def _sample(leaf):
+    """Some numbers of an array, of all of its first axis."""
+    return np.asarray(leaf[tuple(slice(SAMPLE if axis else None) for axis in range(np.ndim(leaf)))])
+
+
+def _sampled(params):
+    """Some numbers of the student's parameters, of all layers."""
+    if "blocks" in params:
+        return jax.tree.map(_sample, params)
+    layers = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
+    blocks = jax.tree.map(lambda *leaves: np.stack([_sample(leaf[None])[0] for leaf in leaves]), *layers)
+    rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
+    return jax.tree.map(_sample, rest) | {"blocks": blocks}

@@ -12,6 +12,14 @@ from sf_jax.models.partition import constrain
 
 
 @flax.struct.dataclass
+class KeysValues:
+    """Keys (without rotary embedding) and values [L, B, T, N, D] of all layers."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@flax.struct.dataclass
 class KVCache:
     """Keys and values of past clean frames, for all layers.
 

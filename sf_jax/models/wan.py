@@ -12,12 +12,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sf_jax.models import attention, partition, rope
-from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.kv_cache import KeysValues, KVCache
 from sf_jax.models.layers import Axes, LayerNorm, Linear, RMSNorm, layer_norm, time_features
 from sf_jax.models.partition import constrain
 from sf_jax.models.pattern_attention import pattern_attention
+from sf_jax.models.slots import Slots, slot_attention
 
 REMAT_POLICIES = {
     "none": None,
@@ -44,6 +46,8 @@ class WanConfig:
       dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are float32 always.
       attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for what the device has.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
+      scan_layers: whether one compiled block is scanned over stacked parameters. If not, every layer has its own
+        parameters and code (`unstack_layers`): more to compile, and what GPUs generate fastest with.
     """
 
     dim: int = 128
@@ -59,6 +63,7 @@ class WanConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    scan_layers: bool = True
 
     def __post_init__(self):
         """Refuses sizes that the network cannot have."""
@@ -115,14 +120,6 @@ def wan_1_3b(**changes) -> WanConfig:
 def wan_14b(**changes) -> WanConfig:
     """Wan2.1-T2V-14B."""
     return wan_1_3b(**{"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, **changes})
-
-
-@flax.struct.dataclass
-class KeysValues:
-    """Keys (without rotary embedding) and values [L, B, T, N, D] of all layers."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 @flax.struct.dataclass
@@ -244,10 +241,10 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, jax.Array | None],
         text: KeysValues,
-        context: KeysValues | None,
+        context: KeysValues | Slots | None,
         slot: jax.Array | None,
         shared: _Shared,
-    ) -> tuple[tuple[jax.Array, jax.Array | None], KeysValues | None]:
+    ) -> tuple[tuple[jax.Array, jax.Array | None], KeysValues | Slots | None]:
         """Runs the block on (`x` [B, F, P, dim], tapped outputs [taps + 1, ...] or None); `slot` is its tap."""
         x, tapped = carry
         x, kv = self.run(x, text, context, shared)
@@ -256,9 +253,12 @@ class Block(nn.Module):
         return (x, tapped), kv
 
     def run(
-        self, x: jax.Array, text: KeysValues, context: KeysValues | None, shared: _Shared
-    ) -> tuple[jax.Array, KeysValues | None]:
-        """Runs the block on `x` [B, F, P, dim]; also returns the own keys and values [B, F*P, N, D] if asked for."""
+        self, x: jax.Array, text: KeysValues, context: KeysValues | Slots | None, shared: _Shared
+    ) -> tuple[jax.Array, KeysValues | Slots | None]:
+        """Runs the block on `x` [B, F, P, dim]; also returns the own keys and values [B, F*P, N, D] if asked for.
+
+        Slots are returned with the own keys and values in them.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
         stream = ("batch", None, "tokens", None)
         x = constrain(x, *stream)
@@ -271,7 +271,13 @@ class Block(nn.Module):
 
         h = modulated(x, shift1, scale1)
         q, k, v = (_all_tokens(a) for a in (self.self_attn.queries(h), *self.self_attn.keys_values(h)))
-        y = pattern_attention(q, k, v, context, shared).reshape(*x.shape[:3], *q.shape[2:])
+        if isinstance(context, Slots):
+            own = context.put(rope.rotate(k, shared.own_rotation), k, v)
+            y = slot_attention(q, own, shared)
+        else:
+            own = KeysValues(k, v) if shared.return_kv else None
+            y = pattern_attention(q, k, v, context, shared)
+        y = y.reshape(*x.shape[:3], *q.shape[2:])
         y = self.self_attn.output(constrain(y, "batch", None, "tokens", "features", None))
         x = constrain(x + wide(y, lambda s: s * gate1[:, :, None]), *stream)
         q = partition.merge_tokens(self.cross_attn.queries(self.norm3(x)))
@@ -280,7 +286,7 @@ class Block(nn.Module):
         h = constrain(self.ffn_in(modulated(x, shift2, scale2)), *stream[:3], "features")
         y = self.ffn_out(nn.gelu(h, approximate=True))
         x = constrain(x + wide(y, lambda s: s * gate2[:, :, None]), *stream)
-        return x, KeysValues(k, v) if shared.return_kv else None
+        return x, own
 
 
 def _all_tokens(x):
@@ -290,7 +296,7 @@ def _all_tokens(x):
 
 
 class WanTransformer(nn.Module):
-    """The network; parameters of the blocks are stacked along a leading layer axis."""
+    """The network; parameters of the blocks are stacked along a leading layer axis (see `WanConfig.scan_layers`)."""
 
     config: WanConfig
 
@@ -310,6 +316,9 @@ class WanTransformer(nn.Module):
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False, methods=["run"])
+        if not config.scan_layers:
+            self.blocks = [block(config) for _ in range(config.num_layers)]
+            return
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.num_layers}
         self.blocks = nn.scan(
             block,
@@ -324,7 +333,9 @@ class WanTransformer(nn.Module):
         if text.shape[-1] != self.config.text_dim:
             raise ValueError(f"prompt embeddings have {text.shape[-1]} channels, text_dim is {self.config.text_dim}")
         text = self.text_out(nn.gelu(self.text_in(text.astype(self.config.dtype)), approximate=True))
-        return self.blocks.text_kv(None, text)[1]
+        if self.config.scan_layers:
+            return self.blocks.text_kv(None, text)[1]
+        return _stack([block.text_kv(None, text)[1] for block in self.blocks])
 
     def __call__(
         self,
@@ -332,9 +343,9 @@ class WanTransformer(nn.Module):
         t: jax.Array,
         text: jax.Array | KeysValues,
         layout: Layout,
-        context: KeysValues | KVCache | None = None,
+        context: KeysValues | KVCache | tuple[Slots, ...] | None = None,
         return_kv: bool = False,
-    ) -> jax.Array | tuple[jax.Array, KeysValues]:
+    ) -> jax.Array | tuple[jax.Array, KeysValues | tuple[Slots, ...]]:
         """Predicts the flow.
 
         Args:
@@ -342,11 +353,12 @@ class WanTransformer(nn.Module):
           t: float [B, F] or [B, 1] timesteps in [0, 1000].
           text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
           layout: positions and attention pattern.
-          context: keys and values of other frames, as `layout` describes them.
+          context: keys and values of other frames, as `layout` describes them; as slots, which hold the prompt's, too,
+            where the layers are not scanned.
           return_kv: also return the own keys (without rotary embedding) and values.
 
         Returns:
-          float32 flow [B, F, H, W, C]; with `return_kv` also KeysValues [L, B, F*tokens, N, D].
+          float32 flow [B, F, H, W, C]; with `return_kv` also KeysValues [L, B, F*tokens, N, D], or the new slots.
         """
         config = self.config
         h, _, kv, time = self._trunk(x, t, text, layout, context, return_kv)
@@ -378,12 +390,13 @@ class WanTransformer(nn.Module):
         config = self.config
         if x.shape[-1] != config.channels:
             raise ValueError(f"latents have {x.shape[-1]} channels (last axis), the model has {config.channels}")
-        if not isinstance(text, KeysValues):
+        in_place = isinstance(context, tuple)
+        if not in_place and not isinstance(text, KeysValues):
             text = self.encode_text(text)
         grid = config.grid(*x.shape[2:4])
         time = self.time_out(nn.silu(self.time_in(time_features(t, config.freq_dim))))
         context_rotation = None
-        if context is not None:
+        if context is not None and not in_place:
             context = KeysValues(context.k, context.v)
             context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
         moved = np.arange(layout.sink)
@@ -413,7 +426,15 @@ class WanTransformer(nn.Module):
             tapped = jnp.zeros((len(taps) + 1, *h.shape), h.dtype)
             slots = np.full(config.num_layers, len(taps), np.int32)
             slots[list(taps)] = np.arange(len(taps))
-        (h, tapped), kv = self.blocks((h, tapped), text, context, slots, shared)
+        if config.scan_layers:
+            (h, tapped), kv = self.blocks((h, tapped), text, context, slots, shared)
+        else:
+            kv = []
+            for i, block in enumerate(self.blocks):
+                layers = (context[i].text, context[i]) if in_place else _layer((text, context), i)
+                (h, tapped), own = block((h, tapped), *layers, None if slots is None else slots[i], shared)
+                kv.append(own)
+            kv = tuple(kv) if in_place else _stack(kv)
         return h, None if tapped is None else tapped[: len(taps)], kv, time
 
 
@@ -427,6 +448,30 @@ def init_params(config: WanConfig, key: jax.Array) -> dict:
 def param_shapes(config: WanConfig) -> dict:
     """Shapes and types of the parameters."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def unstack_layers(params: dict, delete: bool = False) -> dict:
+    """Parameters for `scan_layers=False` from stacked ones; with `delete`, each stack is freed once it is copied."""
+    blocks = flatten_dict(params["blocks"])
+    layers = len(next(iter(blocks.values())))
+    parts = [{} for _ in range(layers)]
+    for path, stack in blocks.items():
+        for layer, part in enumerate(parts):
+            part[path] = stack[layer]
+        if delete:
+            stack.delete()
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    return rest | {f"blocks_{layer}": unflatten_dict(part) for layer, part in enumerate(parts)}
+
+
+def _stack(layers):
+    """Trees of single layers, stacked."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+
+def _layer(stacked, index):
+    """One layer of a stacked tree."""
+    return jax.tree.map(lambda a: a[index], stacked)
 
 
 def _static(frames):

@@ -1,0 +1,83 @@
+"""What one chunk sees, layer by layer and read in place.
+
+For networks whose layers have parameters of their own (`WanConfig.scan_layers` is False). Every call for the chunk
+writes its own keys and values into the first slots, before the cached ones, whose keys are rotated once for all calls:
+attention reads one array, nothing is joined, and no layer is sliced out of a stack.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from sf_jax.models import attention, rope
+from sf_jax.models.kv_cache import KeysValues, KVCache
+from sf_jax.models.partition import constrain
+
+
+@flax.struct.dataclass
+class Slots:
+    """The keys and values of one layer.
+
+    Attributes:
+      k: [B, (n + m) * tokens, N, D] keys with rotary embedding: of the n own frames, then of m cached ones.
+      v: the values of the same frames.
+      own_k: [B, n * tokens, N, D] the own keys without rotary embedding, which is what the cache keeps.
+      text: prompt keys and values [B, S, N, D].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    own_k: jax.Array
+    text: KeysValues
+
+    def put(self, rotated_k: jax.Array, k: jax.Array, v: jax.Array) -> "Slots":
+        """Writes the own keys, with and without rotary embedding, and values [B, n * tokens, N, D]."""
+
+        def front(old, new):
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, 0))
+
+        return self.replace(k=front(self.k, rotated_k), v=front(self.v, v), own_k=k.astype(self.own_k.dtype))
+
+
+def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, seen: int) -> tuple[Slots, ...]:
+    """The slots of every layer for a chunk, whose own slots are still empty.
+
+    Args:
+      cache: keys and values [L, B, capacity * tokens, N, D].
+      text: prompt keys and values [L, B, S, N, D].
+      rotation: [2, capacity * tokens, D/2], of the cached frames as the chunk sees them.
+      own: tokens of the chunk.
+      seen: how many of the cache's first slots the chunk can see.
+    """
+    tokens = seen * cache.tokens_per_frame
+
+    def slots(layer):
+        k, v = cache.k[layer, :, :tokens], cache.v[layer, :, :tokens]
+        room = jnp.zeros((k.shape[0], own, *k.shape[2:]), k.dtype)
+        k, v = (
+            constrain(jnp.concatenate([room, a], axis=1), "batch", None, "heads", None)
+            for a in (rope.rotate(k, rotation[:, :tokens]), v)
+        )
+        return Slots(k, v, room, jax.tree.map(lambda a: a[layer], text))
+
+    return tuple(slots(layer) for layer in range(cache.k.shape[0]))
+
+
+def own_keys_values(layers: tuple[Slots, ...]) -> KeysValues:
+    """The own keys (without rotary embedding) and values [L, B, n * tokens, N, D] of the last call."""
+    own = layers[0].own_k.shape[1]
+    return KeysValues(jnp.stack([layer.own_k for layer in layers]), jnp.stack([layer.v[:, :own] for layer in layers]))
+
+
+def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
+    """Self-attention [B, T, N, D] of one chunk's queries, without rotary embedding, over its slots."""
+    own, tokens = slots.own_k.shape[1], shared.tokens
+    mask = shared.context_mask[: (slots.k.shape[1] - own) // tokens]
+    if shared.mask_is_prefix:
+        mask = own + mask.sum(dtype=jnp.int32) * tokens
+    else:
+        mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(mask, tokens)])
+    segment = (slots.k.astype(q.dtype), slots.v.astype(q.dtype), mask)
+    return attention.attend(rope.rotate(q, shared.own_rotation), [segment], shared.implementation)

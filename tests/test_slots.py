@@ -1,0 +1,136 @@
+"""Layers with parameters of their own: the same numbers as a scan over stacked ones, with the cache read in place."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sf_jax
+from sf_jax import config as configuration
+from sf_jax import rollout as ro
+from sf_jax.inference import load
+from sf_jax.inference.load import load_pipeline
+from sf_jax.models import wan
+from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
+
+APART = dataclasses.replace(SMALL, scan_layers=False)
+ROLLOUTS = [
+    {"window": 9, "sink": 3, "positions": "relative"},
+    {"chunk": 2, "window": 5, "sink": 1, "first_frame_alone": True},
+    {"context": "noisy"},
+    {"window": 3},
+    {"context_timestep": 80.0, "first_steps": (1000, 500)},
+]
+
+
+def test_parameters_are_those_of_the_stacks():
+    params = wan.unstack_layers(random_params())
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda a: a.shape, wan.param_shapes(APART))
+    np.testing.assert_array_equal(params["blocks_1"]["ffn_in"]["bias"], random_params()["blocks"]["ffn_in"]["bias"][1])
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
+def test_outputs_taps_and_gradients_are_those_of_a_scan(remat):
+    noise, text, _ = inputs(4)
+    layout, params = wan.bidirectional_layout(4), random_params()
+
+    @jax.jit
+    def both(params):
+        def loss(config, params):
+            model = wan.WanTransformer(dataclasses.replace(config, remat=remat))
+            flow, kv = model.apply({"params": params}, noise, jnp.ones((2, 1)), text, layout, return_kv=True)
+            taps, _ = model.apply({"params": params}, noise, jnp.ones((2, 1)), text, layout, (1,), method="features")
+            return (flow**2).mean() + (taps**2).mean(), (flow, kv, taps)
+
+        outputs = []
+        for config, prepare in ((SMALL, lambda p: p), (APART, wan.unstack_layers)):
+            gradient, rest = jax.grad(lambda p, c=config, u=prepare: loss(c, u(p)), has_aux=True)(params)
+            outputs.append((gradient, *rest))
+        return outputs
+
+    (gradient, *whole), (apart_gradient, *apart) = both(params)
+    assert tree_relative(apart, whole) <= 1e-6
+    assert tree_relative(apart_gradient, gradient) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes", [*ROLLOUTS[:1], *(pytest.param(case, marks=pytest.mark.slow) for case in ROLLOUTS[1:])]
+)
+def test_rollouts_are_those_of_a_scan(changes):
+    config = ro.RolloutConfig(**changes)
+    noise, text, draw = inputs(13 if config.first_frame_alone else 12)
+    params = random_params()
+
+    def run(model_config, params):
+        return ro.rollout(wan.WanTransformer(model_config), config, params, text, noise, 2, draw, None, False)
+
+    scanned = jax.jit(run, static_argnums=0)(SMALL, params)
+    apart = jax.jit(run, static_argnums=0)(APART, wan.unstack_layers(params))
+    assert relative(apart.video, scanned.video) <= 1e-5
+    if scanned.cache.capacity:
+        assert tree_relative((apart.cache.k, apart.cache.v), (scanned.cache.k, scanned.cache.v)) <= 1e-5
+    np.testing.assert_array_equal(apart.cache.frames, scanned.cache.frames)
+
+
+def pipelines():
+    """The same network, scanned and with its layers apart."""
+    rollout = ro.RolloutConfig(chunk=2, window=6, sink=2, positions="relative", context_noise="none")
+    params = random_params()
+    for config, weights in ((SMALL, params), (APART, wan.unstack_layers(params))):
+        pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(config), weights, rollout)
+        yield pipe.with_sampling(height=4, width=4)
+
+
+def test_streams_are_those_of_a_scan_and_go_on_from_each_others_files(tmp_path):
+    prompt = np.random.default_rng(0).standard_normal((3, 8), np.float32)
+    scanned, apart = (sf_jax.Stream(pipe, slots=2) for pipe in pipelines())
+    names = [stream.join(prompt, seed=1) for stream in (scanned, apart)]
+    for _ in range(4):
+        ours, theirs = (s.step().latents(name) for s, name in zip((apart, scanned), names[::-1], strict=True))
+        assert relative(ours, theirs) <= 1e-5
+    scanned.save(names[0], tmp_path / "stream.safetensors")
+    again = apart.restore(tmp_path / "stream.safetensors")
+    assert relative(apart.step().latents(again), scanned.step().latents(names[0])) <= 1e-5
+
+
+def test_nothing_of_the_size_of_the_cache_is_copied_in_a_call():
+    """The loop over a chunk's calls updates its slots in place: what it writes is as large as the chunk."""
+    config = ro.RolloutConfig(chunk=1, window=33)
+    noise, text, draw = inputs(1, 1)
+    model, params = wan.WanTransformer(APART), wan.unstack_layers(random_params())
+    cache = ro.empty_cache(model, config, 1, 64, *noise.shape[2:4])
+    text = model.apply({"params": params}, text, method="encode_text")
+
+    def run(cache, start):
+        return ro.generate_chunk(model, config, params, text, cache, noise, start, 0, 2, draw)
+
+    lines = jax.jit(run).lower(cache, jnp.int32(40)).compile().as_text().split("\n")
+    shape = ",".join(map(str, (1, cache.k.shape[2] + cache.tokens_per_frame, *cache.k.shape[3:])))
+    body = [line for line in lines if "while/body" in line and f" f32[{shape}]" in line.split("(")[0]]
+    assert body
+    assert all("dynamic-update-slice" in line or "dynamic_update_slice" in line for line in body), body
+
+
+def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart(folder, monkeypatch):
+    prompt = np.random.default_rng(0).standard_normal((1, 512, 16), np.float32)
+    options = {"checkpoint": folder / "student.safetensors", "vae": "none", "dtype": "float32"}
+    scanned = load_pipeline(folder, **options)
+    assert scanned.transformer.config.scan_layers
+    monkeypatch.setattr(load, "_reads_in_place", lambda config: True)
+    apart = load_pipeline(folder, **options)
+    assert not apart.transformer.config.scan_layers
+    ours, theirs = (
+        pipe.with_sampling(frames=21, height=32, width=48)(prompt, seed=3, output="latent") for pipe in (apart, scanned)
+    )
+    assert relative(ours, theirs) <= 1e-5
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    wide = wan.wan_1_3b()
+    assert load._reads_in_place(dataclasses.replace(wide, dtype="bfloat16")) and not load._reads_in_place(wide)
+
+
+def test_training_scans():
+    with pytest.raises(ValueError, match=r"model\.scan_layers is False.*must be True"):
+        configuration.TrainConfig(model=APART, teacher_weights="shipped")
