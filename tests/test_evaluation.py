@@ -177,6 +177,7 @@ def test_mode_collapse_shows_in_the_diversity(measure, clips):
     assert np.isnan(metrics.diversity(np.zeros((2, 3, 4)), np.array([0, 1])))
 
 
+@pytest.mark.slow
 def test_a_digit_that_changes_on_its_way_shows_in_the_diversity(measure, clips):
     _, targets, _, videos = clips
     first = np.array([np.flatnonzero(targets.prompt == prompt)[0] for prompt in targets.prompt])

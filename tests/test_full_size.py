@@ -30,6 +30,7 @@ def test_every_loop_is_counted_as_often_as_it_runs():
     assert programs.matmul_flops(jax.make_jaxpr(f)(x, w, n), 4) == 2 * 5 * 8 * 8 * (3 + 1 + 4)
 
 
+@pytest.mark.slow
 def test_recomputation_and_kernels_do_not_change_the_count():
     config = small_config("distill", teacher_weights="unused")
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -88,7 +89,7 @@ RECIPES = {variant: {} for variant in wan_distill.VARIANTS} | {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=pytest.mark.slow if r == "long" else ()) for r in RECIPES])
 def test_every_array_is_split_as_its_rule_says_at_full_size(recipe):
     values = wan_distill.get_config(recipe if recipe in wan_distill.VARIANTS else "1_3b")
     values.update(RECIPES[recipe])

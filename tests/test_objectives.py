@@ -145,7 +145,7 @@ SUPERVISED = {
 
 # Close to others of the lists.
 LONGEST = ["write", "straight through, last step, guided critic", "frame-wise with a window, times of the exit"]
-LONGEST += ["long, an exit per chunk", "noisy context", "adapters", "context noise", "frame-wise", "image to video"]
+LONGEST += ["long, an exit per chunk", "noisy context", "adapters", "context noise", "frame-wise", "image to video", "regression"]
 
 
 @pytest.mark.slow
@@ -375,6 +375,7 @@ def test_only_the_last_window_of_a_long_rollout_takes_a_gradient():
     np.testing.assert_array_equal(mask[0, :, 0, 0, 0], [False] * 3 + [True] * 3)
 
 
+@pytest.mark.slow
 def test_adapters_start_as_the_network_and_are_all_that_learns():
     config = make_config(lora={"rank": 2, "alpha": 4.0})
     params = random_params()

@@ -134,6 +134,7 @@ def test_text_encoder_is_that_of_transformers(library):
 # Files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(BUILD))
 def test_a_librarys_file_to_official_names_and_back_keeps_every_byte(kind, library, tmp_path):
     theirs, folder = library(kind)

@@ -122,6 +122,7 @@ def test_there_is_no_longest_video(start):
     assert layout.context_mask.all()
 
 
+@pytest.mark.slow
 def test_streams_go_on_past_the_table():
     pipe, frames = load_pipeline("student"), MAX_FRAMES + 2
     assert pipe.rollout.sink and pipe.rollout.positions == "relative"

@@ -118,6 +118,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_make_the_pairs_of_one(teacher, tmp_path):  # noqa: F811
     ode = json.dumps({"ode": {"pairs": 20, "batch_size": 8, "solver_steps": 4}})
     for name, count in (("two", 2), ("one", 1)):

@@ -191,7 +191,7 @@ def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
     assert relative(video, ring.video) < 1e-5
 
 
-@mostly_slow("first frame alone", leave_out=("chunk-wise", "frame-wise", "noisy context"), exhaustive=("windowed",))
+@mostly_slow(leave_out=("chunk-wise", "frame-wise", "noisy context"), exhaustive=("windowed",))
 def test_live_clean_passes_behind_given_and_earlier_frames(name):
     config = SHAPES[name]
     frames = {"first frame alone": 8, "window and sink": 8}.get(name, 9)
@@ -353,6 +353,7 @@ def test_bad_rollouts_are_refused_before_anything_runs():
         replay(MODEL, config, random_params(), text, ring, "all")
 
 
+@pytest.mark.slow
 def test_causal_trajectories_end_in_the_causal_video():
     noise, text, _ = inputs(6)
     model, params = wan.WanTransformer(SMALL), random_params()

@@ -65,6 +65,7 @@ def test_a_schedule_is_a_stream(digits, tmp_path):
         batch.run(Job(prompts=(), schedule=str(path), checkpoint="teacher", out=str(tmp_path / "out")))
 
 
+@pytest.mark.slow
 def test_a_schedule_of_wan(folder, tmp_path):
     scenes = [{"time": 0, "prompt": "a cat"}, {"time": 0.6, "prompt": "a dog runs", "mode": "cut"}]
     path = tmp_path / "scenes.json"

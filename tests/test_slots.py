@@ -113,6 +113,7 @@ def test_nothing_of_the_size_of_the_cache_is_copied_in_a_call():
     assert all("dynamic-update-slice" in line or "dynamic_update_slice" in line for line in body), body
 
 
+@pytest.mark.slow
 def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart(folder, monkeypatch):
     prompt = np.random.default_rng(0).standard_normal((1, 512, 16), np.float32)
     options = {"checkpoint": folder / "student.safetensors", "vae": "none", "dtype": "float32"}

@@ -72,7 +72,7 @@ def test_streams_are_the_videos_of_a_pipeline(changes):
         assert stream.frames(one) == frames
 
 
-@pytest.mark.parametrize("vae", ["wan", "tiny"])
+@pytest.mark.parametrize("vae", [pytest.param("wan", marks=pytest.mark.slow), "tiny"])
 def test_pixels_are_those_of_a_pipeline(folder, vae):
     rollout = RolloutConfig(window=6, positions="relative", context_noise="none")
     pipe = load_pipeline(folder, folder / "student.safetensors", vae=vae, rollout=rollout)

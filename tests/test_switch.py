@@ -64,6 +64,7 @@ def test_prompts_change_before_the_frames_that_learn(rollout):
     assert relative(kept.cache.k[:, :, :24], cache.k[:, :, :24]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_new_chunks_learn():
     config = make_config(**LONG)
     state, frozen, batch = setting(config)

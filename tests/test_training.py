@@ -134,6 +134,7 @@ def batch_for(config):
     return {"text": text, "negative": jnp.zeros((1, 10, 64)), "seed": np.uint32(config.seed)}
 
 
+@pytest.mark.slow
 def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
     config = small_config("distill", teacher_weights="unused", ema={"decay": 0.9, "start": 4})
     optimizer = steps.make_optimizers(config).model
@@ -148,7 +149,7 @@ def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
     chex.assert_trees_all_close(network.ema, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("stage", ["consistency", "distill"])
+@pytest.mark.parametrize("stage", ["consistency", pytest.param("distill", marks=pytest.mark.slow)])
 def test_runs_with_different_seeds_are_one_program(stage):
     texts = []
     for seed in (0, 1):

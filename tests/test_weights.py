@@ -289,6 +289,7 @@ def test_convert_renames_and_says_so(tmp_path):
     assert_same(load_file(tmp_path / "back.safetensors"), {n: v.astype(BF16) for n, v in tensors.items()})
 
 
+@pytest.mark.slow
 def test_convert_reads_and_writes_torch(tmp_path):
     torch = pytest.importorskip("torch", reason=TORCH)
     tensors = network("transformer", "official", "mixed")[2]
