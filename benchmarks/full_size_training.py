@@ -22,7 +22,7 @@ from configs import wan_distill
 from sf_jax import rollout as ro
 from sf_jax.config import MeshConfig, TrainConfig, from_dict
 from sf_jax.models.wan import WanTransformer
-from sf_jax.replay import replay, replay_reads_cache
+from sf_jax.replay import keep_from, replay
 from sf_jax.topology import CHIPS, chip_of, tpu_devices
 from sf_jax.training import ahead, sharding
 from sf_jax.training.abstract import abstract_run
@@ -79,8 +79,8 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
                 video = oracle.rollout_video(model, config.rollout, params, text, noise, exit_step, draw)
                 return (video * weight).sum()
             mode = method.removeprefix("replay").strip() or "stop"
-            keeps_cache = replay_reads_cache(config.rollout, mode)
-            past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw, full_cache=keeps_cache)
+            kept = keep_from(config.rollout, mode, data.frames)
+            past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw, keep_from=kept)
             return (replay(model, config.rollout, params, text, past, mode) * weight).sum()
 
         return jax.grad(loss)(params)

@@ -112,7 +112,7 @@ def rollout(sides: Sides) -> Row:
 
     @jax.jit
     def run(params, text, noise):
-        return ro.rollout(model, config, params, text, noise, 3, ro.key_draw(key, examples), None, False).video
+        return ro.rollout(model, config, params, text, noise, 3, ro.key_draw(key, examples), None, None).video
 
     def official():
         sides.pipe.exit_step = 3

@@ -5,6 +5,8 @@ over all chunks then has the rollout's values and its gradient. Differentiating 
 `tests/oracle.py` does it, for comparison.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def replay(
       config: how the rollout was generated.
       params: the student's parameters.
       text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
-      past: the rollout, made with `full_cache` (unless `replay_reads_cache` says otherwise).
+      past: the rollout, whose cache holds what `keep_from` says.
       cache_gradient: what of the loss of later chunks reaches the keys and values of earlier ones.
         "stop": nothing; they are constants (paper, Algorithm 1).
         "straight_through": their gradient goes to the keys and values of the earlier chunk's exit step, as in the
@@ -54,9 +56,25 @@ def replay(
     return replay_recorded(model, config, params, text, jax.lax.stop_gradient(past), cache_gradient, first_live)
 
 
-def replay_reads_cache(config: RolloutConfig, cache_gradient: str, first_live: int = 0) -> bool:
-    """Whether `replay` reads the rollout's cache; if not, the rollout need not keep all frames in it."""
-    return cache_gradient != "write" or config.context == "noisy" or first_live > 0
+def keep_from(
+    config: RolloutConfig, cache_gradient: str, frames: int, given: int = 0, first_live: int = 0
+) -> int | None:
+    """First frame, beside the sink, that `replay` reads in the rollout's cache; None if it reads nothing there.
+
+    Args:
+      config: how the rollout is generated.
+      cache_gradient: see `replay`.
+      frames: of the rollout, without the `given` ones.
+      given: frames that it goes on from.
+      first_live: see `replay`.
+    """
+    if cache_gradient == "write" and config.context == "clean" and not first_live:
+        return None
+    if config.window is None:
+        return 0
+    chunks = sum(config.chunks(frames, given), ())
+    start, stop = attention.chunk_bounds(chunks)[len(chunks) - len(config.chunks(frames, given)[1]) + first_live]
+    return max(0, min(start, stop - (config.window - config.sink)))
 
 
 def replay_recorded(
@@ -78,11 +96,11 @@ def replay_recorded(
     writes = cache_gradient == "write" and config.context == "clean"
     # Frames whose clean pass is computed again: nobody reads the last chunk's.
     live = (0 if first_live == 0 else offset, total - chunks[-1]) if writes else (offset, offset)
-    needs_cache = replay_reads_cache(config, cache_gradient, first_live)
-    if needs_cache and past.cache.capacity < total:
-        raise ValueError(
-            f"the cache holds {past.cache.capacity} of {total} frames: make the rollout with full_cache=True"
-        )
+    oldest = keep_from(config, cache_gradient, past.exit_inputs.shape[1], past.initial_frames, first_live)
+    needs_cache, held = oldest is not None, past.cache.capacity
+    if needs_cache and held < min(total, config.sink + total - oldest):
+        raise ValueError(f"the cache holds {held} of {total} frames: make the rollout with keep_from={oldest}")
+    missing = total - held if needs_cache else 0  # frames behind the sink that the cache no longer holds
     timesteps = jnp.asarray(config.timesteps, jnp.float32)[past.exits]
     t = jnp.repeat(timesteps, np.asarray(chunks), total_repeat_length=sum(chunks))[offset - past.initial_frames :]
     x = past.exit_inputs[:, offset - past.initial_frames :]
@@ -91,9 +109,11 @@ def replay_recorded(
     through = cache_gradient == "straight_through" or (cache_gradient == "write" and not writes)
     layout = Layout(
         frames=np.concatenate([np.arange(*live), np.arange(offset, total)]),
-        context_frames=np.arange(total) if needs_cache else None,
-        pattern=attention.replay(given + chunks, first, config.window, config.sink, total, live),
-        straight_through=offset if through else None,
+        context_frames=_frames_held(config.sink, total, held) if needs_cache else None,
+        pattern=_shifted(
+            attention.replay(given + chunks, first, config.window, config.sink, total, live), missing, config
+        ),
+        straight_through=offset - missing if through else None,
     )
     context = KeysValues(past.cache.k, past.cache.v) if needs_cache else None
     own_t = jnp.broadcast_to(jnp.concatenate([clean_t, t]), (x.shape[0], len(layout.frames)))
@@ -102,6 +122,27 @@ def replay_recorded(
     flow = model.apply({"params": params}, own, own_t, text, layout, context)[:, clean.shape[1] :]
     video = config.schedule.to_clean(flow, x, jnp.broadcast_to(t, x.shape[:2]))
     return jnp.concatenate([past.video[:, :offset], video], axis=1)
+
+
+def _frames_held(sink, total, held):
+    """The frames in the slots of a cache in order."""
+    return (
+        np.arange(total) if held >= total else np.concatenate([np.arange(sink), np.arange(total - held + sink, total)])
+    )
+
+
+def _shifted(pattern, missing, config):
+    """The pattern for a context without the `missing` frames behind the sink."""
+
+    def place(part):
+        start, stop = part
+        if stop <= config.sink:
+            return part
+        return (start if start < config.sink else start - missing), stop - missing
+
+    if not missing:
+        return pattern
+    return tuple(dataclasses.replace(group, context=tuple(map(place, group.context))) for group in pattern)
 
 
 def _clean_pass_inputs(config, past, live):

@@ -34,8 +34,8 @@ class Rollout:
       video: [B, F, H, W, C] clean latents, initial frames included.
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
-      cache: keys and values of all frames (of the last ones, if made without `full_cache`); those of the last chunk,
-        which nothing reads, are its exit step's.
+      cache: keys and values of the sink and of the frames that were to be kept, in order (without `keep_from`: the
+        ring that a window needs); those of the last chunk, which nothing reads, are its exit step's.
       context_inputs: [B, F_new, H, W, C] what the clean passes read; None where they read the video itself.
       initial_frames: number of given frames at the start (static).
     """
@@ -77,11 +77,16 @@ def empty_cache(
     frames: int,
     height: int,
     width: int,
-    full: bool = False,
+    keep_from: int | None = None,
 ) -> KVCache:
-    """A cache for `frames` latent frames in all; with a window, a ring of what the window needs (unless `full`)."""
+    """A cache for `frames` latent frames in all; with a window, a ring of what the window needs.
+
+    With `keep_from`, a larger one: in the end it holds the sink and all frames from that one on.
+    """
     grid = model.config.grid(height, width)
-    capacity = kv_cache.capacity_for(frames, config.chunk, None if full else config.window)
+    capacity = kv_cache.capacity_for(frames, config.chunk, config.window)
+    if keep_from is not None:
+        capacity = max(capacity, min(frames, config.sink + frames - keep_from))
     dtype = jnp.dtype(model.config.dtype)
     heads, head_dim = model.config.num_heads, model.config.head_dim
     # A full cache never evicts, so it needs no sink of its own; visibility still honours it.
@@ -118,7 +123,7 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
 
 
 def seen_cache(config: RolloutConfig, cache: KVCache, start: jax.Array | int) -> KVCache:
-    """The part of a cache that the chunk at `start` sees: of a whole video's, its window."""
+    """The part of a cache that the chunk at `start` sees: of one with more frames, its window."""
     return cache if config.window is None else kv_cache.within(cache, start, config.window - config.chunk)
 
 
@@ -306,7 +311,7 @@ def rollout(
     exits: jax.Array | int,
     draw: Draw,
     initial: jax.Array | None = None,
-    full_cache: bool = True,
+    keep_from: int | None = 0,
     cache: KVCache | None = None,
 ) -> Rollout:
     """Generates a video chunk by chunk (paper, Algorithm 1 without its gradient; Algorithm 2 at the last exit step).
@@ -322,7 +327,8 @@ def rollout(
       exits: int, or int32 [chunks]: exit step of every chunk, in [0, len(config.steps)); may be traced.
       draw: source of noise, see `key_draw`.
       initial: [B, I, H, W, C] clean latents to continue from.
-      full_cache: keep all frames in the cache (what most of `replay` needs) even if a window would need fewer.
+      keep_from: first frame that the cache must keep beside the sink, for `replay`, even if a window needs fewer:
+        `replay.keep_from`. None keeps what the window needs.
       cache: one to go on with, which holds the keys and values of `initial`; None computes them.
 
     Raises:
@@ -336,7 +342,7 @@ def rollout(
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")
     if cache is None:
-        cache = empty_cache(model, config, batch, start + frames, height, width, full_cache)
+        cache = empty_cache(model, config, batch, start + frames, height, width, keep_from)
         for first, last in attention.chunk_bounds(given) if given else ():
             cache, _ = write_chunk(model, config, params, text, cache, initial[:, first:last], first)
     kv_cache.check_capacity(cache, start + frames, config.window)
@@ -353,6 +359,7 @@ def rollout(
     cache, clean, exit_inputs, *read = run_chunks(step, cache, noise, chunks, start, exits)
     video = clean if initial is None else jnp.concatenate([initial, clean], axis=1)
     context_inputs = read[0] if read else None
+    cache = cache if keep_from is None else kv_cache.in_order(cache, start + frames)
     return Rollout(video, exit_inputs, exits, cache, context_inputs, initial_frames=start)
 
 

@@ -20,7 +20,7 @@ def rollout_video(
     given, chunks = config.chunks(frames, start)
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")
-    cache = ro.empty_cache(model, config, batch, start + frames, height, width, full=True)
+    cache = ro.empty_cache(model, config, batch, start + frames, height, width, keep_from=0)
     given_live = cache_gradient == "write" and config.context == "clean" and first_live == 0
     writer = (params, text) if given_live else jax.lax.stop_gradient((params, text))
     for first, last in attention.chunk_bounds(given) if given else ():

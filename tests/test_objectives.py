@@ -145,7 +145,15 @@ SUPERVISED = {
 
 # Close to others of the lists.
 LONGEST = ["write", "straight through, last step, guided critic", "frame-wise with a window, times of the exit"]
-LONGEST += ["long, an exit per chunk", "noisy context", "adapters", "context noise", "frame-wise", "image to video", "regression"]
+LONGEST += [
+    "long, an exit per chunk",
+    "noisy context",
+    "adapters",
+    "context noise",
+    "frame-wise",
+    "image to video",
+    "regression",
+]
 
 
 @pytest.mark.slow

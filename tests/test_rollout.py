@@ -13,7 +13,7 @@ from sf_jax import many_step
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.models import attention, pattern_attention, wan
-from sf_jax.replay import CACHE_GRADIENTS, replay, replay_recorded
+from sf_jax.replay import CACHE_GRADIENTS, keep_from, replay, replay_recorded
 from sf_jax.training.programs import matmul_flops
 from tests import oracle
 from tests.helpers import SIZE, SMALL, inputs, random_params, relative, tree_relative
@@ -38,7 +38,7 @@ def case(name):
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 6))
 def run(config, params, text, noise, draw, exits, full_cache=True, initial=None):
-    return ro.rollout(MODEL, config, params, text, noise, exits, draw, initial, full_cache)
+    return ro.rollout(MODEL, config, params, text, noise, exits, draw, initial, 0 if full_cache else None)
 
 
 def mostly_slow(*fast, leave_out=(), exhaustive=()):
@@ -88,7 +88,7 @@ def test_ring_equals_the_full_cache(name):
 @pytest.mark.parametrize("name", ["windowed", "window and sink"])
 def test_a_window_in_a_whole_cache_needs_no_mask(name):
     config, frames, *_ = case(name)
-    cache = ro.empty_cache(MODEL, config, 1, frames, *SIZE, full=True)
+    cache = ro.empty_cache(MODEL, config, 1, frames, *SIZE, keep_from=0)
     cache = cache.replace(frames=jnp.arange(frames))
     for start in range(0, frames - config.chunk + 1, config.chunk):
         seen = ro.seen_cache(config, cache.replace(frames=jnp.where(cache.frames < start, cache.frames, -1)), start)
@@ -110,7 +110,7 @@ def test_nothing_is_computed_for_empty_cache(name, most, monkeypatch):
         monkeypatch.setattr(pattern_attention, "PREFIX_LOGITS", small)
 
         def video(noise):
-            return ro.rollout(MODEL, config, params, text, noise, 1, draw, None, False).video
+            return ro.rollout(MODEL, config, params, text, noise, 1, draw, None, None).video
 
         videos.append(jax.jit(video)(noise))
         work.append(matmul_flops(jax.make_jaxpr(video)(noise), 3))
@@ -347,10 +347,48 @@ def test_bad_rollouts_are_refused_before_anything_runs():
         ro.rollout(MODEL, config, random_params(), text, jnp.zeros((1, 1026, *SIZE, 4)), 0, draw)
     noise, text, draw = inputs(9)
     ring = jax.eval_shape(lambda: run(config, random_params(), text, noise, draw, 0, False))
-    with pytest.raises(ValueError, match="make the rollout with full_cache=True"):
+    with pytest.raises(ValueError, match="make the rollout with keep_from=0"):
         replay(MODEL, config, random_params(), text, ring)
     with pytest.raises(ValueError, match="cache_gradient is 'all'"):
         replay(MODEL, config, random_params(), text, ring, "all")
+
+
+TAILS = {
+    "window": ro.RolloutConfig(chunk=2, window=4),
+    "relative sink": ro.RolloutConfig(chunk=2, window=5, sink=1, positions="relative"),
+    "first frame alone": ro.RolloutConfig(chunk=2, window=4, sink=1, first_frame_alone=True),
+    "noisy context": ro.RolloutConfig(chunk=2, window=6, context="noisy"),
+}
+
+
+@pytest.mark.parametrize(
+    "cache_gradient", ["stop", *(pytest.param(c, marks=pytest.mark.slow) for c in CACHE_GRADIENTS[1:])]
+)
+@pytest.mark.parametrize(
+    "name", ["relative sink", *(pytest.param(n, marks=pytest.mark.slow) for n in TAILS if n != "relative sink")]
+)
+def test_a_window_needs_only_the_newest_frames_for_its_replay(name, cache_gradient):
+    config, given = TAILS[name], int(name == "first frame alone")
+    frames, live = 16, 5
+    noise, text, draw = inputs(frames)
+    initial, params = inputs(1, seed=3)[0] if given else None, random_params()
+    kept = keep_from(config, cache_gradient, frames, given, live)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, kept):
+        def loss(params):
+            past = ro.rollout(MODEL, config, params, text, noise, 2, draw, initial, kept)
+            video = replay(MODEL, config, params, text, past, cache_gradient, live)
+            return (video[:, -6:] ** 2).mean(), (video, past)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    (whole, (video, full)), (tail, (same, past)) = gradient(params, 0), gradient(params, kept)
+    assert past.cache.capacity == config.sink + full.cache.capacity - kept < full.cache.capacity
+    newest = slice(-(past.cache.capacity - config.sink) * past.cache.tokens_per_frame, None)
+    assert relative(past.cache.k[:, :, newest], full.cache.k[:, :, newest]) < 1e-6
+    assert relative(same, video) < 1e-6 and relative(same, past.video) < 1e-5
+    assert tree_relative(tail, whole) < 1e-5
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_rollouts_are_those_of_a_scan(changes):
     params = random_params()
 
     def run(model_config, params):
-        return ro.rollout(wan.WanTransformer(model_config), config, params, text, noise, 2, draw, None, False)
+        return ro.rollout(wan.WanTransformer(model_config), config, params, text, noise, 2, draw, None, None)
 
     scanned = jax.jit(run, static_argnums=0)(SMALL, params)
     apart = jax.jit(run, static_argnums=0)(APART, wan.unstack_layers(params))

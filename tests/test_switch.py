@@ -49,7 +49,7 @@ def test_prompts_change_before_the_frames_that_learn(rollout):
     written, _ = ro.write_chunk(MODEL, config.rollout, params, old, before.cache, before.video[:, 3:], 3)
     swapped = jnp.stack([relative(past.cache.k[:, i, :24], written.k[:, i]) < 1e-5 for i in range(4)])
     kv = MODEL.apply({"params": params}, text, method="encode_text")
-    cache = ro.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, full=True)
+    cache = ro.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, keep_from=0)
     for first in (0, 3):
         cache, _ = ro.write_chunk(MODEL, config.rollout, params, kv, cache, past.video[:, first : first + 3], first)
     recached = jnp.stack([relative(past.cache.k[:, i, :24], cache.k[:, i, :24]) < 1e-5 for i in range(4)])
@@ -58,7 +58,7 @@ def test_prompts_change_before_the_frames_that_learn(rollout):
     same = jnp.broadcast_to(text[:1], text.shape)
     kept = switched(config, same, examples)
     one = MODEL.apply({"params": params}, same, method="encode_text")
-    cache = ro.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, full=True)
+    cache = ro.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, keep_from=0)
     for first in (0, 3):
         cache, _ = ro.write_chunk(MODEL, config.rollout, params, one, cache, kept.video[:, first : first + 3], first)
     assert relative(kept.cache.k[:, :, :24], cache.k[:, :, :24]) < 1e-5

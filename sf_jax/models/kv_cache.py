@@ -125,21 +125,41 @@ def slot_of(cache: KVCache, frame: jax.Array) -> tuple[jax.Array, jax.Array | No
 
 
 def within(cache: KVCache, start: jax.Array | int, capacity: int) -> KVCache:
-    """What the chunk at `start` sees of a cache that holds a whole video: the sink and the newest frames, in order.
+    """What the chunk at `start` sees of a cache that holds more than its window: the sink and the newest, in order.
 
     As a cache of `capacity` frames of its own, whose usable slots are the first ones: kernels need no mask for it.
     """
     if capacity >= cache.capacity:
         return cache
     tokens, sink = cache.tokens_per_frame, min(cache.sink, capacity)
-    ring = capacity - sink
-    oldest = jnp.clip(jnp.asarray(start, jnp.int32) - ring, sink, cache.capacity - ring)
+    oldest = jnp.maximum(jnp.asarray(start, jnp.int32) - (capacity - sink), sink)
+    frames = jnp.concatenate([jnp.arange(sink), oldest + jnp.arange(capacity - sink)])
+    slots = slot_of(cache, frames)[0]
 
-    def part(x, axis, width):
-        newest = jax.lax.dynamic_slice_in_dim(x, oldest * width, ring * width, axis)
-        return jnp.concatenate([jax.lax.slice_in_dim(x, 0, sink * width, axis=axis), newest], axis)
+    def part(x):
+        by_frame = x.reshape(*x.shape[:2], cache.capacity, tokens, *x.shape[3:])
+        return jnp.take(by_frame, slots, axis=2).reshape(*x.shape[:2], capacity * tokens, *x.shape[3:])
 
-    return KVCache(part(cache.k, 2, tokens), part(cache.v, 2, tokens), part(cache.frames, 0, 1), sink)
+    return KVCache(part(cache.k), part(cache.v), cache.frames[slots], sink)
+
+
+def in_order(cache: KVCache, total: int) -> KVCache:
+    """A cache that a video of `total` frames has gone through, its frames in order: the sink, then the newest ones."""
+    ring = cache.capacity - cache.sink
+    if total <= cache.capacity or not ring:
+        return cache
+    oldest = (total - ring - cache.sink) % ring  # slots of the ring before the one with its oldest frame
+
+    def turned(x, axis, width):
+        bounds = [0, cache.sink * width, (cache.sink + oldest) * width, cache.capacity * width]
+        sink, newer, older = (
+            jax.lax.slice_in_dim(x, *part, axis=axis) for part in zip(bounds[:-1], bounds[1:], strict=True)
+        )
+        return jnp.concatenate([sink, older, newer], axis)
+
+    tokens = cache.tokens_per_frame
+    k, v, frames = turned(cache.k, 2, tokens), turned(cache.v, 2, tokens), turned(cache.frames, 0, 1)
+    return cache.replace(k=k, v=v, frames=frames)
 
 
 def visible(cache: KVCache, start: jax.Array | int, stop: jax.Array | int, window: int | None) -> jax.Array:

@@ -65,7 +65,7 @@ def sample_latents(config: TrainConfig, media: Media, params: dict, frozen: dict
         return guided_rollout(model, config.rollout, params, text, negative, noise, solver, guidance, initial)
     draw = ro.key_draw(jax.random.fold_in(key, 1), examples)
     last = len(config.rollout.steps) - 1
-    return ro.rollout(model, config.rollout, params, text, noise, last, draw, initial, full_cache=False).video
+    return ro.rollout(model, config.rollout, params, text, noise, last, draw, initial, keep_from=None).video
 
 
 def sampler(

@@ -11,7 +11,7 @@ from sf_jax.config import TrainConfig
 from sf_jax.models import attention
 from sf_jax.models.wan import WanTransformer
 from sf_jax.objectives import causal, dmd, gan, scores, sid
-from sf_jax.replay import replay, replay_reads_cache
+from sf_jax.replay import keep_from, replay
 from sf_jax.rng import Purpose, key_for
 from sf_jax.training.media import Media
 from sf_jax.training.step import Loss, Program, critic_params, model_params
@@ -131,8 +131,8 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     if config.prompt_switch and _first_live(config, frames):
         prompts, sources = (batch["other_text"], batch["text"]), (key, examples, noise, draw)
         return _switched_rollout(config, student, params, prompts, sources, exits, initial)
-    keeps_cache = replay_reads_cache(config.rollout, config.cache_gradient, _first_live(config, frames))
-    return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, keeps_cache)
+    kept = keep_from(config.rollout, config.cache_gradient, frames - given, given, _first_live(config, frames))
+    return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, kept)
 
 
 def _switched_rollout(config, student, params, prompts, sources, exits, initial) -> ro.Rollout:
@@ -154,7 +154,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial)
     other = jnp.where((switches < config.prompt_switch)[:, None, None], other, text)
     old, new = (student.apply({"params": params}, prompt, method="encode_text") for prompt in (other, text))
     size = (len(examples), given + noise.shape[1], *noise.shape[2:4])
-    empty = ro.empty_cache(student, rollout, *size, full=True)
+    empty = ro.empty_cache(student, rollout, *size, keep_from=0)
     chunks = rollout.chunks(before, given)
     bounds = attention.chunk_bounds(sum(chunks, ()))
 

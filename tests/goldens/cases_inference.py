@@ -54,7 +54,7 @@ def few_step(folder: Folder):
         draw = _draw(arrays, prefix, chunks, len(config.steps))
         reference = channels_last(arrays[f"{prefix}latents"])
         for full_cache in (False,) if config.window is None else (False, True):
-            run = functools.partial(ro.rollout, model, config, draw=draw, full_cache=full_cache)
+            run = functools.partial(ro.rollout, model, config, draw=draw, keep_from=0 if full_cache else None)
             last = len(config.steps) - 1
             video = jax.jit(lambda p, *a, run=run, last=last: run(p, *a[:2], last, initial=a[2]).video)(
                 params, text, noise, initial
