@@ -187,9 +187,11 @@ def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> st
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
     backend = jax.default_backend()
-    if implementation == "cudnn" and (backend != "gpu" or not attention_kernels.can_cudnn(q, segments)):
+    compiled_for = jax.sharding.get_abstract_mesh().abstract_device  # not the backend where there is no such device
+    platform = compiled_for.platform if compiled_for else backend
+    if implementation == "cudnn" and (platform != "gpu" or not attention_kernels.can_cudnn(q, segments)):
         raise ValueError(
-            f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {backend}: it needs an NVIDIA GPU, "
+            f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {platform}: it needs an NVIDIA GPU, "
             "bfloat16, heads of at most 128 and no window in a full cache; 'auto' takes another where it cannot be"
         )
     if implementation != "auto":
