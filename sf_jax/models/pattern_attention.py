@@ -32,12 +32,13 @@ def pattern_attention(q, k, v, context, shared):
         plain, context_k = context_k, rope.rotate(context_k, shared.context_rotation)
     outputs = []
     for index, group in enumerate(shared.pattern):
-        segments, sink = [], _moved_sink(shared, index)
-        for start, stop, moved in sink(group.context, shared.context_frames):
+        segments = []
+        turned = shared.sink_rotations[index] if shared.sink_rotations else None
+        for start, stop, moved in _split_at_sink(group.context, shared.context_frames, turned, tokens):
             part = slice(start * tokens, stop * tokens)
             keys = context_k[:, part] if moved is None else rope.rotate(plain[:, part], moved)
             segments.append((keys, context_v[:, part], _part_of_mask(mask, part)))
-        for start, stop, moved in sink(group.own, shared.frames):
+        for start, stop, moved in _split_at_sink(group.own, shared.frames, turned, tokens):
             part = slice(start * tokens, stop * tokens)
             keys = own_k[:, part] if moved is None else rope.rotate(k[:, part], moved)
             segments.append((keys, v[:, part], None))
@@ -77,25 +78,23 @@ def _prefix_attention(q, own_k, v, context, shared):
     return jax.lax.switch(jnp.searchsorted(np.asarray(prefixes), used), branches)
 
 
-def _moved_sink(shared, index):
-    """Splits ranges of keys where the sink of a group begins or ends, and gives its parts the group's rotation."""
-    moved = shared.sink_rotations[index] if shared.sink_rotations else None
+def _split_at_sink(ranges, frames, moved, tokens):
+    """Ranges of keys, split where the sink begins or ends, and the rotation of each part that is to be turned anew.
 
-    def split(ranges, frames):
-        if moved is None:
-            return [(start, stop, None) for start, stop in ranges]
-        parts, sink = [], moved.shape[1] // shared.tokens
-        for start, stop in ranges:
-            border = start + sum(frame < sink for frame in frames[start:stop])
-            if border > start:
-                first = frames[start]
-                tokens = slice(first * shared.tokens, (first + border - start) * shared.tokens)
-                parts.append((start, border, moved[:, tokens]))
-            if stop > border:
-                parts.append((border, stop, None))
-        return parts
-
-    return split
+    `moved` is the rotation of the sink's keys for the group that reads them; None: it stays as it is.
+    """
+    if moved is None:
+        return [(start, stop, None) for start, stop in ranges]
+    parts, sink = [], moved.shape[1] // tokens
+    for start, stop in ranges:
+        border = start + sum(frame < sink for frame in frames[start:stop])
+        if border > start:
+            first = frames[start]
+            turned = moved[:, first * tokens : (first + border - start) * tokens]
+            parts.append((start, border, turned))
+        if stop > border:
+            parts.append((border, stop, None))
+    return parts
 
 
 def _part_of_mask(mask, part):
