@@ -29,7 +29,7 @@ from sf_jax.data import moving_digits
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
 from sf_jax.inference import stream_state
-from sf_jax.inference.stream import MODES
+from sf_jax.inference.prompt_change import MODES
 
 TRAINED = 9
 BEFORE, AFTER = 8, 4
@@ -90,8 +90,8 @@ def length(pipe, times: int, samples: int) -> None:
         print(f"{name:34s}" + "".join(f"{end:8.3f}" for end in ends) + f"{ends[3] / ends[2]:8.3f}", flush=True)
 
 
-def switches(pipe, count: int) -> None:
-    """Prompts that change."""
+def switches(pipe, count: int, timestep: float | None) -> None:
+    """Prompts that change; `timestep` is the noise of what is computed again."""
     judge = judging.load()
     rng, chunk = np.random.default_rng(0), pipe.rollout.chunk
     digits = np.stack([rng.permutation(10)[:2] for _ in range(count)])
@@ -109,7 +109,7 @@ def switches(pipe, count: int) -> None:
             ids = [stream.join(pair[0], number=i) for i, pair in enumerate(prompts)]
             parts = [stream.step() for _ in range(BEFORE)]
             for one, pair in zip(ids, prompts, strict=True):
-                stream.prompt(one, pair[1], mode, transition)
+                stream.prompt(one, pair[1], mode, transition, timestep if mode in ("recache", "flush") else None)
             parts += [stream.step() for _ in range(AFTER)]
             videos = np.concatenate([np.stack([part[one] for one in ids]) for part in parts], axis=1)
             first = BEFORE * chunk
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=40, help="length: in training lengths")
     parser.add_argument("--samples", type=int, default=160, help="length: videos of each row")
     parser.add_argument("--count", type=int, default=50, help="switches: of each mode")
+    parser.add_argument("--context_timestep", type=float, default=None, help="switches: of 'recache' and 'flush'")
     parser.add_argument("--checkpoint", default=None, help="another student of moving digits")
     args = parser.parse_args()
     pipe = sf_jax.load_pipeline(args.checkpoint)
@@ -141,7 +142,7 @@ def main() -> None:
     elif args.what == "length":
         length(pipe, args.times, args.samples)
     else:
-        switches(pipe, args.count)
+        switches(pipe, args.count, args.context_timestep)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
         ([{"time": 0, "prompt": ""}], "scene 1: prompt is ''"),
         ([{"time": True, "prompt": "a 7"}], "scene 1: time is True"),
         ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "fade"}], "scene 2: mode is 'fade'"),
-        ([{"time": 0, "prompt": "a 7", "mode": "swap"}], "scene 1: mode and transition_chunks are for the scenes"),
+        (
+            [{"time": 0, "prompt": "a 7", "mode": "swap"}],
+            "scene 1: mode, transition_chunks and context_timestep are for the scenes",
+        ),
         ([{"time": 0, "prompt": "a 7"}, {"time": 10**400, "prompt": "a 2"}], "scene 2: time is 1000"),
         ([{"time": 1, "prompt": "a 7"}], "the first must be 0"),
         ([{"time": 0, "prompt": "a 7"}, {"time": 0, "prompt": "a 2"}], "each later than the one before"),

@@ -13,9 +13,10 @@ import sf_jax
 from sf_jax import rollout as ro
 from sf_jax.inference import stream_state
 from sf_jax.inference.load import load_pipeline
-from sf_jax.inference.stream import MODES
+from sf_jax.inference.prompt_change import MODES
 from sf_jax.inference.stream_memory import bytes_per_stream
-from sf_jax.models import attention, wan
+from sf_jax.models import attention, kv_cache, wan
+from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.rollout import RolloutConfig
 from tests.helpers import SMALL, random_params, relative
@@ -219,6 +220,32 @@ def test_prompts_change_in_every_mode(positions, sink):
         assert (np.asarray(after.held) >= 0).sum() == held_after == sum(stream._kept_sizes(stream._playing[one]))
 
 
+def test_what_is_kept_can_be_computed_again_with_noise():
+    pipe = bare(context_noise="none")
+    stream = sf_jax.Stream(pipe)
+    one = stream.join(text(0), seed=3)
+    latents(stream, one, 6)
+    before = stream_state.take(stream.state, 0)
+    newest = before.latents[:, kv_cache.slot_of(KVCache(before.k, before.v, before.held[0], 2), 11)[0]]
+    clean = jnp.concatenate([before.latents[:, :2], newest[:, None]], axis=1)  # the sink and the newest frame
+    stream.prompt(one, text(7), "flush", context_timestep=300)
+    stream._prepare(stream._playing[one])
+    draw, chunk = drawn(pipe, before)[1], before.chunk[0]
+    noise = [draw("context", chunk, 1 + first, clean[:, first:stop].shape) for first, stop in ((0, 2), (2, 3))]
+    read = 0.7 * clean + 0.3 * jnp.concatenate(noise, axis=1)
+    kv = pipe.transformer.apply({"params": pipe.params}, text(7)[None], method="encode_text")
+    causal = wan.Layout(np.arange(3), pattern=attention.block_causal((2, 1)))
+    inputs = (read, jnp.full((1, 1), 300.0), kv, causal)
+    _, again = pipe.transformer.apply({"params": pipe.params}, *inputs, return_kv=True)
+    (k, v), held, after = kept_in_order(stream, 0)
+    assert held.tolist() == [0, 1, 2]
+    assert relative(k, again.k) < 1e-5 and relative(v, again.v) < 1e-5
+    np.testing.assert_array_equal(after.latents[0, :3], clean[0])
+    for mode, timestep in (("swap", 300), ("cut", 0), ("recache", 1000), ("flush", -1), ("recache", True)):
+        with pytest.raises(ValueError, match="context_timestep is"):
+            stream.prompt(one, text(7), mode, context_timestep=timestep)
+
+
 def test_a_transition_goes_in_even_steps():
     pipe = bare()
     stream = sf_jax.Stream(pipe)
@@ -240,7 +267,7 @@ def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
     stream.join(PROMPTS[2])
     one = stream.join(PROMPTS[0], seed=1)
     latents(stream, one, 5)
-    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=2)
+    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=2, context_timestep=300)
     stream.step()
     stream.save(one, tmp_path / "one.safetensors", compact=compact)
     expected = latents(stream, one, 6)

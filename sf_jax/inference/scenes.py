@@ -5,8 +5,8 @@ The file is a JSON list, a scene an entry:
     [{"time": 0, "prompt": "a 7 moving left, fast"},
      {"time": 2.5, "prompt": "a 2 moving up", "mode": "recache", "transition_chunks": 2}]
 
-`time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode` and `transition_chunks`
-are those of `Stream.prompt`, by default "swap" and 0.
+`time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode`, `transition_chunks`
+and `context_timestep` are those of `Stream.prompt`, by default "swap", 0 and none.
 """
 
 import collections
@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.prompt_change import MODES, check_context_timestep
 from sf_jax.inference.sampling import Chunk
-from sf_jax.inference.stream import MODES, Frames, Stream, stream_spec
+from sf_jax.inference.stream import Frames, Stream, stream_spec
 
 LONGEST = 1e9  # seconds
 
@@ -33,6 +34,7 @@ class Scene:
     prompt: str
     mode: str = "swap"
     transition_chunks: int = 0
+    context_timestep: float | None = None
 
     def __post_init__(self):
         """Validates types and ranges."""
@@ -47,6 +49,7 @@ class Scene:
             raise ValueError(f"transition_chunks is {count!r}: it must be a whole number of at least 0")
         if count and self.mode == "cut":
             raise ValueError(f"transition_chunks is {count}: a cut is at once, it must be 0")
+        check_context_timestep(self.mode, self.context_timestep)
 
 
 def read_schedule(path: str | Path) -> tuple[Scene, ...]:
@@ -72,7 +75,9 @@ def read_schedule(path: str | Path) -> tuple[Scene, ...]:
         except ValueError as error:
             raise ValueError(f"schedule: {path}, scene {number}: {error}") from error
     if set(entries[0]) - {"time", "prompt"}:
-        raise ValueError(f"schedule: {path}, scene 1: mode and transition_chunks are for the scenes behind it")
+        raise ValueError(
+            f"schedule: {path}, scene 1: mode, transition_chunks and context_timestep are for the scenes behind it"
+        )
     times = [scene.time for scene in scenes]
     if times[0] != 0 or any(later <= earlier for earlier, later in zip(times[:-1], times[1:], strict=True)):
         raise ValueError(f"schedule: {path}: times are {times}: the first must be 0 and each later than the one before")
@@ -171,7 +176,7 @@ def _ahead(pipe, stream: Stream, ids: Sequence[int], starts: dict[int, Scene]) -
         if index in starts:
             scene = starts[index]
             for one in ids:
-                stream.prompt(one, scene.prompt, scene.mode, scene.transition_chunks)
+                stream.prompt(one, scene.prompt, scene.mode, scene.transition_chunks, scene.context_timestep)
         ready.append(stream.step())
         shown, index = shown + ready[-1].count(ids[0]), index + 1
         if jax.default_backend() == "cpu" or len(ready) > 1:

@@ -19,38 +19,11 @@ import numpy as np
 
 from sf_jax.inference import programs, stream_files, stream_state
 from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.prompt_change import MODES, Change, check_context_timestep
 from sf_jax.inference.sampling import Sampling, example_numbers
 from sf_jax.inference.stream_frames import Frames
 from sf_jax.inference.stream_memory import check_memory, check_slots
 from sf_jax.inference.stream_state import StreamSpec
-
-MODES = ("swap", "recache", "flush", "cut")
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A prompt on its way to another.
-
-    Attributes:
-      old: float32 [1, S, D], the embedding before.
-      new: float32 [1, S, D], the embedding afterwards.
-      chunks: chunks over which it changes, the one that has all of it included.
-      done: how many of them there have been.
-      mode: one of `MODES`.
-    """
-
-    old: np.ndarray
-    new: np.ndarray
-    chunks: int
-    done: int
-    mode: str
-
-    def next(self) -> tuple[np.ndarray, "Change | None"]:
-        """The embedding of the next chunk, and what is left of the change."""
-        done = self.done + 1
-        if done == self.chunks:
-            return self.new, None
-        return self.old + np.float32(done / self.chunks) * (self.new - self.old), dataclasses.replace(self, done=done)
 
 
 @dataclasses.dataclass
@@ -175,7 +148,14 @@ class Stream:
         self._of(stream)
         del self._playing[stream]
 
-    def prompt(self, stream: int, prompt: str | np.ndarray, mode: str = "swap", transition_chunks: int = 0) -> None:
+    def prompt(
+        self,
+        stream: int,
+        prompt: str | np.ndarray,
+        mode: str = "swap",
+        transition_chunks: int = 0,
+        context_timestep: float | None = None,
+    ) -> None:
         """Changes the prompt of a stream, from its next chunk on.
 
         What "flush" and "cut" forget is forgotten at once; all else waits for the next step, and a second prompt
@@ -189,7 +169,10 @@ class Stream:
             frame are kept, the others forgotten (Infinity-RoPE, arXiv 2511.20649); "cut": everything is forgotten, and
             a new scene begins.
           transition_chunks: chunks over which the embedding goes from the old prompt's to the new one's, in even
-            steps; 0 changes at once. "recache" computes the window again for each of them.
+            steps; 0 changes at once. What is computed again is so for each of them.
+          context_timestep: in [0, 1000), for "recache" and "flush": what is kept is computed again with the noise of
+            this timestep, and tells less of what was shown. None is the rollout's own for "recache"; "flush" then
+            computes nothing again.
 
         Raises:
           ValueError: on an unknown id or mode, or a prompt that cannot be embedded.
@@ -197,15 +180,16 @@ class Stream:
         playing = self._of(stream)
         if not isinstance(mode, str) or mode not in MODES:
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(MODES)}")
-        if mode == "recache":
-            self._check_recache("mode is 'recache'")
+        check_context_timestep(mode, context_timestep)
+        if mode == "recache" or context_timestep is not None:
+            self._check_recache(f"mode is {mode!r}")
         whole = isinstance(transition_chunks, (int, np.integer)) and not isinstance(transition_chunks, bool)
         if not whole or transition_chunks < 0:
             raise ValueError(f"transition_chunks is {transition_chunks!r}: it must be a whole number of at least 0")
         if mode == "cut" and transition_chunks:
             raise ValueError(f"transition_chunks is {transition_chunks}: a cut is at once, it must be 0")
-        new = self._embedded(prompt)
-        playing.change = Change(playing.embedding, new, int(transition_chunks) + 1, 0, mode)
+        new, timestep = self._embedded(prompt), None if context_timestep is None else float(context_timestep)
+        playing.change = Change(playing.embedding, new, int(transition_chunks) + 1, 0, mode, timestep)
         if mode == "flush":
             self.state = self._run(stream_state.flush, self.spec, self.state, np.int32(playing.slot))
             sizes, sink = self._kept_sizes(playing), self.spec.rollout.sink
@@ -273,7 +257,7 @@ class Stream:
         host = {"frames": playing.frames, "position": playing.position, "sizes": self._kept_sizes(playing)}
         embeddings, change = playing.embedding, playing.change
         if change is not None:
-            host |= {"change": [change.chunks, change.done, change.mode]}
+            host |= {"change": [change.chunks, change.done, change.mode, change.context_timestep]}
             embeddings = np.concatenate([embeddings, change.old, change.new])
         stream_files.write(_path(path), self.spec, self._weights, one, host, embeddings, compact)
 
@@ -289,9 +273,9 @@ class Stream:
         playing = _Playing(slot, self.pipe.embed(embeddings[:1]), fresh=bool(one.fresh[0]))
         playing.frames, playing.position, playing.sizes = host["frames"], host["position"], host["sizes"]
         if "change" in host:
-            chunks, done, mode = host["change"]
+            chunks, done, mode, timestep = host["change"]
             old, new = (self.pipe.embed(embeddings[i : i + 1]) for i in (1, 2))
-            playing.change = Change(old, new, chunks, done, mode)
+            playing.change = Change(old, new, chunks, done, mode, timestep)
         self._change("insert", slot, one)
         self._change("set_text", slot, self._keys_values(playing.embedding))
         if compact:
@@ -377,8 +361,8 @@ class Stream:
         if playing.change is not None:
             embedding, rest = playing.change.next()
             self._change("set_text", playing.slot, self._keys_values(embedding))
-            if playing.change.mode == "recache":
-                self._recache(playing)
+            if playing.change.recaches:
+                self._recache(playing, playing.change.context_timestep)
             playing.embedding, playing.change = embedding, rest
         if playing.begins:
             arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot))
@@ -386,18 +370,19 @@ class Stream:
             self._count(playing, 1)
             playing.given, playing.lone, playing.begins = self._decode(playing, clean), [np.asarray(clean[0])], False
 
-    def _recache(self, playing: _Playing) -> None:
+    def _recache(self, playing: _Playing, timestep: float | None = None) -> None:
         """Computes the kept keys and values again, chunk by chunk, under the present prompt."""
         sizes, before = self._kept_sizes(playing), (playing.frames, playing.position)
         self.state, latents = self._run(stream_state.recall, self.spec, self.state, np.int32(playing.slot))
         playing.sizes, first = [], 0
         for count in sizes:
-            self._append(playing, latents[:, first : first + count], given=False)
+            self._append(playing, latents[:, first : first + count], given=False, timestep=timestep)
             first += count
         playing.frames, playing.position = before
 
-    def _append(self, playing: _Playing, clean, given: bool) -> None:
-        arguments = (self.spec, given, self.pipe.params, self.state, np.int32(playing.slot), clean)
+    def _append(self, playing: _Playing, clean, given: bool, timestep: float | None = None) -> None:
+        timestep = None if timestep is None else np.float32(timestep)
+        arguments = (self.spec, given, self.pipe.params, self.state, np.int32(playing.slot), clean, timestep)
         self.state = self._run(stream_state.append, *arguments)
         self._count(playing, clean.shape[1])
 

@@ -121,8 +121,8 @@ def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray)
     rows, change = 1, host.get("change") if good else None
     if change is not None:
         rows = 3
-        good = isinstance(change, list) and len(change) == 3 and whole(change[:2]) and isinstance(change[2], str)
-        good = good and change[1] < change[0]
+        good = isinstance(change, list) and len(change) == 4 and whole(change[:2]) and isinstance(change[2], str)
+        good = good and change[1] < change[0] and isinstance(change[3], (int, float, type(None)))
     if not good or embeddings.ndim != 3 or len(embeddings) != rows:
         raise ValueError(f"path: {path} is damaged (its counters do not fit its frames)")
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sf_jax import rollout as ro
+from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.inference.decoders import Decoder
 from sf_jax.models import kv_cache
 from sf_jax.models.kv_cache import KVCache
@@ -344,15 +345,27 @@ def recall(spec: StreamSpec, state: StreamState, slot) -> tuple[StreamState, jax
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def append(spec: StreamSpec, given: bool, params: dict, state: StreamState, slot, clean: jax.Array) -> StreamState:
+def append(
+    spec: StreamSpec,
+    given: bool,
+    params: dict,
+    state: StreamState,
+    slot: jax.Array | int,
+    clean: jax.Array,
+    timestep: jax.Array | None = None,
+) -> StreamState:
     """Writes clean latents [1, n, H, W, C] as the next frames of a stream.
 
-    Frames that were `given` are written at timestep 0, generated ones as the rollout's clean pass writes them.
+    Frames that were `given` are written at timestep 0, generated ones as the rollout's clean pass writes them; with a
+    `timestep` (float32 scalar in [0, 1000]) they are written with that much noise.
     """
     one, config = _slot(state, slot), spec.rollout
     cache, read, t = _cache(spec, one), clean, 0.0
-    if not given:
-        draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
+    draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
+    if timestep is not None:
+        sigma, noise = timestep / TRAIN_STEPS, draw("context", one.chunk[0], 1 + one.age[0], clean.shape)
+        read, t = (1 - sigma) * clean + sigma * noise, timestep
+    elif not given:
         read, t = ro.context_input(config, clean, draw, one.chunk[0]), config.context_timestep
     layout = _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
     _, kv = ro.predict(spec.model, config, params, read, t, one.text, layout, cache)
