@@ -32,7 +32,7 @@ from sf_jax.inference import stream_state
 from sf_jax.inference.prompt_change import MODES
 
 TRAINED = 9
-BEFORE, AFTER = 8, 4
+BEFORE, AFTER, LATER = 8, 4, 16  # chunks before the switch, behind it, and until the digit is looked at once more
 
 
 def resident() -> int:
@@ -101,7 +101,7 @@ def switches(pipe, count: int, timestep: float | None) -> None:
         [moving_digits.caption(*kind) for kind in zip(*row, strict=True)] for row in zip(digits, directions, speeds)
     ]
     print(f"{count} switches of each mode")
-    columns = f"{'new digit':>12s}{'position':>12s}{'longest step (median, most)':>30s}"
+    columns = f"{'new digit':>12s}{'in chunk ' + str(LATER):>12s}{'position':>12s}{'longest step (median, most)':>30s}"
     print(f"{'mode':10s}{'transition':>12s}{columns}")
     for mode in MODES:
         for transition in (0, 1) if mode != "cut" else (0,):
@@ -115,6 +115,10 @@ def switches(pipe, count: int, timestep: float | None) -> None:
             first = BEFORE * chunk
             second = judge(videos[:, first + chunk : first + 2 * chunk])
             shown = (np.asarray(second.digit).argmax(-1) == digits[:, 1:]).mean(axis=1) > 0.5
+            for _ in range(LATER - AFTER):
+                last = stream.step()
+            last = judge(np.stack([last[one] for one in ids]))
+            later = (np.asarray(last.digit).argmax(-1) == digits[:, 1:]).mean(axis=1) > 0.5
             moved = np.linalg.norm(metrics.steps(videos), axis=-1)
             usual = np.maximum(
                 np.median(moved[:, first - 2 * chunk : first - 1], axis=1), np.median(moved[:, first + chunk :], axis=1)
@@ -122,7 +126,10 @@ def switches(pipe, count: int, timestep: float | None) -> None:
             longest = moved[:, first - 1 : first + 2 * chunk - 1].max(axis=1)
             steady = longest <= 2 * usual
             longest = f"{statistics.median(longest):.2f}, {longest.max():.2f}"
-            print(f"{mode:10s}{transition:12d}{shown.mean():12.2f}{steady.mean():12.2f}{longest:>30s}", flush=True)
+            print(
+                f"{mode:10s}{transition:12d}{shown.mean():12.2f}{later.mean():12.2f}{steady.mean():12.2f}{longest:>30s}",
+                flush=True,
+            )
 
 
 def main() -> None:
