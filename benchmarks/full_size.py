@@ -22,6 +22,7 @@ import numpy as np
 from sf_jax import rollout as ro
 from sf_jax.inference import video_io
 from sf_jax.inference.decoders import VaeDecoder
+from sf_jax.inference.load import generation_network
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.models import vae as vae_model
 from sf_jax.models.wan import WanTransformer, param_shapes, wan_1_3b
@@ -76,6 +77,7 @@ def generate(folder: Path, dtype: str) -> None:
     _, params = load_network(folder / PATHS["transformer"], "transformer", config)
     vae_config, vae_params = load_network(folder / PATHS["vae"], "vae")
     rollout = ro.RolloutConfig(context_noise="none")
+    config, params = generation_network(config, params, rollout)
     decoder = VaeDecoder(vae_model.WanVae(vae_config), vae_params)
     pipe = VideoPipeline(None, WanTransformer(config), params, rollout, decoder)
     text = np.random.default_rng(1).standard_normal((1, 512, 4096), np.float32)

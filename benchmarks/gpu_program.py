@@ -97,7 +97,10 @@ def traffic(hlo: str) -> tuple[Counter, int]:
             kinds["copies of the cache"] += 2 * written
         else:
             kind = "attention" if attention else "products" if "dot" in name else "element by element"
-            kinds[kind] += written + sum(min(count, 4 * written) for count in read)
+            whole = (
+                kind != "element by element"
+            )  # others may read a part of an array: at most four times what they write
+            kinds[kind] += written + sum(count if whole else min(count, 4 * written) for count in read)
     return kinds, attentions // 2  # each layer attends to the frames and to the prompt
 
 

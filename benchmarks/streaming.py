@@ -36,7 +36,7 @@ from sf_jax import rollout as ro
 from sf_jax.inference import stream_state
 from sf_jax.inference.decoders import VaeDecoder
 from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
-from sf_jax.inference.load import load_pipeline
+from sf_jax.inference.load import generation_network, load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.stream import Stream, stream_spec
@@ -152,6 +152,7 @@ def main() -> None:
         rollout = dataclasses.replace(rollout, window=9, sink=3, positions="relative")
         decoder = _decoder(args.rows.split(",")[0], dtype)
         shown = sampling if decoder else Sampling(latent, sampling.height // 8, sampling.width // 8)
+        config, params = generation_network(config, params, rollout)
         pipe = VideoPipeline(None, WanTransformer(config), params, rollout, decoder, sampling=shown)
         if args.embedded:
             pipe = load_pipeline()
@@ -159,6 +160,7 @@ def main() -> None:
         print(pipe.describe())
         streams_table(pipe, text, about, args)
         return
+    config, params = generation_network(config, params, rollout)
     print(f"{'decoder':8s} {'FPS':>8s} {'first frame, s':>15s} {'s per chunk':>12s}")
     for row in args.rows.split(","):
         decoder, shown = _decoder(row, dtype), sampling

@@ -221,7 +221,7 @@ class TrainConfig:
             )
 
     def _check_sizes(self):
-        """Refuses frames that are no chunks or have no positions, and networks that cannot share their inputs."""
+        """Refuses frames that are no chunks or have no positions, and networks that do not scan or share no inputs."""
         for name in ("model", "teacher", "critic"):
             if not getattr(getattr(self, name), "scan_layers", True):
                 raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")

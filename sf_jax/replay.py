@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.models import attention
+from sf_jax.models import attention, kv_cache
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rollout import Rollout, RolloutConfig, with_moved_sink
 
@@ -67,14 +67,19 @@ def keep_from(
       frames: of the rollout, without the `given` ones.
       given: frames that it goes on from.
       first_live: see `replay`.
+
+    Raises:
+      ValueError: if there is no such chunk.
     """
     if cache_gradient == "write" and config.context == "clean" and not first_live:
         return None
     if config.window is None:
         return 0
-    chunks = sum(config.chunks(frames, given), ())
-    start, stop = attention.chunk_bounds(chunks)[len(chunks) - len(config.chunks(frames, given)[1]) + first_live]
-    return max(0, min(start, stop - (config.window - config.sink)))
+    before, new = config.chunks(frames, given)
+    if not 0 <= first_live < len(new):
+        raise ValueError(f"first_live is {first_live}: it must be at least 0 and below the {len(new)} new chunks")
+    stop = attention.chunk_bounds(before + new)[len(before) + first_live][1]
+    return max(0, stop - (config.window - config.sink))
 
 
 def replay_recorded(
@@ -115,7 +120,8 @@ def replay_recorded(
         ),
         straight_through=offset - missing if through else None,
     )
-    context = KeysValues(past.cache.k, past.cache.v) if needs_cache else None
+    cache = kv_cache.in_order(past.cache, total)
+    context = KeysValues(cache.k, cache.v) if needs_cache else None
     own_t = jnp.broadcast_to(jnp.concatenate([clean_t, t]), (x.shape[0], len(layout.frames)))
     own = jnp.concatenate([clean, x], axis=1)
     layout = with_moved_sink(config, layout)

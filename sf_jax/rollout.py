@@ -16,7 +16,7 @@ from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.models import attention, kv_cache, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
-from sf_jax.models.slots import own_keys_values, take_apart
+from sf_jax.models.slots import Slots, own_keys_values, take_apart
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rollout_config import RolloutConfig
 
@@ -34,8 +34,8 @@ class Rollout:
       video: [B, F, H, W, C] clean latents, initial frames included.
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
-      cache: keys and values of the sink and of the frames that were to be kept, in order (without `keep_from`: the
-        ring that a window needs); those of the last chunk, which nothing reads, are its exit step's.
+      cache: keys and values of the sink and of the frames that were to be kept (without `keep_from`, those that a
+        window needs), as a ring; those of the last chunk, which nothing reads, are its exit step's.
       context_inputs: [B, F_new, H, W, C] what the clean passes read; None where they read the video itself.
       initial_frames: number of given frames at the start (static).
     """
@@ -164,9 +164,12 @@ def predict(
     t: jax.Array | float,
     text: KeysValues,
     layout: Layout,
-    cache: KVCache,
-) -> tuple[jax.Array, KeysValues]:
-    """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and its own keys and values."""
+    cache: KVCache | tuple[Slots, ...],
+) -> tuple[jax.Array, KeysValues | tuple[Slots, ...]]:
+    """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and its own keys and values.
+
+    Slots are returned with the own keys and values in them; the prompt's are theirs, not those of `text`.
+    """
     t = jnp.full((x.shape[0], 1), t, jnp.float32)
     flow, kv = model.apply({"params": params}, x, t, text, layout, cache, return_kv=True)
     return config.schedule.to_clean(flow, x, t), kv
@@ -255,6 +258,7 @@ def denoise_chunk(
     calls: jax.Array | int,
     draw: Draw,
     timesteps: jax.Array,
+    repeats: jax.Array | int = 0,
 ) -> tuple[KeysValues, jax.Array, jax.Array]:
     """All calls of the network for one chunk, without gradient, in one loop: one copy of the network is compiled.
 
@@ -266,9 +270,12 @@ def denoise_chunk(
       noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
       exit_step: see `generate_chunk`.
-      calls: how often to call: the denoising steps up to the exit step, then the clean pass where there is one.
+      calls: how often to call: the denoising steps up to the exit step, then the clean pass where there is one, and
+        the `repeats`.
       draw: see `generate_chunk`.
       timesteps: float32 [S], more than `exit_step`.
+      repeats: how often the first step, which gives the same every time, is called again, so that videos side by side
+        with different numbers of steps take equally many calls.
 
     Returns:
       The last call's keys and values, the clean chunk, and its noisy input at the exit step.
@@ -277,8 +284,9 @@ def denoise_chunk(
     text, cache, layout = state
     in_place = not model.config.scan_layers
 
-    def call(step, carry):
+    def call(index, carry):
         clean, x, kv = carry
+        step = jnp.maximum(index - repeats, 0)
         kind = (step > 0).astype(jnp.int32) + (step > exit_step)
         inputs = (
             lambda: noise,
@@ -359,7 +367,6 @@ def rollout(
     cache, clean, exit_inputs, *read = run_chunks(step, cache, noise, chunks, start, exits)
     video = clean if initial is None else jnp.concatenate([initial, clean], axis=1)
     context_inputs = read[0] if read else None
-    cache = cache if keep_from is None else kv_cache.in_order(cache, start + frames)
     return Rollout(video, exit_inputs, exits, cache, context_inputs, initial_frames=start)
 
 

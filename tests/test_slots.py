@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from sf_jax import rollout as ro
 from sf_jax.inference import load
 from sf_jax.inference.load import load_pipeline
 from sf_jax.models import wan
+from sf_jax.models.slots import stack_layers, unstack_layers
 from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
 
 APART = dataclasses.replace(SMALL, scan_layers=False)
@@ -26,8 +28,9 @@ ROLLOUTS = [
 
 
 def test_parameters_are_those_of_the_stacks():
-    params = wan.unstack_layers(random_params())
+    params = unstack_layers(random_params())
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda a: a.shape, wan.param_shapes(APART))
+    chex.assert_trees_all_equal(stack_layers(params), random_params())
     np.testing.assert_array_equal(params["blocks_1"]["ffn_in"]["bias"], random_params()["blocks"]["ffn_in"]["bias"][1])
 
 
@@ -45,7 +48,7 @@ def test_outputs_taps_and_gradients_are_those_of_a_scan(remat):
             return (flow**2).mean() + (taps**2).mean(), (flow, kv, taps)
 
         outputs = []
-        for config, prepare in ((SMALL, lambda p: p), (APART, wan.unstack_layers)):
+        for config, prepare in ((SMALL, lambda p: p), (APART, unstack_layers)):
             gradient, rest = jax.grad(lambda p, c=config, u=prepare: loss(c, u(p)), has_aux=True)(params)
             outputs.append((gradient, *rest))
         return outputs
@@ -67,7 +70,7 @@ def test_rollouts_are_those_of_a_scan(changes):
         return ro.rollout(wan.WanTransformer(model_config), config, params, text, noise, 2, draw, None, None)
 
     scanned = jax.jit(run, static_argnums=0)(SMALL, params)
-    apart = jax.jit(run, static_argnums=0)(APART, wan.unstack_layers(params))
+    apart = jax.jit(run, static_argnums=0)(APART, unstack_layers(params))
     assert relative(apart.video, scanned.video) <= 1e-5
     if scanned.cache.capacity:
         assert tree_relative((apart.cache.k, apart.cache.v), (scanned.cache.k, scanned.cache.v)) <= 1e-5
@@ -76,9 +79,11 @@ def test_rollouts_are_those_of_a_scan(changes):
 
 def pipelines():
     """The same network, scanned and with its layers apart."""
-    rollout = ro.RolloutConfig(chunk=2, window=6, sink=2, positions="relative", context_noise="none")
+    rollout = ro.RolloutConfig(
+        chunk=2, window=6, sink=2, positions="relative", context_noise="none", first_steps=(1000, 500)
+    )
     params = random_params()
-    for config, weights in ((SMALL, params), (APART, wan.unstack_layers(params))):
+    for config, weights in ((SMALL, params), (APART, unstack_layers(params))):
         pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(config), weights, rollout)
         yield pipe.with_sampling(height=4, width=4)
 
@@ -95,11 +100,11 @@ def test_streams_are_those_of_a_scan_and_go_on_from_each_others_files(tmp_path):
     assert relative(apart.step().latents(again), scanned.step().latents(names[0])) <= 1e-5
 
 
-def test_nothing_of_the_size_of_the_cache_is_copied_in_a_call():
-    """The loop over a chunk's calls updates its slots in place: what it writes is as large as the chunk."""
+def test_slots_are_updated_in_place():
+    """No instruction in the loop over a chunk's calls writes all slots but the updates themselves."""
     config = ro.RolloutConfig(chunk=1, window=33)
     noise, text, draw = inputs(1, 1)
-    model, params = wan.WanTransformer(APART), wan.unstack_layers(random_params())
+    model, params = wan.WanTransformer(APART), unstack_layers(random_params())
     cache = ro.empty_cache(model, config, 1, 64, *noise.shape[2:4])
     text = model.apply({"params": params}, text, method="encode_text")
 
@@ -119,19 +124,19 @@ def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart
     options = {"checkpoint": folder / "student.safetensors", "vae": "none", "dtype": "float32"}
     scanned = load_pipeline(folder, **options)
     assert scanned.transformer.config.scan_layers
-    monkeypatch.setattr(load, "_reads_in_place", lambda config: True)
-    apart = load_pipeline(folder, **options)
+    apart = load_pipeline(folder, scan_layers=False, **options)
     assert not apart.transformer.config.scan_layers
     ours, theirs = (
         pipe.with_sampling(frames=21, height=32, width=48)(prompt, seed=3, output="latent") for pipe in (apart, scanned)
     )
     assert relative(ours, theirs) <= 1e-5
-    monkeypatch.undo()
+    assert "layers apart" in apart.describe() and "layers apart" not in scanned.describe()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     wide = wan.wan_1_3b()
     assert load._reads_in_place(dataclasses.replace(wide, dtype="bfloat16")) and not load._reads_in_place(wide)
 
 
 def test_training_scans():
-    with pytest.raises(ValueError, match=r"model\.scan_layers is False.*must be True"):
-        configuration.TrainConfig(model=APART, teacher_weights="shipped")
+    for name in ("model", "teacher", "critic"):
+        with pytest.raises(ValueError, match=rf"{name}\.scan_layers is False.*must be True"):
+            configuration.TrainConfig(**{name: APART}, teacher_weights="shipped")

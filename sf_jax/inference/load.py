@@ -16,10 +16,11 @@ from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.patch_codec import PatchCodec
+from sf_jax.models.slots import unstack_layers
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
-from sf_jax.models.wan import WanConfig, WanTransformer, unstack_layers
+from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.folders import ModelFiles, find_model
 from sf_jax.weights.networks import check_network, load_network
@@ -27,6 +28,7 @@ from sf_jax.weights.package import SHIPPED, Package, load_package, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
 DIGITS_FRAMES, MANY_STEPS = 48, 24
+DEFAULT_LATENT_FRAMES = 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class WanOptions:
       rollout: chunks, window and steps of a causal network; None is chunks of 3 and the official steps.
       encoder: whether to load the VAE's encoder, for videos that go on from an image or a video.
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
+      scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`); None is no where
+        cuDNN's attention is chosen and the memory allows a second copy of the window, as it is faster there.
       devices: that share the videos of a batch, as many on each; None is the default device alone.
     """
 
@@ -51,6 +55,7 @@ class WanOptions:
     rollout: RolloutConfig | None = None
     encoder: bool = False
     keep_text_encoder: bool = False
+    scan_layers: bool | None = None
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
@@ -66,7 +71,7 @@ class WanOptions:
         if self.devices is not None and not (isinstance(self.devices, Sequence) and len(self.devices)):
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if self.checkpoint is None:
-            for name in ("part", "rollout"):
+            for name in ("part", "rollout", "scan_layers"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no effect without checkpoint: it is for causal networks")
             if self.encoder:
@@ -189,11 +194,39 @@ def load_encoder(files: ModelFiles) -> VaeEncoder:
     return VaeEncoder(WanVae(config), params)
 
 
+def generation_network(
+    config: WanConfig, params: dict, rollout: RolloutConfig, scan_layers: bool | None = None
+) -> tuple[WanConfig, dict]:
+    """A causal transformer as the device generates fastest with it; see `WanOptions.scan_layers`.
+
+    Args:
+      config: of the transformer.
+      params: stacked; each stack is freed where the layers are taken apart.
+      rollout: how it generates.
+      scan_layers: True keeps the stacks, False takes them apart, None chooses.
+    """
+    if scan_layers is None:
+        scan_layers = not (_reads_in_place(config) and _window_fits_twice(config, params, rollout))
+    if scan_layers:
+        return config, params
+    return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
+
+
 def _reads_in_place(config: WanConfig) -> bool:
     """Whether attention is told how many keys to read: then nothing needs to be copied out of stacked layers."""
     head = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
     counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
     return attention.choose(config.attention, head, [counted]) == "cudnn"
+
+
+def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig) -> bool:
+    """Whether weights, cache and slots of one video of 480x832 leave a quarter of the device's memory."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return True
+    frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, 30 * 52
+    cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2 * cache <= 0.75 * limit
 
 
 def wan_pipeline(
@@ -224,13 +257,14 @@ def wan_pipeline(
         module = WanVae if kind == "vae" else TinyVaeDecoder
         decoder = VaeDecoder(module(dataclasses.replace(config, dtype=dtype)), vae_params)
     network = dataclasses.replace(files.config, dtype=dtype, remat="none")
-    if causal and _reads_in_place(network):
-        network, params = dataclasses.replace(network, scan_layers=False), unstack_layers(params, delete=True)
+    rollout = (options.rollout or RolloutConfig(context_noise="none")) if causal else None
+    if causal:
+        network, params = generation_network(network, params, rollout, options.scan_layers)
     return VideoPipeline(
         text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder),
         transformer=WanTransformer(network),
         params=params,
-        rollout=(options.rollout or RolloutConfig(context_noise="none")) if causal else None,
+        rollout=rollout,
         decoder=decoder,
         mesh=mesh,
         encoder=load_encoder(files) if options.encoder else None,

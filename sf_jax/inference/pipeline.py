@@ -89,7 +89,8 @@ class VideoPipeline:
         devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", f"{config.dtype}"]
-        parts += [f"attention {self._attention()}", f"{len(devices)} x {devices[0].device_kind}"]
+        layers = "" if config.scan_layers else ", layers apart"
+        parts += [f"attention {self._attention()}{layers}", f"{len(devices)} x {devices[0].device_kind}"]
         if self.rollout is not None:
             rollout = self.rollout
             window = f"window {rollout.window}, sink {rollout.sink}" if rollout.window else "no window"

@@ -13,7 +13,7 @@ from sf_jax.inference.stream_state import StreamSpec, StreamState
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
-FORMAT = "sf_jax stream 1"
+FORMAT = "sf_jax stream 2"
 KEYS_VALUES = ("k", "v")
 SAMPLE = 4  # entries of every axis but the first, that of the layers, which the digest reads
 
@@ -163,6 +163,6 @@ def _sampled(params):
     if "blocks" in params:
         return jax.tree.map(_sample, params)
     layers = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
-    blocks = jax.tree.map(lambda *leaves: np.stack([_sample(leaf[None])[0] for leaf in leaves]), *layers)
+    blocks = jax.tree.map(lambda *leaves: np.stack([leaf[(slice(SAMPLE),) * leaf.ndim] for leaf in leaves]), *layers)
     rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
     return jax.tree.map(_sample, rest) | {"blocks": blocks}

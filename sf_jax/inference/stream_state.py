@@ -203,9 +203,11 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
     cache = _cache(spec, one)
     inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
-    calls, draw = steps + (config.context == "clean"), ro.key_draw(key, one.number)
+    # as many calls for every stream: a loop whose end differs between them would copy what it updates
+    calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
+    draw = ro.key_draw(key, one.number)
     kv, clean, _ = ro.denoise_chunk(
-        spec.model, config, params, inputs, noise, one.chunk[0], steps - 1, calls, draw, timesteps
+        spec.model, config, params, inputs, noise, one.chunk[0], steps - 1, calls, draw, timesteps, repeats
     )
     one = _written(spec, one, kv, clean, active)
     return one.replace(chunk=one.chunk + active), clean

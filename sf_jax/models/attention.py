@@ -183,12 +183,14 @@ def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> str:
-    """The implementation that "auto" stands for: the backend's own where it takes this call, else "xla"."""
+    """The implementation that "auto" stands for: the backend's own where it takes this call, else "xla".
+
+    What is compiled for devices that are not there must name theirs: "cudnn" asks the mesh, "auto" the backend.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
     backend = jax.default_backend()
-    compiled_for = jax.sharding.get_abstract_mesh().abstract_device  # not the backend where there is no such device
-    platform = compiled_for.platform if compiled_for else backend
+    platform = getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
     if implementation == "cudnn" and (platform != "gpu" or not attention_kernels.can_cudnn(q, segments)):
         raise ValueError(
             f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {platform}: it needs an NVIDIA GPU, "

@@ -138,7 +138,7 @@ def within(cache: KVCache, start: jax.Array | int, capacity: int) -> KVCache:
 
     def part(x):
         by_frame = x.reshape(*x.shape[:2], cache.capacity, tokens, *x.shape[3:])
-        return jnp.take(by_frame, slots, axis=2).reshape(*x.shape[:2], capacity * tokens, *x.shape[3:])
+        return jnp.take(by_frame, slots, axis=2, mode="clip").reshape(*x.shape[:2], capacity * tokens, *x.shape[3:])
 
     return KVCache(part(cache.k), part(cache.v), cache.frames[slots], sink)
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sf_jax.models import attention, rope
 from sf_jax.models.kv_cache import KeysValues, KVCache
@@ -81,3 +82,24 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
         mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(mask, tokens)])
     segment = (slots.k.astype(q.dtype), slots.v.astype(q.dtype), mask)
     return attention.attend(rope.rotate(q, shared.own_rotation), [segment], shared.implementation)
+
+
+def unstack_layers(params: dict, delete: bool = False) -> dict:
+    """Parameters for `scan_layers=False` from stacked ones; with `delete`, each stack is freed once it is copied."""
+    blocks = flatten_dict(params["blocks"])
+    layers = len(next(iter(blocks.values())))
+    parts = [{} for _ in range(layers)]
+    for path, stack in blocks.items():
+        for layer, part in enumerate(parts):
+            part[path] = stack[layer]
+        if delete:
+            stack.delete()
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    return rest | {f"blocks_{layer}": unflatten_dict(part) for layer, part in enumerate(parts)}
+
+
+def stack_layers(params: dict) -> dict:
+    """Parameters for `scan_layers=True`, as files and training have them, from those of `unstack_layers`."""
+    layers = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
+    rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
+    return rest | {"blocks": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}

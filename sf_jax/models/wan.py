@@ -12,7 +12,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KeysValues, KVCache
@@ -448,20 +447,6 @@ def init_params(config: WanConfig, key: jax.Array) -> dict:
 def param_shapes(config: WanConfig) -> dict:
     """Shapes and types of the parameters."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def unstack_layers(params: dict, delete: bool = False) -> dict:
-    """Parameters for `scan_layers=False` from stacked ones; with `delete`, each stack is freed once it is copied."""
-    blocks = flatten_dict(params["blocks"])
-    layers = len(next(iter(blocks.values())))
-    parts = [{} for _ in range(layers)]
-    for path, stack in blocks.items():
-        for layer, part in enumerate(parts):
-            part[path] = stack[layer]
-        if delete:
-            stack.delete()
-    rest = {name: value for name, value in params.items() if name != "blocks"}
-    return rest | {f"blocks_{layer}": unflatten_dict(part) for layer, part in enumerate(parts)}
 
 
 def _stack(layers):
