@@ -122,3 +122,10 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             make_config(**changes)
+
+
+@pytest.mark.parametrize(("changes", "capacity"), [({}, 9), ({"prompt_switch": 1.0}, 12)], ids=["plain", "switch"])
+def test_long_rollouts_with_a_window_keep_what_the_replay_reads(changes, capacity):
+    config = make_config(rollout_frames=(12,), rollout={"window": 6}, **changes)
+    past = jax.eval_shape(lambda text: switched(config, text, jnp.arange(4)), make_batch(config)["text"])
+    assert past.cache.capacity == capacity and past.video.shape[1] == 12
