@@ -31,6 +31,7 @@ def test_every_loop_is_counted_as_often_as_it_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recomputation_and_kernels_do_not_change_the_count():
     config = small_config("distill", teacher_weights="unused")
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -415,7 +415,7 @@ def test_jobs_that_cannot_be_are_refused(changes, message):
 # Media.
 
 
-@pytest.mark.parametrize("frames", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frames", [1, pytest.param(4, marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_last_pixel_frame_becomes_an_image(model, frames):
     config, params = load_network(find_model(model).vae, "vae")
     params["decoder"]["conv_out"]["kernel"] *= 4

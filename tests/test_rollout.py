@@ -135,7 +135,11 @@ def test_the_last_chunk_has_no_clean_pass():
     assert relative(kept.k[:, :, :12], exit_kv.k) < 1e-6 and relative(cached.k[:, :, :12], exit_kv.k) > 1e-3
 
 
-@mostly_slow("window and sink", leave_out=("chunk-wise", "context noise"), exhaustive=("frame-wise", "windowed"))
+@mostly_slow(
+    "window and sink",
+    leave_out=("chunk-wise", "context noise"),
+    exhaustive=("frame-wise", "windowed", "first frame alone"),
+)
 def test_replay_equals_differentiating_through_the_scan(name):
     config, _, noise, text, draw = case(name)
     params = random_params()
@@ -361,11 +365,18 @@ TAILS = {
 }
 
 
+LONG = (pytest.mark.slow,)
+LONGEST = (pytest.mark.slow, pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
-    "cache_gradient", ["stop", *(pytest.param(c, marks=pytest.mark.slow) for c in CACHE_GRADIENTS[1:])]
-)
-@pytest.mark.parametrize(
-    "name", ["relative sink", *(pytest.param(n, marks=pytest.mark.slow) for n in TAILS if n != "relative sink")]
+    ("name", "cache_gradient"),
+    [
+        ("relative sink", "stop"),
+        pytest.param("relative sink", "write", marks=LONG),
+        pytest.param("first frame alone", "straight_through", marks=LONG),
+        *(pytest.param(name, gradient, marks=LONGEST) for name in TAILS for gradient in CACHE_GRADIENTS),
+    ],
 )
 def test_a_window_needs_only_the_newest_frames_for_its_replay(name, cache_gradient):
     config, given = TAILS[name], int(name == "first frame alone")

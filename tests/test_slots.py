@@ -34,7 +34,7 @@ def test_parameters_are_those_of_the_stacks():
     np.testing.assert_array_equal(params["blocks_1"]["ffn_in"]["bias"], random_params()["blocks"]["ffn_in"]["bias"][1])
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_outputs_taps_and_gradients_are_those_of_a_scan(remat):
     noise, text, _ = inputs(4)
     layout, params = wan.bidirectional_layout(4), random_params()
@@ -59,7 +59,12 @@ def test_outputs_taps_and_gradients_are_those_of_a_scan(remat):
 
 
 @pytest.mark.parametrize(
-    "changes", [*ROLLOUTS[:1], *(pytest.param(case, marks=pytest.mark.slow) for case in ROLLOUTS[1:])]
+    "changes",
+    [
+        ROLLOUTS[0],
+        pytest.param(ROLLOUTS[1], marks=pytest.mark.slow),
+        *(pytest.param(case, marks=(pytest.mark.slow, pytest.mark.exhaustive)) for case in ROLLOUTS[2:]),
+    ],
 )
 def test_rollouts_are_those_of_a_scan(changes):
     config = ro.RolloutConfig(**changes)

@@ -149,7 +149,9 @@ def test_average_starts_at_an_iteration_whatever_the_number_of_updates():
     chex.assert_trees_all_close(network.ema, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("stage", ["consistency", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", ["consistency", pytest.param("distill", marks=(pytest.mark.slow, pytest.mark.exhaustive))]
+)
 def test_runs_with_different_seeds_are_one_program(stage):
     texts = []
     for seed in (0, 1):
