@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sf_jax.inference.stream_state import StreamSpec, StreamState
+from sf_jax.models.slots import stack_layers
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
@@ -160,9 +161,11 @@ def _sample(leaf):
 
 def _sampled(params):
     """Some numbers of the student's parameters, of all layers."""
-    if "blocks" in params:
-        return jax.tree.map(_sample, params)
-    layers = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
-    blocks = jax.tree.map(lambda *leaves: np.stack([leaf[(slice(SAMPLE),) * leaf.ndim] for leaf in leaves]), *layers)
-    rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
-    return jax.tree.map(_sample, rest) | {"blocks": blocks}
+    if "blocks" not in params:
+        few = {name: jax.tree.map(lambda a: a[(slice(SAMPLE),) * a.ndim], params[name]) for name in _layers(params)}
+        params = stack_layers(params | few)
+    return jax.tree.map(_sample, params)
+
+
+def _layers(params):
+    return [name for name in params if name.startswith("blocks_")]
