@@ -139,12 +139,15 @@ def _discriminator(folder, arrays, meta, student, params, critic, score, config)
 
 
 def _lost_digits(arrays, name, config) -> dict[str, float]:
-    """How much larger the relative rounding error of each penalty is than that of the logits whose difference it is."""
+    """How much larger the relative rounding error of each penalty is than that of the logits whose difference it is.
+
+    Each logit rounds by itself, so the errors of both add up; the two differ by far less than either is large.
+    """
     lost = {}
     for key, kind in (("r1", "real"), ("r2", "fake")):
         weight, sigma = getattr(config, f"{key}_weight"), getattr(config, f"{key}_sigma")
         difference = sigma * np.sqrt(arrays[f"{name}_{key}"] / weight)
-        lost[key] = float(2 * np.abs(arrays[f"{name}_{kind}_logit"]).max() / difference)
+        lost[key] = float(2 * 2 * np.abs(arrays[f"{name}_{kind}_logit"]).max() / difference)
     return lost
 
 
