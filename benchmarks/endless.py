@@ -90,7 +90,7 @@ def length(pipe, times: int, samples: int) -> None:
         print(f"{name:34s}" + "".join(f"{end:8.3f}" for end in ends) + f"{ends[3] / ends[2]:8.3f}", flush=True)
 
 
-def switches(pipe, count: int, timestep: float | None) -> None:
+def switches(pipe, count: int, timestep: float | None, overshoot: float) -> None:
     """Prompts that change; `timestep` is the noise of what is computed again."""
     judge = judging.load()
     rng, chunk = np.random.default_rng(0), pipe.rollout.chunk
@@ -109,7 +109,8 @@ def switches(pipe, count: int, timestep: float | None) -> None:
             ids = [stream.join(pair[0], number=i) for i, pair in enumerate(prompts)]
             parts = [stream.step() for _ in range(BEFORE)]
             for one, pair in zip(ids, prompts, strict=True):
-                stream.prompt(one, pair[1], mode, transition, timestep if mode in ("recache", "flush") else None)
+                noise = timestep if mode in ("recache", "flush") else None
+                stream.prompt(one, pair[1], mode, transition, noise, overshoot * (mode == "swap"))
             parts += [stream.step() for _ in range(AFTER)]
             videos = np.concatenate([np.stack([part[one] for one in ids]) for part in parts], axis=1)
             first = BEFORE * chunk
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=160, help="length: videos of each row")
     parser.add_argument("--count", type=int, default=50, help="switches: of each mode")
     parser.add_argument("--context_timestep", type=float, default=None, help="switches: of 'recache' and 'flush'")
+    parser.add_argument("--overshoot", type=float, default=0.0, help="switches: of 'swap'")
     parser.add_argument("--checkpoint", default=None, help="another student of moving digits")
     args = parser.parse_args()
     pipe = sf_jax.load_pipeline(args.checkpoint)
@@ -149,7 +151,7 @@ def main() -> None:
     elif args.what == "length":
         length(pipe, args.times, args.samples)
     else:
-        switches(pipe, args.count, args.context_timestep)
+        switches(pipe, args.count, args.context_timestep, args.overshoot)
 
 
 if __name__ == "__main__":

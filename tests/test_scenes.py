@@ -27,7 +27,7 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
         ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "fade"}], "scene 2: mode is 'fade'"),
         (
             [{"time": 0, "prompt": "a 7", "mode": "swap"}],
-            "scene 1: mode, transition_chunks and context_timestep are for the scenes",
+            "scene 1: only time and prompt are for the first scene",
         ),
         ([{"time": 0, "prompt": "a 7"}, {"time": 10**400, "prompt": "a 2"}], "scene 2: time is 1000"),
         ([{"time": 1, "prompt": "a 7"}], "the first must be 0"),

@@ -246,15 +246,15 @@ def test_what_is_kept_can_be_computed_again_with_noise():
             stream.prompt(one, text(7), mode, context_timestep=timestep)
 
 
-def test_a_transition_goes_in_even_steps():
+def test_a_transition_goes_in_even_steps_and_beyond():
     pipe = bare()
     stream = sf_jax.Stream(pipe)
     one = stream.join(text(0))
     stream.step()
     for mode in ("swap", "recache", "flush"):
         old, new = stream._playing[one].embedding[0], text(MODES.index(mode) + 1)
-        stream.prompt(one, new, mode, transition_chunks=3)
-        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+        stream.prompt(one, new, mode, transition_chunks=3, overshoot=0.5 if mode == "swap" else 0.0)
+        for part in (0.25, 0.5, 0.75, *([1.5, 1.5, 1.5] if mode == "swap" else []), 1.0, 1.0):
             stream.step()
             mixed = jnp.asarray((1 - part) * old + part * new)[None]
             expected = pipe.transformer.apply({"params": pipe.params}, mixed, method="encode_text")
@@ -267,7 +267,7 @@ def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
     stream.join(PROMPTS[2])
     one = stream.join(PROMPTS[0], seed=1)
     latents(stream, one, 5)
-    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=2, context_timestep=300)
+    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=1, context_timestep=300, overshoot=0.5)
     stream.step()
     stream.save(one, tmp_path / "one.safetensors", compact=compact)
     expected = latents(stream, one, 6)
@@ -406,6 +406,8 @@ def test_mistakes_are_named(digits, folder, tmp_path):
         (lambda: stream.prompt(one, PROMPTS[1], "fade"), "mode is 'fade': it must be one of swap, recache"),
         (lambda: stream.prompt(one, PROMPTS[1], "cut", 2), "transition_chunks is 2: a cut is at once"),
         (lambda: stream.prompt(one, PROMPTS[1], "swap", -1), "transition_chunks is -1: it must be a whole number"),
+        (lambda: stream.prompt(one, PROMPTS[1], overshoot=5), "overshoot is 5: it must be a number from 0 to 4"),
+        (lambda: stream.prompt(one, PROMPTS[1], "cut", overshoot=1), "overshoot is 1: a cut has nothing to overcome"),
         (lambda: stream.step([7]), "stream 7 does not play: streams that do: 0"),
         (lambda: stream.leave("a"), "stream 'a' does not play"),
         (lambda: stream.save(5, tmp_path / "x"), "stream 5 does not play"),

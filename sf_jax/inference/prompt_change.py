@@ -7,6 +7,8 @@ import numpy as np
 from sf_jax.diffusion.schedule import TRAIN_STEPS
 
 MODES = ("swap", "recache", "flush", "cut")
+OVERSHOOT_CHUNKS = 3  # how long an embedding stays beyond the new prompt's
+MAX_OVERSHOOT = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,16 +18,14 @@ class Change:
     Attributes:
       old: float32 [1, S, D], the embedding before.
       new: float32 [1, S, D], the embedding afterwards.
-      chunks: chunks over which it changes, the one that has all of it included.
-      done: how many of them there have been.
+      weights: of the new embedding in the chunks to come, the last one 1; the old one's is the rest.
       mode: one of `MODES`.
       context_timestep: at which what is kept is computed again; None is the rollout's own, for "recache" alone.
     """
 
     old: np.ndarray
     new: np.ndarray
-    chunks: int
-    done: int
+    weights: tuple[float, ...]
     mode: str
     context_timestep: float | None = None
 
@@ -36,24 +36,45 @@ class Change:
 
     def next(self) -> tuple[np.ndarray, "Change | None"]:
         """The embedding of the next chunk, and what is left of the change."""
-        done = self.done + 1
-        if done == self.chunks:
+        weight, *rest = self.weights
+        if not rest:
             return self.new, None
-        return self.old + np.float32(done / self.chunks) * (self.new - self.old), dataclasses.replace(self, done=done)
+        embedding = self.old + np.float32(weight) * (self.new - self.old)
+        return embedding, dataclasses.replace(self, weights=tuple(rest))
 
 
-def check_context_timestep(mode: str, timestep: float | None) -> None:
-    """Refuses a noise for what is computed again that is out of range, or has no effect.
+def change_weights(transition_chunks: int, overshoot: float) -> tuple[float, ...]:
+    """Weights of the new prompt's embedding, chunk by chunk: even steps, then beyond it, then 1."""
+    steps = [i / (transition_chunks + 1) for i in range(1, transition_chunks + 1)]
+    return (*steps, *[1.0 + overshoot] * (OVERSHOOT_CHUNKS if overshoot else 0), 1.0)
+
+
+def check_change(mode: str, transition_chunks: int, context_timestep: float | None, overshoot: float) -> None:
+    """Refuses a change of prompt that is out of range, or of which a part has no effect.
 
     Raises:
-      ValueError: saying so.
+      ValueError: saying which and why.
     """
-    if timestep is None:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(MODES)}")
+    whole = isinstance(transition_chunks, (int, np.integer)) and not isinstance(transition_chunks, bool)
+    if not whole or transition_chunks < 0:
+        raise ValueError(f"transition_chunks is {transition_chunks!r}: it must be a whole number of at least 0")
+    if not _number(overshoot) or not 0 <= overshoot <= MAX_OVERSHOOT:
+        raise ValueError(f"overshoot is {overshoot!r}: it must be a number from 0 to {MAX_OVERSHOOT:g}")
+    if mode == "cut" and transition_chunks:
+        raise ValueError(f"transition_chunks is {transition_chunks}: a cut is at once, it must be 0")
+    if mode == "cut" and overshoot:
+        raise ValueError(f"overshoot is {overshoot!r}: a cut has nothing to overcome, it must be 0")
+    if context_timestep is None:
         return
     if mode not in ("recache", "flush"):
         raise ValueError(
-            f"context_timestep is {timestep!r}: with mode {mode!r} nothing is computed again, leave it out"
+            f"context_timestep is {context_timestep!r}: with mode {mode!r} nothing is computed again, leave it out"
         )
-    number = isinstance(timestep, (int, float, np.number)) and not isinstance(timestep, bool)
-    if not number or not 0 <= timestep < TRAIN_STEPS:
-        raise ValueError(f"context_timestep is {timestep!r}: it must be at least 0 and below {TRAIN_STEPS}")
+    if not _number(context_timestep) or not 0 <= context_timestep < TRAIN_STEPS:
+        raise ValueError(f"context_timestep is {context_timestep!r}: it must be at least 0 and below {TRAIN_STEPS}")
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

@@ -5,8 +5,8 @@ The file is a JSON list, a scene an entry:
     [{"time": 0, "prompt": "a 7 moving left, fast"},
      {"time": 2.5, "prompt": "a 2 moving up", "mode": "recache", "transition_chunks": 2}]
 
-`time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode`, `transition_chunks`
-and `context_timestep` are those of `Stream.prompt`, by default "swap", 0 and none.
+`time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode`, `transition_chunks`,
+`context_timestep` and `overshoot` are those of `Stream.prompt`, by default "swap", 0, none and 0.
 """
 
 import collections
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from sf_jax.inference.pipeline import VideoPipeline
-from sf_jax.inference.prompt_change import MODES, check_context_timestep
+from sf_jax.inference.prompt_change import check_change
 from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.stream import Frames, Stream, stream_spec
 
@@ -35,6 +35,7 @@ class Scene:
     mode: str = "swap"
     transition_chunks: int = 0
     context_timestep: float | None = None
+    overshoot: float = 0.0
 
     def __post_init__(self):
         """Validates types and ranges."""
@@ -42,14 +43,7 @@ class Scene:
             raise ValueError(f"time is {self.time!r}: it must be a number of seconds, at least 0 and below {LONGEST:g}")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt is {self.prompt!r}: it must be a text")
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}: it must be one of {', '.join(MODES)}")
-        count = self.transition_chunks
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"transition_chunks is {count!r}: it must be a whole number of at least 0")
-        if count and self.mode == "cut":
-            raise ValueError(f"transition_chunks is {count}: a cut is at once, it must be 0")
-        check_context_timestep(self.mode, self.context_timestep)
+        check_change(self.mode, self.transition_chunks, self.context_timestep, self.overshoot)
 
 
 def read_schedule(path: str | Path) -> tuple[Scene, ...]:
@@ -76,7 +70,7 @@ def read_schedule(path: str | Path) -> tuple[Scene, ...]:
             raise ValueError(f"schedule: {path}, scene {number}: {error}") from error
     if set(entries[0]) - {"time", "prompt"}:
         raise ValueError(
-            f"schedule: {path}, scene 1: mode, transition_chunks and context_timestep are for the scenes behind it"
+            f"schedule: {path}, scene 1: only time and prompt are for the first scene, the rest for later ones"
         )
     times = [scene.time for scene in scenes]
     if times[0] != 0 or any(later <= earlier for earlier, later in zip(times[:-1], times[1:], strict=True)):
@@ -176,7 +170,9 @@ def _ahead(pipe, stream: Stream, ids: Sequence[int], starts: dict[int, Scene]) -
         if index in starts:
             scene = starts[index]
             for one in ids:
-                stream.prompt(one, scene.prompt, scene.mode, scene.transition_chunks, scene.context_timestep)
+                fields = dataclasses.asdict(scene)
+                del fields["time"]
+                stream.prompt(one, **fields)
         ready.append(stream.step())
         shown, index = shown + ready[-1].count(ids[0]), index + 1
         if jax.default_backend() == "cpu" or len(ready) > 1:

@@ -19,7 +19,7 @@ import numpy as np
 
 from sf_jax.inference import programs, stream_files, stream_state
 from sf_jax.inference.pipeline import VideoPipeline
-from sf_jax.inference.prompt_change import MODES, Change, check_context_timestep
+from sf_jax.inference.prompt_change import Change, change_weights, check_change
 from sf_jax.inference.sampling import Sampling, example_numbers
 from sf_jax.inference.stream_frames import Frames
 from sf_jax.inference.stream_memory import check_memory, check_slots
@@ -155,6 +155,7 @@ class Stream:
         mode: str = "swap",
         transition_chunks: int = 0,
         context_timestep: float | None = None,
+        overshoot: float = 0.0,
     ) -> None:
         """Changes the prompt of a stream, from its next chunk on.
 
@@ -173,23 +174,19 @@ class Stream:
           context_timestep: in [0, 1000), for "recache" and "flush": what is kept is computed again with the noise of
             this timestep, and tells less of what was shown. None is the rollout's own for "recache"; "flush" then
             computes nothing again.
+          overshoot: in the first three chunks that have all of the new prompt, its embedding lies this much farther
+            from the old one's, in units of their distance; a network that holds on to what it has shown follows sooner.
 
         Raises:
           ValueError: on an unknown id or mode, or a prompt that cannot be embedded.
         """
         playing = self._of(stream)
-        if not isinstance(mode, str) or mode not in MODES:
-            raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(MODES)}")
-        check_context_timestep(mode, context_timestep)
+        check_change(mode, transition_chunks, context_timestep, overshoot)
         if mode == "recache" or context_timestep is not None:
             self._check_recache(f"mode is {mode!r}")
-        whole = isinstance(transition_chunks, (int, np.integer)) and not isinstance(transition_chunks, bool)
-        if not whole or transition_chunks < 0:
-            raise ValueError(f"transition_chunks is {transition_chunks!r}: it must be a whole number of at least 0")
-        if mode == "cut" and transition_chunks:
-            raise ValueError(f"transition_chunks is {transition_chunks}: a cut is at once, it must be 0")
         new, timestep = self._embedded(prompt), None if context_timestep is None else float(context_timestep)
-        playing.change = Change(playing.embedding, new, int(transition_chunks) + 1, 0, mode, timestep)
+        weights = change_weights(int(transition_chunks), float(overshoot))
+        playing.change = Change(playing.embedding, new, weights, mode, timestep)
         if mode == "flush":
             self.state = self._run(stream_state.flush, self.spec, self.state, np.int32(playing.slot))
             sizes, sink = self._kept_sizes(playing), self.spec.rollout.sink
@@ -257,7 +254,7 @@ class Stream:
         host = {"frames": playing.frames, "position": playing.position, "sizes": self._kept_sizes(playing)}
         embeddings, change = playing.embedding, playing.change
         if change is not None:
-            host |= {"change": [change.chunks, change.done, change.mode, change.context_timestep]}
+            host |= {"change": [list(change.weights), change.mode, change.context_timestep]}
             embeddings = np.concatenate([embeddings, change.old, change.new])
         stream_files.write(_path(path), self.spec, self._weights, one, host, embeddings, compact)
 
@@ -273,9 +270,9 @@ class Stream:
         playing = _Playing(slot, self.pipe.embed(embeddings[:1]), fresh=bool(one.fresh[0]))
         playing.frames, playing.position, playing.sizes = host["frames"], host["position"], host["sizes"]
         if "change" in host:
-            chunks, done, mode, timestep = host["change"]
+            weights, mode, timestep = host["change"]
             old, new = (self.pipe.embed(embeddings[i : i + 1]) for i in (1, 2))
-            playing.change = Change(old, new, chunks, done, mode, timestep)
+            playing.change = Change(old, new, tuple(weights), mode, timestep)
         self._change("insert", slot, one)
         self._change("set_text", slot, self._keys_values(playing.embedding))
         if compact:

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from sf_jax.inference.prompt_change import MAX_OVERSHOOT, MODES
 from sf_jax.inference.stream_state import StreamSpec, StreamState
 from sf_jax.models.slots import stack_layers
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
-FORMAT = "sf_jax stream 2"
+FORMAT = "sf_jax stream 3"
 KEYS_VALUES = ("k", "v")
 SAMPLE = 4  # entries of every axis but the first, that of the layers, which the digest reads
 
@@ -122,8 +123,14 @@ def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray)
     rows, change = 1, host.get("change") if good else None
     if change is not None:
         rows = 3
-        good = isinstance(change, list) and len(change) == 4 and whole(change[:2]) and isinstance(change[2], str)
-        good = good and change[1] < change[0] and isinstance(change[3], (int, float, type(None)))
+        good = isinstance(change, list) and len(change) == 3 and isinstance(change[0], list) and change[1] in MODES
+        good = (
+            good
+            and change[0]
+            and change[0][-1] == 1
+            and all(type(w) is float and 0 < w <= 1 + MAX_OVERSHOOT for w in change[0])
+        )
+        good = good and isinstance(change[2], (int, float, type(None)))
     if not good or embeddings.ndim != 3 or len(embeddings) != rows:
         raise ValueError(f"path: {path} is damaged (its counters do not fit its frames)")
 

@@ -1,0 +1,156 @@
+"""Messages of the WebSocket: what clients may say, and the words for what they did wrong.
+
+Names and meaning follow vLLM-Omni's `/v1/realtime/video`, so that clients can be shared; docs/serve.md has the table.
+"""
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+MAX_PROMPT = 2000  # characters
+MAX_MESSAGE = 16 * 2**10  # bytes
+MAX_FRAMES = 2**31
+ERROR_LENGTH = 300  # characters of a message to a client
+
+# Codes with which a WebSocket is closed (RFC 6455 and its registry).
+NORMAL, POLICY, TOO_BIG, BROKEN, RESTART, LATER = 1000, 1008, 1009, 1011, 1012, 1013
+
+
+class RequestError(ValueError):
+    """A message that is refused.
+
+    Attributes:
+      code: a word for programs.
+      event_id: of the interaction that it is about.
+    """
+
+    def __init__(self, code: str, message: str, event_id: str | None = None):
+        """See the class."""
+        super().__init__(message[:ERROR_LENGTH])
+        self.code, self.event_id = code, event_id
+
+    def message(self, request_id: str | None = None) -> dict[str, Any]:
+        """What the client is told."""
+        ids = {"request_id": request_id, "event_id": self.event_id}
+        return {"type": "error", "code": self.code, "message": str(self)} | {k: v for k, v in ids.items() if v}
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _prompt(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if any(ord(c) < 32 and c not in "\n\t" for c in value):
+        raise ValueError("must not have control characters")
+    return value.strip()
+
+
+class SessionStart(_Message):
+    """Begins the one video of a connection."""
+
+    type: Literal["session.start"]
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT)]
+    model: Annotated[str, Field(max_length=200)] | None = None
+    format: Literal["m4s", "jpeg"] = "m4s"
+    width: int | None = None
+    height: int | None = None
+    fps: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
+    num_frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+    _checked = field_validator("prompt")(_prompt)
+
+
+class PromptEvent(_Message):
+    """What an interaction changes."""
+
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT)]
+
+    _checked = field_validator("prompt")(_prompt)
+
+
+class Interaction(_Message):
+    """A change of the prompt. `mode`, `context_timestep` and `overshoot` are those of `sf_jax.Stream.prompt`."""
+
+    event: PromptEvent
+    event_id: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    transition_chunks: Annotated[int, Field(ge=0, le=100)] = 0
+    mode: Literal["swap", "recache", "flush", "cut"] | None = None
+    context_timestep: Annotated[float, Field(ge=0, lt=1000, allow_inf_nan=False)] | None = None
+    overshoot: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] | None = None
+
+
+class SessionInteraction(_Message):
+    """Changes the prompt from the next chunk on that is not made yet."""
+
+    type: Literal["session.interaction"]
+    interaction: Interaction
+
+
+class SessionControl(_Message):
+    """Pauses, goes on, asks for a sign of life, or ends the video."""
+
+    type: Literal["session.pause", "session.resume", "session.ping", "session.stop"]
+
+
+Message = SessionStart | SessionInteraction | SessionControl
+_MESSAGES = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+def parse(text: str) -> Message:
+    """Reads a client's message.
+
+    Raises:
+      RequestError: naming the field and what is allowed there.
+    """
+    if len(text) > MAX_MESSAGE:
+        raise RequestError("too_large", f"the message has {len(text)} characters: at most {MAX_MESSAGE} are read")
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("invalid_json", f"the message is no JSON ({error})") from error
+    event_id = None
+    if isinstance(value, dict) and isinstance(value.get("interaction"), dict):
+        event_id = value["interaction"].get("event_id")
+        event_id = event_id if isinstance(event_id, str) and len(event_id) <= 100 else None
+    try:
+        return _MESSAGES.validate_python(value)
+    except ValidationError as error:
+        raise RequestError("invalid_message", explain(error), event_id) from error
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, in a line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    names = [str(part) for part in first["loc"] if str(part) not in ("session.start", "session.interaction")]
+    text = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return f"{'.'.join(names) or 'the message'}: {text[:1].lower() + text[1:]}"
+
+
+@dataclasses.dataclass
+class RateLimit:
+    """So many tokens at once, and so many more a second.
+
+    Attributes:
+      burst: how many at once.
+      rate: how many a second.
+    """
+
+    burst: float
+    rate: float
+    _left: float | None = None
+    _at: float = 0.0
+
+    def allows(self, now: float) -> bool:
+        """Takes a token, if there is one; `now` in seconds."""
+        left = self.burst if self._left is None else min(self.burst, self._left + (now - self._at) * self.rate)
+        self._at, self._left = now, left - 1 if left >= 1 else left
+        return left >= 1
