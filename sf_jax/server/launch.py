@@ -1,0 +1,155 @@
+"""Runs the app on uvicorn: the address, the signals, and the end."""
+
+import dataclasses
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import uvicorn
+
+from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.server import protocol
+from sf_jax.server.app import Service, make_app
+from sf_jax.server.engine import Engine
+from sf_jax.server.guard import Rules
+from sf_jax.server.metrics import make_metrics
+from sf_jax.server.sessions import Limits, Playback
+
+DIGITS_EXAMPLES = ("a 7 moving left, fast", "a 2 moving up", "a 5 moving down and right, slowly", "a 0 moving right")
+WAN_EXAMPLES = (
+    "A red fox walks through fresh snow in a birch forest, soft morning light.",
+    "Waves roll onto a black beach under a stormy sky, seen from above.",
+    "A paper boat drifts down a rain-filled street, city lights in the water.",
+)
+PING = 4.0  # seconds between two signs of life, and as many until a client is gone
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Where the server listens and whom it answers.
+
+    Attributes:
+      host: address to listen on.
+      port: port to listen on; 0 takes a free one.
+      token: that requests need; None asks for none.
+      hosts: names under which browsers may reach it; None is any.
+      origins: of other pages that may use it.
+      proxies: whose X-Forwarded-For is believed.
+      drain: seconds that streams go on behind SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    hosts: tuple[str, ...] | None = None
+    origins: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
+    drain: float = 20.0
+
+
+def service_of(
+    load: Callable[[], VideoPipeline],
+    launch: Launch,
+    *,
+    fps: float,
+    scale: int,
+    lifetime: float = 3600.0,
+    name: str = "sf_jax",
+    **options,
+) -> Service:
+    """A service of a pipeline; `options` are those of `Engine`."""
+    metrics = make_metrics()
+    return Service(
+        engine=Engine(load, metrics, **options),
+        playback=Playback(fps, scale),
+        limits=Limits(lifetime=lifetime),
+        rules=Rules(launch.token, launch.origins, launch.hosts),
+        name=name,
+        examples=DIGITS_EXAMPLES if name == "moving digits" else WAN_EXAMPLES,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Lets streams go on for a while when the process is asked to end."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain: float):
+        super().__init__(config)
+        self._engine, self._drain, self._asked = engine, drain, False
+
+    def handle_exit(self, sig: int, frame) -> None:
+        """SIGTERM and SIGINT: the first drains, the second ends."""
+        if self._asked:
+            self.should_exit = True
+            return
+        self._asked = True
+        self._engine.drain()
+        threading.Thread(target=self._end, name="drain", daemon=True).start()
+
+    def _end(self) -> None:
+        until = time.monotonic() + self._drain
+        while self._engine.used and time.monotonic() < until and not self.should_exit:
+            time.sleep(0.05)
+        if self._engine.used:
+            self._engine.end_all()
+            time.sleep(0.5)  # for the clients to be told
+        self.should_exit = True
+
+
+def serve(service: Service, launch: Launch) -> None:
+    """Serves until the process is asked to end.
+
+    Raises:
+      ValueError: if the address cannot be listened on, or the pipeline cannot be loaded.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    began = time.monotonic()
+    listener = _listener(launch)
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        make_app(service),
+        access_log=False,  # an address may hold the token
+        log_level="warning",
+        server_header=False,
+        proxy_headers=bool(launch.proxies),
+        forwarded_allow_ips=list(launch.proxies),
+        ws="websockets-sansio",
+        ws_max_size=protocol.MAX_MESSAGE,
+        ws_ping_interval=PING,
+        ws_ping_timeout=PING,
+        ws_per_message_deflate=False,  # video does not shrink
+        limit_concurrency=2 * service.rules.connections,
+        timeout_graceful_shutdown=5,
+    )
+    server = _Server(config, service.engine, launch.drain)
+    shown = f"[{host}]" if ":" in host else host
+    query = f"?token={launch.token}" if launch.token else ""
+    print(f"serving http://{shown}:{port}/{query}", flush=True)
+
+    def watch():
+        engine = service.engine
+        engine.ready.wait()
+        if engine.error is not None:
+            server.should_exit = True
+            return
+        print(
+            f"{engine.pipe.describe()}\nready after {time.monotonic() - began:.1f} s: {engine.slots} slots", flush=True
+        )
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
+    server.run(sockets=[listener])
+    if service.engine.error is not None:
+        raise service.engine.error
+    print("ended", flush=True)
+
+
+def _listener(launch: Launch) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(launch.host.strip("[]"), launch.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"host {launch.host}, port {launch.port}: cannot listen there ({error.strerror})") from error
+    return listener

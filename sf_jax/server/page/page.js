@@ -1,0 +1,320 @@
+// The page of sf_jax.serve: one WebSocket a video, H.264 fragments into Media Source Extensions, JPEGs where those fail.
+const $ = (id) => document.getElementById(id);
+const KEPT_SECONDS = 60;
+const RETRY_MS = 1500;
+const LAG_SECONDS = 1.5; // a viewer that is farther behind the newest frame jumps forward
+
+let info = null; // what the server makes
+let session = null; // the video that plays
+
+class Session {
+  constructor(prompt, seed, format) {
+    Object.assign(this, { prompt, seed, format, paused: false, over: false, sent: new Map(), kept: [], metadata: null });
+    const url = new URL("v1/realtime/video", location.href);
+    url.protocol = url.protocol.replace("http", "ws");
+    url.search = url.hash = "";
+    this.socket = new WebSocket(url);
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onopen = () => this.send({ type: "session.start", prompt, format, ...(seed === null ? {} : { seed }) });
+    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.control(JSON.parse(data)) : this.media(data));
+    this.socket.onclose = ({ code }) => this.closed(code);
+  }
+
+  send(message) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+  }
+
+  interact(prompt, options) {
+    const event_id = `prompt-${this.sent.size + 1}`;
+    this.sent.set(event_id, prompt);
+    this.send({ type: "session.interaction", interaction: { event_id, event: { prompt }, ...options } });
+  }
+
+  control(message) {
+    switch (message.type) {
+      case "session.queued":
+        say(`All streams are taken: you are number ${message.position} in line.`);
+        break;
+      case "video.start":
+        this.config = message.config;
+        $("seed").placeholder = `random (now ${message.config.seed})`;
+        this.player = this.format === "m4s" ? new Mse(message.config.mime_type, this) : new Jpegs(message.config);
+        remember(this.prompt, 0);
+        say("Playing.");
+        break;
+      case "video.chunk_metadata":
+        this.metadata = message;
+        show(message, this.config);
+        for (const id of message.started_event_ids) {
+          remember(this.sent.get(id) ?? id, message.generation_chunk_index);
+          say(`New prompt from chunk ${message.generation_chunk_index} on.`);
+        }
+        break;
+      case "session.interaction.queued":
+        say("Received; it takes effect with the next chunk.");
+        break;
+      case "session.done":
+        this.over = true;
+        say({ completed: "The video is complete.", stopped: "Stopped.", lifetime: "The stream's time is over.",
+          shutdown: "The server is going down; try again in a minute." }[message.reason] ?? "Ended.");
+        break;
+      case "error":
+        fail(message.message + (message.retry_after ? ` (again in ${message.retry_after} s)` : ""));
+        break;
+    }
+  }
+
+  media(bytes) {
+    if (!this.player || !this.metadata) return;
+    const { num_frames } = this.metadata;
+    this.player.add(bytes, this.metadata);
+    if (this.format === "m4s") {
+      this.kept.push({ bytes, seconds: num_frames / this.config.fps });
+      let seconds = this.kept.reduce((sum, part) => sum + part.seconds, 0);
+      while (this.kept.length > 1 && seconds - this.kept[0].seconds >= KEPT_SECONDS) {
+        const first = this.kept.shift();
+        seconds -= first.seconds;
+        if (first.bytes.head) continue;
+        this.head ??= header(first.bytes);
+      }
+      $("download").disabled = false;
+    }
+    curtain("");
+  }
+
+  closed(code) {
+    if (session === this) {
+      if (!this.over && code !== 1000 && !$("error").textContent) fail("The connection is lost. Press Start to begin again.");
+      buttons(false);
+      if (this.over || code !== 1000) curtain($("status").textContent || "Ended.");
+    }
+    this.player?.end();
+  }
+
+  pause(paused) {
+    this.paused = paused;
+    this.send({ type: paused ? "session.pause" : "session.resume" });
+    this.player?.pause(paused);
+    $("pause").textContent = paused ? "Go on" : "Pause";
+    say(paused ? "Paused." : "Playing.");
+  }
+
+  stop() {
+    this.send({ type: "session.stop" });
+  }
+
+  leave() {
+    this.over = true;
+    this.socket.onclose = null;
+    this.socket.close(1000);
+    this.player?.end();
+  }
+}
+
+// The boxes before the first fragment: what every part of the video needs.
+function header(bytes) {
+  const view = new DataView(bytes);
+  let place = 0;
+  while (place < bytes.byteLength && view.getUint32(place + 4) !== 0x6d6f6f66) place += view.getUint32(place);
+  return bytes.slice(0, place);
+}
+
+class Mse {
+  constructor(mime, owner) {
+    this.owner = owner;
+    this.video = $("video");
+    this.video.hidden = false;
+    $("canvas").hidden = true;
+    this.waiting = [];
+    this.source = new MediaSource();
+    this.url = URL.createObjectURL(this.source);
+    this.video.src = this.url;
+    this.source.addEventListener("sourceopen", () => {
+      this.buffer = this.source.addSourceBuffer(mime);
+      this.buffer.addEventListener("updateend", () => this.pump());
+      this.pump();
+    }, { once: true });
+    this.video.onerror = () => {
+      if (!owner.over && session === owner) begin("jpeg");
+    };
+  }
+
+  add(bytes) {
+    this.waiting.push(bytes);
+    this.pump();
+  }
+
+  pump() {
+    const { buffer, video } = this;
+    if (!buffer || buffer.updating || this.source.readyState !== "open") return;
+    if (this.waiting.length) {
+      try {
+        buffer.appendBuffer(this.waiting.shift());
+      } catch (error) {
+        fail(`The browser cannot play the video (${error.name}).`);
+      }
+      return;
+    }
+    const ranges = buffer.buffered;
+    if (!ranges.length) return;
+    const newest = ranges.end(ranges.length - 1);
+    if (video.currentTime < ranges.start(0)) video.currentTime = ranges.start(0);
+    const chunk = info.chunk_frames / this.owner.config.fps;
+    if (!this.owner.paused && newest - video.currentTime > LAG_SECONDS + 4 * chunk) video.currentTime = newest - 2 * chunk;
+    if (video.paused && !this.owner.paused) video.play().catch(() => say("Press the video to play it."));
+    if (video.currentTime - ranges.start(0) > 20) buffer.remove(0, video.currentTime - 10);
+  }
+
+  pause(paused) {
+    if (paused) this.video.pause();
+    else this.video.play().catch(() => {});
+  }
+
+  end() {
+    if (this.source.readyState === "open" && this.buffer && !this.buffer.updating && !this.waiting.length) this.source.endOfStream();
+  }
+}
+
+class Jpegs {
+  constructor(config) {
+    this.config = config;
+    this.frames = [];
+    this.canvas = $("canvas");
+    this.canvas.hidden = false;
+    $("video").hidden = true;
+    [this.canvas.width, this.canvas.height] = [config.width, config.height];
+    this.context = this.canvas.getContext("2d");
+    this.timer = setInterval(() => this.draw(), 1000 / config.fps);
+  }
+
+  async add(bytes, { frame_lengths }) {
+    let place = 0;
+    const blobs = frame_lengths.map((length) => new Blob([bytes.slice(place, (place += length))], { type: "image/jpeg" }));
+    for (const blob of blobs) this.frames.push(await createImageBitmap(blob));
+  }
+
+  draw() {
+    const most = 2 * info.chunk_frames + this.config.fps * LAG_SECONDS;
+    while (this.frames.length > most) this.frames.shift().close();
+    if (this.stopped || !this.frames.length) return;
+    const frame = this.frames.shift();
+    this.context.drawImage(frame, 0, 0);
+    frame.close();
+  }
+
+  pause(paused) {
+    this.stopped = paused;
+  }
+
+  end() {
+    setTimeout(() => clearInterval(this.timer), 2000);
+  }
+}
+
+const say = (text) => { $("status").textContent = text; };
+const fail = (text) => { $("error").textContent = text; };
+const curtain = (text) => { $("curtain").textContent = text; };
+
+function show(chunk, config) {
+  $("size").textContent = `${config.width} × ${config.height}`;
+  $("fps").textContent = `${config.fps} FPS`;
+  $("time").textContent = `${Math.round(chunk.chunk_seconds * 1000)} ms`;
+  $("ahead").textContent = chunk.chunks_ahead.toFixed(1) + (chunk.dropped ? ` (${chunk.dropped} left out)` : "");
+  $("chunk").textContent = chunk.generation_chunk_index;
+}
+
+function remember(prompt, chunk) {
+  const item = document.createElement("li");
+  const when = document.createElement("span");
+  when.textContent = ` from chunk ${chunk}`;
+  item.append(prompt, when);
+  $("history").prepend(item);
+}
+
+function buttons(playing) {
+  for (const id of ["pause", "stop", "restart"]) $(id).disabled = !playing;
+  if (!playing && session) $("restart").disabled = false;
+  $("start").textContent = playing ? "Change the prompt" : "Start";
+  $("pause").textContent = "Pause";
+}
+
+function number(id) {
+  return $(id).value.trim() === "" ? null : Number($(id).value);
+}
+
+function begin(format) {
+  const prompt = $("prompt").value.trim();
+  if (!prompt) return $("prompt").focus();
+  fail("");
+  session?.leave();
+  $("history").replaceChildren();
+  $("download").disabled = true;
+  curtain("Starting …");
+  say("");
+  session = new Session(prompt, number("seed"), format ?? (playable() ? "m4s" : "jpeg"));
+  buttons(true);
+}
+
+function playable() {
+  return !new URLSearchParams(location.search).has("jpeg") && "MediaSource" in window && MediaSource.isTypeSupported(info.mime_type);
+}
+
+function change() {
+  const options = { mode: $("mode").value, transition_chunks: number("transition") ?? 0 };
+  if (number("noise") !== null && ["recache", "flush"].includes(options.mode)) options.context_timestep = number("noise");
+  fail("");
+  session.interact($("prompt").value.trim(), options);
+}
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (session && !session.over && session.socket.readyState <= WebSocket.OPEN) change();
+  else begin();
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+});
+$("video").addEventListener("keydown", (event) => {
+  if (event.key === " " && session && !session.over) {
+    event.preventDefault();
+    session.pause(!session.paused);
+  }
+});
+$("video").addEventListener("click", () => $("video").play().catch(() => {}));
+$("pause").addEventListener("click", () => session.pause(!session.paused));
+$("stop").addEventListener("click", () => session.stop());
+$("restart").addEventListener("click", () => begin());
+$("download").addEventListener("click", () => {
+  const parts = session.kept.map((part) => part.bytes);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([...(session.head ? [session.head] : []), ...parts], { type: "video/mp4" }));
+  link.download = "self-forcing.mp4";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+});
+
+async function connect() {
+  const response = await fetch("v1/info").catch(() => null);
+  if (!response?.ok) {
+    $("model").textContent = response?.status === 503 ? "The model is being loaded and compiled …" : "The server does not answer.";
+    setTimeout(connect, RETRY_MS);
+    return;
+  }
+  info = await response.json();
+  $("model").textContent = info.model;
+  $("model").title = info.description;
+  $("prompt").maxLength = info.max_prompt;
+  $("prompt").value ||= info.examples[0] ?? "";
+  for (const option of [...$("mode").options]) if (!info.modes.includes(option.value)) option.remove();
+  for (const example of info.examples) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = example;
+    button.addEventListener("click", () => { $("prompt").value = example; $("prompt").focus(); });
+    $("examples").append(button);
+  }
+  $("start").disabled = false;
+}
+
+$("start").disabled = true;
+connect();
