@@ -146,6 +146,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             "chunk_frames": pipe.rollout.chunk * pipe.temporal_factor,
             "mime_type": media.CODEC,
             "modes": [mode for mode in MODES if mode != "recache" or pipe.rollout.context != "noisy"],
+            "default": {"mode": service.engine.mode, "context_timestep": service.engine.context_timestep},
             "slots": service.engine.slots,
             "examples": list(service.examples),
             "max_prompt": protocol.MAX_PROMPT,

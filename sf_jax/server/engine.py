@@ -134,6 +134,8 @@ class Engine:
         waiting: int = 16,
         ahead: float = 2.0,
         memory: int | None = None,
+        mode: str = "swap",
+        context_timestep: float | None = None,
     ):
         """Nothing is loaded before `start`.
 
@@ -144,7 +146,10 @@ class Engine:
           waiting: sessions that may wait for a slot.
           ahead: chunks that are made before they are played.
           memory: see `Stream`.
+          mode: of a new prompt, where the client does not say.
+          context_timestep: with that mode.
         """
+        self.mode, self.context_timestep = mode, context_timestep
         self._load, self.metrics, self.slots, self.waiting, self.ahead = load, metrics, slots, waiting, ahead
         self._memory = memory
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -300,14 +305,16 @@ class Engine:
             return
         # a transition of one chunk reaches its end in the first: the protocol's 0 and 1 are the same
         blends = max(0, interaction.transition_chunks - 1)
-        overshoot = interaction.overshoot or 0.0
+        overshoot, mode, timestep = interaction.overshoot or 0.0, interaction.mode, interaction.context_timestep
+        if mode is None:
+            mode, timestep = self.mode, self.context_timestep if timestep is None else timestep
         try:
             self._stream.prompt(
                 session.stream,
                 interaction.event.prompt,
-                interaction.mode or "swap",
+                mode,
                 transition_chunks=blends,
-                context_timestep=interaction.context_timestep,
+                context_timestep=timestep,
                 overshoot=overshoot,
             )
         except BaseException as error:  # a tokenizer's panic is no Exception
@@ -333,7 +340,6 @@ class Engine:
     def _fail(self, session: Session, error: RequestError) -> None:
         if not session.over:
             self._forget(session)
-            self.metrics.refused.labels(error.code).inc()
             session.send(Failed(error, ends=True))
 
     def _forget(self, session: Session) -> None:

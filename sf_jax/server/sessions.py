@@ -210,7 +210,6 @@ class Connection:
             except WebSocketDisconnect:
                 return protocol.NORMAL
             except RequestError as error:
-                self.engine.metrics.refused.labels(error.code).inc()
                 fatal = error.code == "too_many_messages"
                 self.outbox.put(engine.Failed(error, ends=fatal))
                 if fatal:
@@ -268,6 +267,7 @@ class Connection:
             case engine.Started():
                 await self._send_json(self._started())
             case engine.Failed(error, ends):
+                self.engine.metrics.refused.labels(error.code).inc()
                 message = error.message(self.request_id)
                 if error.code == "busy":
                     message["retry_after"] = self.engine.retry_after()

@@ -306,6 +306,8 @@ async function connect() {
   $("prompt").maxLength = info.max_prompt;
   $("prompt").value ||= info.examples[0] ?? "";
   for (const option of [...$("mode").options]) if (!info.modes.includes(option.value)) option.remove();
+  $("mode").value = info.default.mode;
+  $("noise").value = info.default.context_timestep ?? "";
   for (const example of info.examples) {
     const button = document.createElement("button");
     button.type = "button";
