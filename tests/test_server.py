@@ -312,6 +312,22 @@ def test_nothing_comes_while_paused(client):
         assert len(chunks(until(socket, "session.pong"))) <= 4
 
 
+def test_a_viewer_who_tells_where_it_is_is_not_overtaken(client):
+    with session(client, fps=60, streaming_buffer_seconds=0.1) as socket:
+        messages = until(socket, "video.start")
+        for position in (0.0, 0.1, 0.2):
+            time.sleep(0.3)
+            socket.send_json({"type": "session.playback", "position_seconds": position})
+            time.sleep(0.2)
+            socket.send_json({"type": "session.ping"})
+            messages += until(socket, "session.pong")
+            made = sum(a["num_frames"] for a, _ in chunks(messages)) / 60
+            assert position + 0.1 <= made <= position + 0.1 + 2 * 3 / 60, (position, made)
+    with session(client) as socket:
+        socket.send_json({"type": "session.playback", "position_seconds": 1.0})
+        assert "streaming_buffer_seconds" in until(socket, "error")[-1]["message"]
+
+
 def test_errors_of_one_stream_are_its_own(client, service):
     with session(client, num_frames=9) as good:
         for fields, code in (({"prompt": "a cat"}, "invalid_prompt"), ({"width": 7}, "invalid_message")):
@@ -368,11 +384,11 @@ def test_a_stream_among_others_has_the_same_bytes(client):
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ({}, 422, "prompt: Field required"),
+        ({}, 422, "prompt: field required"),
         ({"prompt": "a 7", "num_frames": 10**6}, 400, "num_frames is 1000000: at most 960"),
         ({"prompt": "a cat"}, 400, "unknown word 'cat'"),
         ({"prompt": "a 7", "seed": 2**40}, 422, "seed: "),
-        ({"prompt": "a 7", "path": "/etc/passwd"}, 422, "path: Extra inputs"),
+        ({"prompt": "a 7", "path": "/etc/passwd"}, 422, "path: extra inputs"),
         ([1], 422, ""),
     ],
 )

@@ -72,7 +72,7 @@ class VideoRequest(BaseModel):
     """A video to be made."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: Annotated[str, Field(max_length=protocol.MAX_PROMPT)]
+    prompt: Annotated[str, Field(min_length=1, max_length=protocol.MAX_PROMPT)]
     num_frames: Annotated[int, Field(ge=1, le=protocol.MAX_FRAMES)] = 48
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     fps: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
@@ -165,9 +165,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         service.engine.metrics.refused.labels("invalid_request").inc()
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        text = f"{place}: {first['msg']}"[: protocol.ERROR_LENGTH]
+        text = protocol.explain(error.errors())[: protocol.ERROR_LENGTH]
         return JSONResponse({"error": {"code": "invalid_request", "message": text}}, 422)
 
 

@@ -85,6 +85,8 @@ class Session:
       send: takes events, in the engine's thread; it must not block.
       wants_more: whether the client can take another chunk; None plays in real time.
       lifetime: seconds after which it ends.
+      buffer: seconds that are made ahead of `position`, where the viewer tells it; None plays in real time.
+      position: seconds that the viewer has played, by its own account.
     """
 
     request_id: str
@@ -95,6 +97,8 @@ class Session:
     send: Callable[[Any], None]
     wants_more: Callable[[], bool] | None = None
     lifetime: float = math.inf
+    buffer: float | None = None
+    position: float = 0.0
     asked: float = dataclasses.field(default_factory=time.monotonic)
     admitted: float | None = None
     stream: int | None = None
@@ -109,6 +113,12 @@ class Session:
 
     def lead(self, now: float) -> float:
         """Seconds of video that the viewer has not played."""
+        if self.buffer is not None:
+            return self.frames / self.fps - self.position
+        return self._real_lead(now)
+
+    def _real_lead(self, now: float) -> float:
+        """The same, of a viewer who plays in real time."""
         if self.clock is None:
             return 0.0
         return self.frames / self.fps - ((self.paused_at or now) - self.clock)
@@ -119,7 +129,10 @@ class Session:
             return math.inf
         if self.wants_more is not None:
             return 0.0 if self.wants_more() else math.inf
-        return self.lead(now) - ahead
+        if self.buffer is None:
+            return self.lead(now) - ahead
+        # a viewer who claims to play faster than in real time gets no more for it
+        return max(0.0, self._real_lead(now) - self.buffer - ahead) if self.lead(now) < self.buffer else math.inf
 
 
 class Engine:
@@ -206,6 +219,10 @@ class Engine:
     def pause(self, session: Session, paused: bool) -> None:
         """Stops making chunks of a session, or goes on."""
         self._commands.put(lambda: self._pause(session, paused))
+
+    def play(self, session: Session, position: float) -> None:
+        """Tells how many seconds of its video a viewer has played."""
+        self._commands.put(lambda: self._play(session, position))
 
     def end(self, session: Session, reason: str = "stopped") -> None:
         """Ends a session; its slot is free."""
@@ -332,6 +349,9 @@ class Engine:
                 session.clock += now - session.paused_at
             session.paused_at, session.last = None, None
 
+    def _play(self, session: Session, position: float) -> None:
+        session.position = max(session.position, min(position, session.frames / session.fps))
+
     def _end(self, session: Session, reason: str) -> None:
         if not session.over:
             self._forget(session)
@@ -413,7 +433,7 @@ class Engine:
             metrics.first_chunk.observe(now - session.asked)
         elif session.wants_more is None:
             late = -session.lead(now)
-            if late > 0:
+            if late >= 0:
                 session.clock += late
                 metrics.underruns.inc()
             else:

@@ -23,6 +23,7 @@ WAN_EXAMPLES = (
     "Waves roll onto a black beach under a stormy sky, seen from above.",
     "A paper boat drifts down a rain-filled street, city lights in the water.",
 )
+SEND_BUFFER = 2**17  # bytes that wait in the kernel for a slow viewer
 PING = 4.0  # seconds between two signs of life, and as many until a client is gone
 
 
@@ -149,6 +150,7 @@ def _listener(launch: Launch) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(launch.host.strip("[]"), launch.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         listener.bind(address)
     except OSError as error:
         raise ValueError(f"host {launch.host}, port {launch.port}: cannot listen there ({error.strerror})") from error

@@ -5,6 +5,7 @@ Names and meaning follow vLLM-Omni's `/v1/realtime/video`, so that clients can b
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -53,7 +54,7 @@ class SessionStart(_Message):
     """Begins the one video of a connection."""
 
     type: Literal["session.start"]
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT)]
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
     model: Annotated[str, Field(max_length=200)] | None = None
     format: Literal["m4s", "jpeg"] = "m4s"
     width: int | None = None
@@ -61,6 +62,7 @@ class SessionStart(_Message):
     fps: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
     num_frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    streaming_buffer_seconds: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] | None = None
 
     _checked = field_validator("prompt")(_prompt)
 
@@ -68,7 +70,7 @@ class SessionStart(_Message):
 class PromptEvent(_Message):
     """What an interaction changes."""
 
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT)]
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
 
     _checked = field_validator("prompt")(_prompt)
 
@@ -91,13 +93,21 @@ class SessionInteraction(_Message):
     interaction: Interaction
 
 
+class SessionPlayback(_Message):
+    """Where the viewer is; chunks are made as far ahead of it as `streaming_buffer_seconds` says."""
+
+    type: Literal["session.playback"]
+    position_seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
 class SessionControl(_Message):
     """Pauses, goes on, asks for a sign of life, or ends the video."""
 
     type: Literal["session.pause", "session.resume", "session.ping", "session.stop"]
 
 
-Message = SessionStart | SessionInteraction | SessionControl
+Message = SessionStart | SessionInteraction | SessionPlayback | SessionControl
+_TYPES = ("session.start", "session.interaction", "session.playback")
 _MESSAGES = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
@@ -120,17 +130,18 @@ def parse(text: str) -> Message:
     try:
         return _MESSAGES.validate_python(value)
     except ValidationError as error:
-        raise RequestError("invalid_message", explain(error), event_id) from error
+        errors = error.errors(include_url=False, include_context=False)
+        raise RequestError("invalid_message", explain(errors), event_id) from error
 
 
 def _no_constant(name):
     raise ValueError(f"{name} is no number")
 
 
-def explain(error: ValidationError) -> str:
+def explain(errors: Sequence[dict[str, Any]]) -> str:
     """The first thing that pydantic found wrong, in a line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    names = [str(part) for part in first["loc"] if str(part) not in ("session.start", "session.interaction")]
+    first = errors[0]
+    names = [str(part) for part in first["loc"] if str(part) not in (*_TYPES, "body")]
     text = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
     return f"{'.'.join(names) or 'the message'}: {text[:1].lower() + text[1:]}"
 

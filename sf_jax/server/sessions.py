@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -18,7 +19,7 @@ import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from sf_jax.server import engine, media, protocol
-from sf_jax.server.protocol import RequestError, SessionInteraction, SessionStart
+from sf_jax.server.protocol import RequestError, SessionInteraction, SessionPlayback, SessionStart
 
 log = logging.getLogger(__name__)
 REMEMBERED = 256  # interactions of a session whose ids are known again
@@ -44,7 +45,7 @@ class Limits:
     start_timeout: float = 10.0
     queued_chunks: int = 2
     burst: float = 40
-    rate: float = 10
+    rate: float = 20
     video_frames: int = 960
     address_burst: float = 60
     address_rate: float = 1
@@ -67,10 +68,10 @@ class Playback:
 class Outbox:
     """What waits to be sent: control messages, and chunks, of which the oldest are dropped when there are too many."""
 
-    def __init__(self, queued_chunks: int, on_drop: Callable[[], None]):
-        """Nothing waits."""
+    def __init__(self, queued_chunks: float, on_drop: Callable[[], None]):
+        """Nothing waits; more than `queued_chunks` chunks never will."""
         self._items: deque = deque()
-        self._limit, self._on_drop = queued_chunks, on_drop
+        self.limit, self._on_drop = queued_chunks, on_drop
         self._there = asyncio.Event()
         self.dropped = 0
 
@@ -78,7 +79,7 @@ class Outbox:
         """Adds an event of the engine or a message; in the event loop's thread."""
         self._items.append(item)
         chunks = [one for one in self._items if isinstance(one, engine.Chunk)]
-        if len(chunks) > self._limit:
+        if len(chunks) > self.limit:
             oldest, next_ = chunks[:2]
             self._items.remove(oldest)
             # what the next chunk tells of interactions must include what the dropped one would have told
@@ -191,6 +192,8 @@ class Connection:
                 loop.call_soon_threadsafe(self.outbox.put, event)
 
         self._start = start
+        if start.streaming_buffer_seconds is not None:  # nothing is made that such a viewer cannot take
+            self.outbox.limit = math.inf
         self.session = engine.Session(
             request_id=self.request_id,
             prompt=start.prompt,
@@ -199,6 +202,7 @@ class Connection:
             num_frames=start.num_frames,
             send=send,
             lifetime=self.limits.lifetime,
+            buffer=start.streaming_buffer_seconds,
         )
         self.engine.submit(self.session)
 
@@ -222,6 +226,12 @@ class Connection:
             raise RequestError("already_started", "a connection has one video: open another for a new one")
         if isinstance(message, SessionInteraction):
             return self._interact(message)
+        if isinstance(message, SessionPlayback):
+            if self._start.streaming_buffer_seconds is None:
+                raise RequestError(
+                    "invalid_message", "session.playback needs streaming_buffer_seconds in session.start"
+                )
+            return self.engine.play(self.session, message.position_seconds)
         name = message.type.removeprefix("session.")
         if name == "ping":
             return self.outbox.put({"type": "session.pong"})

@@ -2,7 +2,8 @@
 const $ = (id) => document.getElementById(id);
 const KEPT_SECONDS = 60;
 const RETRY_MS = 1500;
-const LAG_SECONDS = 1.5; // a viewer that is farther behind the newest frame jumps forward
+const BUFFER_SECONDS = 0.5; // of video that wait to be shown, at least
+const REPORT_MS = 125;
 
 let info = null; // what the server makes
 let session = null; // the video that plays
@@ -15,13 +16,25 @@ class Session {
     url.search = url.hash = "";
     this.socket = new WebSocket(url);
     this.socket.binaryType = "arraybuffer";
-    this.socket.onopen = () => this.send({ type: "session.start", prompt, format, ...(seed === null ? {} : { seed }) });
+    this.buffer = Math.max(BUFFER_SECONDS, (2 * info.chunk_frames) / info.fps);
+    this.socket.onopen = () => this.send({
+      type: "session.start", prompt, format, streaming_buffer_seconds: this.buffer, ...(seed === null ? {} : { seed }),
+    });
+    this.timer = setInterval(() => this.report(), REPORT_MS);
     this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.control(JSON.parse(data)) : this.media(data));
     this.socket.onclose = ({ code }) => this.closed(code);
   }
 
   send(message) {
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+  }
+
+  // Where the viewer is: chunks are made that much ahead of it.
+  report() {
+    const position = this.player?.position() ?? 0;
+    if (this.over || position <= (this.reported ?? 0)) return;
+    this.reported = position;
+    this.send({ type: "session.playback", position_seconds: position });
   }
 
   interact(prompt, options) {
@@ -83,6 +96,7 @@ class Session {
   }
 
   closed(code) {
+    clearInterval(this.timer);
     if (session === this) {
       if (!this.over && code !== 1000 && !$("error").textContent) fail("The connection is lost. Press Start to begin again.");
       buttons(false);
@@ -105,6 +119,7 @@ class Session {
 
   leave() {
     this.over = true;
+    clearInterval(this.timer);
     this.socket.onclose = null;
     this.socket.close(1000);
     this.player?.end();
@@ -157,12 +172,13 @@ class Mse {
     }
     const ranges = buffer.buffered;
     if (!ranges.length) return;
-    const newest = ranges.end(ranges.length - 1);
     if (video.currentTime < ranges.start(0)) video.currentTime = ranges.start(0);
-    const chunk = info.chunk_frames / this.owner.config.fps;
-    if (!this.owner.paused && newest - video.currentTime > LAG_SECONDS + 4 * chunk) video.currentTime = newest - 2 * chunk;
     if (video.paused && !this.owner.paused) video.play().catch(() => say("Press the video to play it."));
     if (video.currentTime - ranges.start(0) > 20) buffer.remove(0, video.currentTime - 10);
+  }
+
+  position() {
+    return this.video.currentTime;
   }
 
   pause(paused) {
@@ -179,6 +195,7 @@ class Jpegs {
   constructor(config) {
     this.config = config;
     this.frames = [];
+    this.drawn = 0;
     this.canvas = $("canvas");
     this.canvas.hidden = false;
     $("video").hidden = true;
@@ -193,12 +210,15 @@ class Jpegs {
     for (const blob of blobs) this.frames.push(await createImageBitmap(blob));
   }
 
+  position() {
+    return this.drawn / this.config.fps;
+  }
+
   draw() {
-    const most = 2 * info.chunk_frames + this.config.fps * LAG_SECONDS;
-    while (this.frames.length > most) this.frames.shift().close();
     if (this.stopped || !this.frames.length) return;
     const frame = this.frames.shift();
     this.context.drawImage(frame, 0, 0);
+    this.drawn += 1;
     frame.close();
   }
 

@@ -1,0 +1,229 @@
+"""The server as a process: load, hostile clients, signals, and the page in a real browser."""
+
+import asyncio
+import json
+import random
+import signal
+import statistics
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import websockets
+
+from tests.server_process import running, vanish, watch
+
+pytestmark = pytest.mark.slow
+SLOTS = 6
+SECONDS = 20  # benchmarks/serving.py plays for 60
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(f"--slots={SLOTS}", "--waiting=4", "--scale=4") as server:
+        yield server
+
+
+async def _dropper(server, seconds):
+    """A client that goes without a word every 5 seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        async with server.connect() as ws:
+            await ws.send(json.dumps({"type": "session.start", "prompt": "a 1 moving up"}))
+            try:
+                async with asyncio.timeout(min(5.0, until - time.monotonic())):
+                    async for _ in ws:
+                        pass
+            except (TimeoutError, websockets.ConnectionClosed):
+                pass
+            ws.transport.abort()
+
+
+def test_many_clients(server):
+    async def scenario():
+        # JPEGs, whose bytes depend on the pixels alone
+        alone = await watch(server, seed=3, format="jpeg", num_frames=12 * SECONDS // 2, fps=60)
+        before = server.resources()
+        regular = [watch(server, SECONDS, seed=3, format="jpeg") for _ in range(4)]
+        slow = watch(server, SECONDS, pause=0.6, seed=3)
+        waiting = [watch(server, SECONDS, seed=3) for _ in range(2)]
+        tasks = [asyncio.create_task(one) for one in [*regular, slow]]
+        await asyncio.sleep(0.5)
+        tasks += [asyncio.create_task(one) for one in [_dropper(server, SECONDS), *waiting]]
+        results = await asyncio.gather(*tasks)
+        return alone, before, results
+
+    alone, before, results = asyncio.run(scenario())
+    regular, slow, waited = results[:4], results[4], results[6:]
+    for seen in regular:
+        usual = statistics.median(seen.intervals[3:])
+        assert len(seen.payloads) > 3 * SECONDS
+        assert statistics.quantiles(seen.intervals[3:], n=20)[-1] < 2 * usual, (usual, max(seen.intervals))
+    count = min(len(alone.payloads), *(len(seen.payloads) for seen in regular))
+    for seen in regular:
+        assert seen.payloads[:count] == alone.payloads[:count]
+    assert len(slow.payloads) > SECONDS // 2
+    assert sum(len(seen.payloads) for seen in waited) > 0  # the slot of the client that drops
+    deadline = time.monotonic() + 10
+    while server.metric("streams") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    after = server.resources()
+    assert server.metric("streams") == server.metric("queue") == 0
+    assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
+    assert after[2] <= before[2] * 1.05 + 30 * 2**20, (before, after)
+
+
+def _malformed(rng):
+    good = {"type": "session.interaction", "interaction": {"event": {"prompt": "a 2 moving up"}}}
+    text = json.dumps(good)
+    kind = rng.randrange(9)
+    if kind == 0:
+        return "".join(rng.choice('{}[]":,\\u0aé\x00') for _ in range(rng.randrange(1, 300)))
+    if kind == 1:
+        place = rng.randrange(len(text))
+        return text[:place] + rng.choice(["", "\x00", '"', "}", "NaN", "1e999", "null"]) + text[place + 1 :]
+    if kind == 2:
+        return rng.randbytes(rng.randrange(200))
+    if kind == 3:
+        return json.dumps({"type": rng.choice(["session.start", "session.end", "", None, 3]), "prompt": "a" * 10_000})
+    if kind == 4:
+        return "[" * rng.randrange(1, 10_000)
+    if kind == 5:
+        good["interaction"][rng.choice(["mode", "event_id", "transition_chunks", "event"])] = rng.choice(
+            [[], -1, {}, 1e300]
+        )
+        return json.dumps(good)
+    if kind == 6:
+        good["interaction"]["event"]["prompt"] = rng.choice(
+            ["../../etc/passwd", "\ud800", "a " * 400, "<script>", "%s%n"]
+        )
+        return json.dumps(good)
+    if kind == 7:
+        return json.dumps({"type": "session.playback", "position_seconds": rng.choice([-1, 1e308, "0", None])})
+    return json.dumps({"type": "session.pause", "extra": "x" * rng.randrange(10_000)})
+
+
+def test_malformed_messages_disturb_nobody(server):
+    rng = random.Random(0)
+
+    async def hostile(count):
+        refused = 0
+        while count:
+            async with server.connect() as ws:
+                try:
+                    await ws.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
+                    for _ in range(min(count, 30)):
+                        await ws.send(_malformed(rng))
+                        count -= 1
+                    await ws.send(json.dumps({"type": "session.stop"}))
+                    async for message in ws:
+                        refused += isinstance(message, str) and json.loads(message)["type"] == "error"
+                except websockets.ConnectionClosed:
+                    pass
+        return refused
+
+    async def floods():
+        for _ in range(5):
+            async with server.connect() as ws:
+                try:
+                    await ws.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
+                    for _ in range(500):
+                        await ws.send('{"type": "session.ping"}')
+                    async for _ in ws:
+                        pass
+                except websockets.ConnectionClosed as closed:
+                    assert closed.rcvd is None or closed.rcvd.code == 1008
+            async with server.connect() as ws:
+                try:
+                    await ws.send("x" * 100_000)
+                    await ws.recv()
+                except websockets.ConnectionClosed as closed:
+                    assert closed.rcvd is None or closed.rcvd.code in (1008, 1009)
+
+    async def scenario():
+        good = asyncio.create_task(watch(server, seed=9, num_frames=240, format="jpeg"))
+        refused = await hostile(1000)
+        await floods()
+        return refused, await good, await watch(server, seed=9, num_frames=240, fps=60, format="jpeg")
+
+    refused, good, alone = asyncio.run(scenario())
+    assert refused >= 900 and server.process.poll() is None
+    assert good.done["reason"] == "completed" and good.done["dropped"] == 0
+    assert good.payloads == alone.payloads
+    assert server.get("/readyz")
+
+
+def test_a_vanished_client_frees_its_slot(server):
+    sockets = [vanish(server) for _ in range(SLOTS)]
+    deadline = time.monotonic() + 5
+    while server.metric("streams") < SLOTS and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.metric("streams") == SLOTS
+    time.sleep(10)
+    assert server.metric("streams") == 0
+    for client in sockets:
+        client.close()
+
+
+def test_rest_by_its_description(server):
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    import hypothesis
+    from schemathesis.specs.openapi import checks
+
+    schema = schemathesis.openapi.from_url(f"http://{server.address}/openapi.json")
+    strategy = schema.include(path="/v1/videos").as_strategy()
+
+    @hypothesis.given(case=strategy)
+    @hypothesis.settings(
+        max_examples=60, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    def calls(case):
+        if isinstance(case.body, dict) and isinstance(case.body.get("num_frames"), int):
+            case.body["num_frames"] = min(case.body["num_frames"], 2000)
+        answer = case.call()
+        while answer.status_code == 429:  # its rate is limited
+            time.sleep(1)
+            answer = case.call()
+        # what the description allows may still have a word that the model does not know
+        case.validate_response(answer, excluded_checks=[checks.positive_data_acceptance])
+
+    calls()
+
+
+def test_a_token_is_needed_where_others_can_reach_it():
+    with running("--host=0.0.0.0", env={"SF_JAX_TOKEN": "a-token-of-enough-characters"}) as server:
+        server.address = server.address.replace("0.0.0.0", "127.0.0.1")
+        for path in ("/", "/v1/info", "/metrics"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                server.get(path)
+            assert refused.value.code == 401
+            server.get(path, Authorization=f"Bearer {server.token}")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.get("/v1/info", Authorization=f"Bearer {server.token}", Origin="https://evil.org")
+        assert refused.value.code == 403
+
+        async def scenario():
+            with pytest.raises(websockets.InvalidStatus) as refused:
+                async with server.connect():
+                    pass
+            assert refused.value.response.status_code == 403
+            headers = {"Authorization": f"Bearer {server.token}"}
+            async with server.connect(additional_headers=headers) as ws:
+                await ws.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
+                assert json.loads(await ws.recv())["type"] == "video.start"
+                server.process.send_signal(signal.SIGTERM)  # drains: the stream goes on
+                for _ in range(10):
+                    await ws.recv()
+                with pytest.raises(websockets.ConnectionClosed) as closed:
+                    async with server.connect(additional_headers=headers) as late:
+                        await late.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
+                        while True:
+                            await late.recv()
+                assert closed.value.rcvd.code == 1012
+                await ws.send(json.dumps({"type": "session.stop"}))
+                async for _ in ws:
+                    pass
+
+        asyncio.run(scenario())
+        assert server.process.wait(20) == 0
