@@ -47,6 +47,8 @@ EXTRAS_REQUIRE = {
     "aot": ["jax[tpu]>=0.10"],
     # The server and its page.
     "serve": SERVE,
+    # The server on a cluster.
+    "ray": [*SERVE, "ray[serve]>=2.40"],
     # ruff is capped because its formatting style changes between minor versions.
     "test": [
         "pytest>=8.0",
@@ -57,8 +59,8 @@ EXTRAS_REQUIRE = {
         "httpx>=0.27",
         *SERVE,
     ],
-    # The page in a real browser (Chromium and its driver must be there), and the REST description.
-    "browser": ["selenium>=4.20"],
+    # The page in a real browser (Chromium and its driver must be there), and calls made up from the REST description.
+    "browser": ["selenium>=4.20", "schemathesis>=4.0"],
     "logs": ["tensorboardX>=2.6.2", "wandb>=0.18"],
 }
 

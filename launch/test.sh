@@ -4,7 +4,8 @@
 #   bash launch/test.sh          everything but what --exhaustive adds
 #   bash launch/test.sh --fast   without the slow tests
 #   bash launch/test.sh --parity also what needs PyTorch, diffusers and transformers
-#   bash launch/test.sh --all    also what needs libtpu (1 GB more to install in all)
+#   bash launch/test.sh --all    also what needs libtpu, Ray, selenium (1 GB more to install in all); the page is tested
+#                                where Chromium and its driver are installed (Debian: chromium, chromium-driver)
 #   bash launch/test.sh --exhaustive   --all, and the slow tests that are close to another slow test
 #
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
@@ -18,8 +19,8 @@ for arg in "$@"; do
   case "$arg" in
     --fast) fast_only=1 ;;
     --parity) extras="test,parity" ;;
-    --all) extras="test,parity,aot" ;;
-    --exhaustive) extras="test,parity,aot" slow_tests="slow" ;;
+    --all) extras="test,parity,aot,ray,browser" ;;
+    --exhaustive) extras="test,parity,aot,ray,browser" slow_tests="slow" ;;
     -h | --help)
       printf 'usage: bash launch/test.sh [--fast | --parity | --all | --exhaustive]\n'
       exit 0

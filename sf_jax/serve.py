@@ -10,7 +10,6 @@ and how to run it where others can reach it.
 import ipaddress
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -42,6 +41,9 @@ _HOSTS = flags.DEFINE_list("hosts", [], "Names under which a proxy makes the ser
 _ORIGINS = flags.DEFINE_list("origins", [], "Origins of other pages that may use the server, such as https://a.org")
 _PROXIES = flags.DEFINE_list("proxies", [], "Addresses of proxies whose X-Forwarded-For is believed")
 _LIFETIME = flags.DEFINE_float("lifetime", 3600.0, "Seconds that a stream may play", 1.0)
+_RAY = flags.DEFINE_bool("ray", False, "Run on Ray Serve: replicas on all machines of its cluster, one address")
+_REPLICAS = flags.DEFINE_string("replicas", "1", "With --ray: how many, such as 2, or 1-8 to follow the load")
+_ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], "With --ray: what a replica has")
 _DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on behind SIGTERM", 0.0)
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -77,35 +79,9 @@ def read_token() -> str:
     return token
 
 
-def _loader() -> Callable:
-    """What loads the pipeline that the flags describe."""
-    size = {name: flag.value for name, flag in (("height", _HEIGHT), ("width", _WIDTH)) if flag.value is not None}
-    rollout = {"window": _WINDOW.value, "sink": _SINK.value, "positions": _POSITIONS.value}
-    rollout = {name: value for name, value in rollout.items() if value is not None}
-    if _MODEL.value is None:
-        for name in ("part", "vae", "dtype"):
-            if flags.FLAGS[name].value is not None:
-                raise ValueError(f"{name} is given without model: it is for Wan")
-
-        def load():
-            from sf_jax.inference.load import load_pipeline
-
-            return load_pipeline(_CHECKPOINT.value).with_rollout(**rollout).with_sampling(**size)
-
-        return load
-    if _CHECKPOINT.value is None:
-        raise ValueError("checkpoint is missing: the network of a model folder is bidirectional and cannot stream")
-
-    def load_wan():
-        from sf_jax.inference.load import load_pipeline
-        from sf_jax.rollout import RolloutConfig
-
-        config = RolloutConfig(**{"context_noise": "none", "window": 21, "sink": 3, "positions": "relative"} | rollout)
-        options = {"part": _PART.value, "vae": _VAE.value or "wan", "dtype": _DTYPE.value, "rollout": config}
-        pipe = load_pipeline(_MODEL.value, checkpoint=_CHECKPOINT.value, keep_text_encoder=True, **options)
-        return pipe.with_sampling(**size)
-
-    return load_wan
+def _given(**named) -> dict:
+    """Values of the flags that were given."""
+    return {name: flag.value for name, flag in named.items() if flag.value is not None}
 
 
 def _cache_small_programs() -> None:
@@ -118,38 +94,47 @@ def _cache_small_programs() -> None:
 def main() -> None:
     """Command line: see the module's docstring."""
     try:
-        from sf_jax.server.launch import Launch, serve, service_of
+        from sf_jax.server.launch import Launch, Model, serve, service_of
     except ModuleNotFoundError as error:
         raise ValueError(MISSING.format(error.name)) from error
     public = bool(_HOSTS.value) or not is_loopback(_HOST.value)
+    needs_token = public or _TOKEN_FILE.value is not None or "SF_JAX_TOKEN" in os.environ
     launch = Launch(
         host=_HOST.value,
         port=_PORT.value,
-        token=read_token() if public or _TOKEN_FILE.value or "SF_JAX_TOKEN" in os.environ else None,
+        token=read_token() if needs_token else None,
         hosts=tuple(_HOSTS.value) + LOOPBACK if _HOSTS.value or not public else None,
         origins=tuple(_ORIGINS.value),
         proxies=tuple(_PROXIES.value),
         drain=_DRAIN.value,
     )
-    wan = _MODEL.value is not None
-    # what the shipped student follows best (docs/streaming.md)
-    mode, timestep = ("swap", None) if wan else ("recache", 400.0)
-    service = service_of(
-        _loader(),
-        launch,
-        fps=_FPS.value or (16.0 if wan else 12.0),
-        scale=_SCALE.value or (1 if wan else 16),
-        slots=_SLOTS.value,
-        waiting=_WAITING.value,
-        ahead=_AHEAD.value,
-        memory=_MEMORY.value,
-        lifetime=_LIFETIME.value,
-        mode=mode,
-        context_timestep=timestep,
-        name=Path(_MODEL.value).name if wan else "moving digits",
+    model = Model(
+        folder=_MODEL.value,
+        checkpoint=_CHECKPOINT.value,
+        options=_given(part=_PART, vae=_VAE, dtype=_DTYPE),
+        rollout=_given(window=_WINDOW, sink=_SINK, positions=_POSITIONS),
+        size=_given(height=_HEIGHT, width=_WIDTH),
     )
+    options = {"slots": _SLOTS, "waiting": _WAITING, "ahead": _AHEAD, "lifetime": _LIFETIME}
+    options = _given(**options, memory=_MEMORY, fps=_FPS, scale=_SCALE)
     _cache_small_programs()
-    serve(service, launch)
+    if _RAY.value:
+        return _serve_on_ray(model, launch, options)
+    for name in ("replicas", "accelerator"):
+        if flags.FLAGS[name].present:
+            raise ValueError(f"{name} is given without ray")
+    return serve(service_of(model, launch, **options), launch)
+
+
+def _serve_on_ray(model, launch, options: dict) -> None:
+    try:
+        from sf_jax.server.ray import serve_on_ray
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs Ray Serve ({error.name} is missing): pip install 'sf_jax[ray]'") from error
+    least, _, most = _REPLICAS.value.partition("-")
+    if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+        raise ValueError(f"replicas is {_REPLICAS.value}: it must be a number such as 2, or a range such as 1-8")
+    serve_on_ray(model, launch, options, (int(least), int(most or least)), _ACCELERATOR.value)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from starlette.websockets import WebSocketDisconnect
 from sf_jax.server import engine, media, protocol
 from sf_jax.server.app import make_app
 from sf_jax.server.guard import Guard, Rules
-from sf_jax.server.launch import Launch, service_of
+from sf_jax.server.launch import Launch, Model, service_of
 from sf_jax.server.metrics import make_metrics
 from sf_jax.server.protocol import RequestError
 from sf_jax.server.sessions import Outbox
@@ -32,8 +32,8 @@ def start(**fields):
 
 
 @pytest.fixture(scope="module")
-def service(digits):
-    return service_of(lambda: digits, Launch(), fps=60.0, scale=2, slots=2, waiting=1, name="moving digits")
+def service():
+    return service_of(Model(), Launch(), fps=60.0, scale=2, slots=2, waiting=1, mode="swap", context_timestep=None)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 
+from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.rollout import RolloutConfig
 from sf_jax.server import protocol
 from sf_jax.server.app import Service, make_app
 from sf_jax.server.engine import Engine
@@ -23,6 +26,8 @@ WAN_EXAMPLES = (
     "Waves roll onto a black beach under a stormy sky, seen from above.",
     "A paper boat drifts down a rain-filled street, city lights in the water.",
 )
+# positions that do not end at 1024 frames; the same as in training as long as the window is not full
+WAN_ROLLOUT = {"context_noise": "none", "window": 21, "sink": 3, "positions": "relative"}
 SEND_BUFFER = 2**17  # bytes that wait in the kernel for a slow viewer
 PING = 4.0  # seconds between two signs of life, and as many until a client is gone
 
@@ -50,25 +55,61 @@ class Launch:
     drain: float = 20.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What the server plays.
+
+    Attributes:
+      folder: of Wan; None is moving digits.
+      checkpoint: a few-step student; None is the shipped one of moving digits.
+      options: of `load_pipeline`, for Wan.
+      rollout: fields of `RolloutConfig` that differ from the model's.
+      size: `height` and `width`, where they differ.
+    """
+
+    folder: str | None = None
+    checkpoint: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rollout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    size: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        """Checks what needs no file."""
+        if self.folder is None and self.options:
+            raise ValueError(f"{min(self.options)} is given without model: it is for Wan")
+        if self.folder is not None and self.checkpoint is None:
+            raise ValueError("checkpoint is missing: the network of a model folder is bidirectional and cannot stream")
+
+    def load(self) -> VideoPipeline:
+        """Loads the pipeline."""
+        if self.folder is None:
+            return load_pipeline(self.checkpoint).with_rollout(**self.rollout).with_sampling(**self.size)
+        rollout = RolloutConfig(**WAN_ROLLOUT | self.rollout)
+        options = self.options | {"rollout": rollout, "keep_text_encoder": True}
+        return load_pipeline(self.folder, checkpoint=self.checkpoint, **options).with_sampling(**self.size)
+
+
 def service_of(
-    load: Callable[[], VideoPipeline],
+    model: Model,
     launch: Launch,
     *,
-    fps: float,
-    scale: int,
+    fps: float | None = None,
+    scale: int | None = None,
     lifetime: float = 3600.0,
-    name: str = "sf_jax",
     **options,
 ) -> Service:
-    """A service of a pipeline; `options` are those of `Engine`."""
-    metrics = make_metrics()
+    """A service of a model; `options` are those of `Engine`."""
+    digits = model.folder is None
+    fps, scale = fps or (12.0 if digits else 16.0), scale or (16 if digits else 1)
+    # what the shipped student follows best (docs/streaming.md)
+    options = ({"mode": "recache", "context_timestep": 400.0} if digits else {}) | options
     return Service(
-        engine=Engine(load, metrics, **options),
+        engine=Engine(model.load, make_metrics(), **options),
         playback=Playback(fps, scale),
         limits=Limits(lifetime=lifetime),
         rules=Rules(launch.token, launch.origins, launch.hosts),
-        name=name,
-        examples=DIGITS_EXAMPLES if name == "moving digits" else WAN_EXAMPLES,
+        name="moving digits" if digits else Path(model.folder).name,
+        examples=DIGITS_EXAMPLES if digits else WAN_EXAMPLES,
     )
 
 

@@ -1,0 +1,119 @@
+"""The same app on Ray Serve: replicas on the machines of a cluster, one address, and as many as the load needs."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import ray
+from ray import serve
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sf_jax.server import protocol
+from sf_jax.server.app import make_app
+from sf_jax.server.launch import Launch, Model, service_of
+
+APP = "sf_jax"
+# how Ray Serve is told of code for its proxies, where the cluster is started
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+
+
+def deployment(
+    model: Model, launch: Launch, options: dict[str, Any], replicas: tuple[int, int], accelerator: str = "none"
+) -> serve.Application:
+    """A deployment whose replicas each load the model and have their own slots.
+
+    A WebSocket stays with the replica that took it. Replicas are added when the streams of each are more than its
+    slots, three quarters of them on average, and taken away when they are fewer; one that goes drains first.
+
+    Args:
+      model: what is played.
+      launch: whom it answers; host and port are those of Ray Serve's proxies.
+      options: of `service_of`.
+      replicas: at least and at most.
+      accelerator: "GPU" or "TPU" gives each replica one of them, "none" a core.
+    """
+    slots, waiting = options.get("slots", 4), options.get("waiting", 16)
+
+    def build():
+        return make_app(service_of(model, launch, **options))
+
+    resources = {
+        "GPU": {"num_gpus": 1},
+        "TPU": {"num_cpus": 1, "resources": {"TPU": 1}},
+        "none": {"num_cpus": 1},
+    }[accelerator]
+    least, most = replicas
+    scaling = {"num_replicas": least}
+    if most > least:
+        target = max(1.0, 0.75 * slots)
+        scaling = {
+            "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": target}
+        }
+    decorated = serve.deployment(
+        name=APP,
+        ray_actor_options=resources,
+        max_ongoing_requests=slots + waiting + 8,  # requests that are answered at once included
+        graceful_shutdown_timeout_s=launch.drain + 10,
+        graceful_shutdown_wait_loop_s=1.0,
+        **scaling,
+    )
+    return decorated(serve.ingress(build)()).bind()
+
+
+class ComeBack:
+    """ASGI middleware of the proxies: a WebSocket whose replica is gone is closed with 1012, which says: come back."""
+
+    def __init__(self, app: ASGIApp):
+        """Wraps the proxy."""
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request or WebSocket."""
+        if scope["type"] != "websocket":
+            return await self.app(scope, receive, send)
+        is_open = is_gone = False
+
+        async def counted_receive():
+            nonlocal is_gone
+            message = await receive()
+            is_gone = is_gone or message["type"] == "websocket.disconnect"
+            return message
+
+        async def counted_send(message):
+            nonlocal is_open
+            if is_open and message["type"].startswith("http."):
+                return  # how the proxy answers for a replica that is gone
+            if message["type"] in ("websocket.accept", "websocket.close"):
+                is_open = message["type"] == "websocket.accept"
+            await send(message)
+
+        try:
+            await self.app(scope, counted_receive, counted_send)
+        finally:
+            if is_open and not is_gone:
+                await send({"type": "websocket.close", "code": protocol.RESTART})
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What `PROXY_CALLBACK` names."""
+    return [Middleware(ComeBack)]
+
+
+def serve_on_ray(
+    model: Model, launch: Launch, options: dict[str, Any], replicas: tuple[int, int], accelerator: str
+) -> None:
+    """Joins the Ray cluster, or starts one on this machine, and serves until the process is asked to end."""
+    os.environ.setdefault(PROXY_CALLBACK, f"{__name__}.proxy_middlewares")
+    ray.init(ignore_reinit_error=True, log_to_driver=True, include_dashboard=False)
+    serve.start(http_options={"host": launch.host, "port": launch.port, "location": "EveryNode"})
+    serve.run(deployment(model, launch, options, replicas, accelerator), name=APP)
+    query = f"?token={launch.token}" if launch.token else ""
+    print(f"serving http://{launch.host}:{launch.port}/{query}", flush=True)
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    asked.wait()
+    serve.shutdown()
+    print("ended", flush=True)
