@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
 from sf_jax.models.partition import mesh_axes
@@ -74,6 +72,10 @@ def _hidden(length, mask):
 
 
 def _splash_local(q, k, v, hidden, interpret):
+    # here, as Pallas takes a while to import
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     batch, length, heads, dim = q.shape
     block = min(BLOCK, -(-length // LANES) * LANES)
     rows, columns = -length % block, -k.shape[1] % BLOCK

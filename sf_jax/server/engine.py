@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sf_jax.inference.pipeline import VideoPipeline
-from sf_jax.inference.prompt_change import MODES, OVERSHOOT_CHUNKS
+from sf_jax.inference.prompt_change import OVERSHOOT_CHUNKS
 from sf_jax.inference.stream import Stream
 from sf_jax.server.metrics import Metrics
 from sf_jax.server.protocol import Interaction, RequestError
@@ -255,23 +255,22 @@ class Engine:
         return Stream(self.pipe, self.slots, memory=self._memory)
 
     def _warm(self) -> None:
-        """Runs every program once, with windows that are full and that are not."""
+        """Runs every program once: those of a window that is full, and those of one that was flushed."""
         stream, prompt = self._stream, np.zeros((self._text.text_len, self._text.text_dim), np.float32)
-        # a window's chunks, and those of a flushed one
-        full = -(-self.pipe.rollout.window // self.pipe.rollout.chunk)
-        for mode in MODES:
-            if mode == "recache" and self.pipe.rollout.context == "noisy":
-                continue
-            one = stream.join(prompt)
-            for _ in range(full + 1):
-                stream.step([one])[one]
-            stream.prompt(one, prompt, mode)
+        one = stream.join(prompt)
+        for _ in range(-(-self.pipe.rollout.window // self.pipe.rollout.chunk)):
             stream.step([one])[one]
-            if mode == "flush" and self.pipe.rollout.context != "noisy":
-                for _ in range(2):
-                    stream.prompt(one, prompt, mode, context_timestep=400.0)
-                    stream.step([one])[one]
-            stream.leave(one)
+        recaches = self.pipe.rollout.context != "noisy"
+        for mode, timestep in [("swap", None), *([("recache", None), ("recache", 400.0)] if recaches else [])]:
+            stream.prompt(one, prompt, mode, context_timestep=timestep)
+            stream.step([one])[one]
+        for mode, timestep in [("recache", None), ("flush", 400.0)] if recaches else [("flush", None)]:
+            stream.prompt(one, prompt, "flush")  # forgets at once, and the next prompt takes its place
+            stream.prompt(one, prompt, mode, context_timestep=timestep)
+            stream.step([one])[one]
+        stream.prompt(one, prompt, "cut")
+        stream.step([one])[one]
+        stream.leave(one)
 
     @property
     def _text(self):
