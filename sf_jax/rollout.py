@@ -196,11 +196,8 @@ def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: ja
     """The finished chunk [B, n, H, W, C] as the clean pass reads it."""
     if not config.adds_context_noise:
         return clean
-    noise = draw("context", chunk, 0, clean.shape)
-    if config.context_noise == "official":
-        return config.schedule.add_noise(clean, noise, jnp.float32(config.context_timestep))
-    sigma = config.context_timestep / TRAIN_STEPS
-    return (1 - sigma) * clean + sigma * noise
+    sigma = config.context_sigma
+    return (1 - sigma) * clean + sigma * draw("context", chunk, 0, clean.shape)
 
 
 def generate_chunk(

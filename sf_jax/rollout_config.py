@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
 from sf_jax.models import attention
@@ -123,6 +124,16 @@ class RolloutConfig:
         if self.context_noise == "official":
             return True
         return self.context_noise == "exact" and self.context_timestep > 0
+
+    @property
+    def context_sigma(self) -> float:
+        """Share of noise in what the clean pass reads, in [0, 1]."""
+        if not self.adds_context_noise:
+            return 0.0
+        if self.context_noise == "official":  # the table's entry that is nearest to the timestep
+            nearest = np.abs(self.schedule.timesteps - np.float32(self.context_timestep)).argmin()
+            return float(self.schedule.sigmas[nearest])
+        return self.context_timestep / TRAIN_STEPS
 
     def chunks(self, frames: int, initial_frames: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk sizes of the given initial latents and of the `frames` new ones."""

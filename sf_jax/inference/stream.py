@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.inference import programs, stream_files, stream_state
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.prompt_change import Change, change_weights, check_change
@@ -139,7 +140,7 @@ class Stream:
         if initial is not None:
             playing.given, first = self._decode(playing, initial), 0
             for count in chunks:
-                self._append(playing, initial[:, first : first + count], given=True)
+                self._append(playing, initial[:, first : first + count], (0.0, 0.0, 0))
                 first += count
         return self._add(playing)
 
@@ -371,15 +372,20 @@ class Stream:
         """Computes the kept keys and values again, chunk by chunk, under the present prompt."""
         sizes, before = self._kept_sizes(playing), (playing.frames, playing.position)
         self.state, latents = self._run(stream_state.recall, self.spec, self.state, np.int32(playing.slot))
-        playing.sizes, first = [], 0
+        playing.sizes, first, config = [], 0, self.spec.rollout
         for count in sizes:
-            self._append(playing, latents[:, first : first + count], given=False, timestep=timestep)
+            context = (config.context_timestep, config.context_sigma, 0)
+            if timestep is not None:
+                context = (timestep, timestep / TRAIN_STEPS, 1 + first)
+            self._append(playing, latents[:, first : first + count], context)
             first += count
         playing.frames, playing.position = before
 
-    def _append(self, playing: _Playing, clean, given: bool, timestep: float | None = None) -> None:
-        timestep = None if timestep is None else np.float32(timestep)
-        arguments = (self.spec, given, self.pipe.params, self.state, np.int32(playing.slot), clean, timestep)
+    def _append(self, playing: _Playing, clean, context: tuple[float, float, int]) -> None:
+        """Writes frames as the next ones; `context` is that of `stream_state.append`."""
+        timestep, sigma, number = context
+        context = (np.float32(timestep), np.float32(sigma), np.int32(number))
+        arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot), clean, context)
         self.state = self._run(stream_state.append, *arguments)
         self._count(playing, clean.shape[1])
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sf_jax import rollout as ro
-from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.inference.decoders import Decoder
 from sf_jax.models import kv_cache
 from sf_jax.models.kv_cache import KVCache
@@ -346,31 +345,26 @@ def recall(spec: StreamSpec, state: StreamState, slot) -> tuple[StreamState, jax
     return _put(state, slot, emptied), latents
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def append(
     spec: StreamSpec,
-    given: bool,
     params: dict,
     state: StreamState,
     slot: jax.Array | int,
     clean: jax.Array,
-    timestep: jax.Array | None = None,
+    context: tuple[jax.Array, jax.Array, jax.Array],
 ) -> StreamState:
     """Writes clean latents [1, n, H, W, C] as the next frames of a stream.
 
-    Frames that were `given` are written at timestep 0, generated ones as the rollout's clean pass writes them; with a
-    `timestep` (float32 scalar in [0, 1000]) they are written with that much noise.
+    `context` says how they are read: the timestep (float32, in [0, 1000]), the share of noise in them (float32, in
+    [0, 1]), and which draw of noise (int32).
     """
-    one, config = _slot(state, slot), spec.rollout
-    cache, read, t = _cache(spec, one), clean, 0.0
+    one, config, (timestep, sigma, number) = _slot(state, slot), spec.rollout, context
     draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
-    if timestep is not None:
-        sigma, noise = timestep / TRAIN_STEPS, draw("context", one.chunk[0], 1 + one.age[0], clean.shape)
-        read, t = (1 - sigma) * clean + sigma * noise, timestep
-    elif not given:
-        read, t = ro.context_input(config, clean, draw, one.chunk[0]), config.context_timestep
+    read = (1 - sigma) * clean + sigma * draw("context", one.chunk[0], number, clean.shape)
+    cache = _cache(spec, one)
     layout = _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
-    _, kv = ro.predict(spec.model, config, params, read, t, one.text, layout, cache)
+    _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, cache)
     return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
 
 
