@@ -4,8 +4,8 @@
 
 Starts `python -m sf_jax.serve` with 6 slots in a process of its own and prints: seconds from the start of the process
 until it is ready; seconds from a prompt to its first chunk, median and most of 10 sessions; then 8 clients for
-`--seconds`: 5 regular ones, one that reads slowly, one that drops its connection every 5 s, and 2 that have to wait
-for a slot (9 with them). Of each: chunks, and median and longest interval between two. At the end open files, threads
+`--seconds`: 4 regular ones, one that reads slowly, one that drops its connection every 5 s, and 2 that come when all
+slots are taken. Of each: chunks, and median and longest interval between two. At the end open files, threads
 and memory of the server, before and after. The machine should be idle.
 """
 

@@ -28,7 +28,7 @@ WAN_EXAMPLES = (
 )
 # positions that do not end at 1024 frames; the same as in training as long as the window is not full
 WAN_ROLLOUT = {"context_noise": "none", "window": 21, "sink": 3, "positions": "relative"}
-SEND_BUFFER = 2**17  # bytes that wait in the kernel for a slow viewer
+SEND_BUFFER = 3 * 2**14  # bytes that wait in the kernel for a slow viewer (Linux doubles it)
 PING = 4.0  # seconds between two signs of life, and as many until a client is gone
 
 
