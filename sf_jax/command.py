@@ -10,7 +10,33 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from sf_jax.files import local_path
+
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
+
+
+flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
+
+
+class _PathParser(flags.ArgumentParser):
+    """Reads paths of this machine; see `files.local_path`."""
+
+    syntactic_help = "a path of this machine"
+
+    def parse(self, argument: str) -> str:
+        """The path."""
+        return local_path(argument)
+
+    def flag_type(self) -> str:
+        """What --help calls it."""
+        return "path"
+
+
+def define_path(
+    name: str, default: str | None, help: str, flag_values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder:
+    """Defines a flag that is a path: "~" is understood, addresses such as gs://bucket are refused."""
+    return flags.DEFINE(_PathParser(), name, default, help, flag_values, flags.ArgumentSerializer())
 
 
 def run(main: Callable[[], None], required: Sequence[str] = (), smaller: str = SMALLER) -> None:

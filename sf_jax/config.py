@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
+from sf_jax.files import local_path
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanConfig
 from sf_jax.objectives.gan import GanConfig
@@ -339,6 +340,9 @@ class TrainConfig:
         return self.critic or self.model
 
 
+PATHS = ("dir", "teacher_weights", "critic_weights", "init_weights", "vae_weights")  # fields that name files
+
+
 def from_dict(values: Mapping, kind: type = TrainConfig, where: str = ""):
     """Builds a config dataclass from a (possibly nested) mapping such as an `ml_collections.ConfigDict`.
 
@@ -384,6 +388,11 @@ def _convert(value, hint, where):
         return tuple(_convert(v, kinds[min(i, len(kinds) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
     if kind is str and value == "None" and types.NoneType in options:  # as the command line gives it
         return None
+    if kind is str and isinstance(value, str) and where.split(".")[-1] in PATHS:
+        try:
+            return local_path(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):

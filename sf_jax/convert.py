@@ -34,9 +34,9 @@ from sf_jax.weights.torch_io import PARTS, write_torch
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
-_INPUT = flags.DEFINE_string("input", None, "Weight file, folder of shards, or model folder")
-_FROM = flags.DEFINE_string("from", None, "Instead of --input: workdir of a training run")
-_OUTPUT = flags.DEFINE_string(
+_INPUT = command.define_path("input", None, "Weight file, folder of shards, or model folder")
+_FROM = command.define_path("from", None, "Instead of --input: workdir of a training run")
+_OUTPUT = command.define_path(
     "output", None, "File to write: .safetensors, or .pt (which needs PyTorch); --from has a default"
 )
 _TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")

@@ -109,15 +109,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     number("batch_size", 64, "Videos made at once", flag_values=values)
     number("seed", 0, "Seed of the noise and of the real clips", lower_bound=0, flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale of the teachers", flag_values=values)
-    flags.DEFINE_string("out", "evaluation", "Folder for the report", flag_values=values)
-    flags.DEFINE_string("train_judge", None, "Only train a judge and write it here", flag_values=values)
+    command.define_path("out", "evaluation", "Folder for the report", flag_values=values)
+    command.define_path("train_judge", None, "Only train a judge and write it here", flag_values=values)
 
 
 def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     """Loads the checkpoints of the command line, by name."""
     from sf_jax.inference.load import load_digits  # Training a judge needs no models.
 
-    paths = values.checkpoint or ["student"]
+    paths = [files.local_path(path) for path in values.checkpoint] or ["student"]
     names = values.names or [Path(path).stem for path in paths]
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,28 @@ def reason_of(error: BaseException) -> str:
             return known
     words = " ".join(str(error).split())
     return f"{words[:160]}{'...' if len(words) > 160 else ''}" or type(error).__name__
+
+
+def local_path(value: str) -> str:
+    """A path of this machine: the home folder of "~" put in, other places refused.
+
+    Raises:
+      ValueError: on an address such as gs://bucket/folder, and on a path of Windows on another system.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", value)
+    if scheme:
+        raise ValueError(
+            f"{value} is an address ({scheme[1]}): files of this machine alone are read and written; mount it, or copy "
+            "it here and back (gcloud storage cp -r, hf download)"
+        )
+    if os.name != "nt" and (re.match(r"[A-Za-z]:[\\/]", value) or value.startswith("\\\\")):
+        raise ValueError(f"{value} is a path of Windows: give one of this system, such as /mnt/c/videos")
+    if not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{value}: there is no home folder of that name") from error
 
 
 def check_writable(folder: str | Path, field: str = "out") -> Path:
@@ -101,7 +124,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"path: got the folder {path}, allowed: the name of a file")
     # Not tempfile, whose files only their owner may read, which the final file would inherit.
     # The token keeps processes of several machines apart, whose numbers may be the same.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # of the 255 bytes that file systems take
+    temporary = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -20,11 +20,11 @@ from sf_jax.rollout_config import CONTEXTS, POSITIONS
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
 
 _PROMPT = flags.DEFINE_string("prompt", None, "What to show")
-_PROMPTS = flags.DEFINE_string("prompts", None, "Text file with a prompt a line, instead of --prompt")
+_PROMPTS = command.define_path("prompts", None, "Text file with a prompt a line, instead of --prompt")
 # Flags whose names are fields of `Job`; None means that the model's default stands.
 _JOB = {
-    "model": flags.DEFINE_string("model", None, "Wan: model folder, official or of diffusers"),
-    "checkpoint": flags.DEFINE_string(
+    "model": command.define_path("model", None, "Wan: model folder, official or of diffusers"),
+    "checkpoint": command.define_path(
         "checkpoint",
         None,
         "Digits: weights that sf_jax.train wrote, or 'teacher' (default: the shipped student). "
@@ -40,9 +40,9 @@ _JOB = {
     "num_samples": flags.DEFINE_integer("num_samples", 1, "Videos per prompt", lower_bound=1),
     "fps": flags.DEFINE_float("fps", None, "Frames per second of the files (digits: 12; Wan: 16)", 1.0, 50.0),
     "scale": flags.DEFINE_integer("scale", None, "Enlargement of the pixels (digits: 12; Wan: 1)", lower_bound=1),
-    "out": flags.DEFINE_string("out", "out", "Folder for the files"),
-    "image": flags.DEFINE_string("image", None, "Wan: first frame (the network needs to know lone first frames)"),
-    "video": flags.DEFINE_string("video", None, "Wan: video to extend; --frames counts its frames too"),
+    "out": command.define_path("out", "out", "Folder for the files"),
+    "image": command.define_path("image", None, "Wan: first frame (the network needs to know lone first frames)"),
+    "video": command.define_path("video", None, "Wan: video to extend; --frames counts its frames too"),
     "solver": flags.DEFINE_enum("solver", None, ["few", *SOLVERS], "Few steps (a student's) or a many-step solver"),
     "steps": flags.DEFINE_integer("steps", None, "Steps of the solver (Wan: 50; digits: 24)", lower_bound=1),
     "shift": flags.DEFINE_float("shift", None, "Shift of the schedule (Wan: 5; bidirectional 8)"),
@@ -57,7 +57,7 @@ _JOB = {
         "positions", None, POSITIONS, "Positions: of the video, at most 1024 (Wan's), or relative to the window"
     ),
     "context": flags.DEFINE_enum("context", None, CONTEXTS, "What is cached, as in training (clean)"),
-    "schedule": flags.DEFINE_string(
+    "schedule": command.define_path(
         "schedule",
         None,
         "JSON file of prompts that change while the video plays, instead of --prompt (docs/streaming.md)",
@@ -78,7 +78,8 @@ def _prompts() -> list[str]:
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
     try:
-        lines = [line.strip() for line in Path(_PROMPTS.value).read_text(encoding="utf-8-sig").splitlines()]
+        # at newlines alone: prompts that were pasted from a page may hold other separators
+        lines = [line.strip() for line in Path(_PROMPTS.value).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"prompts: cannot read {_PROMPTS.value} ({reason})") from error

@@ -14,14 +14,14 @@ from sf_jax import command, distributed
 from sf_jax.inference import prepare_job
 from sf_jax.inference.prepare_job import Job
 
-_MODEL = flags.DEFINE_string("model", None, "Model folder of Wan2.1, official or of diffusers")
-_OUTPUT = flags.DEFINE_string("output", None, "Data folder, the config's data.dir")
+_MODEL = command.define_path("model", None, "Model folder of Wan2.1, official or of diffusers")
+_OUTPUT = command.define_path("output", None, "Data folder, the config's data.dir")
 # Flags whose names are fields of `Job`; None means that the job's default stands.
 _FIELDS = {
-    "prompts": flags.DEFINE_string(
+    "prompts": command.define_path(
         "prompts", None, "Prompts: a line each, or the column prompt, caption or text of a .csv or .jsonl file"
     ),
-    "videos": flags.DEFINE_string(
+    "videos": command.define_path(
         "videos", None, "Folder of videos or of folders of images, with NAME.txt beside each or a metadata.csv/.jsonl"
     ),
     "negative_prompt": flags.DEFINE_string("negative_prompt", None, "What guidance leads away from (the official one)"),

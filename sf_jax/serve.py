@@ -16,8 +16,8 @@ from absl import flags
 
 from sf_jax import command
 
-_MODEL = flags.DEFINE_string("model", None, "Wan: model folder, official or of diffusers")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights of a few-step student (default: the shipped digits)")
+_MODEL = command.define_path("model", None, "Wan: model folder, official or of diffusers")
+_CHECKPOINT = command.define_path("checkpoint", None, "Weights of a few-step student (default: the shipped digits)")
 _PART = flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model")
 _VAE = flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)")
@@ -36,7 +36,7 @@ _AHEAD = flags.DEFINE_float("ahead", 2.0, "Chunks that are made before they are 
 _MEMORY = flags.DEFINE_integer("memory", None, "Bytes that the streams of a device may take (default: what is free)", 1)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; all but this machine's own need a token")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 takes a free one", 0, 65535)
-_TOKEN_FILE = flags.DEFINE_string("token_file", None, "File with the token (default: SF_JAX_TOKEN, or a new one)")
+_TOKEN_FILE = command.define_path("token_file", None, "File with the token (default: SF_JAX_TOKEN, or a new one)")
 _HOSTS = flags.DEFINE_list("hosts", [], "Names under which a proxy makes the server known; a token is needed then")
 _ORIGINS = flags.DEFINE_list("origins", [], "Origins of other pages that may use the server, such as https://a.org")
 _PROXIES = flags.DEFINE_list("proxies", [], "Addresses of proxies whose X-Forwarded-For is believed")

@@ -23,7 +23,7 @@ from sf_jax.training import ahead
 from sf_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/digits.py:distill")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, log and exported weights")
+_WORKDIR = command.define_path("workdir", None, "Folder of checkpoints, log and exported weights")
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Continue although fields of the config differ from the checkpoint's"
 )

@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+from absl import flags
 
-from sf_jax import load_pipeline
+from configs import digits
+from sf_jax import files, load_pipeline
+from sf_jax.command import define_path
+from sf_jax.config import from_dict
 
 
 def command(*arguments, module="sf_jax.generate", **options):
@@ -66,6 +71,40 @@ def test_generate_refuses_bad_input_in_one_line(arguments, message):
     done = command(*arguments)
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("runs/a", "runs/a"),
+        ("~/videos", "HOME/videos"),
+        ("C:", "C:"),
+        ("gs://bucket/a", "gs://bucket/a is an address (gs): files of this machine alone"),
+        ("hf://org/model", "is an address (hf)"),
+        ("gs:/bucket", "is an address (gs)"),
+        ("C:\\videos", "is a path of Windows"),
+        ("~nobody-of-this-name/a", "there is no home folder of that name"),
+    ],
+)
+def test_paths_are_of_this_machine(path, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    try:
+        assert files.local_path(path) == expected.replace("HOME", str(tmp_path))
+    except ValueError as error:
+        assert expected in str(error)
+
+
+def test_path_flags_and_fields(tmp_path):
+    values = flags.FlagValues()
+    define_path("out", None, "a folder", values)
+    values(["x", "--out=~/videos"])
+    assert values.out == str(Path("~/videos").expanduser())
+    with pytest.raises(flags.IllegalFlagValueError, match="is an address"):
+        values(["x", "--out=gs://bucket"])
+    config = digits.get_config("distill")
+    config.data.dir = "gs://bucket/data"
+    with pytest.raises(ValueError, match="data.dir: gs://bucket/data is an address"):
+        from_dict(config)
 
 
 def test_unknown_words_are_answered_with_the_known_ones():

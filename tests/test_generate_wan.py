@@ -113,6 +113,11 @@ def test_vbench_counts_the_samples_of_a_prompt_on():
     named = dataclasses.replace(job("m", "out"), prompts=("a cat", "a/dog", "a cat"), vbench_names=True, num_samples=2)
     assert video_names(named) == ["a cat-0", "a cat-1", "a dog-0", "a dog-1", "a cat-2", "a cat-3"]
     plain = dataclasses.replace(named, vbench_names=False, num_samples=1)
+    # VBench looks for the whole prompt; VBench 2.0 for 180 characters of one that no file name holds
+    long, longer = "a cat " + "in the snow and " * 11 + "the dog runs", "the dog\u2019s world " * 20
+    for prompt, name in ((long, long), (longer, longer[:180])):
+        one = Job(model="m", prompts=(prompt,), checkpoint="c", vbench_names=True)
+        assert video_names(one) == [f"{name}-0"]
     assert video_names(plain) == ["0000_a_cat", "0001_a_dog", "0002_a_cat"]
 
 

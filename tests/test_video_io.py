@@ -149,3 +149,62 @@ def test_upscale_repeats_pixels():
     assert video_io.upscale(video, 2)[0, ..., 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
     with pytest.raises(ValueError, match="factor: got 0"):
         video_io.upscale(video, 0)
+
+
+def made(path, *arguments):
+    """A video that ffmpeg makes."""
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *arguments, str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize(("stored", "ratio"), [("90x72", "64/45"), ("128x72", "1/1"), ("144x72", "8/9")])
+def test_pixels_need_not_be_square(tmp_path, stored, ratio):
+    disc = "color=black:s=128x72:r=16,format=gray,geq=lum='if(lt(hypot(X-64,Y-36),25),235,16)'"
+    width, height = stored.split("x")
+    fit = f"scale={width}:{height},setsar={ratio}"
+    path = made(tmp_path / "a.mp4", "-f", "lavfi", "-i", disc, "-frames:v", "3", "-vf", fit, "-pix_fmt", "yuv420p")
+    pixels = video_io.read_video(path, 60, 104)[0][..., 1] > 128
+    wide, high = pixels.any(0).sum(), pixels.any(1).sum()
+    assert abs(wide - high) <= 2 and 40 <= high <= 46
+
+
+def test_hdr_is_tone_mapped(tmp_path):
+    for name, code in (("smpte2084", 0.508), ("arib-std-b67", 0.75)):  # white paper
+        level = int(64 + code * 876)
+        source = "color=black:s=64x48:r=16,format=yuv420p10le"
+        source += f",geq=lum='if(lt(Y,24),{level},64)':cb=512:cr=512"
+        colors = f"log-level=none:colorprim=bt2020:transfer={name}:colormatrix=bt2020nc"
+        tags = ["-color_primaries", "bt2020", "-color_trc", name, "-colorspace", "bt2020nc"]
+        codec = ["-c:v", "libx265", "-x265-params", colors, *tags, "-pix_fmt", "yuv420p10le"]
+        path = made(tmp_path / f"{name}.mp4", "-f", "lavfi", "-i", source, "-frames:v", "3", *codec)
+        frame = video_io.read_video(path, 48, 64)[0].astype(int)
+        assert frame[8, 32].min() > 200 and np.ptp(frame[8, 32]) <= 6
+        assert frame[40, 32].max() < 8
+
+
+def test_images_of_16_bits_and_damaged_ones(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 96, dtype=np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "16.png")
+    image = video_io.read_image(tmp_path / "16.png", 64, 96)
+    np.testing.assert_array_equal(image, np.repeat((ramp >> 8)[..., None], 3, axis=-1))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="numbers of 32 bits"):
+        video_io.read_image(tmp_path / "float.tiff", 64, 96)
+    Image.fromarray(RNG.integers(0, 256, (256, 256, 3), np.uint8)).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    third = len(whole) // 3
+    for data in (
+        whole[: second - 4] + bytes(8) + whole[second + 4 :],
+        whole[: len(whole) // 2],
+        whole[:third] + bytes(third) + whole[2 * third :],
+    ):
+        (tmp_path / "bad.png").write_bytes(data)
+        with pytest.raises(ValueError, match=r"image: cannot read .*bad\.png"):
+            video_io.read_image(tmp_path / "bad.png", 64, 96)
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path):
+    path = tmp_path / ("a" * 251 + ".png")
+    video_io.write_png(path, np.zeros((4, 4, 3), np.uint8))
+    assert path.is_file()

@@ -18,7 +18,11 @@ from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.rollout import RolloutConfig
 
-NAME_BYTES = 180  # of 255 that file systems take, with room for the index, the suffix and a temporary name
+NAME_BYTES = 180  # of 255 that file systems take, with room for the index and the suffix
+VBENCH_BYTES, VBENCH_CHARACTERS = (
+    240,
+    180,
+)  # VBench's own names are whole; VBench 2.0 cuts longer ones at 180 characters
 WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype")
 
 
@@ -271,15 +275,18 @@ class Job:
 def video_names(job: Job) -> list[str]:
     """File names, without suffix, of the videos, every prompt's samples in order.
 
-    VBench wants the prompt itself and the number of the sample; a prompt that comes again is counted on.
+    VBench wants the prompt itself and the number of the sample; a prompt that comes again is counted on. VBench 2.0
+    takes the first 180 characters of prompts that no file name holds (its `prompt[:180]`).
     """
     names, seen = [], collections.Counter()
     for prompt in job.titles:
         if job.vbench_names:
             text = re.sub(r"[/\x00]", " ", prompt)
+            text = text if len(text.encode()) <= VBENCH_BYTES else text[:VBENCH_CHARACTERS]
         else:
             text = re.sub(r"\W+", "_", prompt.lower()).strip("_")
-        text = text.encode()[:NAME_BYTES].decode(errors="ignore") or "video"
+        limit = VBENCH_BYTES if job.vbench_names else NAME_BYTES
+        text = text.encode()[:limit].decode(errors="ignore") or "video"
         for sample in range(job.num_samples):
             if job.vbench_names:
                 sample, seen[text] = seen[text], seen[text] + 1

@@ -6,6 +6,7 @@ A file appears under its final name when it is complete, or not at all.
 import contextlib
 import dataclasses
 import math
+import re
 import subprocess
 import tempfile
 import textwrap
@@ -21,6 +22,12 @@ from sf_jax.files import replacing
 
 CRF = 14  # x264's constant rate factor: 0 is lossless, 18 is hardly distinguishable from the source.
 GIF_MAX_FPS = 50
+HDR = ("smpte2084", "arib-std-b67")  # transfer functions
+# to linear light with 100 nits (SDR white) at 1, brighter light rolled off, and to BT.709
+TONE_MAP = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv444p"
+)
 SAMPLE_ROWS = 288  # Smaller samples are enlarged to about this height.
 _MARGIN = 4
 _RULE = 1
@@ -50,16 +57,37 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            turned = _rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
         raise ValueError(f"image: cannot read {path} ({error}), allowed: an image file") from error
     return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB; 16 bits are scaled to 8, where Pillow would cut them off.
+
+    Raises:
+      ValueError: its numbers have no range that is known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"it has numbers of 32 bits (mode {image.mode}), whose range is unknown: save 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _transfer(path: Path) -> str | None:
+    """The transfer function of an HDR video, "smpte2084" (PQ) or "arib-std-b67" (HLG); None of all others."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-i", str(path.absolute())]
+    words = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
+    video = next((line for line in words.split("\n") if re.search(r"Stream #\d.*: Video:", line)), "")
+    return next((name for name in HDR if name in video), None)
 
 
 def read_video(
     path: str | Path, height: int, width: int, fps: float | None = None, limit: int | None = None
 ) -> np.ndarray:
-    """Reads a video and fits its frames as `read_image` does.
+    """Reads a video and fits its frames as `read_image` does; HDR (PQ, HLG) is tone-mapped to BT.709.
 
     Args:
       path: The video, any format that ffmpeg reads.
@@ -77,7 +105,11 @@ def read_video(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video: {path} {'is a folder' if path.is_dir() else 'does not exist'}, allowed: a video file")
-    fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic,crop={width}:{height}"
+    # the picture's shape, not that of its pixels, which need not be square
+    wide, high = f"max({width},round({height}*dar))", f"max({height},round({width}/dar))"
+    fit = f"scale=w='{wide}':h='{high}':flags=bicubic,crop={width}:{height}"
+    if _transfer(path):
+        fit = f"{TONE_MAP},{fit}"
     fit = fit if fps is None else f"fps={fps},{fit}"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-nostdin", "-i", str(path.absolute())]
     command += ["-vf", fit, "-fps_mode", "passthrough", *([] if limit is None else ["-frames:v", str(limit)])]
