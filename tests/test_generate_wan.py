@@ -1,6 +1,7 @@
 """`python -m sf_jax.generate --model=...` on a small model folder: what it writes, and one line for every mistake."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +10,16 @@ import sys
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from sf_jax import load_pipeline
 from sf_jax.inference import batch, lengths, video_io
 from sf_jax.inference.job import Job, video_names
-from tests.wan_folder import make_folder
+from sf_jax.rollout import RolloutConfig
+from sf_jax.weights.package import Package, load_package, read_header, save_package
+from tests.helpers import random_params
+from tests.wan_folder import MODEL, make_folder
 
 SMALL = {"frames": 33, "height": 32, "width": 48, "dtype": "float32", "prompts": ("a cat in the snow", "a dog runs")}
 
@@ -107,6 +114,158 @@ def test_lengths_that_can_be_made_are_named():
 def test_jobs_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         job("folder", "out", **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """Writes a file as sf_jax.train does: its name and what of the header differs."""
+    rollout = RolloutConfig(
+        steps=(1000, 500), shift=3.0, chunk=2, window=6, sink=2, positions="relative", context_timestep=100.0
+    )
+    package = Package("student", MODEL, rollout, 9, (4, 6), 3.0, 2.5, random_params(MODEL, 2))
+
+    def write(name, rollout=None, **changes):
+        changes["rollout"] = dataclasses.replace(package.rollout, **rollout or {})
+        save_package(folder / name, dataclasses.replace(package, **changes))
+        return str(folder / name)
+
+    return write
+
+
+def test_what_a_checkpoint_says_of_itself_sets_the_defaults(folder, trained, tmp_path):
+    one = {"prompts": ("a cat in the snow",), "save_latents": True, "frames": None}
+    path = trained("few.safetensors", {"first_frame_alone": True})
+    few = job(folder, "out", checkpoint=path, **one)
+    rollout = few.trained.rollout
+    assert few.wan_rollout == rollout and rollout.adds_context_noise and few.wan_frames == 81
+    written = batch.run(dataclasses.replace(few, out=str(tmp_path), frames=25, vae="tiny"))
+    pipe = load_pipeline(folder, path, vae="tiny", dtype="float32")
+    assert pipe.rollout == rollout and pipe.kind == "student"
+    options = {"frames": 25, "height": 32, "width": 48}
+    latents = pipe("a cat in the snow", output="latent", **options)[0]
+    np.testing.assert_array_equal(np.load(written[1]), latents)
+    plain = RolloutConfig(chunk=2, first_frame_alone=True, context_noise="none")
+    other = load_pipeline(folder, folder / "student.safetensors", dtype="float32", rollout=plain)
+    assert np.abs(other("a cat in the snow", output="latent", **options)[0] - latents).max() > 0.1
+    many = load_pipeline(folder, trained("many.safetensors", kind="causal"), vae="none")
+    assert many.kind == "causal" and many.sampling.solver.shift == 3.0 and many.sampling.guidance == 2.5
+    official = {"context_timestep": 0.0, "context_noise": "official"}
+    noisy = {"context": "noisy", "context_timestep": 0.0}
+    for changes, expected in ((official, "none"), (noisy, "exact")):
+        noise = job(folder, "out", checkpoint=trained("noise.safetensors", changes), **one)
+        assert noise.wan_rollout.context_noise == expected and noise.wan_frames == 85  # whole chunks
+
+
+@pytest.mark.parametrize(
+    ("header", "changes", "message"),
+    [
+        (
+            {},
+            {"denoising_steps": (1000, 750)},
+            "denoising_steps is .1000, 750.: .* trained with .1000, 500.; leave",
+        ),
+        ({}, {"shift": 5.0}, "shift is 5.0: checkpoint .* was trained with 3.0"),
+        ({}, {"chunk": 3}, "chunk is 3: checkpoint .* was trained with 2"),
+        ({}, {"window": 8}, "window is 8: .* was trained with 6"),
+        ({}, {"sink": 0}, "sink is 0: .* was trained with 2"),
+        ({}, {"positions": "absolute"}, "positions is absolute: .* was trained with relative"),
+        ({}, {"context": "noisy"}, "context is noisy: .* was trained with clean"),
+        ({}, {"image": "a.png"}, "image is a.png: .* was trained without lone first frames"),
+        ({}, {"solver": "unipc"}, "solver is 'unipc': .* takes the few steps it was trained for"),
+        ({"kind": "causal"}, {}, "takes many steps .its header says so.: choose a solver"),
+        ({"kind": "causal"}, {"solver": "unipc", "shift": 5.0}, "shift is 5.0: .* was trained with 3.0"),
+        ({"kind": "teacher"}, {}, "is a bidirectional network .its header says so."),
+    ],
+)
+def test_flags_that_contradict_a_checkpoint_are_refused(folder, trained, header, changes, message):
+    path = trained("header.safetensors", **header)
+    with pytest.raises(ValueError, match=message):
+        job(folder, "out", checkpoint=path, frames=29, **changes)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '"abc"',
+        "3",
+        "null",
+        "[" * 100_000,
+        {"kind": "evil"},
+        {"kind": None},
+        {"frames": -1},
+        {"frames": "x"},
+        {"shift": "x"},
+        {"shift": float("inf")},
+        {"size": [-6, 6]},
+        {"size": "ab"},
+        {"size": [6]},
+        {"more": 1},
+        {"rollout": 3},
+    ],
+    ids=lambda header: str(header)[:30],
+)
+def test_damaged_headers_are_one_line(folder, trained, header):
+    path = trained("damaged.safetensors")
+    if isinstance(header, dict):
+        with safe_open(path, "np") as stored:
+            header = json.dumps(json.loads(stored.metadata()["sf_jax"]) | header)
+    save_file({"a": np.zeros(1, np.float32)}, path, {"sf_jax": header})
+    for load in (load_package, read_header):
+        with pytest.raises(ValueError, match=r"damaged\.safetensors was made by another version or is damaged"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"high_noise_model/config.json": {}, "low_noise_model/config.json": {}},
+            "Wan2.2-A14B, whose transformer is two",
+        ),
+        ({"transformer_2/config.json": {}}, "Wan2.2-A14B, whose transformer is two experts .transformer_2 is there"),
+        ({"model_index.json": {"transformer_2": ["diffusers", "WanTransformer3DModel"]}}, "Wan2.2-A14B, with two"),
+        ({"model_index.json": {"boundary_ratio": 0.875}}, "Wan2.2-A14B, with two experts"),
+        ({"model_index.json": {"_class_name": "WanImageToVideoPipeline"}}, "is a WanImageToVideoPipeline"),
+        ({"Wan2.2_VAE.pth": {}}, "Wan2.2-TI2V-5B, which has another VAE"),
+        ({"vae/config.json": {"z_dim": 48}}, "a VAE of 48 channels"),
+        ({"image_encoder/config.json": {}}, "an image-to-video model"),
+        ({"model_index.json": [1]}, "model_index.json holds no table"),
+    ],
+)
+def test_other_models_are_named(folder, tmp_path, files, message):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    for name, content in files.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(json.dumps(content))
+    for checkpoint in (None, copy / "student.safetensors"):
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(copy, checkpoint=checkpoint)
+
+
+def test_a_scheduler_of_diffusers_sets_the_solver(folder, tmp_path):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "transformer_2": [None, None]}))
+    (copy / "scheduler").mkdir()
+    file = copy / "scheduler" / "scheduler_config.json"
+    for stored, expected in (
+        ({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}, ("unipc", 3.0)),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5}, ("euler", 5.0)),
+    ):
+        file.write_text(json.dumps(stored))
+        solver = load_pipeline(copy, vae="none").sampling.solver
+        assert (solver.name, solver.shift) == expected
+    file.write_text(json.dumps({"_class_name": "LCMScheduler"}))
+    with pytest.warns(UserWarning, match="asks for LCMScheduler, which is not known"):
+        assert load_pipeline(copy, vae="none").sampling.solver.shift == 8.0
+    file.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "flow_shift": -1}))
+    with pytest.raises(ValueError, match="flow_shift is -1"):
+        load_pipeline(copy, vae="none")
 
 
 def test_vbench_counts_the_samples_of_a_prompt_on():

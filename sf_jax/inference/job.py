@@ -12,17 +12,16 @@ import numpy as np
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import lengths, video_io
 from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
-from sf_jax.inference.load import WanOptions, load_digits
+from sf_jax.inference.load import WanOptions, causal_header, load_digits
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.rollout import RolloutConfig
+from sf_jax.weights.package import Package
 
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index and the suffix
-VBENCH_BYTES, VBENCH_CHARACTERS = (
-    240,
-    180,
-)  # VBench's own names are whole; VBench 2.0 cuts longer ones at 180 characters
+# VBench's own names are whole; VBench 2.0 cuts those that no file name holds at 180 characters.
+VBENCH_BYTES, VBENCH_CHARACTERS = 240, 180
 WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype")
 
 
@@ -116,7 +115,7 @@ class Job:
             self.scenes  # noqa: B018 (reads the file)
             if self.model is not None and (not self.few_steps or self.checkpoint is None):
                 raise ValueError("schedule needs a few-step student: give its weights as checkpoint, and no solver")
-            if self.model is not None and self.window is None:
+            if self.model is not None and self.checkpoint and self.wan_rollout.window is None:
                 raise ValueError("window is None: a schedule needs one, such as 21 latent frames")
         elif not self.prompts:
             raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
@@ -140,6 +139,8 @@ class Job:
             raise ValueError(f"prompt is empty: say what to show (prompt {empty[0]})")
         if self.checkpoint is None and (self.image or self.video):
             raise ValueError("image and video need a causal network: give its weights as checkpoint")
+        if self.trained is not None:
+            self._check_trained(self.trained)
         if self.few_steps and self.checkpoint is None:
             raise ValueError(
                 "solver is 'few': a model without checkpoint is Wan's bidirectional one, which needs many steps; "
@@ -163,6 +164,31 @@ class Job:
         if rollout is not None and not self.video:
             lengths.check_frames(rollout, latent, 1 if self.image else 0, WAN_FACTOR)
 
+    def _check_trained(self, trained: Package) -> None:
+        """Refuses what contradicts the header of the checkpoint."""
+        file, rollout = f"checkpoint {self.checkpoint}", trained.generation_rollout
+        if trained.kind == "causal" and self.few_steps:
+            raise ValueError(f"{file} takes many steps (its header says so): choose a solver, such as unipc")
+        if trained.kind == "student" and not self.few_steps:
+            raise ValueError(f"solver is {self.solver!r}: {file} takes the few steps it was trained for; leave it out")
+        if self.image and not rollout.first_frame_alone:
+            raise ValueError(f"image is {self.image}: {file} was trained without lone first frames")
+        shift = trained.shift if trained.kind == "causal" else rollout.shift
+        known = {"chunk": rollout.chunk, "context": rollout.context, "shift": shift}
+        if trained.kind == "student":
+            known["denoising_steps"] = rollout.steps
+            known |= {"first_chunk_steps": rollout.first_steps} if rollout.first_steps else {}
+        if rollout.window is not None:
+            known |= {name: getattr(rollout, name) for name in ("window", "sink", "positions")}
+        for name, value in known.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"{name} is {getattr(self, name)}: {file} was trained with {value}; leave it out")
+
+    @functools.cached_property
+    def trained(self) -> Package | None:
+        """What the header of Wan's checkpoint says, where sf_jax.train wrote it."""
+        return None if self.model is None or self.checkpoint is None else causal_header(self.checkpoint)
+
     @functools.cached_property
     def scenes(self) -> tuple[Scene, ...]:
         """The scenes of the schedule; none without one."""
@@ -180,12 +206,14 @@ class Job:
 
     @property
     def wan_frames(self) -> int:
-        """Pixel frames of Wan's videos; an image is a chunk of its own before those of a usual video."""
-        frames = Sampling().frames
-        if self.frames is not None or self.image is None:
+        """Pixel frames of Wan's videos; by default as many as a usual one has, and more where chunks need it."""
+        frames, rollout = Sampling().frames, self.wan_rollout
+        if self.frames is not None or rollout is None:
             return frames if self.frames is None else self.frames
-        chunk = self.chunk or RolloutConfig().chunk
-        return 1 + WAN_FACTOR * -(-(lengths.latent_frames(frames, WAN_FACTOR) - 1) // chunk) * chunk
+        # whole chunks, behind the frame that is one by itself
+        alone = int(rollout.first_frame_alone)
+        count = -(-(lengths.latent_frames(frames, WAN_FACTOR) - alone) // rollout.chunk) * rollout.chunk
+        return 1 + WAN_FACTOR * (count + alone - 1)
 
     @property
     def rollout_changes(self) -> dict:
@@ -199,7 +227,9 @@ class Job:
         """Chunks and steps of Wan's causal network; None for its bidirectional one."""
         if self.checkpoint is None:
             return None
-        shift = {} if self.shift is None else {"shift": self.shift}
+        shift = {} if self.shift is None or not self.few_steps else {"shift": self.shift}
+        if self.trained is not None:
+            return dataclasses.replace(self.trained.generation_rollout, **self.rollout_changes | shift)
         alone = {"first_frame_alone": self.image is not None}
         return RolloutConfig(**self.rollout_changes | shift | alone, context_noise="none")
 
@@ -221,7 +251,8 @@ class Job:
         """A pipeline of Wan's that generates what the job asks for."""
         changes = self.sampling_changes | {"frames": self.wan_frames}
         if not self.few_steps:
-            shift = self.shift if self.shift is not None else 5.0 if self.checkpoint else 8.0
+            shift = pipe.sampling.solver.shift if pipe.sampling.solver else 5.0
+            shift = shift if self.shift is None else self.shift
             changes["solver"] = Solver(self.solver, shift, self.steps or 50)
         return pipe.with_sampling(**changes)
 

@@ -22,9 +22,9 @@ from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights.folders import ModelFiles, find_model
+from sf_jax.weights.folders import ModelFiles, find_model, read_solver
 from sf_jax.weights.networks import check_network, load_network
-from sf_jax.weights.package import SHIPPED, Package, load_package, shipped_path
+from sf_jax.weights.package import SHIPPED, Package, load_package, read_header, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
 DIGITS_FRAMES, MANY_STEPS = 48, 24
@@ -40,7 +40,8 @@ class WanOptions:
       part: which network of a checkpoint with several; None takes the averaged generator.
       vae: decoder: "wan", "tiny" (fast), or "none" to stop at the latents.
       dtype: of parameters and computation, "bfloat16" or "float32"; None is bfloat16, on a CPU float32.
-      rollout: chunks, window and steps of a causal network; None is chunks of 3 and the official steps.
+      rollout: chunks, window and steps of a causal network; None is what the header of a file of sf_jax.train says, and
+        of other files chunks of 3 and the official steps.
       encoder: whether to load the VAE's encoder, for videos that go on from an image or a video.
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
       scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`); None is no where
@@ -183,6 +184,18 @@ def _transformer_path(files: ModelFiles, options: WanOptions) -> Path:
     return files.transformer if options.checkpoint is None else Path(options.checkpoint)
 
 
+def causal_header(checkpoint: str | Path) -> Package | None:
+    """What a checkpoint of sf_jax.train says of itself; None of other files.
+
+    Raises:
+      ValueError: if the file is damaged, or its network is bidirectional.
+    """
+    header = read_header(checkpoint)
+    if header is not None and header.kind == "teacher":
+        raise ValueError(f"checkpoint {checkpoint} is a bidirectional network (its header says so): give a causal one")
+    return header
+
+
 def wan_mesh(devices: Sequence[jax.Device] | None) -> Mesh | None:
     """Devices that have a video each, axis `data`; None for the default device alone."""
     return None if devices is None else Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -257,7 +270,15 @@ def wan_pipeline(
         module = WanVae if kind == "vae" else TinyVaeDecoder
         decoder = VaeDecoder(module(dataclasses.replace(config, dtype=dtype)), vae_params)
     network = dataclasses.replace(files.config, dtype=dtype, remat="none")
-    rollout = (options.rollout or RolloutConfig(context_noise="none")) if causal else None
+    header = causal_header(options.checkpoint) if causal else None
+    trained = RolloutConfig(context_noise="none") if header is None else header.generation_rollout
+    rollout = (options.rollout or trained) if causal else None
+    solver, guidance = None, {}
+    if not causal:
+        name, shift = read_solver(folder) or ("unipc", 8.0)
+        solver = Solver(name, shift, 50)
+    if header is not None and header.kind == "causal":
+        solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}
     if causal:
         network, params = generation_network(network, params, rollout, options.scan_layers)
     return VideoPipeline(
@@ -268,5 +289,6 @@ def wan_pipeline(
         decoder=decoder,
         mesh=mesh,
         encoder=load_encoder(files) if options.encoder else None,
-        sampling=Sampling(solver=None if causal else Solver("unipc", 8.0, 50)),
+        sampling=Sampling(solver=solver, **guidance),
+        many_steps=None if header is None else header.kind == "causal",
     )

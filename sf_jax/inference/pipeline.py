@@ -99,7 +99,8 @@ class VideoPipeline:
         if self.kind == "student":
             first = f" (first chunk {', '.join(map(str, rollout.first_steps))})" if rollout.first_steps else ""
             parts += [f"steps {', '.join(map(str, rollout.steps))}{first}, shift {rollout.shift:g}"]
-            parts += [f"context {rollout.context}"]
+            noise = f" at timestep {rollout.context_timestep:g}, noise {rollout.context_noise}"
+            parts += [f"context {rollout.context}{noise * (rollout.context_timestep > 0)}"]
         if self.sampling.solver is not None:
             solver = self.sampling.solver
             parts += [f"{solver.name} in {solver.steps} steps, shift {solver.shift:g}"]

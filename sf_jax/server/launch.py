@@ -12,7 +12,6 @@ import uvicorn
 
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
-from sf_jax.rollout import RolloutConfig
 from sf_jax.server import protocol
 from sf_jax.server.app import Service, make_app
 from sf_jax.server.engine import Engine
@@ -27,7 +26,7 @@ WAN_EXAMPLES = (
     "A paper boat drifts down a rain-filled street, city lights in the water.",
 )
 # positions that do not end at 1024 frames; the same as in training as long as the window is not full
-WAN_ROLLOUT = {"context_noise": "none", "window": 21, "sink": 3, "positions": "relative"}
+WAN_WINDOW = {"window": 21, "sink": 3, "positions": "relative"}
 SEND_BUFFER = 3 * 2**14  # bytes that wait in the kernel for a slow viewer (Linux doubles it)
 PING = 4.0  # seconds between two signs of life, and as many until a client is gone
 
@@ -84,9 +83,9 @@ class Model:
         """Loads the pipeline."""
         if self.folder is None:
             return load_pipeline(self.checkpoint).with_rollout(**self.rollout).with_sampling(**self.size)
-        rollout = RolloutConfig(**WAN_ROLLOUT | self.rollout)
-        options = self.options | {"rollout": rollout, "keep_text_encoder": True}
-        return load_pipeline(self.folder, checkpoint=self.checkpoint, **options).with_sampling(**self.size)
+        pipe = load_pipeline(self.folder, checkpoint=self.checkpoint, keep_text_encoder=True, **self.options)
+        window = WAN_WINDOW if pipe.rollout.window is None else {}
+        return pipe.with_rollout(**window | self.rollout).with_sampling(**self.size)
 
 
 def service_of(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +51,23 @@ _FIXED = {
 }
 
 
+# Files and folders that tell other models from Wan2.1's text-to-video, and what those are.
+_OTHER_MODELS = {
+    "high_noise_model": "Wan2.2-A14B, whose transformer is two experts",
+    "low_noise_model": "Wan2.2-A14B, whose transformer is two experts",
+    "transformer_2": "Wan2.2-A14B, whose transformer is two experts",
+    "Wan2.2_VAE.pth": "Wan2.2-TI2V-5B, which has another VAE",
+    "image_encoder": "an image-to-video model",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "an image-to-video model",
+}
+_PIPELINE = "WanPipeline"  # of diffusers, for text to video
+_SCHEDULERS = {  # of diffusers -> our solver, and the key of its shift
+    "UniPCMultistepScheduler": ("unipc", "flow_shift"),
+    "DPMSolverMultistepScheduler": ("dpm++", "flow_shift"),
+    "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
     """The files of a model; what was not needed and is not there is None.
@@ -90,6 +109,7 @@ def find_model(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist")
+    _refuse_other_models(folder)
     found = {}
     for part, places in _PLACES.items():
         paths = [folder / place for place in places]
@@ -101,7 +121,64 @@ def find_model(
         sizes = [found["transformer"].with_name("config.json")]
     else:
         sizes = [path for place in _CONFIGS if (path := folder / place).is_file()]
-    return ModelFiles(config=read_config(sizes[0]) if sizes else None, **found)
+    config = read_config(sizes[0]) if sizes else None
+    return ModelFiles(config=config, **found)
+
+
+def _refuse_other_models(folder: Path) -> None:
+    """Refuses models that have the same files as Wan2.1's text-to-video, and more."""
+    only = "Wan2.1's text-to-video models and what was distilled from them are supported"
+    for name, kind in _OTHER_MODELS.items():
+        if (folder / name).exists():
+            raise ValueError(f"model folder {folder} is {kind} ({name} is there): {only}")
+    index = _table(folder / "model_index.json")
+    if index.get("_class_name", _PIPELINE) != _PIPELINE:
+        raise ValueError(f"model folder {folder} is a {index['_class_name']} (model_index.json): {only}")
+    experts = index.get("transformer_2") not in (None, [None, None])
+    if experts or index.get("boundary_ratio") is not None:
+        raise ValueError(f"model folder {folder} is Wan2.2-A14B, with two experts (model_index.json): {only}")
+    channels = _table(folder / "vae" / "config.json").get("z_dim", 16)
+    if channels != 16:
+        raise ValueError(f"model folder {folder} has a VAE of {channels} channels, Wan2.2's (vae/config.json): {only}")
+
+
+def read_solver(folder: Path | str) -> tuple[str, float] | None:
+    """Name and shift of the solver in `scheduler/scheduler_config.json` of diffusers; None where there is none.
+
+    A scheduler that is not known is told of in a warning, and not followed.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    stored = _table(path)
+    if not stored:
+        return None
+    name = stored.get("_class_name")
+    if name not in _SCHEDULERS:
+        warnings.warn(f"{path} asks for {name}, which is not known: give --solver and --shift", stacklevel=2)
+        return None
+    solver, key = _SCHEDULERS[name]
+    shift = stored.get(key, 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        raise ValueError(f"{path}: {key} is {shift!r}, it must be a number above 0")
+    for flag in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+        if stored.get(flag):
+            warnings.warn(f"{path}: {flag} is not followed", stacklevel=2)
+    return solver, float(shift)
+
+
+def _table(path: Path) -> dict:
+    """A JSON object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no table")
+    return stored
 
 
 def read_config(path: Path | str) -> wan.WanConfig:

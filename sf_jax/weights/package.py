@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from sf_jax.config import from_dict, to_dict
 from sf_jax.models.wan import WanConfig, param_shapes
+from sf_jax.options import at_least, one_of
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import transformer
 from sf_jax.weights.load import file_tensors
 from sf_jax.weights.safetensors_io import write_safetensors
 
+KINDS = ("student", "teacher", "causal")
 SHIPPED = {"teacher": "digits_teacher.safetensors", "student": "digits_student.safetensors"}
 
 
@@ -42,6 +44,21 @@ class Package:
     shift: float
     guidance: float
     params: dict = dataclasses.field(repr=False, default_factory=dict)
+
+    def __post_init__(self):
+        """Refuses what no network can be."""
+        one_of("kind", self.kind, KINDS)
+        at_least(self, 1, "frames")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size is {self.size}: it must be latent rows and columns")
+        if not self.shift > 0:
+            raise ValueError(f"shift is {self.shift}: it must be above 0")
+
+    @property
+    def generation_rollout(self) -> RolloutConfig:
+        """How the network generates: as it was trained. The official code adds no noise to clean context there."""
+        official = self.rollout.context_noise == "official" and self.rollout.context_timestep == 0
+        return dataclasses.replace(self.rollout, context_noise="none") if official else self.rollout
 
 
 def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float32") -> None:
@@ -77,13 +94,36 @@ def load_package(path: pathlib.Path | str) -> Package:
         raise ValueError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"checkpoint {path} was not written by sf_jax.train: its header does not say what it is")
+    package = _parse(path, header)
     try:
-        header = json.loads(header)
-        config = from_dict(header.pop("config"), WanConfig)
-        rollout = from_dict(header.pop("rollout"), RolloutConfig)
-        header["size"] = tuple(header["size"])
-        package = Package(config=config, rollout=rollout, **header)
-        params = transformer.from_official(tensors, config, param_shapes(config))
+        params = transformer.from_official(tensors, package.config, param_shapes(package.config))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
     return dataclasses.replace(package, params=jax.tree.map(np.asarray, params))
+
+
+def read_header(path: pathlib.Path | str) -> Package | None:
+    """What a file of sf_jax.train says of itself, without its parameters; None of all other files.
+
+    Raises:
+      ValueError: if the header is damaged.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "np") as stored:
+            header = (stored.metadata() or {}).get("sf_jax")
+    except (SafetensorError, OSError):  # whoever reads the tensors says so
+        return None
+    return None if header is None else _parse(path, header)
+
+
+def _parse(path: pathlib.Path, header: str) -> Package:
+    try:
+        values = json.loads(header)
+        if not isinstance(values, dict):
+            raise ValueError("its header is no JSON object")
+        return from_dict(values, Package)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
