@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from sf_jax import command
+from sf_jax.data.captions import valid_text
 from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
@@ -74,7 +75,7 @@ def _prompts() -> list[str]:
     """The prompts of the command line."""
     if _PROMPTS.value is None:
         default = [] if _JOB["model"].value or _JOB["schedule"].value else [DEFAULT_PROMPT]
-        return default if _PROMPT.value is None else [_PROMPT.value]
+        return default if _PROMPT.value is None else [valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
     try:

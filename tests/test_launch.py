@@ -214,7 +214,8 @@ def slurm(place, *more, **env):
 
 
 def test_a_slurm_job_runs_one_process_a_node(place):
-    assert "done: " in finish(slurm(place))
+    assert "done: " in finish(slurm(place, SLURM_CPUS_PER_TASK="32"))
+    assert "--cpus-per-task=32" in notes(place, "calls")
     for k in range(2):
         found = notes(place, f"run.{k}")
         assert f"[--config=c] [--workdir={place}/run] [--config.grace_seconds=280]" in found

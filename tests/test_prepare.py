@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import types
 
 import jax
@@ -360,6 +361,29 @@ def test_bad_prompt_files_are_refused(tmp_path, name, content, message):
 def test_prompts_are_lines_without_duplicates(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\r\n a\u2028dog \na cat\n", encoding="utf-8")
     assert captions.read_prompts(tmp_path / "p.txt") == (["a cat", "a\u2028dog"], 1)
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    prompts = ['a cat, in the "snow"', "a dog\r\nruns"]
+    for name, mark in (("comma", ","), ("semicolon", ";"), ("tab", "\t")):
+        text = f'\ufeffid{mark}prompt\r\n1{mark}"a cat, in the ""snow"""\r\n2{mark}"a dog\r\nruns"\r\n{mark}\r\n'
+        (tmp_path / f"{name}.csv").write_bytes(text.encode())
+        assert captions.read_prompts(tmp_path / f"{name}.csv") == (prompts, 0)
+    (tmp_path / "bare.csv").write_text("prompt\na cat\na dog, in the snow\n")
+    with pytest.raises(ValueError, match=r"bare\.csv row 2 has more cells than the header"):
+        captions.read_prompts(tmp_path / "bare.csv")
+
+
+def test_text_and_names_that_are_no_unicode(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a cat \\ud83d"}\n{"text": "a dog \\ud83d\\ude00"}\n')
+    assert captions.read_prompts(tmp_path / "p.jsonl")[0] == ["a cat \ufffd", "a dog \U0001f600"]
+    for stem in (b"good", b"\xd1\xa9"):  # the second one GBK
+        for suffix in (b".mp4", b".txt"):
+            with open(os.path.join(os.fsencode(tmp_path), stem + suffix), "w") as file:
+                file.write("a cat")
+    videos, _ = captions.find_videos(tmp_path)
+    assert [video.name for video in videos] == ["good.mp4", "\\xd1\\xa9.mp4"]
+    assert all(video.path.is_file() for video in videos)
 
 
 def test_bad_video_folders_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -95,7 +96,7 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
     for path in there:
         text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
         caption = _text(text, field).strip() if text.is_file() else ""
-        found.append(Video(path.relative_to(folder).as_posix(), path, " ".join(caption.split())))
+        found.append(Video(_name(path.relative_to(folder)), path, " ".join(caption.split())))
         lost += [] if caption else [found[-1].name]
     if lost:
         raise ValueError(
@@ -155,10 +156,7 @@ def _rows(path, field) -> list[tuple[str, dict]]:
     """The rows of a table, each with its place for messages."""
     text = _text(path, field)
     if path.suffix.lower() == ".csv":
-        try:
-            return [(f"{field}: {path} row {i + 1}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text)))]
-        except csv.Error as error:
-            raise ValueError(f"{field}: {path} is no table of comma-separated values ({error})") from error
+        return _csv_rows(path, text, field)
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -174,6 +172,34 @@ def _rows(path, field) -> list[tuple[str, dict]]:
     return rows
 
 
+def _csv_rows(path, text, field) -> list[tuple[str, dict]]:
+    """The rows of a .csv file, whose cells are separated as its header says: by commas, semicolons or tabs."""
+    header, known = text.split("\n", 1)[0].strip(), {*CAPTION_KEYS, "file_name"}
+    cells = {mark: {cell.strip().strip('"') for cell in header.split(mark)} for mark in ",;\t"}
+    separator = next((mark for mark, names in cells.items() if names & known), ",")
+    try:
+        table = list(csv.DictReader(io.StringIO(text), delimiter=separator, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{field}: {path} is no table of separated values ({error})") from error
+    rows = []
+    for number, row in enumerate(table, 1):
+        where = f"{field}: {path} row {number}"
+        if None in row:
+            raise ValueError(f"{where} has more cells than the header: put texts with {separator!r} into quotes")
+        rows.append((where, {name: "" if value is None else value for name, value in row.items()}))
+    return rows
+
+
+def valid_text(text: str) -> str:
+    """A text without halves of surrogate pairs, which no file can hold: they become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _name(path: Path) -> str:
+    r"""A relative path with slashes; bytes that are no UTF-8 are written as \\xNN."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def _value(row, keys, where) -> str:
     """The text under the first of the keys that a row has."""
     key = next((key for key in keys if key in row), None)
@@ -182,4 +208,4 @@ def _value(row, keys, where) -> str:
         raise ValueError(f"{where} has {has}: it must have {' or '.join(keys)}")
     if not isinstance(row[key], str):
         raise ValueError(f"{where}: {key} is {row[key]!r}: it must be a text")
-    return row[key]
+    return valid_text(row[key])
