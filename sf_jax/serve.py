@@ -44,7 +44,7 @@ _LIFETIME = flags.DEFINE_float("lifetime", 3600.0, "Seconds that a stream may pl
 _RAY = flags.DEFINE_bool("ray", False, "Run on Ray Serve: replicas on all machines of its cluster, one address")
 _REPLICAS = flags.DEFINE_string("replicas", "1", "With --ray: how many, such as 2, or 1-8 to follow the load")
 _ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], "With --ray: what a replica has")
-_DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on behind SIGTERM", 0.0)
+_DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0)
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SHORTEST_TOKEN = 16  # characters
@@ -57,6 +57,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def host_names(names: list[str], host: str) -> tuple[str, ...]:
+    """Names under which a browser may reach the server, as a Host header has them, without ports."""
+    own = f"[{host.strip('[]')}]" if ":" in host else host
+    return (*(name.rpartition(":")[0] or name for name in map(str.lower, names)), own.lower(), *LOOPBACK)
 
 
 def read_token() -> str:
@@ -103,7 +109,8 @@ def main() -> None:
         host=_HOST.value,
         port=_PORT.value,
         token=read_token() if needs_token else None,
-        hosts=tuple(_HOSTS.value) + LOOPBACK if _HOSTS.value or not public else None,
+        hosts=host_names(_HOSTS.value, _HOST.value) if _HOSTS.value or not public else None,
+        show_token=_TOKEN_FILE.value is None and "SF_JAX_TOKEN" not in os.environ,
         origins=tuple(_ORIGINS.value),
         proxies=tuple(_PROXIES.value),
         drain=_DRAIN.value,

@@ -364,7 +364,7 @@ def test_prompts_are_lines_without_duplicates(tmp_path):
 
 
 def test_tables_as_spreadsheets_write_them(tmp_path):
-    prompts = ['a cat, in the "snow"', "a dog\r\nruns"]
+    prompts = ['a cat, in the "snow"', "a dog\nruns"]
     for name, mark in (("comma", ","), ("semicolon", ";"), ("tab", "\t")):
         text = f'\ufeffid{mark}prompt\r\n1{mark}"a cat, in the ""snow"""\r\n2{mark}"a dog\r\nruns"\r\n{mark}\r\n'
         (tmp_path / f"{name}.csv").write_bytes(text.encode())
@@ -377,12 +377,12 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
 def test_text_and_names_that_are_no_unicode(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": "a cat \\ud83d"}\n{"text": "a dog \\ud83d\\ude00"}\n')
     assert captions.read_prompts(tmp_path / "p.jsonl")[0] == ["a cat \ufffd", "a dog \U0001f600"]
-    for stem in (b"good", b"\xd1\xa9"):  # the second one GBK
+    for stem in (b"good", b"\xd1\xa9\xb5\xd8"):  # the second one GBK
         for suffix in (b".mp4", b".txt"):
             with open(os.path.join(os.fsencode(tmp_path), stem + suffix), "w") as file:
                 file.write("a cat")
     videos, _ = captions.find_videos(tmp_path)
-    assert [video.name for video in videos] == ["good.mp4", "\\xd1\\xa9.mp4"]
+    assert [video.name for video in videos] == ["good.mp4", "\u0469\\xb5\\xd8.mp4"]
     assert all(video.path.is_file() for video in videos)
 
 

@@ -86,9 +86,9 @@ def closed_with(socket, code):
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ("nothing", "invalid_json", "the message is no JSON"),
-        ("[" * 9000, "invalid_json", "the message is no JSON"),
-        ('{"type": "session.start", "prompt": "a", "fps": NaN}', "invalid_json", "NaN is no number"),
+        ("nothing", "invalid_json", "the message is not JSON"),
+        ("[" * 9000, "invalid_json", "the message is not JSON"),
+        ('{"type": "session.start", "prompt": "a", "fps": NaN}', "invalid_json", "NaN is not a number"),
         ('"text"', "invalid_message", "the message: "),
         ("{}", "invalid_message", "type"),
         ({"type": "session.begin"}, "invalid_message", "session.start"),
@@ -103,7 +103,7 @@ def closed_with(socket, code):
         (start(fps=1e9), "invalid_message", "fps: must be less than or equal to 60"),
         (start(format="gif"), "invalid_message", "format: must be 'm4s' or 'jpeg'"),
         (start(num_frames=0), "invalid_message", "num_frames: "),
-        (start(colour="red"), "invalid_message", "colour: extra inputs are not permitted"),
+        (start(color="red"), "invalid_message", "color: extra inputs are not permitted"),
         ({"type": "session.interaction"}, "invalid_message", "interaction: field required"),
         ({"type": "session.interaction", "interaction": {"event": {}}}, "invalid_message", "event.prompt"),
         (" " * 20_000, "too_large", "the message has 20000 characters: at most 16384"),
@@ -144,6 +144,13 @@ def test_fragments_are_one_video():
             assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - expected).mean() < 4
     files = media.jpegs(frames)
     assert len(files) == 6 and all(file.startswith(b"\xff\xd8") for file in files)
+
+
+def test_a_cut_in_the_picture_loses_no_frames():
+    frames = np.zeros((12, 64, 64, 3), np.uint8)
+    frames[3:7], frames[7:] = 255, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for fps in (1, 4, 8, 16):
+        assert len(decoded(b"".join(media.fragment(frames, Fraction(fps), 0, 0)))) == 12
 
 
 def test_a_slow_viewer_gets_the_newest_chunks():
@@ -204,10 +211,12 @@ def test_the_guard():
         {"headers": bearer | {"Host": "evil.org"}},
         {"headers": {"Cookie": f"sf_jax_token={token}"}},
         {"headers": {"Cookie": "sf_jax_token=wrong; a=b"}},
+        {"headers": {"Cookie": f'a={{"x": 1}}; sf_jax_token={token}'}},
+        {"headers": bearer | {"Origin": "http://["}},
     ]
     rules = Rules(token, ("https://friend.org",), ("sf",))
     answers = asked(rules, requests)
-    statuses = [401, 401, 401, 200, 401, 401, 200, 403, 403, 200, 200, 413, 421, 200, 401]
+    statuses = [401, 401, 401, 200, 401, 401, 200, 403, 403, 200, 200, 413, 421, 200, 401, 200, 403]
     assert [answer.status_code for answer in answers] == statuses
     for answer in answers:
         assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -215,7 +224,7 @@ def test_the_guard():
         assert token not in answer.text
     (login,) = asked(rules, [{"url": f"/?token={token}"}])
     assert login.status_code == 303 and login.headers["location"] == "./"
-    assert "HttpOnly" in login.headers["set-cookie"] and "SameSite=Strict" in login.headers["set-cookie"]
+    assert "HttpOnly" in login.headers["set-cookie"] and "SameSite=Lax" in login.headers["set-cookie"]
     many = asked(Rules(burst=2, rate=0.5), [{"url": "/v1/videos"}] * 3 + [{"url": "/v1/info"}])
     assert [answer.status_code for answer in many] == [200, 200, 429, 200]
     assert many[2].headers["retry-after"] == "2"
@@ -225,7 +234,8 @@ def test_the_page_and_what_describes_the_server(client):
     assert "<video" in client.get("/").text and "MediaSource" in client.get("/page.js").text
     assert client.get("/page.css").headers["content-type"].startswith("text/css")
     for path in ("/../setup.py", "/page/index.html", "/static/../../etc/passwd", "/docs"):
-        assert client.get(path).status_code == 404
+        answer = client.get(path)
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
     info = client.get("/v1/info").json()
     assert (info["width"], info["height"], info["chunk_frames"]) == (48, 48, 3)
     assert client.get("/healthz").json() == {"status": "alive"}
@@ -381,6 +391,23 @@ def test_a_stream_among_others_has_the_same_bytes(client):
             assert played(socket) == alone
 
 
+def test_an_engine_that_fails_says_so(monkeypatch):
+    service = service_of(Model(), Launch(), slots=1, waiting=1)
+    with TestClient(make_app(service)) as client:
+        assert service.engine.ready.wait(300)
+
+        def broken(*_):
+            raise RuntimeError("the device is gone")
+
+        monkeypatch.setattr(service.engine._stream, "step", broken)
+        monkeypatch.setattr(service.engine, "_new_stream", broken)
+        with session(client) as socket:
+            assert until(socket, "error")[-1]["code"] == "internal"
+            closed_with(socket, protocol.BROKEN)
+        assert service.engine.ended.wait(10)
+        assert client.get("/readyz").status_code == 503
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -390,6 +417,7 @@ def test_a_stream_among_others_has_the_same_bytes(client):
         ({"prompt": "a 7", "seed": 2**40}, 422, "seed: "),
         ({"prompt": "a 7", "path": "/etc/passwd"}, 422, "path: extra inputs"),
         ([1], 422, ""),
+        ({"prompt": "a" * 20_000}, 413, "larger than 16384 bytes"),
     ],
 )
 def test_videos_that_are_wrong_are_refused(client, body, status, message):

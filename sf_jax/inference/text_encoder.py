@@ -14,6 +14,8 @@ from sf_jax.models.umt5 import Umt5Config, Umt5Encoder
 from sf_jax.weights.folders import ModelFiles
 from sf_jax.weights.networks import load_network
 
+REMEMBERED = 64  # embeddings of an encoder that stays in memory
+
 
 class TextEncoder(Protocol):
     """Embeds prompts."""
@@ -97,6 +99,8 @@ class Umt5TextEncoder:
           keep: whether to keep the weights in memory, for prompts that change while a video plays.
         """
         self.files, self.dtype, self.keep = files, dtype, keep
+        # with the weights at hand old embeddings can be computed again
+        self._remembered = REMEMBERED if keep else None
         self._embedder: Embedder | None = None
         self._embeddings: dict[str, np.ndarray] = {}
 
@@ -120,8 +124,12 @@ class Umt5TextEncoder:
             self._length = embedder.tokenizer.length
             for prompt, (embedding, count) in zip(missing, embedder.embed(missing), strict=True):
                 self._embeddings[prompt] = embedding[:count].copy()
+        for prompt in prompts:  # the newest last
+            self._embeddings[prompt] = self._embeddings.pop(prompt)
         rows = [self._embeddings[prompt] for prompt in prompts]
         out = np.zeros((len(rows), self._length, rows[0].shape[1]), rows[0].dtype)
         for row, embedding in zip(out, rows, strict=True):
             row[: len(embedding)] = embedding
+        while self._remembered is not None and len(self._embeddings) > self._remembered:
+            del self._embeddings[next(iter(self._embeddings))]
         return out

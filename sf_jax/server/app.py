@@ -15,6 +15,7 @@ from fastapi import FastAPI, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
@@ -80,13 +81,22 @@ class VideoRequest(BaseModel):
     _checked = field_validator("prompt")(protocol._prompt)
 
 
-def make_app(service: Service) -> ASGIApp:
-    """The app; it starts the engine when the server starts, and ends it with the server."""
+def make_app(service: Service, wait: bool = False) -> ASGIApp:
+    """The app; it starts the engine when the server starts, and ends it with the server.
+
+    Args:
+      service: what it serves.
+      wait: whether to take no request before the engine is ready; if it cannot be, the start fails.
+    """
     encoders = ThreadPoolExecutor(ENCODERS, "encoder")
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        if wait:
+            await asyncio.to_thread(service.engine.ready.wait)
+            if service.engine.error is not None:
+                raise service.engine.error
         yield
         await asyncio.to_thread(service.engine.close, 10.0)
         encoders.shutdown(wait=False, cancel_futures=True)
@@ -124,7 +134,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Weights are loaded and every program is compiled; 503 until then, and while the server drains."""
         check_ready(service.engine)
         if service.engine.draining:
-            raise RequestError("shutdown", "the server is about to end")
+            raise RequestError("shutdown", "the server is shutting down")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -153,13 +163,20 @@ def _add_health(app: FastAPI, service: Service) -> None:
             "lifetime": service.limits.lifetime,
         }
 
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        content = {"error": {"code": code, "message": str(error.detail)}}
+        return JSONResponse(content, error.status_code, error.headers)
+
     @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
         headers = {}
         status = STATUS.get(error.code, 400)
         if status == 503:
             headers["retry-after"] = str(service.engine.retry_after())
-        service.engine.metrics.refused.labels(error.code).inc()
+        if request.url.path != "/readyz":  # whose probes are no requests
+            service.engine.metrics.refused.labels(error.code).inc()
         return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -243,7 +260,7 @@ async def _first_chunk(events: asyncio.Queue, http: Request) -> engine.Chunk:
     try:
         while not (await asyncio.wait({task}, timeout=1.0))[0]:
             if await http.is_disconnected():
-                raise RequestError("gone", "the client is gone")
+                raise RequestError("gone", "the client has disconnected")
         return task.result()
     finally:
         task.cancel()

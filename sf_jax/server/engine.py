@@ -87,6 +87,7 @@ class Session:
       lifetime: seconds after which it ends.
       buffer: seconds that are made ahead of `position`, where the viewer tells it; None plays in real time.
       position: seconds that the viewer has played, by its own account.
+      has_room: whether its connection can take another chunk; None always can.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class Session:
     lifetime: float = math.inf
     buffer: float | None = None
     position: float = 0.0
+    has_room: Callable[[], bool] | None = None
     asked: float = dataclasses.field(default_factory=time.monotonic)
     admitted: float | None = None
     stream: int | None = None
@@ -125,7 +127,7 @@ class Session:
 
     def due(self, now: float, ahead: float) -> float:
         """Seconds until the next chunk is to be made, so that `ahead` seconds are ready; infinity while paused."""
-        if self.paused_at is not None:
+        if self.paused_at is not None or (self.has_room is not None and not self.has_room()):
             return math.inf
         if self.wants_more is not None:
             return 0.0 if self.wants_more() else math.inf
@@ -171,7 +173,7 @@ class Engine:
         self._places: dict[Session, int] = {}
         self.pipe: VideoPipeline | None = None
         self.error: BaseException | None = None
-        self.ready = threading.Event()
+        self.ready, self.ended = threading.Event(), threading.Event()
         self.draining = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.slots.set(slots)
@@ -181,11 +183,11 @@ class Engine:
         self._thread.start()
 
     def drain(self) -> None:
-        """Lets nobody in any more."""
+        """Admits no new sessions."""
         self.draining = True
 
     def end_all(self) -> None:
-        """Ends all sessions because the server is about to end."""
+        """Ends all sessions because the server is shutting down."""
         self._commands.put(lambda: [self._end(session, "shutdown") for session in [*self._playing, *self._queue]])
 
     def close(self, timeout: float | None = None) -> None:
@@ -205,7 +207,7 @@ class Engine:
         return len(self._playing) + len(self._queue)
 
     def retry_after(self) -> int:
-        """Seconds after which it is worth to ask again; a guess."""
+        """Seconds after which it is worth asking again; a guess."""
         return 5 + 2 * len(self._queue)
 
     def submit(self, session: Session) -> None:
@@ -236,13 +238,22 @@ class Engine:
         try:
             self.pipe = self._load()
             self._chunk_frames = self.pipe.rollout.chunk * self.pipe.temporal_factor
+            # a text encoder that is kept takes its memory before the slots are counted
+            self.pipe.text_encoder.encode([""])
             self._stream = self._new_stream()
             self._warm()
-        except BaseException as error:  # whoever waits for `ready` reports it
-            self.error = error
             self.ready.set()
-            return
+            self._serve()
+        except BaseException as error:  # whoever waits for `ready` or `ended` reports it
+            self.error = error
+            log.error("the engine ended", exc_info=error if self.ready.is_set() else None)
+            for session in [*self._playing, *self._queue]:
+                session.over = True
+                session.send(Failed(_request_error(RuntimeError(), "internal"), ends=True))
         self.ready.set()
+        self.ended.set()
+
+    def _serve(self) -> None:
         open_ = True
         while open_:
             open_ = self._commanded(self._wait(time.monotonic()))
@@ -302,11 +313,11 @@ class Engine:
         if session.over:
             return
         if self.draining:
-            self._fail(session, RequestError("shutdown", "the server is about to end: try again in a minute"))
+            self._fail(session, RequestError("shutdown", "the server is shutting down: try again in a minute"))
             return
         if self.full:
             wait = self.retry_after()
-            error = RequestError("busy", f"all slots are taken and {len(self._queue)} clients wait: try in {wait} s")
+            error = RequestError("busy", f"all {self.slots} slots are taken: try again in {wait} s")
             self._fail(session, error)
             return
         self._queue.append(session)
@@ -321,6 +332,13 @@ class Engine:
             return
         # a transition of one chunk reaches its end in the first: the protocol's 0 and 1 are the same
         blends = max(0, interaction.transition_chunks - 1)
+        if interaction.mode == "cut" and blends:
+            count = interaction.transition_chunks
+            error = RequestError(
+                "invalid_interaction", f"transition_chunks is {count}: a cut is at once, leave it out", name
+            )
+            session.send(Failed(error, ends=False))
+            return
         overshoot, mode, timestep = interaction.overshoot or 0.0, interaction.mode, interaction.context_timestep
         if mode is None:
             mode, timestep = self.mode, self.context_timestep if timestep is None else timestep

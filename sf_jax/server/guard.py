@@ -1,14 +1,15 @@
 """Who may ask: token, origin, host, rates and sizes, before anything else looks at a request."""
 
+import asyncio
 import dataclasses
 import hmac
-import http.cookies
 import ipaddress
 import json
 import time
 import urllib.parse
 from collections import OrderedDict
 
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sf_jax.server import protocol
@@ -18,6 +19,7 @@ OPEN = ("/healthz", "/readyz")
 COUNTED = ("/v1/realtime/video", "/v1/videos")
 ADDRESSES = 4096  # whose rates are remembered
 MAX_BODY = protocol.MAX_MESSAGE
+BODY_SECONDS = 10
 HEADERS = {
     "content-security-policy": "default-src 'self'; media-src blob:; img-src 'self' blob: data:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -68,10 +70,14 @@ class Guard:
             return await _respond(send, 303, b"", [("location", place[0]), ("set-cookie", place[1])])
         self._open += 1
         try:
-            await self.app(scope, _bounded(receive) if scope["type"] == "http" else receive, _with_headers(scope, send))
+            if scope["type"] == "http":
+                receive = await _buffered(receive)
+            await self.app(scope, receive, _with_headers(scope, send))
         except TooLarge:
             self.refused.labels("too_large").inc()
             await _refuse(scope, receive, send, 413, "too_large", f"the body is larger than {MAX_BODY} bytes", {})
+        except TimeoutError:
+            await _refuse(scope, receive, send, 408, "timeout", f"no body within {BODY_SECONDS} s", {})
         finally:
             self._open -= 1
 
@@ -82,11 +88,12 @@ class Guard:
         if rules.hosts is not None and _name(host) not in rules.hosts:
             return 421, "wrong_host", "this server does not answer to that name", {}
         origin = headers.get("origin")
-        own = origin is None or urllib.parse.urlsplit(origin).netloc == host
+        own = origin is None or _netloc(origin) == host
         if not own and "*" not in rules.origins and origin not in rules.origins:
             return 403, "wrong_origin", "pages of that origin may not use this server", {}
         if rules.token is not None and scope["path"] not in OPEN and not self._known(scope, headers):
-            return 401, "unauthorized", "a token is needed: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
+            text = "a token is needed: open /?token=TOKEN in a browser, or send Authorization: Bearer TOKEN"
+            return 401, "unauthorized", text, {"www-authenticate": "Bearer"}
         if self._open >= rules.connections:
             return 503, "busy", f"{rules.connections} connections are open: try again later", {"retry-after": "5"}
         if scope["path"] in COUNTED and not self._rate(scope).allows(time.monotonic()):
@@ -108,7 +115,7 @@ class Guard:
         if self.rules.token is None or scope["path"] != "/" or b"token=" not in scope["query_string"]:
             return None
         secure = "; Secure" if scope["scheme"] == "https" else ""
-        return "./", f"{COOKIE}={urllib.parse.quote(self.rules.token)}; HttpOnly; SameSite=Strict; Path=/{secure}"
+        return "./", f"{COOKIE}={urllib.parse.quote(self.rules.token, safe='')}; HttpOnly; SameSite=Lax; Path=/{secure}"
 
     def _rate(self, scope: Scope) -> protocol.RateLimit:
         address = _network((scope.get("client") or ("", 0))[0])
@@ -123,18 +130,37 @@ class TooLarge(Exception):
     """A body beyond `MAX_BODY`."""
 
 
-def _bounded(receive: Receive) -> Receive:
-    size = 0
+async def _buffered(receive: Receive) -> Receive:
+    """Reads a whole body, and gives it out again.
 
-    async def bounded() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
-            raise TooLarge
-        return message
+    Raises:
+      TooLarge: if it is larger than `MAX_BODY`.
+      TimeoutError: if it does not come.
+    """
+    parts, more = [], True
+    async with asyncio.timeout(BODY_SECONDS):
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            parts.append(message.get("body", b""))
+            more = message.get("more_body", False)
+            if sum(map(len, parts)) > MAX_BODY:
+                raise TooLarge
+    body = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
-    return bounded
+    async def again() -> Message:
+        return body.pop() if body else await receive()
+
+    return again
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None where it has none."""
+    try:
+        return urllib.parse.urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _with_headers(scope: Scope, send: Send) -> Send:
@@ -163,15 +189,13 @@ def _network(address: str) -> str:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
-    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else address
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
 
 
 def _cookie(header: str) -> str | None:
-    try:
-        value = http.cookies.SimpleCookie(header).get(COOKIE)
-    except http.cookies.CookieError:
-        return None
-    return None if value is None else urllib.parse.unquote(value.value)
+    value = cookie_parser(header).get(COOKIE)
+    return None if value is None else urllib.parse.unquote(value)
 
 
 def _same(one: str, other: str) -> bool:

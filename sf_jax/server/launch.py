@@ -5,10 +5,12 @@ import logging
 import socket
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
@@ -27,6 +29,7 @@ WAN_EXAMPLES = (
 )
 # positions that do not end at 1024 frames; the same as in training as long as the window is not full
 WAN_WINDOW = {"window": 21, "sink": 3, "positions": "relative"}
+RECEIVED_BURST, RECEIVED_RATE = 2**16, 2**15  # bytes of a WebSocket's client at once, and a second
 SEND_BUFFER = 3 * 2**14  # bytes that wait in the kernel for a slow viewer (Linux doubles it)
 PING = 4.0  # seconds between two signs of life, and as many until a client is gone
 
@@ -42,7 +45,8 @@ class Launch:
       hosts: names under which browsers may reach it; None is any.
       origins: of other pages that may use it.
       proxies: whose X-Forwarded-For is believed.
-      drain: seconds that streams go on behind SIGTERM.
+      drain: seconds that streams go on after SIGTERM.
+      show_token: whether the printed address has the token: where it is a new one.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +56,14 @@ class Launch:
     origins: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()
     drain: float = 20.0
+    show_token: bool = False
+
+    @property
+    def query(self) -> str:
+        """What the printed address ends with."""
+        if self.token is None:
+            return ""
+        return f"?token={urllib.parse.quote(self.token, safe='') if self.show_token else '...'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +124,21 @@ def service_of(
     )
 
 
+class _WebSocket(WebSocketsSansIOProtocol):
+    """Ends connections that send more than messages can need, control frames included, before they are parsed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._bytes = protocol.RateLimit(RECEIVED_BURST, RECEIVED_RATE)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the client."""
+        if self._bytes.allows(time.monotonic(), len(data)):
+            super().data_received(data)
+        else:
+            self.transport.abort()
+
+
 class _Server(uvicorn.Server):
     """Lets streams go on for a while when the process is asked to end."""
 
@@ -126,6 +153,8 @@ class _Server(uvicorn.Server):
             return
         self._asked = True
         self._engine.drain()
+        if self._engine.used:
+            print(f"{self._engine.used} streams go on for up to {self._drain:g} s; Ctrl-C again ends now", flush=True)
         threading.Thread(target=self._end, name="drain", daemon=True).start()
 
     def _end(self) -> None:
@@ -155,7 +184,7 @@ def serve(service: Service, launch: Launch) -> None:
         server_header=False,
         proxy_headers=bool(launch.proxies),
         forwarded_allow_ips=list(launch.proxies),
-        ws="websockets-sansio",
+        ws=_WebSocket,
         ws_max_size=protocol.MAX_MESSAGE,
         ws_ping_interval=PING,
         ws_ping_timeout=PING,
@@ -165,8 +194,7 @@ def serve(service: Service, launch: Launch) -> None:
     )
     server = _Server(config, service.engine, launch.drain)
     shown = f"[{host}]" if ":" in host else host
-    query = f"?token={launch.token}" if launch.token else ""
-    print(f"serving http://{shown}:{port}/{query}", flush=True)
+    print(f"serving http://{shown}:{port}/{launch.query}", flush=True)
 
     def watch():
         engine = service.engine
@@ -191,6 +219,8 @@ def _listener(launch: Launch) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that takes nothing is gone
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * PING))
         listener.bind(address)
     except OSError as error:
         raise ValueError(f"host {launch.host}, port {launch.port}: cannot listen there ({error.strerror})") from error

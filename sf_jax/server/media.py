@@ -16,7 +16,10 @@ _MUXER = {
     "use_editlist": "0",
     "avoid_negative_ts": "disabled",
 }
+# sc_threshold: a cut in the picture would begin a second fragment
 _ENCODER = {"preset": "veryfast", "tune": "zerolatency", "crf": str(CRF), "threads": "1", "profile": "high"}
+_ENCODER |= {"sc_threshold": "0"}
+_PARTS = (("ftyp", "moov"), ("moof", "mdat"))  # boxes of the initialization segment and of a fragment
 
 
 def enlarged(frames: np.ndarray, scale: int) -> np.ndarray:
@@ -48,8 +51,9 @@ def fragment(frames: np.ndarray, fps: Fraction, first: int, index: int) -> tuple
             frame.pts, frame.time_base = number, 1 / fps
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
-    boxes = dict(_boxes(out.getvalue()))
-    return boxes["ftyp"] + boxes["moov"], boxes["moof"] + boxes["mdat"]
+    boxes = list(_boxes(out.getvalue()))
+    begin, part = (b"".join(data for name, data in boxes if name in names) for names in _PARTS)
+    return begin, part
 
 
 def _boxes(data: bytes):

@@ -44,7 +44,7 @@ def make_metrics() -> Metrics:
         chunks=one(Counter, "chunks", "Chunks made"),
         in_time=one(Counter, "chunks_in_time", "Chunks made before the viewer had played all others"),
         underruns=one(Counter, "underruns", "Times that a viewer had played everything that was made"),
-        dropped=one(Counter, "chunks_dropped", "Chunks that a slow viewer was spared"),
+        dropped=one(Counter, "chunks_dropped", "Chunks dropped for slow viewers"),
         refused=one(Counter, "refused", "Requests that were refused", "code"),
         streams=one(Gauge, "streams", "Streams that have a slot"),
         queue=one(Gauge, "queue", "Clients that wait for a slot"),

@@ -28,7 +28,7 @@ class RequestError(ValueError):
     """
 
     def __init__(self, code: str, message: str, event_id: str | None = None):
-        """See the class."""
+        """Keeps the code and the event_id; cuts the message to `ERROR_LENGTH`."""
         super().__init__(message[:ERROR_LENGTH])
         self.code, self.event_id = code, event_id
 
@@ -62,7 +62,7 @@ class SessionStart(_Message):
     fps: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
     num_frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    streaming_buffer_seconds: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] | None = None
+    streaming_buffer_seconds: Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)] | None = None
 
     _checked = field_validator("prompt")(_prompt)
 
@@ -122,7 +122,7 @@ def parse(text: str) -> Message:
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise RequestError("invalid_json", f"the message is no JSON ({error})") from error
+        raise RequestError("invalid_json", f"the message is not JSON ({error})") from error
     event_id = None
     if isinstance(value, dict) and isinstance(value.get("interaction"), dict):
         event_id = value["interaction"].get("event_id")
@@ -135,7 +135,7 @@ def parse(text: str) -> Message:
 
 
 def _no_constant(name):
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def explain(errors: Sequence[dict[str, Any]]) -> str:
@@ -160,8 +160,8 @@ class RateLimit:
     _left: float | None = None
     _at: float = 0.0
 
-    def allows(self, now: float) -> bool:
-        """Takes a token, if there is one; `now` in seconds."""
+    def allows(self, now: float, count: float = 1) -> bool:
+        """Takes so many tokens, if they are there; `now` in seconds."""
         left = self.burst if self._left is None else min(self.burst, self._left + (now - self._at) * self.rate)
-        self._at, self._left = now, left - 1 if left >= 1 else left
-        return left >= 1
+        self._at, self._left = now, left - count if left >= count else left
+        return left >= count

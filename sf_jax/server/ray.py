@@ -37,7 +37,7 @@ def deployment(
     slots, waiting = options.get("slots", 4), options.get("waiting", 16)
 
     def build():
-        return make_app(service_of(model, launch, **options))
+        return make_app(service_of(model, launch, **options), wait=True)
 
     resources = {
         "GPU": {"num_gpus": 1},
@@ -101,19 +101,34 @@ def proxy_middlewares() -> list[Middleware]:
     return [Middleware(ComeBack)]
 
 
+def _join_or_start() -> bool:
+    """Joins the cluster of this machine; without one, starts one that only this machine reaches."""
+    os.environ.setdefault(PROXY_CALLBACK, f"{__name__}.proxy_middlewares")
+    try:
+        ray.init(address="auto", ignore_reinit_error=True)
+        return True
+    except ConnectionError:
+        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False)
+        return False
+
+
 def serve_on_ray(
     model: Model, launch: Launch, options: dict[str, Any], replicas: tuple[int, int], accelerator: str
 ) -> None:
     """Joins the Ray cluster, or starts one on this machine, and serves until the process is asked to end."""
-    os.environ.setdefault(PROXY_CALLBACK, f"{__name__}.proxy_middlewares")
-    ray.init(ignore_reinit_error=True, log_to_driver=True, include_dashboard=False)
+    joined = _join_or_start()
     serve.start(http_options={"host": launch.host, "port": launch.port, "location": "EveryNode"})
-    serve.run(deployment(model, launch, options, replicas, accelerator), name=APP)
-    query = f"?token={launch.token}" if launch.token else ""
-    print(f"serving http://{launch.host}:{launch.port}/{query}", flush=True)
+    try:
+        serve.run(deployment(model, launch, options, replicas, accelerator), name=APP)
+    except RuntimeError as error:
+        raise ValueError(f"the replicas cannot start: {' '.join(str(error).split())[-500:]}") from error
+    print(f"serving http://{launch.host}:{launch.port}/{launch.query}", flush=True)
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     asked.wait()
-    serve.shutdown()
+    if joined:
+        serve.delete(APP)
+    else:
+        serve.shutdown()
     print("ended", flush=True)

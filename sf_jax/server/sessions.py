@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 REMEMBERED = 256  # interactions of a session whose ids are known again
 CONTROLS = 256  # messages that may wait for a client that does not read
 CLOSING = 5.0  # seconds that a client has to take the last messages
+SENDING = 8.0  # seconds that a client has to take one message
+WAITING_CHUNKS = 8  # that wait for a viewer who tells where it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,8 @@ class Limits:
       start_timeout: seconds until the first message.
       queued_chunks: chunks that wait for a slow viewer; older ones are dropped.
       burst, rate: messages at once, and a second.
+      prompt_burst, prompt_rate: changes of the prompt at once, and a second.
       video_frames: of a video by `POST /v1/videos`.
-      address_burst, address_rate: new sessions and videos of one address at once, and a second.
-      connections: WebSockets and requests at once.
     """
 
     lifetime: float = 3600.0
@@ -46,10 +47,9 @@ class Limits:
     queued_chunks: int = 2
     burst: float = 40
     rate: float = 20
+    prompt_burst: float = 5
+    prompt_rate: float = 1
     video_frames: int = 960
-    address_burst: float = 60
-    address_rate: float = 1
-    connections: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Outbox:
     """What waits to be sent: control messages, and chunks, of which the oldest are dropped when there are too many."""
 
     def __init__(self, queued_chunks: float, on_drop: Callable[[], None]):
-        """Nothing waits; more than `queued_chunks` chunks never will."""
+        """Makes an empty outbox of at most `queued_chunks` chunks; `on_drop` is called for each that is dropped."""
         self._items: deque = deque()
         self.limit, self._on_drop = queued_chunks, on_drop
         self._there = asyncio.Event()
@@ -78,9 +78,8 @@ class Outbox:
     def put(self, item: Any) -> None:
         """Adds an event of the engine or a message; in the event loop's thread."""
         self._items.append(item)
-        chunks = [one for one in self._items if isinstance(one, engine.Chunk)]
-        if len(chunks) > self.limit:
-            oldest, next_ = chunks[:2]
+        if self.chunks > self.limit:
+            oldest, next_ = [one for one in self._items if isinstance(one, engine.Chunk)][:2]
             self._items.remove(oldest)
             # what the next chunk tells of interactions must include what the dropped one would have told
             ids = {
@@ -91,6 +90,11 @@ class Outbox:
             self.dropped += 1
             self._on_drop()
         self._there.set()
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks wait."""
+        return sum(isinstance(item, engine.Chunk) for item in self._items)
 
     @property
     def flooded(self) -> bool:
@@ -123,6 +127,7 @@ class Connection:
         self.outbox = Outbox(limits.queued_chunks, engine_.metrics.dropped.inc)
         self.session: engine.Session | None = None
         self._messages = protocol.RateLimit(limits.burst, limits.rate)
+        self._prompts = protocol.RateLimit(limits.prompt_burst, limits.prompt_rate)
         self._interactions: dict[str, str] = {}
         self._frames = self._fragments = self._sent = 0
 
@@ -164,8 +169,11 @@ class Connection:
 
     async def _refuse(self, error: RequestError, code: int) -> None:
         self.engine.metrics.refused.labels(error.code).inc()
-        with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
-            await self.socket.send_text(json.dumps(error.message()))
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, TimeoutError):
+            message = error.message()
+            if code == protocol.LATER:
+                message["retry_after"] = self.engine.retry_after()
+            await self._send_json(message)
         await self._close(code)
 
     async def _receive(self) -> protocol.Message:
@@ -191,9 +199,13 @@ class Connection:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self.outbox.put, event)
 
-        self._start = start
+        self._start, has_room = start, None
         if start.streaming_buffer_seconds is not None:  # nothing is made that such a viewer cannot take
             self.outbox.limit = math.inf
+
+            def has_room():
+                return self.outbox.chunks < WAITING_CHUNKS
+
         self.session = engine.Session(
             request_id=self.request_id,
             prompt=start.prompt,
@@ -203,6 +215,7 @@ class Connection:
             send=send,
             lifetime=self.limits.lifetime,
             buffer=start.streaming_buffer_seconds,
+            has_room=has_room,
         )
         self.engine.submit(self.session)
 
@@ -249,6 +262,8 @@ class Connection:
         if self._interactions.get(name, content) != content:
             raise RequestError("event_id_conflict", f"event_id {name} was another interaction", name)
         again = name in self._interactions
+        if not again and not self._prompts.allows(time.monotonic()):
+            raise RequestError("too_many_prompts", f"more than {self.limits.prompt_rate:g} prompts a second", name)
         self._interactions[name] = content
         if len(self._interactions) > REMEMBERED:
             del self._interactions[next(iter(self._interactions))]
@@ -263,7 +278,7 @@ class Connection:
             event = await self.outbox.get()
             try:
                 code = await self._send(event)
-            except (WebSocketDisconnect, RuntimeError, OSError):  # the client is gone
+            except (WebSocketDisconnect, RuntimeError, OSError, TimeoutError):  # the client has disconnected
                 return protocol.NORMAL
             if code is not None:
                 return code
@@ -271,13 +286,14 @@ class Connection:
     async def _send(self, event: Any) -> int | None:
         match event:
             case engine.Chunk():
-                await self._send_chunk(event)
+                return await self._send_chunk(event)
             case engine.Position(place):
                 await self._send_json({"type": "session.queued", "request_id": self.request_id, "position": place + 1})
             case engine.Started():
                 await self._send_json(self._started())
             case engine.Failed(error, ends):
                 self.engine.metrics.refused.labels(error.code).inc()
+                self._interactions.pop(error.event_id, None)  # it can be sent again
                 message = error.message(self.request_id)
                 if error.code == "busy":
                     message["retry_after"] = self.engine.retry_after()
@@ -295,7 +311,8 @@ class Connection:
         return None
 
     async def _send_json(self, message: dict) -> None:
-        await self.socket.send_text(json.dumps(message))
+        async with asyncio.timeout(SENDING):
+            await self.socket.send_text(json.dumps(message))
 
     def _started(self) -> dict:
         """`video.start`, with what was made of the request."""
@@ -310,10 +327,17 @@ class Connection:
         ids = {"request_id": self.request_id, "format": start.format}
         return {"type": "video.start", **ids, "config": config}
 
-    async def _send_chunk(self, chunk: engine.Chunk) -> None:
-        """A chunk's metadata, and its bytes behind it."""
+    async def _send_chunk(self, chunk: engine.Chunk) -> int | None:
+        """A chunk's metadata, and its bytes behind it; where that fails, the code with which the socket is closed."""
         loop = asyncio.get_running_loop()
-        payload, lengths = await loop.run_in_executor(self.encoders, self._encoded, chunk.frames)
+        try:
+            payload, lengths = await loop.run_in_executor(self.encoders, self._encoded, chunk.frames)
+        except Exception as error:
+            log.error("a chunk could not be encoded", exc_info=error)
+            failed = RequestError("internal", "the server could not encode the video; its log says why")
+            self.engine.metrics.refused.labels(failed.code).inc()
+            await self._send_json(failed.message(self.request_id))
+            return protocol.BROKEN
         message = {
             "type": "video.chunk_metadata",
             "request_id": self.request_id,
@@ -332,8 +356,12 @@ class Connection:
         if lengths is not None:
             message["frame_lengths"] = lengths
         await self._send_json(message)
-        await self.socket.send_bytes(payload)
+        async with asyncio.timeout(SENDING):
+            await self.socket.send_bytes(payload)
         self._sent += 1
+        if self.session.has_room is not None:
+            self.engine.wake()
+        return None
 
     def _encoded(self, frames: np.ndarray) -> tuple[bytes, list[int] | None]:
         """Bytes of frames, and the length of each where they are JPEGs."""
