@@ -129,10 +129,12 @@ async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
     return seen
 
 
-def vanish(server):
-    """Starts a session on a socket that never answers again; returns the socket."""
+def vanish(server, **fields):
+    """Starts a session on a socket that never answers or reads again; returns the socket."""
     host, port = server.address.rsplit(":", 1)
-    client = socket.create_connection((host, int(port)))
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect((host, int(port)))
     key = base64.b64encode(os.urandom(16)).decode()
     lines = [
         "GET /v1/realtime/video HTTP/1.1",
@@ -144,7 +146,7 @@ def vanish(server):
     ]
     client.sendall("\r\n".join([*lines, "", ""]).encode())
     assert b"101" in client.recv(4096)
-    text = json.dumps({"type": "session.start", "prompt": "a 7"}).encode()
+    text = json.dumps({"type": "session.start", "prompt": "a 7"} | fields).encode()
     mask = b"\x01\x02\x03\x04"
     masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(text))
     client.sendall(struct.pack("!BB", 0x81, 0x80 | len(text)) + mask + masked)

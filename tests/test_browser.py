@@ -158,6 +158,7 @@ def test_the_page(server, browser, tmp_path):
     time.sleep(0.5)
     with av.open(str(path)) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert file.start_time == 0
     assert len(frames) > 60 and frames[-1].shape == (384, 384, 3) and max(frame.max() for frame in frames) > 100
     write(browser, "prompt", "a cat")
     by_id(browser, "start").click()

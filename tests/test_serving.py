@@ -110,17 +110,21 @@ def test_malformed_messages_disturb_nobody(server):
     async def hostile(count):
         refused = 0
         while count:
+            sent = min(count, 30)
+            count -= sent
             async with server.connect() as ws:
+                errors, whole = 0, False
                 try:
                     await ws.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
-                    for _ in range(min(count, 30)):
+                    for _ in range(sent):
                         await ws.send(_malformed(rng))
-                        count -= 1
                     await ws.send(json.dumps({"type": "session.stop"}))
                     async for message in ws:
-                        refused += isinstance(message, str) and json.loads(message)["type"] == "error"
+                        errors += isinstance(message, str) and json.loads(message)["type"] == "error"
+                        whole = whole or (isinstance(message, str) and '"session.done"' in message)
                 except websockets.ConnectionClosed:
                     pass
+                refused += errors if whole else sent  # too much at once: the connection was ended
         return refused
 
     async def floods():
@@ -154,8 +158,31 @@ def test_malformed_messages_disturb_nobody(server):
     assert server.get("/readyz")
 
 
+def test_control_frames_are_no_way_round_the_rates(server):
+    async def scenario():
+        good = asyncio.create_task(watch(server, 6))
+        await asyncio.sleep(1)
+        flood = vanish(server)
+        began = time.monotonic()
+        try:
+            for _ in range(200):
+                flood.sendall(b"\x89\x80\x01\x02\x03\x04" * 10_000)  # empty pings
+                await asyncio.sleep(0)
+        except OSError:
+            pass
+        else:
+            raise AssertionError("the flood was taken")
+        assert time.monotonic() - began < 5
+        flood.close()
+        return await good
+
+    good = asyncio.run(scenario())
+    assert max(good.intervals[3:]) < 1.0
+
+
 def test_a_vanished_client_frees_its_slot(server):
-    sockets = [vanish(server) for _ in range(SLOTS)]
+    # some of them with buffers that their streams fill
+    sockets = [vanish(server, format="jpeg" if i % 2 else "m4s", fps=60 if i % 2 else 12) for i in range(SLOTS)]
     deadline = time.monotonic() + 5
     while server.metric("streams") < SLOTS and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -193,6 +220,8 @@ def test_rest_by_its_description(server):
 
 def test_a_token_is_needed_where_others_can_reach_it():
     with running("--host=0.0.0.0", env={"SF_JAX_TOKEN": "a-token-of-enough-characters"}) as server:
+        assert server.token == "..."  # what is known is not printed
+        server.token = "a-token-of-enough-characters"
         server.address = server.address.replace("0.0.0.0", "127.0.0.1")
         for path in ("/", "/v1/info", "/metrics"):
             with pytest.raises(urllib.error.HTTPError) as refused:

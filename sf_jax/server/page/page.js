@@ -4,9 +4,11 @@ const KEPT_SECONDS = 60;
 const RETRY_MS = 1500;
 const BUFFER_SECONDS = 0.5; // of video that wait to be shown, at least
 const REPORT_MS = 125;
+const COME_BACK = [1006, 1012, 1013]; // close codes behind which another try is worth it
 
 let info = null; // what the server makes
 let session = null; // the video that plays
+let retry = null; // timer of the next try
 
 class Session {
   constructor(prompt, seed, format) {
@@ -53,6 +55,9 @@ class Session {
         $("seed").placeholder = `random (now ${message.config.seed})`;
         this.player = this.format === "m4s" ? new Mse(message.config.mime_type, this) : new Jpegs(message.config);
         remember(this.prompt, 0);
+        this.started = true;
+        fail("");
+        buttons(true);
         say("Playing.");
         break;
       case "video.chunk_metadata":
@@ -72,7 +77,8 @@ class Session {
           shutdown: "The server is going down; try again in a minute." }[message.reason] ?? "Ended.");
         break;
       case "error":
-        fail(message.message + (message.retry_after ? ` (again in ${message.retry_after} s)` : ""));
+        this.retryAfter = message.retry_after;
+        fail(message.message);
         break;
     }
   }
@@ -87,29 +93,35 @@ class Session {
       while (this.kept.length > 1 && seconds - this.kept[0].seconds >= KEPT_SECONDS) {
         const first = this.kept.shift();
         seconds -= first.seconds;
-        if (first.bytes.head) continue;
         this.head ??= header(first.bytes);
       }
       $("download").disabled = false;
     }
     curtain("");
+    $("download").title = this.format === "m4s" ? "" : "JPEG frames cannot be saved";
   }
 
   closed(code) {
     clearInterval(this.timer);
-    if (session === this) {
-      if (!this.over && code !== 1000 && !$("error").textContent) fail("The connection is lost. Press Start to begin again.");
-      buttons(false);
-      if (this.over || code !== 1000) curtain($("status").textContent || "Ended.");
-    }
+    const ended = this.over;
+    this.over = true;
     this.player?.end();
+    if (session !== this) return;
+    buttons(false);
+    if (!ended && COME_BACK.includes(code) && !this.started && this.retryAfter) {
+      curtain(`${$("error").textContent}. This page tries again by itself.`);
+      retry = setTimeout(() => begin(this.format), 1000 * this.retryAfter);
+      return;
+    }
+    if (!ended && code !== 1000 && !$("error").textContent) fail("The connection is lost. Press Start to begin again.");
+    curtain($("error").textContent || $("status").textContent || "Ended.");
   }
 
   pause(paused) {
     this.paused = paused;
     this.send({ type: paused ? "session.pause" : "session.resume" });
     this.player?.pause(paused);
-    $("pause").textContent = paused ? "Go on" : "Pause";
+    $("pause").textContent = paused ? "Resume" : "Pause";
     say(paused ? "Paused." : "Playing.");
   }
 
@@ -122,8 +134,24 @@ class Session {
     clearInterval(this.timer);
     this.socket.onclose = null;
     this.socket.close(1000);
-    this.player?.end();
+    this.player?.leave();
   }
+}
+
+// Moves the fragments of a part back in time, so that a saved file begins at 0. Returns the time that was the first.
+function shifted(bytes, back) {
+  const copy = bytes.slice(0);
+  const view = new DataView(copy);
+  for (let place = 0; place < copy.byteLength; place += view.getUint32(place)) {
+    if (view.getUint32(place + 4) !== 0x6d6f6f66) continue; // moof
+    for (let i = place + 8; i + 16 <= place + view.getUint32(place); i++) {
+      if (view.getUint32(i) !== 0x74666474 || view.getUint8(i + 4) !== 1) continue; // tfdt with 64 bits
+      back ??= view.getBigUint64(i + 8);
+      view.setBigUint64(i + 8, view.getBigUint64(i + 8) - back);
+      break;
+    }
+  }
+  return [copy, back];
 }
 
 // The boxes before the first fragment: what every part of the video needs.
@@ -164,7 +192,8 @@ class Mse {
     if (!buffer || buffer.updating || this.source.readyState !== "open") return;
     if (this.waiting.length) {
       try {
-        buffer.appendBuffer(this.waiting.shift());
+        buffer.appendBuffer(this.waiting[0]);
+        this.waiting.shift();
       } catch (error) {
         fail(`The browser cannot play the video (${error.name}).`);
       }
@@ -173,7 +202,7 @@ class Mse {
     const ranges = buffer.buffered;
     if (!ranges.length) return;
     if (video.currentTime < ranges.start(0)) video.currentTime = ranges.start(0);
-    if (video.paused && !this.owner.paused) video.play().catch(() => say("Press the video to play it."));
+    if (video.paused && !this.owner.paused) video.play().catch(({ name }) => name === "NotAllowedError" && say("Press the video to play it."));
     if (video.currentTime - ranges.start(0) > 20) buffer.remove(0, video.currentTime - 10);
   }
 
@@ -188,6 +217,10 @@ class Mse {
 
   end() {
     if (this.source.readyState === "open" && this.buffer && !this.buffer.updating && !this.waiting.length) this.source.endOfStream();
+  }
+
+  leave() {
+    URL.revokeObjectURL(this.url);
   }
 }
 
@@ -204,10 +237,16 @@ class Jpegs {
     this.timer = setInterval(() => this.draw(), 1000 / config.fps);
   }
 
-  async add(bytes, { frame_lengths }) {
+  add(bytes, { frame_lengths }) {
+    this.adding = (this.adding ?? Promise.resolve()).then(() => this.decode(bytes, frame_lengths)); // one after the other
+  }
+
+  async decode(bytes, lengths) {
     let place = 0;
-    const blobs = frame_lengths.map((length) => new Blob([bytes.slice(place, (place += length))], { type: "image/jpeg" }));
-    for (const blob of blobs) this.frames.push(await createImageBitmap(blob));
+    for (const length of lengths) {
+      const blob = new Blob([bytes.slice(place, (place += length))], { type: "image/jpeg" });
+      this.frames.push(await createImageBitmap(blob));
+    }
   }
 
   position() {
@@ -227,7 +266,11 @@ class Jpegs {
   }
 
   end() {
-    setTimeout(() => clearInterval(this.timer), 2000);
+    setTimeout(() => this.leave(), 2000); // what is there is still shown
+  }
+
+  leave() {
+    clearInterval(this.timer);
   }
 }
 
@@ -255,6 +298,8 @@ function buttons(playing) {
   for (const id of ["pause", "stop", "restart"]) $(id).disabled = !playing;
   if (!playing && session) $("restart").disabled = false;
   $("start").textContent = playing ? "Change the prompt" : "Start";
+  $("start").disabled = playing && !session.started; // nothing can change before the video begins
+  $("pause").disabled = !playing || !session.started;
   $("pause").textContent = "Pause";
 }
 
@@ -266,6 +311,7 @@ function begin(format) {
   const prompt = $("prompt").value.trim();
   if (!prompt) return $("prompt").focus();
   fail("");
+  clearTimeout(retry);
   session?.leave();
   $("history").replaceChildren();
   $("download").disabled = true;
@@ -280,7 +326,8 @@ function playable() {
 }
 
 function change() {
-  const options = { mode: $("mode").value, transition_chunks: number("transition") ?? 0 };
+  const options = { mode: $("mode").value };
+  if (options.mode !== "cut") options.transition_chunks = number("transition") ?? 0;
   if (number("noise") !== null && ["recache", "flush"].includes(options.mode)) options.context_timestep = number("noise");
   fail("");
   session.interact($("prompt").value.trim(), options);
@@ -294,18 +341,36 @@ $("form").addEventListener("submit", (event) => {
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 });
-$("video").addEventListener("keydown", (event) => {
-  if (event.key === " " && session && !session.over) {
+for (const id of ["video", "canvas"]) {
+  $(id).addEventListener("keydown", (event) => {
+    if (event.key !== " " || !session?.started || session.over) return;
     event.preventDefault();
     session.pause(!session.paused);
-  }
+  });
+  $(id).addEventListener("click", () => {
+    if (session?.started && !session.over && session.paused) session.pause(false);
+    else if (session && !session.over) $("video").play().catch(() => {});
+  });
+}
+$("mode").addEventListener("change", () => {
+  $("transition").disabled = $("mode").value === "cut";
+  $("noise").disabled = !["recache", "flush"].includes($("mode").value);
+  $("mode-hint").textContent = $("mode").selectedOptions[0].title;
 });
-$("video").addEventListener("click", () => $("video").play().catch(() => {}));
 $("pause").addEventListener("click", () => session.pause(!session.paused));
-$("stop").addEventListener("click", () => session.stop());
+$("stop").addEventListener("click", () => {
+  clearTimeout(retry);
+  session.stop();
+});
 $("restart").addEventListener("click", () => begin());
 $("download").addEventListener("click", () => {
-  const parts = session.kept.map((part) => part.bytes);
+  const parts = [];
+  let first;
+  for (const part of session.kept) {
+    const [bytes, back] = shifted(part.bytes, first);
+    first ??= back;
+    parts.push(bytes);
+  }
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([...(session.head ? [session.head] : []), ...parts], { type: "video/mp4" }));
   link.download = "self-forcing.mp4";
@@ -328,6 +393,7 @@ async function connect() {
   for (const option of [...$("mode").options]) if (!info.modes.includes(option.value)) option.remove();
   $("mode").value = info.default.mode;
   $("noise").value = info.default.context_timestep ?? "";
+  $("mode").dispatchEvent(new Event("change"));
   for (const example of info.examples) {
     const button = document.createElement("button");
     button.type = "button";
