@@ -391,6 +391,28 @@ def test_a_stream_among_others_has_the_same_bytes(client):
             assert played(socket) == alone
 
 
+@pytest.mark.slow
+def test_wan_is_ready_when_its_text_encoder_is(folder):
+    options = {"vae": "tiny", "dtype": "float32"}
+    rollout, size = {"window": 9, "sink": 3}, {"height": 32, "width": 48}
+    model = Model(str(folder), str(folder / "student.safetensors"), options, rollout, size)
+    service = service_of(model, Launch(), slots=1, waiting=1)
+    with TestClient(make_app(service)) as client:
+        assert service.engine.ready.wait(300) and service.engine.error is None
+        encoder = service.engine.pipe.text_encoder
+        assert encoder._embedder is not None and service.engine.pipe.rollout.positions == "relative"
+        with session(client, prompt="a cat in the snow", num_frames=33, fps=60) as socket:
+            until(socket, "video.chunk_metadata")
+            changed = json.loads(json.dumps(INTERACTION))
+            changed["interaction"]["event"]["prompt"] = "a dog runs"
+            socket.send_json(changed)
+            messages = until(socket, "session.done")
+        assert sum(a["num_frames"] for a, _ in chunks(messages)) >= 12
+        for i in range(100):
+            encoder.encode([f"a cat {i}"])
+        assert len(encoder._embeddings) == 64
+
+
 def test_an_engine_that_fails_says_so(monkeypatch):
     service = service_of(Model(), Launch(), slots=1, waiting=1)
     with TestClient(make_app(service)) as client:
