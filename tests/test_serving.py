@@ -238,6 +238,10 @@ def test_a_token_is_needed_where_others_can_reach_it():
                     pass
             assert refused.value.response.status_code == 403
             headers = {"Authorization": f"Bearer {server.token}"}
+            with pytest.raises(websockets.InvalidStatus) as refused:
+                async with server.connect(additional_headers=headers, origin="https://evil.org"):
+                    pass
+            assert refused.value.response.status_code == 403
             async with server.connect(additional_headers=headers) as ws:
                 await ws.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
                 assert json.loads(await ws.recv())["type"] == "video.start"

@@ -22,6 +22,7 @@ from sf_jax.server.metrics import Metrics
 from sf_jax.server.protocol import Interaction, RequestError
 
 log = logging.getLogger(__name__)
+REPORT_SECONDS = 0.1  # by which a viewer's own account of where it is may lag behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +247,8 @@ class Engine:
             self._serve()
         except BaseException as error:  # whoever waits for `ready` or `ended` reports it
             self.error = error
-            log.error("the engine ended", exc_info=error if self.ready.is_set() else None)
+            if self.ready.is_set():
+                log.error("the engine ended", exc_info=error)
             for session in [*self._playing, *self._queue]:
                 session.over = True
                 session.send(Failed(_request_error(RuntimeError(), "internal"), ends=True))
@@ -449,13 +451,14 @@ class Engine:
             session.clock = now
             metrics.first_chunk.observe(now - session.asked)
         elif session.wants_more is None:
-            late = -session.lead(now)
+            # a position that a viewer told is a little old
+            late = (REPORT_SECONDS if session.buffer is not None else 0.0) - session.lead(now)
             if late >= 0:
                 session.clock += late
                 metrics.underruns.inc()
             else:
                 metrics.in_time.inc()
-        if session.last is not None:
+        if session.last is not None and session.wants_more is None:
             metrics.interval.observe(now - session.last)
         session.last, session.frames = now, session.frames + count
         ids = {"started": (), "active": (), "completed": ()}
