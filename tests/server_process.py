@@ -103,7 +103,7 @@ class Watched:
 async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
     """Watches a session until it ends or so many seconds have passed; `pause` between two chunks makes it slow."""
     seen, until = Watched(), None if seconds is None else time.monotonic() + seconds
-    options = {"max_queue": 1} if pause else {}
+    options = {"max_queue": 1, "sock": small_socket(server)} if pause else {}
     async with server.connect(**options) as ws:
         await ws.send(json.dumps({"type": "session.start", "prompt": "a 7 moving left, fast"} | fields))
         try:
@@ -129,12 +129,18 @@ async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
     return seen
 
 
-def vanish(server, **fields):
-    """Starts a session on a socket that never answers or reads again; returns the socket."""
+def small_socket(server):
+    """A connection whose receiving end holds next to nothing, as that of a slow line."""
     host, port = server.address.rsplit(":", 1)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
+    return client
+
+
+def vanish(server, **fields):
+    """Starts a session on a socket that never answers or reads again; returns the socket."""
+    client = small_socket(server)
     key = base64.b64encode(os.urandom(16)).decode()
     lines = [
         "GET /v1/realtime/video HTTP/1.1",

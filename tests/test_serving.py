@@ -64,6 +64,8 @@ def test_many_clients(server):
     for seen in regular:
         assert seen.payloads[:count] == alone.payloads[:count]
     assert len(slow.payloads) > SECONDS // 2
+    behind = len(regular[0].payloads) - slow.metadata[-1]["generation_chunk_index"]
+    assert slow.metadata[-1]["dropped"] > 0 and behind < 4 * SECONDS / 2, behind  # it sees new chunks, not all
     assert sum(len(seen.payloads) for seen in waited) > 0  # the slot of the client that drops
     deadline = time.monotonic() + 10
     while server.metric("streams") and time.monotonic() < deadline:

@@ -30,8 +30,8 @@ WAN_EXAMPLES = (
 # positions that do not end at 1024 frames; the same as in training as long as the window is not full
 WAN_WINDOW = {"window": 21, "sink": 3, "positions": "relative"}
 RECEIVED_BURST, RECEIVED_RATE = 2**16, 2**15  # bytes of a WebSocket's client at once, and a second
-SEND_BUFFER = 3 * 2**14  # bytes that wait in the kernel for a slow viewer (Linux doubles it)
-PING = 4.0  # seconds between two signs of life, and as many until a client is gone
+UNSENT = 2**12  # bytes that wait in the kernel, and as many in the process, for a slow viewer
+PING, PONG = 3.0, 6.0  # seconds between two signs of life, and until a client that gives none is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,11 @@ class _WebSocket(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self._bytes = protocol.RateLimit(RECEIVED_BURST, RECEIVED_RATE)
 
+    def connection_made(self, transport) -> None:
+        """A client has come."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNSENT)
+
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
         if self._bytes.allows(time.monotonic(), len(data)):
@@ -187,7 +192,7 @@ def serve(service: Service, launch: Launch) -> None:
         ws=_WebSocket,
         ws_max_size=protocol.MAX_MESSAGE,
         ws_ping_interval=PING,
-        ws_ping_timeout=PING,
+        ws_ping_timeout=PONG,
         ws_per_message_deflate=False,  # video does not shrink
         limit_concurrency=2 * service.rules.connections,
         timeout_graceful_shutdown=5,
@@ -218,9 +223,10 @@ def _listener(launch: Launch) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(launch.host.strip("[]"), launch.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit what the listener has
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that takes nothing is gone
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * PING))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8000)
         listener.bind(address)
     except OSError as error:
         raise ValueError(f"host {launch.host}, port {launch.port}: cannot listen there ({error.strerror})") from error
