@@ -3,7 +3,7 @@
   python -m benchmarks.serving                  # twice: the first start fills the cache of compiled programs
 
 Starts `python -m sf_jax.serve` with 6 slots in a process of its own and prints: seconds from the start of the process
-until it is ready; seconds from a prompt to its first chunk, median and most of 10 sessions; then 8 clients for
+until it is ready; seconds from a prompt to its first chunk, median and maximum of 10 sessions; then 8 clients for
 `--seconds`: 4 regular ones, one that reads slowly, one that drops its connection every 5 s, and 2 that come when all
 slots are taken. Of each: chunks, and median and longest interval between two. At the end open files, threads
 and memory of the server, before and after. The machine should be idle.
@@ -11,28 +11,10 @@ and memory of the server, before and after. The machine should be idle.
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 
-import websockets
-
-from tests.server_process import running, watch
-
-
-async def drop(server, seconds: float) -> None:
-    """A client that goes without a word every 5 seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        async with server.connect() as ws:
-            await ws.send(json.dumps({"type": "session.start", "prompt": "a 1 moving up"}))
-            try:
-                async with asyncio.timeout(min(5.0, max(0.1, until - time.monotonic()))):
-                    async for _ in ws:
-                        pass
-            except (TimeoutError, websockets.ConnectionClosed):
-                pass
-            ws.transport.abort()
+from tests.server_process import drop, running, watch
 
 
 async def first_chunks(server, count: int) -> list[float]:

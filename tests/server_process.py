@@ -129,6 +129,21 @@ async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
     return seen
 
 
+async def drop(server, seconds):
+    """A client that goes without a word every 5 seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        async with server.connect() as ws:
+            await ws.send(json.dumps({"type": "session.start", "prompt": "a 1 moving up"}))
+            try:
+                async with asyncio.timeout(min(5.0, max(0.1, until - time.monotonic()))):
+                    async for _ in ws:
+                        pass
+            except (TimeoutError, websockets.ConnectionClosed):
+                pass
+            ws.transport.abort()
+
+
 def small_socket(server):
     """A connection whose receiving end holds next to nothing, as that of a slow line."""
     host, port = server.address.rsplit(":", 1)

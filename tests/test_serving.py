@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import websockets
 
-from tests.server_process import running, vanish, watch
+from tests.server_process import drop, running, vanish, watch
 
 pytestmark = pytest.mark.slow
 SLOTS = 6
@@ -25,21 +25,6 @@ def server():
         yield server
 
 
-async def _dropper(server, seconds):
-    """A client that goes without a word every 5 seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        async with server.connect() as ws:
-            await ws.send(json.dumps({"type": "session.start", "prompt": "a 1 moving up"}))
-            try:
-                async with asyncio.timeout(min(5.0, until - time.monotonic())):
-                    async for _ in ws:
-                        pass
-            except (TimeoutError, websockets.ConnectionClosed):
-                pass
-            ws.transport.abort()
-
-
 def test_many_clients(server):
     async def scenario():
         # JPEGs, whose bytes depend on the pixels alone
@@ -50,7 +35,7 @@ def test_many_clients(server):
         waiting = [watch(server, SECONDS, seed=3) for _ in range(2)]
         tasks = [asyncio.create_task(one) for one in [*regular, slow]]
         await asyncio.sleep(0.5)
-        tasks += [asyncio.create_task(one) for one in [_dropper(server, SECONDS), *waiting]]
+        tasks += [asyncio.create_task(one) for one in [drop(server, SECONDS), *waiting]]
         results = await asyncio.gather(*tasks)
         return alone, before, results
 

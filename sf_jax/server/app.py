@@ -78,7 +78,7 @@ class VideoRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     fps: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
 
-    _checked = field_validator("prompt")(protocol._prompt)
+    _checked = field_validator("prompt")(protocol.checked_prompt)
 
 
 def make_app(service: Service, wait: bool = False) -> ASGIApp:

@@ -42,7 +42,8 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _prompt(value: str) -> str:
+def checked_prompt(value: str) -> str:
+    """A prompt without white space around it; refuses empty ones and control characters."""
     if not value.strip():
         raise ValueError("must not be empty")
     if any(ord(c) < 32 and c not in "\n\t" for c in value):
@@ -64,7 +65,7 @@ class SessionStart(_Message):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     streaming_buffer_seconds: Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)] | None = None
 
-    _checked = field_validator("prompt")(_prompt)
+    _checked = field_validator("prompt")(checked_prompt)
 
 
 class PromptEvent(_Message):
@@ -72,7 +73,7 @@ class PromptEvent(_Message):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
 
-    _checked = field_validator("prompt")(_prompt)
+    _checked = field_validator("prompt")(checked_prompt)
 
 
 class Interaction(_Message):
