@@ -90,10 +90,10 @@ def length(pipe, times: int, samples: int) -> None:
         print(f"{name:34s}" + "".join(f"{end:8.3f}" for end in ends) + f"{ends[3] / ends[2]:8.3f}", flush=True)
 
 
-def switches(pipe, count: int, timestep: float | None, overshoot: float) -> None:
-    """Prompts that change; `timestep` is the noise of what is computed again."""
+def switches(pipe, count: int, timestep: float | None, overshoot: float, seed: int, modes) -> None:
+    """Prompts that change; `timestep` is the noise of what is computed again, `seed` draws the prompts."""
     judge = judging.load()
-    rng, chunk = np.random.default_rng(0), pipe.rollout.chunk
+    rng, chunk = np.random.default_rng(seed), pipe.rollout.chunk
     digits = np.stack([rng.permutation(10)[:2] for _ in range(count)])
     directions = rng.integers(len(moving_digits.DIRECTIONS), size=(count, 2))
     speeds = rng.integers(len(moving_digits.SPEEDS), size=(count, 2))
@@ -103,7 +103,7 @@ def switches(pipe, count: int, timestep: float | None, overshoot: float) -> None
     print(f"{count} switches of each mode")
     columns = f"{'new digit':>12s}{'in chunk ' + str(LATER):>12s}{'position':>12s}{'longest step (median, most)':>30s}"
     print(f"{'mode':10s}{'transition':>12s}{columns}")
-    for mode in MODES:
+    for mode in modes:
         for transition in (0, 1) if mode != "cut" else (0,):
             stream = sf_jax.Stream(pipe, slots=count)
             ids = [stream.join(pair[0], number=i) for i, pair in enumerate(prompts)]
@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="switches: of each mode")
     parser.add_argument("--context_timestep", type=float, default=None, help="switches: of 'recache' and 'flush'")
     parser.add_argument("--overshoot", type=float, default=0.0, help="switches: of 'swap'")
+    parser.add_argument("--seed", type=int, default=0, help="switches: of the prompts")
+    parser.add_argument("--mode", default=None, choices=MODES, help="switches: this mode alone")
     parser.add_argument("--checkpoint", default=None, help="another student of moving digits")
     args = parser.parse_args()
     pipe = sf_jax.load_pipeline(args.checkpoint)
@@ -151,7 +153,8 @@ def main() -> None:
     elif args.what == "length":
         length(pipe, args.times, args.samples)
     else:
-        switches(pipe, args.count, args.context_timestep, args.overshoot)
+        modes = (args.mode,) if args.mode else MODES
+        switches(pipe, args.count, args.context_timestep, args.overshoot, args.seed, modes)
 
 
 if __name__ == "__main__":
