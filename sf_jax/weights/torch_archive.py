@@ -81,15 +81,16 @@ def _check_entries(path: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 def _check_pickles(path: Path, content: bytes, count: int) -> None:
     """Refuses pickles that are too long or no pickles; their instructions are counted, and none is followed."""
-    stream, instructions, number = io.BytesIO(content), 0, 0
+    stream, instructions, ended = io.BytesIO(content), 0, 0
     try:
-        for number in range(count):
+        while ended < count and instructions <= MAX_INSTRUCTIONS:
             for _ in pickletools.genops(stream):
                 instructions += 1
                 if instructions > MAX_INSTRUCTIONS:
                     break
+            ended += 1
     except Exception as error:  # Damaged pickles make pickletools raise nearly anything.
-        if len(content) < MAX_PICKLE and number:
+        if len(content) < MAX_PICKLE and ended:
             raise ValueError(f"{path} is a pickle, but not one of torch.save: {_SAVE_AGAIN}") from error
         if len(content) < MAX_PICKLE:
             raise ValueError(f"{path} is no readable PyTorch file, perhaps an unfinished download") from error
