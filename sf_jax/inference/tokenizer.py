@@ -98,7 +98,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
         raise ValueError(_missing(folder))
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes: a tokenizer of at most {_MAX_BYTES} bytes is read")
-    with _in_one_line(f"{path} is no readable tokenizer, download the file again"), _without_panics():
+    with _in_one_line(f"{path} is no readable tokenizer", ": download the file again"), _without_panics():
         backend = tokenizers.Tokenizer.from_file(str(path))
         backend.enable_truncation(max_length=length)
         backend.enable_padding(length=length, pad_id=PAD[1], pad_token=PAD[0])
@@ -120,7 +120,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
+def _in_one_line(what: str, advice: str = "") -> Iterator[None]:
     """Turns what the library raises into a ValueError: exceptions of any kind, and the panics of Rust."""
     try:
         yield
@@ -128,7 +128,7 @@ def _in_one_line(what: str) -> Iterator[None]:
         # Panics are no Exception, and their class cannot be imported; Ctrl-C must pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{what} ({shortened(str(error), 120) or type(error).__name__})") from error
+        raise ValueError(f"{what} ({shortened(str(error), 120) or type(error).__name__}){advice}") from error
 
 
 @contextlib.contextmanager
