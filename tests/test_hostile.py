@@ -149,8 +149,8 @@ def test_rows_of_tables_are_cut(tmp_path):
         (tiny_vae.TinyVaeConfig, {"widths": (10**9, 1, 1, 1)}, "at most 16384 and 16"),
         (RolloutConfig, {"shift": float("nan")}, "shift is nan"),
         (RolloutConfig, {"shift": 1e30}, "shift is 1e[+]30: it must be at most 1000"),
-        (RolloutConfig, {"chunk": 10**12}, "chunk is 1000000000000: it must be at most 1024"),
-        (RolloutConfig, {"window": 10**12}, "window is 1000000000000: it must be at most 1024"),
+        (RolloutConfig, {"chunk": 10**12}, "chunk is 1000000000000: at most 1024 latent frames"),
+        (RolloutConfig, {"window": 10**12}, "window is 1000000000000: at most 1024 latent frames"),
     ],
 )
 def test_sizes_of_networks_are_bounded(kind, sizes, message):

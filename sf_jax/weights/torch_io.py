@@ -22,6 +22,12 @@ _PROTOCOL = 2  # of the pickles of torch.save
 # State dicts that a checkpoint of this family may hold; of the first three the earliest is the one to generate with.
 PARTS = ("generator_ema", "generator", "model", "critic")
 
+_SHARDED = (
+    "holds DTensors, the sharded tensors of FSDP: write them whole where they are, torch.save({name: "
+    "tensor.full_tensor() for name, tensor in state.items()}, FILE), or save with torch.distributed.checkpoint and "
+    "convert its folder with python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUTPUT.pt"
+)
+
 
 def _import_torch(path: Path):
     try:
@@ -64,6 +70,8 @@ def open_torch(path: Path, part: str | None) -> TensorFile:
     views, types = _torch_types(torch), _numpy_types(torch)
     protocol = check_container(path)
     held, part = _state_dict(_load_pickle(torch, path, protocol), path, part)
+    if any(type(value).__name__ in ("DTensor", "ShardedTensor") for value in held.values()):
+        raise ValueError(f"{path} {_SHARDED}")
     faults = {name: fault for name, value in held.items() if (fault := _fault(torch, types, name, value))}
     if faults or not held:
         name, fault = next(iter(faults.items()), ("", ""))
@@ -136,6 +144,8 @@ def _load_pickle(torch, path: Path, protocol: int):
                     raise
                 return torch.load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if re.search("DTensor|ShardedTensor|sharded_tensor", str(error)):
+            raise ValueError(f"{path} {_SHARDED}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             reason = f"it asks for {shortened(code.group(1), 80)}"
