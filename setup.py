@@ -38,11 +38,11 @@ EXTRAS_REQUIRE = {
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     # Only for reading .pt/.pth checkpoints; nothing else imports torch.
-    "convert": ["torch>=2.4"],
+    "convert": ["torch>=2.10"],
     # Fetching published weights.
     "download": ["huggingface_hub>=0.26"],
     # What the networks are compared with in tests/test_parity.py.
-    "parity": ["torch>=2.4", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0"],
+    "parity": ["torch>=2.10", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0"],
     # libtpu's compiler, which needs no TPU. Where there is none, set JAX_PLATFORMS=cpu, or JAX looks for one.
     "aot": ["jax[tpu]>=0.10"],
     # The server and its page.

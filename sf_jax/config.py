@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from sf_jax.files import local_path
+from sf_jax.messages import quoted, shortened
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanConfig
 from sf_jax.objectives.gan import GanConfig
@@ -226,6 +227,10 @@ class TrainConfig:
         for name in ("model", "teacher", "critic"):
             if not getattr(getattr(self, name), "scan_layers", True):
                 raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")
+        longest = max((self.data.frames, *self.rollout_frames))
+        name = "data.frames" if longest == self.data.frames else "rollout_frames"
+        if longest > MAX_FRAMES:
+            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
         given = int(self.image_to_video)
         try:
             self.rollout.chunks(self.data.frames - given, given)
@@ -233,10 +238,6 @@ class TrainConfig:
             raise ValueError(
                 f"data.frames is {self.data.frames}, rollout.chunk {self.rollout.chunk}: {error}"
             ) from error
-        longest = max((self.data.frames, *self.rollout_frames))
-        name = "data.frames" if longest == self.data.frames else "rollout_frames"
-        if longest > MAX_FRAMES:
-            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
         for name in ("teacher", "critic"):
             other = getattr(self, name)
             for field in ("channels", "text_dim"):  # they share latents and prompts
@@ -340,6 +341,7 @@ class TrainConfig:
         return self.critic or self.model
 
 
+_MAX_WHOLE = 1 << 64  # as a float; larger ones may be none
 PATHS = ("dir", "teacher_weights", "critic_weights", "init_weights", "vae_weights")  # fields that name files
 
 
@@ -354,9 +356,9 @@ def from_dict(values: Mapping, kind: type = TrainConfig, where: str = ""):
     out = {}
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
+            close = difflib.get_close_matches(str(key)[:100], known, 1)
             hint = f"; did you mean {where}{close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
-            raise ValueError(f"unknown config key {where}{key}{hint}")
+            raise ValueError(f"unknown config key {where}{shortened(str(key))}{hint}")
         out[key] = _convert(values[key], hints[key], f"{where}{key}")
     try:
         return kind(**out)
@@ -379,11 +381,11 @@ def _convert(value, hint, where):
         if isinstance(value, kind):
             return value
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
-            raise ValueError(f"{where} is {value!r}: it must be a group of fields of {kind.__name__}")
+            raise ValueError(f"{where} is {quoted(value)}: it must be a group of fields of {kind.__name__}")
         return from_dict(value, kind, f"{where}.")
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"{where} is {value!r}: it must be a sequence")
+            raise ValueError(f"{where} is {quoted(value)}: it must be a sequence")
         kinds = [k for k in typing.get_args(kind) if k is not Ellipsis]
         return tuple(_convert(v, kinds[min(i, len(kinds) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
     if kind is str and value == "None" and types.NoneType in options:  # as the command line gives it
@@ -394,11 +396,13 @@ def _convert(value, hint, where):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > _MAX_WHOLE:
+            raise ValueError(f"{where} is {quoted(value, 30)}: it must be at most {float(_MAX_WHOLE):g}")
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}: it must be a finite number")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}: it must be of type {kind.__name__}")
+        raise ValueError(f"{where} is {quoted(value)}: it must be of type {kind.__name__}")
     return value
 
 

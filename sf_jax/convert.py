@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from sf_jax import command
-from sf_jax.files import check_writable
+from sf_jax.files import check_writable, remove_leftovers
 from sf_jax.training import export
 from sf_jax.weights import load, transformer
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
@@ -105,7 +105,7 @@ def main() -> None:
     if output is not None:
         if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
             raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
-        check_writable(output.parent, "output")
+        remove_leftovers(check_writable(output.parent, "output"))
     if _FROM.value is not None:
         done, output = _export(output)
         print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")

@@ -71,6 +71,7 @@ def evaluate(
       The report and the paths written; raises ValueError if an argument is out of range.
     """
     out, judge = files.check_writable(out), judging.load()
+    files.remove_leftovers(out)
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
     lengths = {name: pipe.only_frames or frames for name, pipe in pipes.items()}
     lengths[REAL] = max(lengths.values(), default=frames)

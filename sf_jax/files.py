@@ -3,10 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +108,74 @@ def locked(folder: Path, field: str) -> Iterator[None]:
         yield
 
 
+def temporary_name(name: str) -> str:
+    """A hidden name for what is to become `name`, which tells `remove_leftovers` whose it is.
+
+    It holds the number of the process and a mark of its machine: processes of several machines have the same numbers.
+    """
+    name = os.fsdecode(os.fsencode(name)[:190])  # of the 255 bytes that file systems take
+    return f".{name}.{os.getpid()}.{_machine()}{secrets.token_hex(4)}.tmp"
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what killed processes have left unfinished in a folder, as far as they are known to be gone.
+
+    That is what has a `temporary_name` of a process of this machine that runs no more. Where the machine is not known
+    (earlier versions did not write it down) it is also left alone for an hour after it was last changed. What belongs
+    to another machine is never touched.
+    """
+    for path in Path(folder).glob(".*"):
+        with contextlib.suppress(OSError):
+            if not _is_leftover(path):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+# name, process, machine (unless an earlier version made it) and a random part; and what earlier versions made besides.
+_TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.([0-9a-f]{8})?[0-9a-f]{8}\.tmp", re.DOTALL)
+_NAMELESS = re.compile(r"\.metadata\.[a-z0-9_]{8}|\.shared\.[0-9a-f]{8}")
+_QUIET_SECONDS = 3600
+
+
+def _is_leftover(path: Path) -> bool:
+    match = _TEMPORARY.fullmatch(path.name)
+    if match and match[2]:
+        return match[2] == _machine() and not _is_running(int(match[1]))
+    if not match and not _NAMELESS.fullmatch(path.name):
+        return False
+    return is_quiet(path) and not (match and _is_running(int(match[1])))
+
+
+def is_quiet(path: Path) -> bool:
+    """Whether nothing of a file or folder was changed in the last hour."""
+    paths = (path, *path.rglob("*")) if path.is_dir() and not path.is_symlink() else (path,)
+    return time.time() - max(each.lstat().st_mtime for each in paths) > _QUIET_SECONDS
+
+
+def _machine() -> str:
+    """A mark of this machine; containers have process numbers of their own, and count as machines."""
+    try:
+        numbers = str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:  # no Linux
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder that takes the final name if the block succeeds.
@@ -123,9 +195,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         raise ValueError(f"path: got the folder {path}, allowed: the name of a file")
     # Not tempfile, whose files only their owner may read, which the final file would inherit.
-    # The token keeps processes of several machines apart, whose numbers may be the same.
-    name = os.fsdecode(os.fsencode(path.name)[:200])  # of the 255 bytes that file systems take
-    temporary = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary
         os.replace(temporary, path)

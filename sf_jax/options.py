@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from sf_jax.messages import quoted
+
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("constant", "cosine")
 FORCINGS = ("teacher", "diffusion")
@@ -10,7 +12,7 @@ FORCINGS = ("teacher", "diffusion")
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuses a value that is none of those allowed."""
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+        raise ValueError(f"{name} is {quoted(value)}: it must be one of {', '.join(allowed)}")
 
 
 def at_least(config, low: float, *names: str, group: str = "") -> None:

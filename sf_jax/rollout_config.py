@@ -60,6 +60,7 @@ class RolloutConfig:
                 raise ValueError(f"{name} is {steps}: it must descend strictly and end above 0")
             if steps[0] > TRAIN_STEPS:
                 raise ValueError(f"{name} is {steps}: its first entry must be at most {TRAIN_STEPS}")
+        FlowSchedule(self.shift)  # refuses what no schedule has
         if self.context_noise not in CONTEXT_NOISES:
             raise ValueError(f"context_noise is {self.context_noise!r}: it must be one of {', '.join(CONTEXT_NOISES)}")
         if not 0 <= self.context_timestep <= TRAIN_STEPS:
@@ -75,6 +76,9 @@ class RolloutConfig:
                 f"context is 'noisy', context_timestep {self.context_timestep}, context_noise {self.context_noise!r}: "
                 "without a clean pass they must be 0 and 'exact' or 'none'"
             )
+        for name in ("chunk", "window", "sink"):
+            if (getattr(self, name) or 0) > MAX_FRAMES:
+                raise ValueError(f"{name} is {getattr(self, name)}: at most {MAX_FRAMES} latent frames have positions")
         attention.check_window(self.window, self.sink, (self.chunk,))
 
     @property

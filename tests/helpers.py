@@ -49,3 +49,12 @@ def inputs(frames: int, batch: int = 2, config: wan.WanConfig = SMALL, seed: int
     noise = jax.random.normal(keys[0], (batch, frames, *SIZE, config.channels))
     text = jax.random.normal(keys[1], (batch, config.text_len, config.text_dim))
     return noise, text, ro.key_draw(keys[2], jnp.arange(batch))
+
+
+def refused(function, *arguments, **keywords) -> str:
+    """The message of a ValueError: one line, and not a long one."""
+    with pytest.raises(ValueError) as error:
+        function(*arguments, **keywords)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 1000, message[:2000]
+    return message

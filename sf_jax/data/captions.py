@@ -10,6 +10,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from sf_jax import strict_json
+from sf_jax.messages import quoted, shortened
+
 CAPTION_KEYS = ("prompt", "caption", "text")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -141,7 +144,7 @@ def _is_kind(file, suffixes) -> bool:
 
 
 def _few(names) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return shortened(", ".join(names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def _text(path, field) -> str:
@@ -163,7 +166,7 @@ def _rows(path, field) -> list[tuple[str, dict]]:
             continue
         where = f"{field}: {path} line {number}"
         try:
-            row = json.loads(line)
+            row = strict_json.parse(line, None, finite=False)
         except ValueError as error:
             raise ValueError(f"{where} is no JSON ({error})") from error
         if not isinstance(row, dict):
@@ -204,8 +207,8 @@ def _value(row, keys, where) -> str:
     """The text under the first of the keys that a row has."""
     key = next((key for key in keys if key in row), None)
     if key is None:
-        has = ", ".join(map(str, row)) or "nothing"
+        has = shortened(", ".join(map(str, row))) or "nothing"
         raise ValueError(f"{where} has {has}: it must have {' or '.join(keys)}")
     if not isinstance(row[key], str):
-        raise ValueError(f"{where}: {key} is {row[key]!r}: it must be a text")
+        raise ValueError(f"{where}: {key} is {quoted(row[key])}: it must be a text")
     return valid_text(row[key])

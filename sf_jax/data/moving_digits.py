@@ -11,7 +11,10 @@ Build the clips, or refit the patch codec that is shipped with the package:
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import io
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sf_jax.data import shards
-from sf_jax.files import check_writable
+from sf_jax.files import check_writable, is_quiet
 
 CANVAS = 24
 SPRITE = 12
@@ -59,6 +62,7 @@ FEATURES = tfds.features.FeaturesDict(
     }
 )
 _CHUNK = 500
+_SAMPLED = 256  # clips of a split that its hash looks at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +320,19 @@ class ClipSource:
 
     records: shards.Records
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of how many clips there are and of `_SAMPLED` of them, evenly spread over the split.
+
+        It is one of clips, as tfds gives the files of the same clips other bytes every time.
+        """
+        digest, length = hashlib.sha256(f"{len(self)}".encode()), len(self)
+        for i in range(min(length, _SAMPLED)):
+            example = self[i * length // min(length, _SAMPLED)]
+            for name in sorted(example):
+                digest.update(name.encode() + np.asarray(example[name]).tobytes())
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -342,6 +359,9 @@ def build(data_dir: str | Path, config: DigitsConfig = FULL) -> Path:
     # tfds writes to a temporary folder and renames it at the end: a folder there was complete.
     if not folder.exists():
         check_writable(Path(data_dir).expanduser(), "data_dir")
+        for unfinished in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of tfds, when it was killed
+            if is_quiet(unfinished):
+                shutil.rmtree(unfinished, ignore_errors=True)
         total = sum(num for num, _ in config.clips.values())
         print(f"moving_digits: writing {total} clips to {folder}", flush=True)
         with shards.writing(folder), quiet():

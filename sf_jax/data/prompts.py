@@ -4,6 +4,7 @@ A data folder has them in `prompts`, or, where they are the captions of its vide
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,12 @@ class PromptSource:
     text_len: int
     negative: np.ndarray
     empty: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """A hash of all embeddings, see `Records.digest`."""
+        fixed = hashlib.sha256(self.negative.tobytes() + self.empty.tobytes()).hexdigest()[:16]
+        return f"{self.records.digest} {fixed}"
 
     def __len__(self) -> int:
         return len(self.records)

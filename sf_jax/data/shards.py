@@ -1,8 +1,9 @@
 """Datasets that are made once and read often, written shard by shard so that a killed writer loses one shard at most.
 
 A folder holds `recipe.json` (what the records were made from, written first), the ArrayRecord shards (each is there
-whole or not at all) and, written last, what tfds needs to read them: `tfds.builder_from_directory(folder)`. Several
-processes may fill one folder. The bytes of a shard depend on its examples alone.
+whole or not at all) and, written last, `shards.json` (hashes by which other shards are noticed) and what tfds needs to
+read them: `tfds.builder_from_directory(folder)`. Several processes may fill one folder. The bytes of a shard depend on
+its examples alone.
 """
 
 import bisect
@@ -10,10 +11,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,13 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer
 from tqdm import tqdm
 
-from sf_jax.files import check_writable, reason_of, replacing
+from sf_jax import strict_json
+from sf_jax.files import check_writable, reason_of, remove_leftovers, replacing, temporary_name
 
-RECIPE, INFO, FEATURES = "recipe.json", "dataset_info.json", "features.json"
+RECIPE, INFO, FEATURES, DIGESTS = "recipe.json", "dataset_info.json", "features.json", "shards.json"
 VERSION = "1.0.0"
+# What of a shard is hashed, see `file_digests`; another choice is another method.
+_METHOD, _BLOCKS, _BLOCK, _END = "8 blocks and the end", 8, 1 << 12, 1 << 17
 _MISSING = "run the command that made the dataset again"
 _AGAIN = "remove this file and run the command that made it again"
 
@@ -108,6 +113,7 @@ def begin(plan: Plan) -> None:
         with replacing(path) as unfinished:
             unfinished.write_text(json.dumps(plan.full_recipe, indent=1, sort_keys=True, ensure_ascii=False))
     check_recipe(plan)
+    remove_leftovers(plan.folder)
 
 
 def check_recipe(plan: Plan) -> None:
@@ -131,12 +137,9 @@ def read_recipe(folder: Path | str) -> dict[str, Any]:
     """The recipe in a folder; raises ValueError if it cannot be read."""
     path = Path(folder) / RECIPE
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.read(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove the folder and make the dataset again") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is damaged: remove the folder and make the dataset again")
-    return recipe
 
 
 def missing(plan: Plan) -> tuple[Shard, ...]:
@@ -206,6 +209,7 @@ def write(plan: Plan, make: Make, process_index: int = 0, process_count: int = 1
     own = plan.shards[process_index::process_count]
     todo = [shard for shard in own if not plan.path(shard).is_file()]
     if todo:
+        (plan.folder / DIGESTS).unlink(missing_ok=True)  # of shards that were there before
         total = sum(shard.stop - shard.start for shard in own)
         done = total - sum(shard.stop - shard.start for shard in todo)
         with tqdm(total=total, initial=done, desc=plan.name, unit="record", dynamic_ncols=True) as bar:
@@ -241,7 +245,11 @@ def finish(plan: Plan) -> bool:
     if missing(plan):
         return False
     if (plan.folder / INFO).is_file() and (plan.folder / FEATURES).is_file():
+        if not (plan.folder / DIGESTS).is_file():  # made by an earlier version, or shards of it again
+            with contextlib.suppress(ValueError, OSError):  # it may be read-only
+                _write_digests(plan)
         return True
+    _write_digests(plan)
     lengths = dict(zip(plan.shards, _counts([plan.path(shard) for shard in plan.shards]), strict=True))
     infos = []
     for split in plan.splits:
@@ -262,12 +270,23 @@ def finish(plan: Plan) -> bool:
     )
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict(infos))
-    with tempfile.TemporaryDirectory(dir=plan.folder, prefix=".metadata.") as unfinished:
+    unfinished = plan.folder / temporary_name("metadata")
+    unfinished.mkdir()
+    try:
         info.write_to_directory(unfinished)
         # last of all the file that says that everything is there
         for name in sorted(os.listdir(unfinished), key=lambda name: name == INFO):
-            os.replace(Path(unfinished) / name, plan.folder / name)
+            os.replace(unfinished / name, plan.folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return True
+
+
+def _write_digests(plan: Plan) -> None:
+    paths = [plan.path(shard) for shard in plan.shards]
+    table = {path.name: digest for path, digest in zip(paths, file_digests(paths), strict=True)}
+    with replacing(plan.folder / DIGESTS) as unfinished:
+        unfinished.write_text(json.dumps({"method": _METHOD, "files": table}, indent=1, sort_keys=True))
 
 
 def _damaged(path: Path, reason: Any, remedy: str = _AGAIN) -> ValueError:
@@ -293,6 +312,55 @@ def _counts(paths: Sequence[Path], remedy: str = _AGAIN) -> list[int]:
         return list(pool.map(lambda path: _count(path, remedy), paths))
 
 
+def file_digests(paths: Sequence[Path]) -> list[str]:
+    """A hash of each shard, of so little of it that terabytes of shards take seconds.
+
+    Hashed are its length, `_BLOCKS` blocks of 4 KiB that are evenly spread over it, and its last 128 KiB, where
+    ArrayRecord says at which byte every record begins. A file that is not longer than all of these is hashed whole.
+    Compressed records seldom have the same length, and so nearly every change shows; a record of a long shard that is
+    replaced by another of exactly its length does not.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(_file_digest, paths))
+
+
+def _file_digest(path: Path) -> str:
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(f"{size} ".encode())
+    with open(path, "rb") as file:
+        if size <= _BLOCKS * _BLOCK + _END:
+            digest.update(file.read())
+        else:
+            for i in range(_BLOCKS):
+                file.seek(i * (size - _END) // _BLOCKS)
+                digest.update(file.read(_BLOCK))
+            file.seek(size - _END)
+            digest.update(file.read())
+    return digest.hexdigest()[:32]
+
+
+def _check_digests(folder: Path, files: Sequence[Path], remedy: str) -> tuple[str, ...]:
+    """Refuses shards other than those that were written, where the folder says so; returns their hashes if it does."""
+    path = folder / DIGESTS
+    if not path.is_file():  # earlier versions wrote none, and tfds does not
+        return ()
+    try:
+        stored = strict_json.read(path)
+        table = stored["files"]
+        if stored["method"] != _METHOD or not isinstance(table, dict):
+            raise ValueError("it was made by another version")
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error, remedy) from error
+    digests = file_digests(files)
+    for file, digest in zip(files, digests, strict=True):
+        if table.get(file.name) != digest:
+            raise _damaged(file, f"it is not the file that was written here, by {DIGESTS}", remedy)
+    return tuple(digests)
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
     """Random access to the records of one split, decoded by tfds.
@@ -303,6 +371,7 @@ class Records:
       ends: number of the record after the last one of each shard.
       remedy: what to do about a damaged shard, for messages.
       recipe: what the records were made from, where that is known.
+      digests: hashes of the shards, where they are known.
     """
 
     source: Any
@@ -310,6 +379,13 @@ class Records:
     ends: tuple[int, ...]
     remedy: str
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    digests: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of the shards in their order, see `file_digests`; other records, or another order, change it."""
+        digests = self.digests or file_digests(self.files)
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -343,7 +419,7 @@ def open_split(
         if not path.is_file():
             raise ValueError(f"{path} is missing: {if_missing}")
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            strict_json.read(path)
         except (OSError, ValueError) as error:
             raise _damaged(path, error, if_damaged) from error
     try:
@@ -358,7 +434,9 @@ def open_split(
     for path, seen, told in zip(files, _counts(files, if_damaged), lengths, strict=True):
         if seen != told:
             raise _damaged(path, f"{seen} records, {told} expected", if_damaged)
-    return Records(builder.as_data_source(split), files, tuple(itertools.accumulate(lengths)), if_damaged, **known)
+    digests = _check_digests(folder, files, if_damaged)
+    ends = tuple(itertools.accumulate(lengths))
+    return Records(builder.as_data_source(split), files, ends, if_damaged, digests=digests, **known)
 
 
 def open_records(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 TRAIN_STEPS = 1000
+MAX_SHIFT = 1000.0  # all but one level are then noise; float32 has no levels far beyond
 
 
 @functools.lru_cache(maxsize=32)
@@ -42,9 +43,11 @@ class FlowSchedule:
     steps: int = TRAIN_STEPS
 
     def __post_init__(self):
-        """Refuses shifts below 1, for which the table is not defined here."""
-        if self.shift < 1 or self.steps < 1:
+        """Refuses shifts below 1, for which the table is not defined here, and those that leave no levels."""
+        if not self.shift >= 1 or self.steps < 1:  # also NaN
             raise ValueError(f"shift is {self.shift}, steps {self.steps}: both must be at least 1")
+        if self.shift > MAX_SHIFT:
+            raise ValueError(f"shift is {self.shift}: it must be at most {MAX_SHIFT:g}")
 
     @property
     def sigmas(self) -> np.ndarray:

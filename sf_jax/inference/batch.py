@@ -92,6 +92,7 @@ def run(job: Job) -> list[Path]:
       OSError: if a file cannot be written.
     """
     out, names = files.check_writable(job.out), video_names(job)
+    files.remove_leftovers(out)
     check_names(names, out)
     prompts = job.video_prompts()
     numbers = range(jax.process_index(), len(prompts), jax.process_count())

@@ -11,19 +11,21 @@ The file is a JSON list, a scene an entry:
 
 import collections
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from sf_jax import strict_json
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.prompt_change import check_change
 from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.stream import Frames, Stream, stream_spec
+from sf_jax.messages import quoted, shortened
 
 LONGEST = 1e9  # seconds
+_MAX_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Scene:
     def __post_init__(self):
         """Validates types and ranges."""
         if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not 0 <= self.time < LONGEST:
-            raise ValueError(f"time is {self.time!r}: it must be a number of seconds, at least 0 and below {LONGEST:g}")
+            raise ValueError(
+                f"time is {quoted(self.time)}: it must be a number of seconds, at least 0 and below {LONGEST:g}"
+            )
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError(f"prompt is {self.prompt!r}: it must be a text")
+            raise ValueError(f"prompt is {quoted(self.prompt)}: it must be a text")
         check_change(self.mode, self.transition_chunks, self.context_timestep, self.overshoot)
 
 
@@ -53,8 +57,8 @@ def read_schedule(path: str | Path) -> tuple[Scene, ...]:
       ValueError: if the file cannot be read, or an entry is wrong; the message names file and entry.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        entries = strict_json.read(path, None, _MAX_BYTES, finite=False)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"schedule: cannot read {path} ({reason})") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -63,7 +67,7 @@ def read_schedule(path: str | Path) -> tuple[Scene, ...]:
     for number, entry in enumerate(entries, 1):
         for name in [*(set(entry) - set(fields)), *({"time", "prompt"} - set(entry))]:
             fault = f"{name} is no field" if name in entry else f"{name} is missing"
-            raise ValueError(f"schedule: {path}, scene {number}: {fault}; fields are {', '.join(fields)}")
+            raise ValueError(f"schedule: {path}, scene {number}: {shortened(fault)}; fields are {', '.join(fields)}")
         try:
             scenes.append(Scene(**entry))
         except ValueError as error:

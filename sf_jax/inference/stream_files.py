@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from sf_jax import strict_json
 from sf_jax.inference.prompt_change import MAX_OVERSHOOT, MODES
 from sf_jax.inference.stream_state import StreamSpec, StreamState
+from sf_jax.messages import quoted
 from sf_jax.models.slots import stack_layers
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
@@ -80,15 +82,17 @@ def read(
         raise ValueError(f"path: cannot read {path} ({error.strerror})") from error
     with file:
         if file.metadata.get("format") != FORMAT:
-            raise ValueError(f"path: {path} has the format {file.metadata.get('format')!r}: it must be {FORMAT!r}")
+            raise ValueError(
+                f"path: {path} has the format {quoted(file.metadata.get('format'))}: it must be {FORMAT!r}"
+            )
         try:
-            described, host = (json.loads(file.metadata[name]) for name in ("spec", "host"))
+            described, host = (strict_json.parse(file.metadata[name]) for name in ("spec", "host"))
             there, embeddings = file.metadata["weights"], file["embeddings"]
         except (KeyError, ValueError) as error:
             raise ValueError(f"path: {path} is damaged ({error})") from error
         for name, here in _described(spec).items():
             if described.get(name) != here:
-                raise ValueError(f"path: {path} was saved with {name} {described.get(name)}: here it is {here}")
+                raise ValueError(f"path: {path} was saved with {name} {quoted(described.get(name))}: here it is {here}")
         if there != _digest(weights):
             raise ValueError(f"path: {path} was saved with other weights: load the same checkpoint and decoder")
         compact, arrays = not set(KEYS_VALUES) & set(file), {}

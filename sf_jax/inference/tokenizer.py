@@ -4,19 +4,29 @@ Source: official `HuggingfaceTokenizer` with `clean='whitespace'` (wan/modules/t
 library alone.
 """
 
+import contextlib
 import dataclasses
 import html
+import os
 import pathlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 import ftfy
 import numpy as np
 import tokenizers
 
+from sf_jax.messages import quoted, shortened
+
 # Where the tokenizer is: its own folder, the official model folder, a diffusers model folder.
 FOLDERS = ("", "google/umt5-xxl", "tokenizer")
 PAD, END = ("<pad>", 0), ("</s>", 1)
+# No token of UMT5 has more than 16 characters, so that what is cut off would be cut from the tokens, too.
+_CHARACTERS_PER_TOKEN = 128
+_MAX_BYTES = 256 << 20  # of tokenizer.json; UMT5's has 17 MB
+# Text of many kinds: a tokenizer that cannot take it is damaged.
+_TRIAL = ("", "a cat", "\u00e9\u732b \U0001f408\u200b\ufffd", "a" * 300 + "!", " a" * 300, "\t\x00 \n")
 
 
 def clean_text(prompt: str) -> str:
@@ -40,8 +50,8 @@ class Tokenizer:
 
     @property
     def vocab(self) -> int:
-        """Number of tokens; the encoder's embedding must have at least as many rows."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """Number of tokens, by the highest; the encoder's embedding must have at least as many rows."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of prompts.
@@ -54,16 +64,19 @@ class Tokenizer:
           [B, length]: 1 up to and including `</s>`, then 0.
 
         Raises:
-          ValueError: if `prompts` is not a sequence of strings.
+          ValueError: if `prompts` is not a sequence of strings, or the tokenizer cannot take one.
         """
         if isinstance(prompts, str):
-            raise ValueError(f"prompts: got the single string {prompts!r}, allowed: a sequence of strings")
+            raise ValueError(f"prompts: got the single string {quoted(prompts)}, allowed: a sequence of strings")
         ids, mask = np.zeros((2, len(prompts), self.length), np.int32)
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise ValueError(f"prompts[{row}]: got {type(prompt).__name__}, allowed: a string")
-            encoding = self.backend.encode(clean_text(prompt))
-            ids[row], mask[row] = encoding.ids, encoding.attention_mask
+            # Cut before it is tokenized, as megabytes of text take minutes.
+            prompt = prompt.lstrip()[: _CHARACTERS_PER_TOKEN * self.length]
+            with _in_one_line(f"prompts[{row}]: the tokenizer cannot take {quoted(prompt)}"):
+                encoding = self.backend.encode(clean_text(prompt))
+                ids[row], mask[row] = encoding.ids, encoding.attention_mask
         return ids, mask
 
 
@@ -83,23 +96,53 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
     path = next((p for part in FOLDERS if (p := folder / part / "tokenizer.json").is_file()), None)
     if path is None:
         raise ValueError(_missing(folder))
-    try:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: a tokenizer of at most {_MAX_BYTES} bytes is read")
+    with _in_one_line(f"{path} is no readable tokenizer", ": download the file again"), _without_panics():
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is no readable tokenizer ({reason}): download the file again") from error
-    backend.enable_truncation(max_length=length)
-    backend.enable_padding(length=length, pad_id=PAD[1], pad_token=PAD[0])
-    for token, wanted in (PAD, END):
-        if (found := backend.token_to_id(token)) != wanted:
+        backend.enable_truncation(max_length=length)
+        backend.enable_padding(length=length, pad_id=PAD[1], pad_token=PAD[0])
+        numbers = {token: backend.token_to_id(token) for token, _ in (PAD, END)}
+        trials = [backend.encode(text).ids for text in _TRIAL]
+        np.asarray(trials, np.int32)  # an OverflowError where a token has a number beyond
+        ends = backend.num_special_tokens_to_add(False) == 1 and trials[0][0] == END[1]
+    for token, expected in (PAD, END):
+        if numbers[token] != expected:
             raise ValueError(
-                f"{path} is not the tokenizer of UMT5: {token} is {found}, must be {wanted}; take google/umt5-xxl's"
+                f"{path} is not the tokenizer of UMT5: {token} is {numbers[token]}, must be {expected}; take "
+                "google/umt5-xxl's"
             )
-    if backend.num_special_tokens_to_add(False) != 1 or backend.encode("").ids[0] != END[1]:
+    if not ends:
         raise ValueError(
             f"{path} is not the tokenizer of UMT5: it does not end a text with </s>; take google/umt5-xxl's"
         )
     return Tokenizer(backend, length)
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str, advice: str = "") -> Iterator[None]:
+    """Turns what the library raises into a ValueError: exceptions of any kind, and the panics of Rust."""
+    try:
+        yield
+    except BaseException as error:
+        # Panics are no Exception, and their class cannot be imported; Ctrl-C must pass.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what} ({shortened(str(error), 120) or type(error).__name__}){advice}") from error
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keeps what Rust prints of a panic off the terminal; for the start of a program, when no other thread prints."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _missing(folder):

@@ -23,6 +23,8 @@ IMPLEMENTATIONS = ("auto", "xla", "whole", "cudnn", "splash")
 # new memory pages.
 MAX_LOGITS = {"cpu": 1 << 22}
 MAX_LOGITS_ELSEWHERE = 1 << 25
+# Latent frames that are split into chunks at once: two days of video. Positions end earlier, unless they are relative.
+MAX_FRAMES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ def split_chunks(frames: int, chunk: int, first_frame_alone: bool = False) -> tu
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: it must be at least 1 latent frame")
+    if frames > MAX_FRAMES:
+        raise ValueError(f"frames is {frames}: it must be at most {MAX_FRAMES} latent frames")
     rest = frames - 1 if first_frame_alone else frames
     if frames < 1 or rest % chunk:
         wanted = f"1 + a multiple of {chunk}" if first_frame_alone else f"a multiple of {chunk}"

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sf_jax.messages import quoted
+
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOCABULARY = (
     *("a", "an", "moving", "and"),
@@ -79,16 +81,19 @@ class WordEmbedding:
           ValueError: A prompt has an unknown word or too many words.
         """
         if isinstance(prompts, str):
-            raise ValueError(f"prompts: got the single string {prompts!r}, allowed: a sequence of strings")
+            raise ValueError(f"prompts: got the single string {quoted(prompts)}, allowed: a sequence of strings")
         rows = np.zeros((len(prompts), self.length, self.dim), np.float32)
         for row, prompt in zip(rows, prompts, strict=True):
             words = words_of(str(prompt))
             if len(words) > self.length:
-                raise ValueError(f"prompt: {str(prompt)!r} has {len(words)} words, allowed: at most {self.length}")
+                raise ValueError(
+                    f"prompt: {quoted(str(prompt))} has {len(words)} words, allowed: at most {self.length}"
+                )
             for place, word in enumerate(words):
                 if word not in self._vectors:
                     raise ValueError(
-                        f"prompt: unknown word {word!r} in {str(prompt)!r}, known words: {', '.join(self.vocabulary)}"
+                        f"prompt: unknown word {quoted(word)} in {quoted(str(prompt))}, known words: "
+                        f"{', '.join(self.vocabulary)}"
                     )
                 row[place] = self._vectors[word]
         return rows

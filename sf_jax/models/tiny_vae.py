@@ -13,7 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sf_jax.models.sizes import check_sizes
 from sf_jax.models.streaming import Conv, Past, StreamCache, check_latents, double_size, run_stream, split_frames
+
+# Largest sizes, see `check_sizes`.
+LIMITS = {"z_dim": 1 << 10, "blocks": 16}
+MAX_WIDTH, MAX_GROW = 1 << 14, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +43,9 @@ class TinyVaeConfig:
         """Refuses sizes that the network cannot have."""
         if len(self.widths) != 4 or len(self.grow) != 3 or min(self.widths + self.grow) < 1:
             raise ValueError(f"widths is {self.widths}, grow {self.grow}: they must be four and three numbers >= 1")
-        for name in ("z_dim", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if max(self.widths) > MAX_WIDTH or max(self.grow) > MAX_GROW:
+            raise ValueError(f"widths is {self.widths}, grow {self.grow}: at most {MAX_WIDTH} and {MAX_GROW}")
+        check_sizes(self, **LIMITS)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}: it must be float32 or bfloat16")
 

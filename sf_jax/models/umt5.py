@@ -12,6 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax.models.layers import RMSNorm
+from sf_jax.models.sizes import check_eps, check_sizes
+
+# Largest sizes, see `check_sizes`.
+LIMITS = {
+    "vocab": 1 << 22,
+    "dim": 1 << 16,
+    "dim_attn": 1 << 16,
+    "dim_ffn": 1 << 20,
+    "num_heads": 1 << 16,
+    "num_layers": 1000,
+    "num_buckets": 1 << 12,
+    "max_distance": 1 << 20,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +57,8 @@ class Umt5Config:
 
     def __post_init__(self):
         """Refuses sizes that the network cannot have."""
-        for name in ("vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_sizes(self, **LIMITS)
+        check_eps(self.eps)
         if self.dim_attn % self.num_heads:
             raise ValueError(f"dim_attn is {self.dim_attn}: it must be a multiple of num_heads = {self.num_heads}")
         if self.num_buckets < 4 or self.num_buckets % 2:

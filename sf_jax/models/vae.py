@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax.models.attention import attend
+from sf_jax.models.sizes import check_sizes
 from sf_jax.models.streaming import Conv, Past, StreamCache, check_latents, double_size, run_stream, split_frames
 
 # Mean and standard deviation of the latents' channels (official `WanVAEWrapper`).
@@ -24,6 +25,9 @@ WAN_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+# Largest sizes, see `check_sizes`.
+LIMITS = {"dim": 1 << 12, "z_dim": 1 << 10, "num_res_blocks": 8}
+MAX_LEVELS, MAX_MULT = 6, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +56,11 @@ class VaeConfig:
 
     def __post_init__(self):
         """Refuses sizes that the network cannot have."""
-        for name in ("dim", "z_dim", "num_res_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_sizes(self, **LIMITS)
         if not self.dim_mult or min(self.dim_mult) < 1:
             raise ValueError(f"dim_mult is {self.dim_mult}: it must be one or more numbers >= 1")
+        if len(self.dim_mult) > MAX_LEVELS or max(self.dim_mult) > MAX_MULT:
+            raise ValueError(f"dim_mult is {self.dim_mult}: it must be at most {MAX_LEVELS} numbers up to {MAX_MULT}")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"temporal_downsample is {self.temporal_downsample}: it must have one entry less than dim_mult, "

@@ -18,6 +18,7 @@ from sf_jax.models.kv_cache import KeysValues, KVCache
 from sf_jax.models.layers import Axes, LayerNorm, Linear, RMSNorm, layer_norm, time_features
 from sf_jax.models.partition import constrain
 from sf_jax.models.pattern_attention import pattern_attention
+from sf_jax.models.sizes import check_eps, check_sizes
 from sf_jax.models.slots import Slots, slot_attention
 
 REMAT_POLICIES = {
@@ -25,6 +26,18 @@ REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# Largest sizes, see `check_sizes`.
+LIMITS = {
+    "dim": 1 << 16,
+    "ffn_dim": 1 << 20,
+    "num_heads": 1 << 16,
+    "num_layers": 1000,
+    "text_dim": 1 << 16,
+    "text_len": 1 << 13,
+    "channels": 1 << 12,
+    "freq_dim": 1 << 16,
+}
+MAX_PATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +79,12 @@ class WanConfig:
 
     def __post_init__(self):
         """Refuses sizes that the network cannot have."""
-        names = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "channels", "freq_dim")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_sizes(self, **LIMITS)
+        check_eps(self.eps)
         if len(self.patch) != 3 or min(self.patch) < 1 or self.freq_dim % 2:
             raise ValueError(f"patch is {self.patch}, freq_dim {self.freq_dim}: three sizes >= 1 and an even number")
+        if max(self.patch) > MAX_PATCH:
+            raise ValueError(f"patch is {self.patch}: its sizes must be at most {MAX_PATCH}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim is {self.dim}, num_heads {self.num_heads}: dim / num_heads must be an even number")
         if self.patch[0] != 1:

@@ -28,6 +28,7 @@ import sf_jax
 from sf_jax.config import TrainConfig, difference, from_dict, to_dict
 from sf_jax.distributed import first_told
 from sf_jax.files import reason_of
+from sf_jax.messages import quoted
 from sf_jax.training.fingerprint import measure, shapes_of
 
 # A run may be continued with other values of these; every other field is part of what is computed.
@@ -171,9 +172,19 @@ def read_about(folder: Path) -> dict:
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
-    """Finished steps, newest first."""
-    found = [(int(path.name), path) for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
-    return sorted(found, reverse=True)
+    """Finished steps, newest first; what has another name than a step's folder is none (see `other_names`)."""
+    return sorted(((int(path.name), path) for path in folder.glob("*") if _is_step(path)), reverse=True)
+
+
+def _is_step(path: Path) -> bool:
+    name = path.name
+    return name.isdecimal() and name == str(int(name)) and path.is_dir() and not path.is_symlink()
+
+
+def other_names(folder: Path) -> list[str]:
+    """Names in the folder of checkpoints that are none of a step, hidden and unfinished ones left out."""
+    paths = (path for path in folder.glob("*") if not path.name.startswith(".") and _UNFINISHED not in path.name)
+    return sorted(path.name for path in paths if not _is_step(path))
 
 
 class SaveError(OSError):
@@ -191,6 +202,9 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many kinds; the user needs the folder and the reason.
             raise ValueError(f"cannot open {workdir / 'checkpoints'}: {reason_of(error)}") from error
         self._folder = Path(self._manager.directory)
+        if jax.process_index() == 0 and (others := other_names(self._folder)):
+            names = ", ".join(quoted(name, 40) for name in others[:8]) + ", ..." * (len(others) > 8)
+            print(f"{self._folder} holds {names}: no folders of steps, skipped; move them away", flush=True)
         self._saving: tuple[int, float] | None = None
         self._code = code_version()
         self.save_seconds: float | None = None

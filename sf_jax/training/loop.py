@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
 from sf_jax.distributed import by_first, check_shared
-from sf_jax.files import check_writable, locked
+from sf_jax.files import check_writable, locked, remove_leftovers
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, SaveError, one_line_errors
 from sf_jax.training.metrics import Log, measured_flops, peak_flops
 from sf_jax.training.programs import Program, compile_all, countable, jit_updates, model_flops, rate
 from sf_jax.training.samples import WriteSamples, sampler
 from sf_jax.training.sinks import check_packages, open_sinks
-from sf_jax.training.stages import Stage, open_stage, package_of, updates_of
+from sf_jax.training.stages import RECORDS, Stage, open_stage, package_of, updates_of
 from sf_jax.training.state import TrainState
 from sf_jax.training.step import leaf_names, new_state, student_params, whole_params
 from sf_jax.training.stop import StopRequest, stop_on_signals
@@ -61,6 +61,7 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
     with _alone(workdir):
+        by_first(lambda: remove_leftovers(workdir))
         state, frozen = _to_the_end(config, workdir, mesh, write, allow_config_change)
         params = whole_params(config, student_params(state.model), frozen)
         package = package_of(config, _host(params))
@@ -122,19 +123,9 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     if restored is None:
         return jax.jit(fresh, out_shardings=shardings)(*given), 0, {}, []
     step, state, about = restored
-    position, before, others = about["data"].get("position"), about["data"].get("digests", stage.digests), []
-    for field, digest in stage.digests.items():
-        if before.get(field) == digest:
-            continue
-        others.append(f"{field}: {before.get(field)} -> {digest}")
-        if not allow_config_change:
-            kind = "data" if field == "data.dir" else "weights"
-            raise ValueError(
-                f"{field} is {operator.attrgetter(field)(config)}: step {step} was trained with other {kind}; use the "
-                f"old {kind}, or --allow_config_change to go on with these"
-            )
+    others = _changed_inputs(config, about["data"].get("digests"), stage.digests, step, allow_config_change)
     try:
-        stage.iterator.set_state(position)
+        stage.iterator.set_state(about["data"].get("position"))
     except Exception as error:  # Iterators raise what they like about the state of another data pipeline.
         raise ValueError(
             f"the data position of step {step} does not fit the data of this config ({error}): use the old data.*, "
@@ -142,6 +133,30 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
         ) from error
     print(f"resuming from step {step}", flush=True)
     return state, step, about["log"], others
+
+
+def _changed_inputs(
+    config: TrainConfig, saved: dict[str, str] | None, digests: dict[str, str], step: int, allow_changes: bool
+) -> list[str]:
+    """The data and weights that are others than those of a checkpoint, by their hashes.
+
+    Raises:
+      ValueError: there are any, and `allow_changes` is not set.
+    """
+    changed = []
+    for field, digest in digests.items() if saved is not None else ():
+        if field == RECORDS and field not in saved:  # of an earlier version
+            print(f"step {step} was saved without a hash of its records: they are taken to be the same", flush=True)
+        elif saved.get(field) != digest:
+            changed.append(f"{field}: {saved.get(field)} -> {digest}")
+            name = "data.dir" if field == RECORDS else field
+            kind = "data" if name == "data.dir" else "weights"
+            if not allow_changes:
+                raise ValueError(
+                    f"{name} is {operator.attrgetter(name)(config)}: step {step} was trained with other {kind}; use "
+                    f"the old {kind}, or --allow_config_change to go on with these"
+                )
+    return changed
 
 
 def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int, carried: dict) -> Log:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sf_jax import strict_json
 from sf_jax.files import replacing
 from sf_jax.training.health import SIGNS, warnings
 from sf_jax.training.sinks import Sink
@@ -90,6 +92,8 @@ class Log:
     ):
         """Opens the log; lines after step `start` (of a run that was killed) are dropped.
 
+        A file with anything else than such lines is kept under another name, and its good lines go on here.
+
         Args:
           path: of `log.jsonl`.
           start: iterations done.
@@ -102,15 +106,15 @@ class Log:
           carried: what `settle` returned at step `start`.
           frames: latent frames of an iteration's batch on average, for the rate.
         """
-        lines = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
+        lines = [(text, line) for text, line in _read_lines(path) if line["step"] <= start]
         with replacing(path) as unfinished:
-            unfinished.write_text("".join(line + "\n" for line in lines))
-        self._path, self._file = path, path.open("a")
+            unfinished.write_text("".join(text + "\n" for text, _ in lines), encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         self._every, self._steps, self._frames, self._skip = every, steps, frames, skip
         self._sinks, self._leaf_names = tuple(sinks), leaf_names or {}
         self._history = [
-            {name: line[name] for name in SIGNS if name in line}
-            for line in map(json.loads, lines)
+            {name: line[name] for name in SIGNS if _is_number(line.get(name))}
+            for _, line in lines
             if "seconds_per_step" in line
         ]
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -255,9 +259,35 @@ def _faults(metrics: Mapping[str, np.ndarray], leaf_names: Mapping[str, Sequence
     return found + scalars
 
 
-def _step(line: str) -> float:
-    """The step of a log line; a line cut short by a kill counts as never written."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _read_lines(path: pathlib.Path) -> list[tuple[str, dict]]:
+    """The lines of a log, as texts and as what they say; a file with others in it is moved aside, and this is told."""
+    if not path.exists():
+        return []
+    texts = path.read_bytes().split(b"\n")
+    lines, damaged = [], 0
+    for number, text in enumerate(texts, 1):
+        try:
+            line = strict_json.parse(text, finite=False)
+            if not _is_number(line.get("step")):
+                raise ValueError("it has no step")
+        except ValueError:
+            # A last line without its end was cut short by a kill, and counts as never written.
+            damaged += bool(text.strip()) and number < len(texts)
+            continue
+        lines.append((text.decode("utf-8-sig"), line))
+    if damaged:
+        aside = next(
+            name
+            for i in range(10_000)
+            if not (name := path.with_name(f"{path.name}.damaged{f'.{i}' * (i > 0)}")).exists()
+        )
+        shutil.copyfile(path, aside)  # the good lines take the log's name when they are written
+        print(
+            f"{path} is damaged, {damaged} of its lines are none of a log: kept as {aside}, {len(lines)} go on",
+            flush=True,
+        )
+    return lines

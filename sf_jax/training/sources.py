@@ -35,6 +35,7 @@ class Source:
       prompts: opens endless batches of embedded prompts.
       videos: opens endless batches of captioned videos.
       digest: hash of what the data was made from, wherever it is kept.
+      records: hash of the records that are read, in their order; None where nothing is read from files.
       samples: opens what sample videos show, a batch: `caption` [N], `text` [N, L, D] and, if need be, real videos.
     """
 
@@ -47,6 +48,7 @@ class Source:
     videos: Callable[[], grain.DatasetIterator]
     samples: Callable[[], dict]
     digest: str
+    records: str | None = None
 
 
 def digest_of(parts) -> str:
@@ -130,6 +132,7 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         open_videos,
         samples,
         digest_of([moving_digits.FULL.name, str(moving_digits.MovingDigits.VERSION), captions]),
+        open_clips().digest if needs_videos else None,
     )
 
 
@@ -171,6 +174,7 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
         lambda: pipeline.latent_iterator(found, text_dropout=dropout, **share),
         samples,
         digest_of([texts.records.recipe, found.records.recipe]),
+        digest_of([texts.digest, found.records.digest]),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
+from sf_jax.data.ode_pairs import PairSource
 from sf_jax.models.vae import VaeConfig
 from sf_jax.models.wan import WanConfig
 from sf_jax.training import pairs, self_forcing, sharding, supervised
@@ -23,6 +24,7 @@ from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import Package, load_package, shipped_path
 
+RECORDS = "records"  # among the digests, what is read from `data.dir` and `ode.dir`
 Update = tuple[str, steps.Step, Callable[[int], bool]]
 
 
@@ -90,7 +92,9 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
 
         found = pairs.open_pairs(config, workdir, load_teacher, source, mesh)
         iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
-        return Stage(params, None, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
+        return Stage(
+            params, None, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source, found)
+        )
     critic = None
     if needs_teacher(config):
         frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
@@ -103,8 +107,11 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     return Stage(params, critic, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
 
 
-def _digests(config: TrainConfig, frozen: dict, source: Source) -> dict[str, str]:
-    """What the updates read beside the config, as hashes of all its bits; a VAE that only shows samples is none."""
+def _digests(config: TrainConfig, frozen: dict, source: Source, made: PairSource | None = None) -> dict[str, str]:
+    """What the updates read beside the config, as hashes; a VAE that only shows samples is none.
+
+    Networks are hashed whole, records as `shards.file_digests` does, under the name `RECORDS`.
+    """
     fields = {
         "vae": "vae_weights" if config.rollout_frames else None,
         "model_base": "init_weights" if config.init_weights else "teacher_weights",
@@ -112,6 +119,9 @@ def _digests(config: TrainConfig, frozen: dict, source: Source) -> dict[str, str
         "teacher": "teacher_weights",
     }
     found = {"data.dir": source.digest}
+    records = [source.records, made.records.digest if made else None]
+    if any(records):
+        found[RECORDS] = digest_of(records)
     for name, field in fields.items():
         if field and name in frozen:
             found[field] = digest_of({path: leaf.checksum for path, leaf in measure(frozen[name]).items()})

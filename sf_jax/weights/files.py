@@ -1,12 +1,12 @@
 """Opens weight files of every kind: safetensors, shards of them, and PyTorch's pickles."""
 
-import json
 import re
 from pathlib import Path
 
+from sf_jax import strict_json
 from sf_jax.weights.folders import find_transformer
 from sf_jax.weights.safetensors_io import open_safetensors
-from sf_jax.weights.tensors import TensorFile
+from sf_jax.weights.tensors import MAX_NAME, TensorFile
 from sf_jax.weights.torch_io import open_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -97,10 +97,12 @@ def _file_of_folder(folder: Path) -> Path:
 def _index(path: Path) -> TensorFile:
     """Opens the shards that an index names."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = strict_json.read(path, None)["weight_map"]
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise TypeError("weight_map is no table of file names")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if max(map(len, (*names, *names.values()))) > MAX_NAME:
+            raise TypeError(f"a name in weight_map is longer than {MAX_NAME} characters")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "" if isinstance(error, KeyError) else f": {error}"
         raise ValueError(f"{path} is no index of shards (it must hold a weight_map){reason}") from error
     files = sorted(set(names.values()))

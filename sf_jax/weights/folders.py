@@ -1,12 +1,13 @@
 """Model folders, official and of diffusers: where the networks are, and the sizes in `config.json`."""
 
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from sf_jax import strict_json
+from sf_jax.messages import quoted
 from sf_jax.models import wan
 
 # What is looked for, the first that is there is taken; the official folder's names stand before those of diffusers.
@@ -173,8 +174,8 @@ def _table(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        stored = strict_json.read(path, None, finite=False)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds no table")
@@ -189,7 +190,7 @@ def read_config(path: Path | str) -> wan.WanConfig:
     """
     path = Path(path)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = strict_json.read(path, None, finite=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: the sizes of the transformer cannot be read from it ({error})") from error
     if not isinstance(stored, dict):
@@ -197,7 +198,7 @@ def read_config(path: Path | str) -> wan.WanConfig:
     for key, allowed in _FIXED.items():
         if key in stored and stored[key] not in allowed:
             kind = "; image-to-video and other variants are not supported" if allowed in (("t2v",), (None,)) else ""
-            raise ValueError(f"{path}: {key} is {stored[key]!r}, allowed: {allowed[0]!r}{kind}")
+            raise ValueError(f"{path}: {key} is {quoted(stored[key])}, allowed: {allowed[0]!r}{kind}")
     official = "dim" in stored
     keys = {field: names[0 if official else 1] for field, names in _KEYS.items()}
     head = "dim" if official else "attention_head_dim"
@@ -208,7 +209,7 @@ def read_config(path: Path | str) -> wan.WanConfig:
     sizes = {field: stored[key] for field, key in keys.items()} | {"dim": stored[head]}
     for field, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, (int, float) if field == "eps" else int) or value <= 0:
-            raise ValueError(f"{path}: {keys.get(field, head)} is {value!r}, it must be a number above 0")
+            raise ValueError(f"{path}: {keys.get(field, head)} is {quoted(value)}, it must be a number above 0")
     outputs = stored.get("out_dim" if official else "out_channels", sizes["channels"])
     if outputs not in (None, sizes["channels"]):
         raise ValueError(

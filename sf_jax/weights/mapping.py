@@ -122,7 +122,7 @@ def to_params(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], like:
             value = entry.layout.ours(np.asarray(tensors[entry.name]))
             expected = tuple(shape.shape if entry.layer is None else shape.shape[1:])
             if value.shape != expected:
-                theirs = entry.layout.theirs(np.empty(expected, np.int8)).shape
+                theirs = entry.layout.theirs(np.broadcast_to(np.int8(0), expected)).shape
                 wrong.append(f"{entry.name} is {np.shape(tensors[entry.name])}, must be {theirs}")
                 continue
             if entry.layer is None:

@@ -3,21 +3,28 @@
 import dataclasses
 import importlib.resources
 import json
+import math
 import pathlib
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from sf_jax import strict_json
 from sf_jax.config import from_dict, to_dict
+from sf_jax.diffusion.schedule import MAX_SHIFT
+from sf_jax.messages import shortened
+from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.options import at_least, one_of
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights import transformer
+from sf_jax.weights import mapping, transformer
 from sf_jax.weights.load import file_tensors
-from sf_jax.weights.safetensors_io import write_safetensors
+from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
+from sf_jax.weights.tensors import TensorFile
 
 KINDS = ("student", "teacher", "causal")
+MAX_SIDE = 4096  # latent rows or columns
+_LONGEST_HEADER, _LONGEST_REASON = 1 << 20, 300
 SHIPPED = {"teacher": "digits_teacher.safetensors", "student": "digits_student.safetensors"}
 
 
@@ -49,10 +56,16 @@ class Package:
         """Refuses what no network can be."""
         one_of("kind", self.kind, KINDS)
         at_least(self, 1, "frames")
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size is {self.size}: it must be latent rows and columns")
-        if not self.shift > 0:
-            raise ValueError(f"shift is {self.shift}: it must be above 0")
+        if self.frames > MAX_FRAMES:
+            raise ValueError(f"frames is {self.frames}: at most {MAX_FRAMES} latent frames have positions")
+        if len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE:
+            raise ValueError(
+                f"size is {shortened(str(self.size))}: it must be latent rows and columns, 1 to {MAX_SIDE}"
+            )
+        if not 0 < self.shift <= MAX_SHIFT:  # also NaN
+            raise ValueError(f"shift is {self.shift}: it must be above 0, and at most {MAX_SHIFT}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}: it must be a finite number")
 
     @property
     def generation_rollout(self) -> RolloutConfig:
@@ -87,19 +100,18 @@ def load_package(path: pathlib.Path | str) -> Package:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist: give a .safetensors file that sf_jax.train wrote")
     try:
-        with safe_open(path, "np") as stored:
-            header = (stored.metadata() or {}).get("sf_jax")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
+        stored = open_safetensors(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
-    if header is None:
-        raise ValueError(f"checkpoint {path} was not written by sf_jax.train: its header does not say what it is")
-    package = _parse(path, header)
-    try:
-        params = transformer.from_official(tensors, package.config, param_shapes(package.config))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
-    return dataclasses.replace(package, params=jax.tree.map(np.asarray, params))
+    with stored:
+        if "sf_jax" not in stored.metadata:
+            raise ValueError(f"checkpoint {path} was not written by sf_jax.train: its header does not say what it is")
+        package = _parse(path, stored.metadata["sf_jax"])
+        try:
+            params = _read_params(stored, package.config)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+    return dataclasses.replace(package, params=params)
 
 
 def read_header(path: pathlib.Path | str) -> Package | None:
@@ -112,18 +124,41 @@ def read_header(path: pathlib.Path | str) -> Package | None:
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
-        with safe_open(path, "np") as stored:
-            header = (stored.metadata() or {}).get("sf_jax")
-    except (SafetensorError, OSError):  # whoever reads the tensors says so
+        with open_safetensors(path) as stored:
+            header = stored.metadata.get("sf_jax")
+    except (ValueError, OSError):  # whoever reads the tensors says so
         return None
     return None if header is None else _parse(path, header)
 
 
 def _parse(path: pathlib.Path, header: str) -> Package:
+    if len(header) > _LONGEST_HEADER:
+        raise _damaged(path, f"its header has {len(header)} characters, at most {_LONGEST_HEADER} are read")
     try:
-        values = json.loads(header)
-        if not isinstance(values, dict):
-            raise ValueError("its header is no JSON object")
-        return from_dict(values, Package)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
+        return from_dict(strict_json.parse(header), Package)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: pathlib.Path, reason: object) -> ValueError:
+    return ValueError(
+        f"checkpoint {path} was made by another version or is damaged: {shortened(str(reason), _LONGEST_REASON)}"
+    )
+
+
+def _read_params(stored: TensorFile, config: WanConfig) -> dict:
+    """The parameters; what the header says is compared with the tensors before anything is built from it."""
+    tensors = stored.renamed({transformer.strip_wrappers(name): name for name in stored})
+    entries = transformer.entries(config)
+    mapping.check_names(entries, tensors, "transformer")
+    sizes = {
+        "patch_embedding": (config.dim, config.channels, *config.patch),
+        "text_embedding.0": (config.dim, config.text_dim),
+        "time_embedding.0": (config.dim, config.freq_dim),
+        "blocks.0.ffn.0": (config.ffn_dim, config.dim),
+    }
+    for name, shape in sizes.items():
+        if (there := tensors.shapes[f"{name}.weight"]) != shape:
+            raise ValueError(f"{name}.weight is {there}: by the sizes in the header it must be {shape}")
+    params = mapping.to_params(entries, tensors, param_shapes(config), "transformer", np.float32)
+    return jax.tree.map(np.asarray, params)

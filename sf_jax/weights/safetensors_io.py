@@ -14,8 +14,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from sf_jax import strict_json
 from sf_jax.files import replacing
-from sf_jax.weights.tensors import TensorFile, checked_tensor, empty_aligned
+from sf_jax.messages import quoted, shortened
+from sf_jax.weights.tensors import MAX_TENSORS, TensorFile, check_announced, checked_tensor, empty_aligned
 
 # The format's names of number types.
 DTYPES = {
@@ -53,10 +55,10 @@ def _read_into(file, offset: int, array: np.ndarray, path: Path) -> np.ndarray:
 
 def _pairs(pairs):
     """A JSON object whose keys must differ."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return table
 
 
 def open_safetensors(path: Path) -> TensorFile:
@@ -69,8 +71,9 @@ def open_safetensors(path: Path) -> TensorFile:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its __metadata__ is no table of strings")
         tensors = {name: _described(name, entry) for name, entry in header.items()}
+        check_announced({name: shape for name, (shape, *_) in tensors.items()})
         _check_offsets(tensors, size - start)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         file.close()
         raise ValueError(f"{path} is a damaged safetensors file: {error}") from error
 
@@ -89,13 +92,13 @@ def _header(file, size: int) -> tuple[dict, int]:
     length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
     if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
         raise ValueError(f"a header of {length} bytes does not fit in its {size} bytes; perhaps an unfinished download")
+    text = file.read(length)
+    if text.count(b"data_offsets") > MAX_TENSORS:  # before it is parsed, which takes ten times its memory
+        raise ValueError(f"its header announces more than {MAX_TENSORS} tensors, the most that are read")
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_pairs)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"its header is no JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
-    return header, 8 + length
+        return strict_json.parse(text, pairs=_pairs), 8 + length
+    except ValueError as error:
+        raise ValueError(f"its header is no JSON object with an entry for each tensor: {error}") from error
 
 
 def _described(name: str, entry) -> tuple[tuple[int, ...], np.dtype, int, int]:
@@ -105,14 +108,17 @@ def _described(name: str, entry) -> tuple[tuple[int, ...], np.dtype, int, int]:
         return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
     if not isinstance(entry, dict) or not sizes(entry.get("shape")) or not sizes(entry.get("data_offsets")):
-        raise ValueError(f"the entry of {name!r} has no shape and data_offsets of whole numbers")
+        raise ValueError(f"the entry of {quoted(name)} has no shape and data_offsets of whole numbers")
     dtype = DTYPES.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else None
     if dtype is None:
-        raise ValueError(f"{name!r} has the type {entry.get('dtype')!r}, allowed: {', '.join(DTYPES)}")
+        raise ValueError(f"{quoted(name)} has the type {quoted(entry.get('dtype'))}, allowed: {', '.join(DTYPES)}")
     shape, offsets = tuple(entry["shape"]), entry["data_offsets"]
     needed = math.prod(shape) * dtype.itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != needed:
-        raise ValueError(f"{name!r} {shape} of {entry['dtype']} needs {needed} bytes, its data_offsets are {offsets}")
+        raise ValueError(
+            f"{quoted(name)} {shortened(str(shape))} of {entry['dtype']} needs {quoted(needed)} bytes, its "
+            f"data_offsets are {quoted(offsets)}"
+        )
     return shape, dtype, *offsets
 
 
@@ -122,7 +128,7 @@ def _check_offsets(tensors: dict, size: int) -> None:
     for name, (_, _, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if start != end:
             fault = "overlaps the tensor before it" if start < end else "leaves a gap before it"
-            raise ValueError(f"{name!r} {fault} (data_offsets {start}, {stop}; expected to start at {end})")
+            raise ValueError(f"{quoted(name)} {fault} (data_offsets {start}, {stop}; expected to start at {end})")
         end = stop
     if end != size:
         fault = "perhaps an unfinished download" if size < end else "too many"

@@ -8,6 +8,8 @@ import numpy as np
 
 # XLA's CPU backend takes over an array without a copy if it is aligned so.
 _ALIGNMENT = 64
+# What a file may announce: far above every network that there is. Names are quoted in messages.
+MAX_TENSORS, MAX_NAME, MAX_AXES = 100_000, 250, 32
 
 
 class TensorFile(Mapping):
@@ -91,6 +93,21 @@ class TensorFile(Mapping):
             self.part,
             self._close,
         )
+
+
+def check_announced(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses more tensors, longer names and more axes than any network has, before something is built from them.
+
+    Raises:
+      ValueError: naming the limit.
+    """
+    if len(shapes) > MAX_TENSORS:
+        raise ValueError(f"it announces {len(shapes)} tensors, at most {MAX_TENSORS} are read")
+    for name, shape in shapes.items():
+        if len(name) > MAX_NAME:
+            raise ValueError(f"the name of a tensor has {len(name)} characters, at most {MAX_NAME} are read")
+        if len(shape) > MAX_AXES:
+            raise ValueError(f"{name!r} has {len(shape)} axes, at most {MAX_AXES} are read")
 
 
 def is_float(dtype) -> bool:

@@ -2,17 +2,31 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from sf_jax.files import replacing
-from sf_jax.weights.tensors import TensorFile, checked_tensor, empty_aligned
+from sf_jax.messages import quoted, shortened
+from sf_jax.weights.tensors import TensorFile, check_announced, checked_tensor, empty_aligned
+from sf_jax.weights.torch_archive import check_container
 
+# In older ones crafted files run code (CVE-2025-32434, before 2.6) or damage memory (CVE-2026-24747).
+OLDEST_TORCH = (2, 10)
+# How often tensors may share their numbers on average; tied embeddings do, and whole copies under a second name.
+MAX_SHARING = 4
+_PROTOCOL = 2  # of the pickles of torch.save
 # State dicts that a checkpoint of this family may hold; of the first three the earliest is the one to generate with.
 PARTS = ("generator_ema", "generator", "model", "critic")
+
+_SHARDED = (
+    "holds DTensors, the sharded tensors of FSDP: write them whole where they are, torch.save({name: "
+    "tensor.full_tensor() for name, tensor in state.items()}, FILE), or save with torch.distributed.checkpoint and "
+    "convert its folder with python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUTPUT.pt"
+)
 
 
 def _import_torch(path: Path):
@@ -22,6 +36,13 @@ def _import_torch(path: Path):
         raise ValueError(
             f"{path} is a PyTorch file, for which PyTorch is needed: pip install 'sf_jax[convert]'"
         ) from error
+    version = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
+    if version is None or tuple(map(int, version.groups())) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ValueError(
+            f"{path} is a PyTorch file and PyTorch is {torch.__version__}, in which such files can run code or damage "
+            f"memory: it must be {oldest} or newer, pip install 'torch>={oldest}'"
+        )
     return torch
 
 
@@ -34,73 +55,132 @@ def _torch_types(torch) -> dict:
     }
 
 
+def _numpy_types(torch) -> dict:
+    """All types that are read -> those of numpy."""
+    names = ("float64", "float32", "float16", "int64", "int32", "int16", "int8")
+    names += ("uint64", "uint32", "uint16", "uint8", "bool")
+    return {getattr(torch, name): np.dtype(name) for name in names} | {
+        theirs: ours for theirs, (_, ours) in _torch_types(torch).items()
+    }
+
+
 def open_torch(path: Path, part: str | None) -> TensorFile:
     """Opens what `torch.save` wrote: a state dict, or a checkpoint of several."""
     torch = _import_torch(path)
-    types = _torch_types(torch)
-    held, part = _state_dict(_load_pickle(torch, path), path, part)
-    wrong = [name for name, value in held.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
-    wrong += [name for name, value in held.items() if name not in wrong and value.layout != torch.strided]
-    if wrong or not held:
-        what = f"{wrong[0]!r} and {len(wrong) - 1} more are no plain tensors" if wrong else "it is empty"
+    views, types = _torch_types(torch), _numpy_types(torch)
+    protocol = check_container(path)
+    held, part = _state_dict(_load_pickle(torch, path, protocol), path, part)
+    if any(type(value).__name__ in ("DTensor", "ShardedTensor") for value in held.values()):
+        raise ValueError(f"{path} {_SHARDED}")
+    faults = {name: fault for name, value in held.items() if (fault := _fault(torch, types, name, value))}
+    if faults or not held:
+        name, fault = next(iter(faults.items()), ("", ""))
+        what = f"{quoted(name)} and {len(faults) - 1} more are no plain tensors ({fault})" if faults else "it is empty"
         raise ValueError(f"{path} does not hold the tensors of a network: {what}")
+    try:
+        check_announced({name: tuple(value.shape) for name, value in held.items()})
+        _check_total(held.values(), path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{path} is refused: {error}") from error
 
     def read(name):
-        tensor = held[name]
+        tensor = held[name].resolve_neg()
         out = empty_aligned(tuple(tensor.shape), dtypes[name])
-        if tensor.dtype in types:
-            tensor = tensor.contiguous().view(types[tensor.dtype][0])
+        if tensor.dtype in views:
+            tensor = tensor.contiguous().view(views[tensor.dtype][0])
             out.view(tensor.numpy().dtype)[...] = tensor.numpy()
         else:
             out[...] = tensor.numpy()
         return out
 
     held = {name: value.detach() for name, value in held.items()}
-    dtypes = {name: _numpy_type(torch, value.dtype) for name, value in held.items()}
+    dtypes = {name: types[value.dtype] for name, value in held.items()}
     return TensorFile(path, {n: tuple(v.shape) for n, v in held.items()}, dtypes, read, None, part, held.clear)
 
 
-def _numpy_type(torch, dtype) -> np.dtype:
-    types = _torch_types(torch)
-    return types[dtype][1] if dtype in types else torch.empty(0, dtype=dtype).numpy().dtype
+def _fault(torch, types: dict, name, value) -> str | None:
+    """Why an entry of a state dict is no plain tensor, or None."""
+    if not isinstance(name, str):
+        return f"its key is a {type(name).__name__}"
+    if not isinstance(value, torch.Tensor):
+        return f"it is a {type(value).__name__}"
+    if value.is_nested:
+        return "it is a nested tensor"
+    if value.layout != torch.strided:
+        return f"it is a sparse tensor, {value.layout}"
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"it is a {type(value).__name__}"
+    if value.is_quantized:
+        return f"it is quantized, {value.dtype}"
+    if value.is_meta:
+        return "it is a tensor without numbers, of the device meta"
+    if value.dtype not in types:
+        return f"it is of {value.dtype}, allowed: {', '.join(str(dtype) for dtype in types.values())}"
+    size, stored = value.numel() * value.itemsize, value.untyped_storage().nbytes()
+    if size > stored:
+        return f"it repeats its {stored} bytes to {size}"
+    return None
 
 
-def _load_pickle(torch, path: Path):
-    """What a pickle holds, memory-mapped where its format allows it."""
-    try:
-        try:
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(str(path), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        held = f"it asks for {code.group(1)}" if code else str(error).splitlines()[0][:200]
+def _check_total(tensors: Iterable, size: int) -> None:
+    """Refuses tensors that share their numbers until they are far more than the file; some sharing is usual."""
+    total = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    if total > MAX_SHARING * size:
         raise ValueError(
-            f"{path} is refused: it holds more than tensors, which could run code ({held}); nothing of it was run"
+            f"its tensors have {total} bytes, the file {size}, and share them more than {MAX_SHARING} times"
+        )
+
+
+def _load_pickle(torch, path: Path, protocol: int):
+    """What a pickle holds, memory-mapped where its format allows it."""
+    # PyTorch's own words tell users to load such files without any safety.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(str(path), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if re.search("DTensor|ShardedTensor|sharded_tensor", str(error)):
+            raise ValueError(f"{path} {_SHARDED}") from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            reason = f"it asks for {shortened(code.group(1), 80)}"
+        elif protocol != _PROTOCOL:
+            reason = f"its pickle is of protocol {protocol}, torch.save writes {_PROTOCOL}: save it again"
+        else:
+            reason = "its pickle has instructions that torch.save never writes"
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors, which could run code ({reason}); nothing of it was run"
         ) from error
     except Exception as error:  # Damaged pickles make PyTorch raise nearly anything.
         raise ValueError(
-            f"{path} is no readable PyTorch file, perhaps an unfinished download ({str(error).splitlines()[0][:200]})"
-            if str(error)
-            else f"{path} is no readable PyTorch file ({type(error).__name__})"
+            f"{path} is no readable PyTorch file, perhaps an unfinished download ({_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch says of a damaged file, unless it is advice on loading it all the same."""
+    text = shortened((str(error).splitlines() or [""])[0], 200)
+    return text if text and not re.search(r"weights_only|torch\.load|trust", text) else type(error).__name__
 
 
 def _state_dict(held, path: Path, part: str | None) -> tuple[dict, str | None]:
     """The state dict to read, and its name in the checkpoint."""
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds a {type(held).__name__}, not the tensors of a network by name")
-    parts = [str(name) for name, value in held.items() if isinstance(value, Mapping)]
+    parts = [name for name, value in held.items() if isinstance(value, Mapping) and isinstance(name, str)]
     if not parts:
         return dict(held), None
     if part is None:
         part = next((name for name in PARTS[:3] if name in parts), None)
         if part is None:
-            raise ValueError(f"{path} holds {', '.join(parts[:8])}: say which with part")
+            raise ValueError(f"{path} holds {shortened(', '.join(parts[:8]))}: say which with part")
     if part not in parts:
-        raise ValueError(f"part is {part!r}: {path} holds {', '.join(parts[:8])}")
+        raise ValueError(f"part is {part!r}: {path} holds {shortened(', '.join(parts[:8]))}")
     return dict(held[part]), part
 
 
@@ -121,7 +201,7 @@ def write_torch(path: Path | str, tensors: TensorFile, part: str | None = None) 
         value = value if value.flags.writeable else value.copy()
         if value.dtype in types:
             narrow, theirs = types[value.dtype]
-            held[name] = torch.from_numpy(value.view(_numpy_type(torch, narrow))).view(theirs)
+            held[name] = torch.from_numpy(value.view(_numpy_types(torch)[narrow])).view(theirs)
         else:
             held[name] = torch.from_numpy(value)
     # Through a file object, as torch.save writes the name that it is given into the file.

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from sf_jax.messages import shortened
 from sf_jax.models.umt5 import Umt5Config
 from sf_jax.weights.mapping import LINEAR, SAME, Entry
 
@@ -68,13 +69,21 @@ def umt5_config_of(shapes: Mapping[str, tuple]) -> Umt5Config:
 
     vocab, dim = sizes(*_EMBEDDING[naming])
     num_buckets, num_heads = sizes(f"{prefix}0.{names['position_bias']}")
-    layers = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes)
+    numbers = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes)
+    layers = {number[1] for number in numbers if number}
+    for number in layers:
+        # Compared before it becomes a number of blocks: a name can say anything.
+        if len(number) > 9 or int(number) >= len(layers):
+            raise ValueError(
+                f"these are not the weights of a whole UMT5 encoder: there are {len(layers)} blocks, one of number "
+                f"{shortened(number, 20)}"
+            )
     return Umt5Config(
         vocab=vocab,
         dim=dim,
         dim_attn=sizes(f"{prefix}0.{names['q.kernel']}")[0],
         dim_ffn=sizes(f"{prefix}0.{names['gate.kernel']}")[0],
         num_heads=num_heads,
-        num_layers=1 + max(int(found[1]) for found in layers if found),
+        num_layers=len(layers),
         num_buckets=num_buckets,
     )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from sf_jax.models.tiny_vae import TinyVaeConfig
-from sf_jax.models.vae import VaeConfig
+from sf_jax.models.vae import LIMITS, VaeConfig
 from sf_jax.weights.mapping import CONV, SAME, Entry, vector
 
 # What a file of the tiny VAE holds beside the decoder; we have no use for it.
@@ -117,6 +117,8 @@ def vae_config_of(shapes: Mapping[str, tuple[int, ...]]) -> VaeConfig:
             times.append(f"{stem}.{number}.time_conv.weight" in shapes)
         number += 1
     dim, z_dim = shapes[f"encoder.{'conv1' if official else 'conv_in'}.weight"][0], shapes[quant][0]
+    if min(dim, *widths) < 1 or not 1 <= z_dim <= LIMITS["z_dim"]:
+        raise ValueError(f"these are not the weights of a video VAE: {widths} channels from {dim}, {z_dim} latent ones")
     values = {} if z_dim == len(VaeConfig.mean) else {"mean": (0.0,) * z_dim, "std": (1.0,) * z_dim}
     return VaeConfig(
         dim=dim,
@@ -161,11 +163,13 @@ def tiny_vae_config_of(shapes: Mapping[str, tuple[int, ...]]) -> TinyVaeConfig:
     Raises:
       ValueError: if these are not the names of a tiny VAE.
     """
-    grow = sorted(int(m[1]) for name in shapes if (m := re.fullmatch(r"decoder\.(\d+)\.conv\.weight", name)))
+    grow = sorted(int(m[1]) for name in shapes if (m := re.fullmatch(r"decoder\.(\d{1,4})\.conv\.weight", name)))
     outs = [f"decoder.{number + 1}.weight" for number in grow]
     if len(grow) != 3 or any(name not in shapes for name in ("decoder.1.weight", *outs)):
         raise ValueError("these are not the weights of a tiny VAE: decoder.1.weight and three decoder.N.conv.weight")
     widths = tuple(shapes[name][0] for name in ("decoder.1.weight", *outs))
+    if min(widths) < 1:
+        raise ValueError(f"these are not the weights of a tiny VAE: its layers have {widths} channels")
     return TinyVaeConfig(
         z_dim=shapes["decoder.1.weight"][1],
         widths=widths,

@@ -1,0 +1,21 @@
+"""Parts of error messages: what comes from a file is quoted in a few words, however long it is."""
+
+from typing import Any
+
+
+def shortened(text: str, limit: int = 160) -> str:
+    """A text in one line of at most `limit` characters."""
+    words = " ".join(text[: 4 * limit].split())
+    return words if len(words) <= limit and len(text) <= 4 * limit else f"{words[: limit - 3]}..."
+
+
+def quoted(value: Any, limit: int = 80) -> str:
+    """The `repr` of a value, cut to `limit` characters.
+
+    Args:
+      value: JSON's or Python's, nested only so deep that `repr` takes it; see `strict_json`.
+      limit: characters at most.
+    """
+    if isinstance(value, (str, bytes)) and len(value) > limit:
+        return f"{value[: limit - 3]!r}..."
+    return shortened(repr(value), limit)
