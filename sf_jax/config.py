@@ -226,6 +226,10 @@ class TrainConfig:
         for name in ("model", "teacher", "critic"):
             if not getattr(getattr(self, name), "scan_layers", True):
                 raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")
+        longest = max((self.data.frames, *self.rollout_frames))
+        name = "data.frames" if longest == self.data.frames else "rollout_frames"
+        if longest > MAX_FRAMES:
+            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
         given = int(self.image_to_video)
         try:
             self.rollout.chunks(self.data.frames - given, given)
@@ -233,10 +237,6 @@ class TrainConfig:
             raise ValueError(
                 f"data.frames is {self.data.frames}, rollout.chunk {self.rollout.chunk}: {error}"
             ) from error
-        longest = max((self.data.frames, *self.rollout_frames))
-        name = "data.frames" if longest == self.data.frames else "rollout_frames"
-        if longest > MAX_FRAMES:
-            raise ValueError(f"{name} is {longest}: at most {MAX_FRAMES} latent frames have positions")
         for name in ("teacher", "critic"):
             other = getattr(self, name)
             for field in ("channels", "text_dim"):  # they share latents and prompts

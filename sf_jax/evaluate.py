@@ -19,6 +19,12 @@ from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
 
 REAL = "real clips"
+MAX_BATCH, MAX_FRAMES = 4096, 2**22  # videos made at once; frames of a model's videos, all of which are in memory
+GROUPS = {
+    "Models": ("checkpoint", "names", "guidance"),
+    "Videos": ("frames", "train_frames", "num_samples", "batch_size", "seed"),
+    "Files": ("out", "train_judge"),
+}
 
 
 class Pipe(Protocol):
@@ -70,14 +76,15 @@ def evaluate(
     Returns:
       The report and the paths written; raises ValueError if an argument is out of range.
     """
+    _check_amounts(frames, num_samples, batch_size)
     out, judge = files.check_writable(out), judging.load()
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
     lengths = {name: pipe.only_frames or frames for name, pipe in pipes.items()}
     lengths[REAL] = max(lengths.values(), default=frames)
     for length in lengths.values():
         metrics.quarters(length)  # Refuses what is too short before anything long begins.
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 or more")
+    if (out / report.RESULTS).exists():
+        print(f"{out / report.RESULTS} is there already: this report replaces it", flush=True)
     # The reference and the ceiling are different draws, or the ceiling's distance would be zero.
     real, ceiling = (metrics.real_clips(kinds, lengths[REAL], 2 * seed + i) for i in range(2))
     references, figures, paths = {}, {}, []
@@ -96,6 +103,16 @@ def evaluate(
     settings = {"num_samples": num_samples, "seed": seed}
     outcome = report.Report(settings, figures, train_frames, starts[REAL][1:])
     return outcome, [*report.write_report(out, outcome), *paths]
+
+
+def _check_amounts(frames: int, num_samples: int, batch_size: int) -> None:
+    """Refuses more than memory holds, before anything is built."""
+    if not 1 <= batch_size <= MAX_BATCH:
+        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 to {MAX_BATCH}")
+    if frames * num_samples > MAX_FRAMES:
+        raise ValueError(
+            f"num_samples: got {num_samples}, with {frames} frames each, allowed: at most {MAX_FRAMES} frames in all"
+        )
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -148,4 +165,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command.run(main)
+    command.run(main, groups=GROUPS)

@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 # What libraries say of a file system, among much else.
 _KNOWN = (
@@ -91,17 +92,22 @@ def locked(folder: Path, field: str) -> Iterator[None]:
     Raises:
       ValueError: Another process has it.
     """
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{field} is {folder}: another run is using it; wait for its end, use another --{field}, or, if its "
-                f"machine is gone, remove {folder / '.lock'}"
-            ) from None
-        except OSError:
-            pass  # A file system without locks.
+    # No marker file where the file system has no locks: it would stay behind a process that is killed.
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{field} is {folder}: another run is using it; wait for its end, use another --{field}, or, if its "
+            f"machine is gone, remove {folder / '.lock'}"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

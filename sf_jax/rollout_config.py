@@ -75,6 +75,9 @@ class RolloutConfig:
                 f"context is 'noisy', context_timestep {self.context_timestep}, context_noise {self.context_noise!r}: "
                 "without a clean pass they must be 0 and 'exact' or 'none'"
             )
+        for name in ("chunk", "window", "sink"):
+            if (getattr(self, name) or 0) > MAX_FRAMES:
+                raise ValueError(f"{name} is {getattr(self, name)}: at most {MAX_FRAMES} latent frames have positions")
         attention.check_window(self.window, self.sink, (self.chunk,))
 
     @property
