@@ -1,6 +1,7 @@
 """How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
 
 import contextlib
+import math
 import os
 import platform
 import signal
@@ -98,6 +99,10 @@ def run(
             fail(lines[-1] if lines else type(error).__name__)
         except SyntaxError as error:  # of a config file
             fail(f"{error.filename}, line {error.lineno}: {error.msg}")
+        for name in flags.FLAGS:
+            value = flags.FLAGS[name].value
+            if isinstance(value, float) and not math.isfinite(value):  # absl's bounds let NaN through
+                fail(f"flag --{name}={value}: it must be a finite number")
         if len(rest) > 1:
             fail(f'unexpected argument {rest[1]!r}: flags look like --name=value, texts need quotes ("...")')
         return rest
@@ -206,6 +211,10 @@ def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
         yield
     except (ValueError, FloatingPointError, OSError) as error:
         fail(str(error) or type(error).__name__)
+    except ImportError as error:
+        if "array_record" not in str(error):
+            raise
+        fail(str(error))
     except MemoryError as error:
         fail(f"this machine has not enough memory ({str(error) or 'MemoryError'}): {smaller}")
     except (RuntimeError, AssertionError) as error:

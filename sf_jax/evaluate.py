@@ -76,7 +76,7 @@ def evaluate(
     Returns:
       The report and the paths written; raises ValueError if an argument is out of range.
     """
-    _check_amounts(frames, num_samples, batch_size)
+    check_amounts(frames, train_frames, num_samples, batch_size)
     out, judge = files.check_writable(out), judging.load()
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
     lengths = {name: pipe.only_frames or frames for name, pipe in pipes.items()}
@@ -105,14 +105,20 @@ def evaluate(
     return outcome, [*report.write_report(out, outcome), *paths]
 
 
-def _check_amounts(frames: int, num_samples: int, batch_size: int) -> None:
-    """Refuses more than memory holds, before anything is built."""
+def check_amounts(frames: int, train_frames: int | None, num_samples: int, batch_size: int) -> None:
+    """Refuses more than memory holds, before anything is built.
+
+    Raises:
+      ValueError: naming the limit.
+    """
     if not 1 <= batch_size <= MAX_BATCH:
         raise ValueError(f"batch_size: got {batch_size}, allowed: 1 to {MAX_BATCH}")
     if frames * num_samples > MAX_FRAMES:
         raise ValueError(
             f"num_samples: got {num_samples}, with {frames} frames each, allowed: at most {MAX_FRAMES} frames in all"
         )
+    if train_frames is not None and not 1 <= train_frames <= MAX_FRAMES:
+        raise ValueError(f"train_frames: got {train_frames}, allowed: 1 to {MAX_FRAMES}")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -124,7 +130,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     number("train_frames", 9, "Frames trained on, marked in the plot", flag_values=values)
     number("num_samples", 256, "Videos of each model", flag_values=values)
     number("batch_size", 64, "Videos made at once", flag_values=values)
-    number("seed", 0, "Seed of the noise and of the real clips", lower_bound=0, flag_values=values)
+    number("seed", 0, "Seed of the noise and of the real clips", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale of the teachers", flag_values=values)
     command.define_path("out", "evaluation", "Folder for the report", flag_values=values)
     command.define_path("train_judge", None, "Only train a judge and write it here", flag_values=values)
@@ -153,6 +159,7 @@ def run(values: flags.FlagValues) -> list[Path]:
     if values.train_judge is not None:
         return [judging.make(values.train_judge, values.seed)]
     numbers = ("frames", "train_frames", "num_samples", "batch_size", "seed")
+    check_amounts(values.frames, values.train_frames, values.num_samples, values.batch_size)
     outcome, paths = evaluate(load_pipes(values), values.out, **{name: values[name].value for name in numbers})
     print(report.table(outcome))
     return paths

@@ -38,8 +38,11 @@ def local_path(value: str) -> str:
     """A path of this machine: the home folder of "~" put in, other places refused.
 
     Raises:
-      ValueError: on an address such as gs://bucket/folder, and on a path of Windows on another system.
+      ValueError: on an address such as gs://bucket/folder, on a path of Windows on another system, and on what is no
+        path at all: an empty text, or one with a NUL.
     """
+    if not value.strip() or "\0" in value:
+        raise ValueError(f"the path is {value!r}: give the name of a file or folder, or leave it out")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", value)
     if scheme:
         raise ValueError(
@@ -79,6 +82,18 @@ def check_writable(folder: str | Path, field: str = "out") -> Path:
             f"{field}: cannot write in {folder} ({error.strerror}), allowed: a folder that can be written"
         ) from error
     return folder
+
+
+def check_utf8(path: str, field: str) -> None:
+    """Refuses a name that writers of datasets do not take.
+
+    Raises:
+      ValueError: the path is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} is {path!r}: its name must be UTF-8, choose another folder") from error
 
 
 @contextlib.contextmanager

@@ -147,6 +147,12 @@ class Job:
             value = getattr(self, field)
             if value is not None and abs(value) > high:
                 raise ValueError(f"{field} is {value}: it must be at most {high}")
+        for field in ("frames", "scale"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        empty = [i + 1 for i, prompt in enumerate(self.prompts) if not prompt.strip()]
+        if empty:
+            raise ValueError(f"prompt is empty: say what to show (prompt {empty[0]})")
         count = max(1, len(self.prompts))
         if count * self.num_samples > MAX_VIDEOS:
             raise ValueError(
@@ -171,9 +177,6 @@ class Job:
                 raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
         if self.image and self.video:
             raise ValueError("image and video are both given: choose one")
-        empty = [i + 1 for i, prompt in enumerate(self.prompts) if not prompt.strip()]
-        if empty:
-            raise ValueError(f"prompt is empty: say what to show (prompt {empty[0]})")
         if self.checkpoint is None and (self.image or self.video):
             raise ValueError("image and video need a causal network: give its weights as checkpoint")
         if self.trained is not None:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sf_jax.data import captions, prompts, shards, videos
+from sf_jax.files import check_utf8
 from sf_jax.inference import video_io
 from sf_jax.inference.decoders import VaeEncoder
 from sf_jax.inference.lengths import MAX_SIDE, MAX_VIDEOS, WAN_FACTOR, WAN_SIDE
@@ -75,6 +76,7 @@ class Job:
         for field in ("model", "output", "prompts", "videos"):
             if getattr(self, field) == "":
                 raise ValueError(f"{field} is empty: give a path")
+        check_utf8(self.output, "output")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
         for field in ("frames", "clips_per_video"):
