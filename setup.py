@@ -15,7 +15,7 @@ INSTALL_REQUIRES = [
     "ml_collections>=1.0",
     "tensorflow-datasets>=4.9.8",
     "grain>=0.2.12",
-    "array_record>=0.8",
+    "array_record>=0.8; sys_platform != 'win32'",
     "absl-py>=2.1",
     "numpy>=2.0",
     "scikit-learn>=1.5",
@@ -28,6 +28,7 @@ INSTALL_REQUIRES = [
     "pillow>=10.3",
     "matplotlib>=3.9",
     "tqdm>=4.66",
+    "filelock>=3.25",
 ]
 
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "websockets>=14", "av>=13", "prometheus-client>=0.20"]
@@ -77,6 +78,7 @@ setup(
     package_data={"sf_jax": ["assets/*", "server/page/*", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["sf-jax=sf_jax.cli:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -53,7 +53,7 @@ def _rate(lr: float, weight_decay: float = 0.01, beta1: float = 0.0) -> dict:
 
 
 def _distill(rollout: dict | None = None, **changes) -> dict:
-    """Self Forcing with DMD, and what differs from it."""
+    """Self Forcing with DMD, student, teacher and critic of 1.3B."""
     values = _common() | {
         "stage": "distill",
         "objective": "dmd",
@@ -83,38 +83,108 @@ def _gan() -> dict:
     return _distill(objective="gan", gan=gan, score=score, **changes)
 
 
+def _14b() -> dict:
+    """Self Forcing with DMD and the teacher Wan2.1-14B, as the official release."""
+    return _distill(teacher=to_dict(wan_14b(dtype="bfloat16")))
+
+
+def _14b_student() -> dict:
+    """The same with all three networks of 14B."""
+    return _distill(model=to_dict(wan_14b(dtype="bfloat16")))
+
+
+def _720p() -> dict:
+    """Self Forcing with DMD and the teacher Wan2.1-14B at 720x1280."""
+    return _distill(teacher=to_dict(wan_14b(dtype="bfloat16")), data=_common()["data"] | LARGE)
+
+
+def _framewise() -> dict:
+    """Self Forcing with DMD in chunks of one latent frame."""
+    return _distill({"chunk": 1})
+
+
+def _rolling() -> dict:
+    """Self Forcing with DMD and a window that hides the first chunk from the last, for rolling caches."""
+    return _distill({"window": 18})
+
+
+def _long() -> dict:
+    """Self Forcing with DMD on rollouts of the usual and of twice the length; needs vae_weights."""
+    return _distill(rollout_frames=(21, 42))
+
+
 def _image() -> dict:
+    """Self Forcing with DMD from a given first frame, 85 frames; reads clips."""
     data = _common()["data"] | {"frames": 22}
     return _distill({"first_frame_alone": True}, image_to_video=True, data=data)
 
 
+def _sid() -> dict:
+    """Self Forcing with SiD."""
+    return _distill(objective="sid", optimizer=_rate(2e-6, 0.0), critic_optimizer=_rate(2e-6, 0.0))
+
+
+def _write() -> dict:
+    """Self Forcing with DMD whose gradient reaches the writing of the cache (Self Gradient Forcing)."""
+    return _distill({"window": 9, "sink": 3}, cache_gradient="write")
+
+
+def _causvid() -> dict:
+    """The baseline DF+DMD (CausVid): the student sees real clips, noised by chunk."""
+    return _distill(student_input="diffusion_forcing")
+
+
+def _tf_dmd() -> dict:
+    """The baseline TF+DMD: as `causvid`, with the clean chunks before each noisy one."""
+    return _distill(student_input="teacher_forcing")
+
+
+def _causal() -> dict:
+    """A many-step causal network by teacher forcing, on clips."""
+    return _supervised(stage="causal", causal={"forcing": "teacher"})
+
+
+def _diffusion_forcing() -> dict:
+    """A many-step causal network by diffusion forcing, on clips."""
+    return _supervised(stage="causal", causal={"forcing": "diffusion"})
+
+
+def _ode() -> dict:
+    """The student's start by regression on ODE pairs of the bidirectional teacher."""
+    pairs = {"pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 6.0}
+    return _supervised(stage="init", init="ode", ode=pairs)
+
+
+def _causal_ode() -> dict:
+    """The student's start by regression on pairs of a many-step causal network, behind real clips."""
+    pairs = {"teacher": "causal", "pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 3.0}
+    return _supervised(stage="init", init="ode", ode=pairs)
+
+
+def _consistency() -> dict:
+    """The student's start by consistency along a many-step causal network; reads clips."""
+    return _supervised(stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 3.0})
+
+
 VARIANTS = {
     "1_3b": _distill,
-    "14b": lambda: _distill(teacher=to_dict(wan_14b(dtype="bfloat16"))),
-    "14b_student": lambda: _distill(model=to_dict(wan_14b(dtype="bfloat16"))),
-    "720p": lambda: _distill(teacher=to_dict(wan_14b(dtype="bfloat16")), data=_common()["data"] | LARGE),
-    "framewise": lambda: _distill({"chunk": 1}),
-    "rolling": lambda: _distill({"window": 18}),
-    "long": lambda: _distill(rollout_frames=(21, 42)),
+    "14b": _14b,
+    "14b_student": _14b_student,
+    "720p": _720p,
+    "framewise": _framewise,
+    "rolling": _rolling,
+    "long": _long,
     "image": _image,
-    "sid": lambda: _distill(objective="sid", optimizer=_rate(2e-6, 0.0), critic_optimizer=_rate(2e-6, 0.0)),
+    "sid": _sid,
     "gan": _gan,
-    "write": lambda: _distill({"window": 9, "sink": 3}, cache_gradient="write"),
-    "causvid": lambda: _distill(student_input="diffusion_forcing"),
-    "tf_dmd": lambda: _distill(student_input="teacher_forcing"),
-    "causal": lambda: _supervised(stage="causal", causal={"forcing": "teacher"}),
-    "diffusion_forcing": lambda: _supervised(stage="causal", causal={"forcing": "diffusion"}),
-    "ode": lambda: _supervised(
-        stage="init", init="ode", ode={"pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 6.0}
-    ),
-    "causal_ode": lambda: _supervised(
-        stage="init",
-        init="ode",
-        ode={"teacher": "causal", "pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 3.0},
-    ),
-    "consistency": lambda: _supervised(
-        stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 3.0}
-    ),
+    "write": _write,
+    "causvid": _causvid,
+    "tf_dmd": _tf_dmd,
+    "causal": _causal,
+    "diffusion_forcing": _diffusion_forcing,
+    "ode": _ode,
+    "causal_ode": _causal_ode,
+    "consistency": _consistency,
 }
 
 

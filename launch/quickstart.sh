@@ -25,7 +25,7 @@ part "3/5 distill: Self Forcing, the student trains on its own rollouts"
 
 part "4/5 generate: videos four times as long as those of the training"
 "$python" -m sf_jax.generate --checkpoint="$out/distill/student.safetensors" --prompt="a 7 moving left, fast" \
-  --frames=36 --out="$out/videos"
+  --frames=36 --out="$out/videos" --if_exists=replace
 
 part "5/5 evaluate: before and after, judged by a classifier that saw other scans"
 "$python" -m sf_jax.evaluate --checkpoint="$out/init/student.safetensors,$out/distill/student.safetensors" \

@@ -1,19 +1,25 @@
 """How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
 
 import contextlib
+import math
 import os
 import platform
+import signal
 import sys
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 
+from sf_jax import __version__, backend, usage
 from sf_jax.files import local_path
 
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
-
+LONGEST = 1000  # characters of an error message
+TERMINATED, INTERRUPTED = 143, 130  # exit codes of processes that SIGTERM and Ctrl-C end
 
 flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
 
@@ -32,6 +38,21 @@ class _PathParser(flags.ArgumentParser):
         return "path"
 
 
+class _Printed(flags.BooleanFlag):
+    """A flag such as --version: prints a text and ends the process without an error."""
+
+    def __init__(self, name: str, text: Callable[[], str], help: str, short_name: str | None = None):
+        self._text = text
+        super().__init__(name, False, help, short_name=short_name, allow_override=True)
+
+    def parse(self, argument: str | bool | None) -> None:
+        """Prints the text, unless the flag is set to false."""
+        super().parse(argument)
+        if self.value:
+            print(self._text())
+            sys.exit(0)
+
+
 def define_path(
     name: str, default: str | None, help: str, flag_values: flags.FlagValues = flags.FLAGS
 ) -> flags.FlagHolder:
@@ -39,34 +60,84 @@ def define_path(
     return flags.DEFINE(_PathParser(), name, default, help, flag_values, flags.ArgumentSerializer())
 
 
-def run(main: Callable[[], None], required: Sequence[str] = (), smaller: str = SMALLER) -> None:
+def run(
+    main: Callable[[], None],
+    required: Sequence[str] = (),
+    smaller: str = SMALLER,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    more_help: Callable[[Sequence[str]], str] | None = None,
+) -> None:
     """Reads the flags and calls `main`.
 
     Args:
       main: the command; what it raises of ValueError, OSError and FloatingPointError is meant for the user.
       required: flags that must be given.
       smaller: what to do where the memory of a device does not suffice, for the message.
+      groups: titles of --help and the flags under each; flags that are in none come under a title of their own.
+      more_help: (arguments of the command line) -> what --help adds.
     """
 
+    def help_text() -> str:
+        text = usage.describe(main, flags.FLAGS, groups or {})
+        return f"{text}\n\n{more_help(sys.argv[1:])}" if more_help else text
+
     def parse(arguments):
+        for flag in (
+            _Printed("help", help_text, "Show the flags of this command", "h"),
+            _Printed("helpshort", help_text, "The same"),
+            _Printed("version", versions, "Show the versions of sf_jax and JAX"),
+        ):
+            flags.DEFINE_flag(flag)
         flags.mark_flags_as_required(list(required))
         try:
             rest = flags.FLAGS(arguments)
+        except RecursionError:  # absl compares an unknown name with all others, letter by letter
+            fail("a name on the command line is too long: flags look like --name=value")
         # Config files and fields that are not there raise nearly anything.
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
             lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-            sys.exit(f"error: {lines[-1] if lines else type(error).__name__}")
+            fail(lines[-1] if lines else type(error).__name__)
+        except SyntaxError as error:  # of a config file
+            fail(f"{error.filename}, line {error.lineno}: {error.msg}")
+        for name in flags.FLAGS:
+            value = flags.FLAGS[name].value
+            if isinstance(value, float) and not math.isfinite(value):  # absl's bounds let NaN through
+                fail(f"flag --{name}={value}: it must be a finite number")
         if len(rest) > 1:
-            sys.exit(f'error: unexpected argument {rest[1]!r}: flags look like --name=value, texts need quotes ("...")')
+            fail(f'unexpected argument {rest[1]!r}: flags look like --name=value, texts need quotes ("...")')
         return rest
 
     def guarded(_):
         logging.set_verbosity(logging.WARNING)
         keep_compiled_programs()
-        with errors_in_one_line(smaller):
+        with errors_in_one_line(smaller), ended_by_signals():
+            backend.check_xla_flags()
             main()
 
     app.run(guarded, flags_parser=parse)
+
+
+def versions() -> str:
+    """What --version prints."""
+    from importlib import metadata
+
+    return f"sf_jax {__version__} (JAX {metadata.version('jax')}, Python {platform.python_version()})"
+
+
+def one_line(text: str) -> str:
+    """A message in one line of at most `LONGEST` printable characters; of longer ones the middle is left out."""
+    if len(text) > 4 * LONGEST:
+        text = f"{text[: 2 * LONGEST]} {text[-2 * LONGEST :]}"
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text.split()))
+    if len(text) <= LONGEST:
+        return text
+    half = (LONGEST - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def fail(text: str) -> NoReturn:
+    """Ends the process with an error message of one line."""
+    sys.exit(f"error: {one_line(text)}")
 
 
 def keep_compiled_programs() -> None:
@@ -108,6 +179,28 @@ def _processor() -> str:
 
 
 @contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM unwind the stack, so that temporary files go and child processes end; Ctrl-C has no traceback."""
+
+    def terminate(number, frame):
+        del number, frame
+        print("error: ended by SIGTERM", file=sys.stderr, flush=True)
+        sys.exit(TERMINATED)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("error: ended by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    finally:
+        if main_thread and signal.getsignal(signal.SIGTERM) == terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
     """Ends the process with one line for what is meant for the user; other errors are bugs, and keep their traceback.
 
@@ -117,10 +210,24 @@ def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except RuntimeError as error:
-        from jax.errors import JaxRuntimeError  # here, as not every command needs JAX
-
-        if not isinstance(error, JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+        fail(str(error) or type(error).__name__)
+    except ImportError as error:
+        if "array_record" not in str(error):
             raise
-        sys.exit(f"error: a device has not enough memory ({str(error).splitlines()[0][:200]}): {smaller}")
+        fail(str(error))
+    except MemoryError as error:
+        fail(f"this machine has not enough memory ({str(error) or 'MemoryError'}): {smaller}")
+    except (RuntimeError, AssertionError) as error:
+        problem = backend.start_problem(error)
+        if problem is not None:
+            fail(problem)
+        if "RESOURCE_EXHAUSTED" not in str(error) or not _of_jax(error):
+            raise
+        fail(f"a device has not enough memory ({str(error).splitlines()[0][:200]}): {smaller}")
+
+
+def _of_jax(error: BaseException) -> bool:
+    """Whether JAX's runtime raised it."""
+    from jax.errors import JaxRuntimeError  # here, as not every command needs JAX
+
+    return isinstance(error, JaxRuntimeError)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from sf_jax.files import local_path
+from sf_jax.files import check_utf8, local_path
 from sf_jax.messages import quoted, shortened
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanConfig
@@ -392,6 +392,8 @@ def _convert(value, hint, where):
         return None
     if kind is str and isinstance(value, str) and where.split(".")[-1] in PATHS:
         try:
+            if where.endswith(".dir"):
+                check_utf8(value, where)
             return local_path(value)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

@@ -44,6 +44,7 @@ _PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that hol
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
+GROUPS = {"Files": ("input", "from", "output"), "What is written": ("to", "part", "dtype")}
 
 
 def _convert(tensors: TensorFile, output: Path) -> str:
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, groups=GROUPS)

@@ -19,6 +19,12 @@ from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
 
 REAL = "real clips"
+MAX_BATCH, MAX_FRAMES = 4096, 2**22  # videos made at once; frames of a model's videos, all of which are in memory
+GROUPS = {
+    "Models": ("checkpoint", "names", "guidance"),
+    "Videos": ("frames", "train_frames", "num_samples", "batch_size", "seed"),
+    "Files": ("out", "train_judge"),
+}
 
 
 class Pipe(Protocol):
@@ -70,6 +76,7 @@ def evaluate(
     Returns:
       The report and the paths written; raises ValueError if an argument is out of range.
     """
+    check_amounts(frames, train_frames, num_samples, batch_size)
     out, judge = files.check_writable(out), judging.load()
     files.remove_leftovers(out)
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
@@ -77,8 +84,8 @@ def evaluate(
     lengths[REAL] = max(lengths.values(), default=frames)
     for length in lengths.values():
         metrics.quarters(length)  # Refuses what is too short before anything long begins.
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 or more")
+    if (out / report.RESULTS).exists():
+        print(f"{out / report.RESULTS} is there already: this report replaces it", flush=True)
     # The reference and the ceiling are different draws, or the ceiling's distance would be zero.
     real, ceiling = (metrics.real_clips(kinds, lengths[REAL], 2 * seed + i) for i in range(2))
     references, figures, paths = {}, {}, []
@@ -99,6 +106,22 @@ def evaluate(
     return outcome, [*report.write_report(out, outcome), *paths]
 
 
+def check_amounts(frames: int, train_frames: int | None, num_samples: int, batch_size: int) -> None:
+    """Refuses more than memory holds, before anything is built.
+
+    Raises:
+      ValueError: naming the limit.
+    """
+    if not 1 <= batch_size <= MAX_BATCH:
+        raise ValueError(f"batch_size: got {batch_size}, allowed: 1 to {MAX_BATCH}")
+    if frames * num_samples > MAX_FRAMES:
+        raise ValueError(
+            f"num_samples: got {num_samples}, with {frames} frames each, allowed: at most {MAX_FRAMES} frames in all"
+        )
+    if train_frames is not None and not 1 <= train_frames <= MAX_FRAMES:
+        raise ValueError(f"train_frames: got {train_frames}, allowed: 1 to {MAX_FRAMES}")
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command line; not on import, where the flags would clash with other commands'."""
     number = flags.DEFINE_integer
@@ -108,7 +131,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     number("train_frames", 9, "Frames trained on, marked in the plot", flag_values=values)
     number("num_samples", 256, "Videos of each model", flag_values=values)
     number("batch_size", 64, "Videos made at once", flag_values=values)
-    number("seed", 0, "Seed of the noise and of the real clips", lower_bound=0, flag_values=values)
+    number("seed", 0, "Seed of the noise and of the real clips", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale of the teachers", flag_values=values)
     command.define_path("out", "evaluation", "Folder for the report", flag_values=values)
     command.define_path("train_judge", None, "Only train a judge and write it here", flag_values=values)
@@ -137,6 +160,7 @@ def run(values: flags.FlagValues) -> list[Path]:
     if values.train_judge is not None:
         return [judging.make(values.train_judge, values.seed)]
     numbers = ("frames", "train_frames", "num_samples", "batch_size", "seed")
+    check_amounts(values.frames, values.train_frames, values.num_samples, values.batch_size)
     outcome, paths = evaluate(load_pipes(values), values.out, **{name: values[name].value for name in numbers})
     print(report.table(outcome))
     return paths
@@ -149,4 +173,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command.run(main)
+    command.run(main, groups=GROUPS)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -13,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 # What libraries say of a file system, among much else.
 _KNOWN = (
@@ -41,8 +42,11 @@ def local_path(value: str) -> str:
     """A path of this machine: the home folder of "~" put in, other places refused.
 
     Raises:
-      ValueError: on an address such as gs://bucket/folder, and on a path of Windows on another system.
+      ValueError: on an address such as gs://bucket/folder, on a path of Windows on another system, and on what is no
+        path at all: an empty text, or one with a NUL.
     """
+    if not value.strip() or "\0" in value:
+        raise ValueError(f"the path is {value!r}: give the name of a file or folder, or leave it out")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", value)
     if scheme:
         raise ValueError(
@@ -84,6 +88,18 @@ def check_writable(folder: str | Path, field: str = "out") -> Path:
     return folder
 
 
+def check_utf8(path: str, field: str) -> None:
+    """Refuses a name that writers of datasets do not take.
+
+    Raises:
+      ValueError: the path is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} is {path!r}: its name must be UTF-8, choose another folder") from error
+
+
 @contextlib.contextmanager
 def locked(folder: Path, field: str) -> Iterator[None]:
     """Keeps a folder from other processes that ask for it; one that is killed has it no longer.
@@ -95,17 +111,22 @@ def locked(folder: Path, field: str) -> Iterator[None]:
     Raises:
       ValueError: Another process has it.
     """
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{field} is {folder}: another run is using it; wait for its end, use another --{field}, or, if its "
-                f"machine is gone, remove {folder / '.lock'}"
-            ) from None
-        except OSError:
-            pass  # A file system without locks.
+    # No marker file where the file system has no locks: it would stay behind a process that is killed.
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{field} is {folder}: another run is using it; wait for its end, use another --{field}, or, if its "
+            f"machine is gone, remove {folder / '.lock'}"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def temporary_name(name: str) -> str:
@@ -157,11 +178,12 @@ def is_quiet(path: Path) -> bool:
 
 def _machine() -> str:
     """A mark of this machine; containers have process numbers of their own, and count as machines."""
-    try:
-        numbers = str(os.stat("/proc/self/ns/pid").st_ino)
-    except OSError:  # no Linux
-        numbers = ""
-    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+    marks = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # no Linux
+        marks.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    with contextlib.suppress(OSError):  # machines that share a folder may share a name, too
+        marks.append(Path("/etc/machine-id").read_text(encoding="utf-8").strip())
+    return hashlib.sha256(" ".join(marks).encode()).hexdigest()[:8]
 
 
 def _is_running(process: int) -> bool:

@@ -4,7 +4,8 @@
     python -m sf_jax.generate --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --prompt="a cat in the snow"
 
 Without --model, the shipped student of moving digits; with it, Wan2.1 and what was distilled from it. Writes an mp4 per
-video and a contact sheet while later chunks are still being generated.
+video and a contact sheet while later chunks are still being generated. Files that are there already are kept: the new
+video's name gets a number, unless --if_exists says otherwise.
 """
 
 from pathlib import Path
@@ -16,12 +17,16 @@ from sf_jax.data.captions import valid_text
 from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
+from sf_jax.inference.names import IF_EXISTS
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
 
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
 
 _PROMPT = flags.DEFINE_string("prompt", None, "What to show")
 _PROMPTS = command.define_path("prompts", None, "Text file with a prompt a line, instead of --prompt")
+_NAMES = command.define_path(
+    "names", None, "Text file with a name a line for the files of extended prompts: VBench's own, short prompts"
+)
 # Flags whose names are fields of `Job`; None means that the model's default stands.
 _JOB = {
     "model": command.define_path("model", None, "Wan: model folder, official or of diffusers"),
@@ -66,7 +71,25 @@ _JOB = {
     "vae": flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
-    "vbench_names": flags.DEFINE_bool("vbench_names", False, "Name the files prompt-index.mp4, write nothing else"),
+    "vbench_names": flags.DEFINE_bool(
+        "vbench_names", False, "Name the files prompt-index.mp4 (or NAME-index.mp4 by --names), write nothing else"
+    ),
+    "if_exists": flags.DEFINE_enum(
+        "if_exists",
+        None,
+        IF_EXISTS,
+        "Where a file of that name is there: number the new one (the default), replace the old one, skip the video, or "
+        "refuse (the default with --vbench_names)",
+    ),
+}
+GROUPS = {
+    "What to show": ("prompt", "prompts", "names", "schedule", "seed", "num_samples", "frames"),
+    "Moving digits and Wan": (
+        *("checkpoint", "solver", "steps", "shift", "guidance", "negative_prompt", "denoising_steps"),
+        *("first_chunk_steps", "chunk", "window", "sink", "positions", "context"),
+    ),
+    "Wan": ("model", "part", "height", "width", "image", "video", "vae", "dtype"),
+    "Files": ("out", "if_exists", "vbench_names", "save_latents", "fps", "scale"),
 }
 _LISTS = ("denoising_steps", "first_chunk_steps")
 
@@ -78,15 +101,20 @@ def _prompts() -> list[str]:
         return default if _PROMPT.value is None else [valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
+    return _lines("prompts", _PROMPTS.value)
+
+
+def _lines(field: str, path: str) -> list[str]:
+    """The texts of a file, one a line."""
     try:
         # at newlines alone: prompts that were pasted from a page may hold other separators
-        lines = [line.strip() for line in Path(_PROMPTS.value).read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"prompts: cannot read {_PROMPTS.value} ({reason})") from error
+        raise ValueError(f"{field}: cannot read {path} ({reason})") from error
     lines = [line for line in lines if line]
     if not lines:
-        raise ValueError(f"prompts: {_PROMPTS.value} holds no prompt: give one a line")
+        raise ValueError(f"{field}: {path} holds no {field.removesuffix('s')}: give one a line")
     return lines
 
 
@@ -101,8 +129,9 @@ def main() -> None:
     """Command line: see the module's docstring."""
     fields = {name: flag.value for name, flag in _JOB.items() if flag.value is not None}
     fields |= {name: _steps(name, fields[name]) for name in _LISTS if name in fields}
-    print("wrote", *batch.run(Job(prompts=tuple(_prompts()), **fields)), sep="\n  ")
+    prompts, names = _prompts(), [] if _NAMES.value is None else _lines("names", _NAMES.value)
+    print("wrote", *batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields)), sep="\n  ")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, groups=GROUPS)

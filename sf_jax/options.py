@@ -59,7 +59,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the trained weights: `decay` per update, from iteration `start` on."""
+    """Exponential moving average of the trained weights.
+
+    Attributes:
+      decay: share of the old average that an update keeps.
+      start: iteration from which on weights are averaged; before it the average is the weights.
+    """
 
     decay: float = 0.99
     start: int = 200
@@ -73,7 +78,14 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 and takes what is left."""
+    """Devices per mesh axis; one axis may be -1 and takes what is left.
+
+    Attributes:
+      data: over these the batch is split, and parameters are copied.
+      fsdp: over these the batch and the parameters are split.
+      context: over these the tokens of a video are split.
+      tensor: over these heads and hidden features are split.
+    """
 
     data: int = -1
     fsdp: int = 1

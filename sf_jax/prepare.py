@@ -36,6 +36,13 @@ _OF_VIDEOS = {
     "fps": flags.DEFINE_float("fps", None, "Frames a second to resample videos to (their own)"),
     "clips_per_video": flags.DEFINE_integer("clips_per_video", None, "Consecutive clips of a video, at most (1)"),
 }
+GROUPS = {
+    "What to prepare": ("prompts", "videos", "negative_prompt"),
+    "Clips of videos": tuple(_OF_VIDEOS),
+    "Wan": ("model", "dtype"),
+    "Files": ("output",),
+    "Several processes": ("process_index", "process_count"),
+}
 
 
 def job() -> Job:
@@ -63,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, ["model", "output"])
+    command.run(main, ["model", "output"], groups=GROUPS)

@@ -45,6 +45,12 @@ _RAY = flags.DEFINE_bool("ray", False, "Run on Ray Serve: replicas on all machin
 _REPLICAS = flags.DEFINE_string("replicas", "1", "With --ray: how many, such as 2, or 1-8 to follow the load")
 _ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], "With --ray: what a replica has")
 _DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0)
+GROUPS = {
+    "Model": ("model", "checkpoint", "part", "vae", "dtype", "height", "width", "window", "sink", "positions"),
+    "Streams": ("fps", "scale", "slots", "waiting", "ahead", "memory", "lifetime", "drain"),
+    "Network": ("host", "port", "token_file", "hosts", "origins", "proxies"),
+    "Ray": ("ray", "replicas", "accelerator"),
+}
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SHORTEST_TOKEN = 16  # characters
@@ -145,4 +151,4 @@ def _serve_on_ray(model, launch, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, groups=GROUPS)

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sf_jax import command, distributed
+from sf_jax import command, config_help, distributed
 from sf_jax.config import from_dict
 from sf_jax.inference.video_io import write_samples
 from sf_jax.training import ahead
@@ -29,6 +29,8 @@ _ALLOW = flags.DEFINE_bool(
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Describe the run and stop; no weight is read")
 _COMPILE_ONLY = flags.DEFINE_string("compile_only", None, "TPU slice to compile the updates for, such as v5p:4x4x4")
+
+GROUPS = {"The run": ("config", "workdir", "allow_config_change"), "Instead of a run": ("dry_run", "compile_only")}
 
 
 def main() -> None:
@@ -58,5 +60,7 @@ if __name__ == "__main__":
     command.run(
         main,
         required=["config"],
+        groups=GROUPS,
+        more_help=config_help.of_arguments,
         smaller="lower batch_size, raise accumulate, set model.remat to 'block', or use a mesh of more devices",
     )

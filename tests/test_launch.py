@@ -1,6 +1,8 @@
 """How processes find each other, and the scripts that start them; clusters are played by small programs on PATH."""
 
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from sf_jax import distributed
 
@@ -80,6 +83,7 @@ case "$*" in
     {{ printf 'call'; printf ' [%s]' "${{@:2}}"; printf '\\n'; env | grep SF_JAX_ | sort; }} >"$NOTES/part.$$"
     mv "$NOTES/part.$$" "$run"
     for argument in "$@"; do case "$argument" in --workdir=*) workdir="${{argument#*=}}" ;; esac; done
+    if [[ "$FAKE" == unsaved ]]; then exit 143; fi
     if [[ "$FAKE" == "fail 1" && "$SF_JAX_PROCESS_ID" == 1 ]]; then exit 3; fi
     if [[ "$FAKE" == done && "${{SF_JAX_PROCESS_ID:-0}}" == 0 ]]; then
       mkdir -p "$workdir"
@@ -229,8 +233,9 @@ def test_a_slurm_jobs_own_grace_counts(place):
     assert f"[--workdir={place}/run] [--config.grace_seconds=9]\n" in notes(place, "run.0")
 
 
-def test_a_slurm_job_that_ran_out_of_time_is_queued_again(place):
-    finish(slurm(place, FAKE="early"))
+@pytest.mark.parametrize("fake", ["early", "unsaved"])
+def test_a_slurm_job_that_ran_out_of_time_is_queued_again(place, fake):
+    finish(slurm(place, FAKE=fake))
     assert "scontrol requeue 41234" in notes(place, "calls")
 
 
@@ -301,3 +306,127 @@ def test_a_run_on_a_slice_outlives_its_connection_and_is_stopped(pod):
 )
 def test_wrong_words_for_a_slice_are_refused(pod, arguments, env, message, code):
     assert message in finish(start(pod, "tpu_pod.sh", *arguments, **env), code)
+
+
+def jobset():
+    return yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text())
+
+
+def test_the_jobset_has_what_a_slice_needs():
+    job = jobset()
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in job["metadata"]["annotations"]
+    (rule,) = job["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (slices,) = job["spec"]["replicatedJobs"]
+    template = slices["template"]["spec"]
+    assert template["parallelism"] == template["completions"] and template["backoffLimit"] == 0
+    pod = template["template"]["spec"]
+    (container,) = pod["containers"]
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = math.prod(map(int, topology.split("x")))
+    assert chips == template["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
+    # podFailurePolicy goes with pods that are not restarted in place
+    assert pod["restartPolicy"] == "Never"
+    conditions, codes = template["podFailurePolicy"]["rules"]
+    assert conditions["onPodConditions"] == [{"type": "DisruptionTarget"}] and codes["onExitCodes"]["values"] == [
+        75,
+        143,
+    ]
+    grace = next(flag for flag in container["args"] if "grace_seconds" in flag)
+    assert float(grace.partition("=")[2]) < pod["terminationGracePeriodSeconds"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    assert {"name": "SF_JAX_DISTRIBUTED", "value": "1"} in container["env"]
+
+
+@pytest.mark.parametrize(("fake", "code"), [("done", 0), ("early", 75), ("fail 1", 3), ("term", 75), ("unsaved", 143)])
+def test_a_pod_ends_with_zero_only_when_the_weights_are_there(fake, code, place):
+    (container,) = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    # Stands for python: does what FAKE says.
+    program(
+        place / "bin" / "python",
+        """echo "$*" >"$NOTES/run"
+for argument in "$@"; do case "$argument" in --workdir=*) workdir="${argument#*=}" ;; esac; done
+case "$FAKE" in
+  done) mkdir -p "$workdir"; touch "$workdir/student.safetensors" ;;
+  "fail 1") exit 3 ;;
+  term) trap 'exit 0' TERM; for ((i = 0; i < 300; i++)); do sleep 0.1; done ;;
+  unsaved) trap 'exit 143' TERM; for ((i = 0; i < 300; i++)); do sleep 0.1; done ;;
+esac""",
+    )
+    env = os.environ | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "NOTES": str(place / "notes"), "FAKE": fake}
+    arguments = [*container["command"], f"--workdir={place}/run", "--config=c"]
+    process = subprocess.Popen(arguments, env=env)
+    if fake in ("term", "unsaved"):
+        wait_for(place / "notes" / "run")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == code
+    assert notes(place, "run") == f"-m sf_jax.train --workdir={place}/run --config=c\n"
+
+
+def vbench(place, *arguments, **env):
+    return start(place, "vbench.sh", *arguments, **{"VBENCH": "no-such-program"} | env)
+
+
+@pytest.fixture
+def lists(place):
+    """Prompts and their names, and a program that stands for vbench."""
+    (place / "long.txt").write_text("a 7 moving left, fast\na 2 moving up\na 3 moving down\n")
+    (place / "short.txt").write_text("seven\ntwo\nthree\n")
+    program(
+        place / "bin" / "vbench",
+        """echo "vbench $*" >>"$NOTES/calls"
+while (($#)); do case "$1" in --output_path) mkdir -p "$2"; echo '{}' >"$2/x_eval_results.json" ;; esac; shift; done""",
+    )
+    return [f"--prompts={place}/long.txt", f"--names={place}/short.txt", f"--folder={place}/vbench"]
+
+
+def test_vbench_generates_five_videos_of_each_prompt_and_scores_them(place, lists):
+    finish(vbench(place, "generate", *lists, "--limit=2", "--model=m", "--seed=3"))
+    (call,) = [line for line in notes(place, "run.x").splitlines() if line.startswith("call")]
+    folder = place / "vbench"
+    assert call == (
+        f"call [sf_jax.generate] [--prompts={folder}/first_prompts.txt] [--names={folder}/first_names.txt] "
+        f"[--vbench_names] [--num_samples=5] [--if_exists=skip] [--out={folder}/videos] [--model=m] [--seed=3]"
+    )
+    assert (folder / "first_names.txt").read_text() == "seven\ntwo\n"
+    (folder / "videos").mkdir()
+    assert "VBench is not installed: in an environment of its own, pip install" in finish(
+        vbench(place, "score", *lists), 1
+    )
+    done = finish(vbench(place, "score", *lists, VBENCH="vbench"))
+    assert done.count("VBench: ") == 16 and f"scores are in {folder}/scores" in done
+    calls = [line for line in notes(place, "calls").splitlines() if line.startswith("vbench")]
+    assert len(calls) == 16 and f"--videos_path {folder}/videos --dimension subject_consistency" in calls[0]
+    assert "VBench: " not in finish(vbench(place, "score", *lists, VBENCH="vbench"))
+
+
+def test_vbench_says_what_it_would_do(place):
+    done = finish(vbench(place, "all", "--dry-run", "--model=m"))
+    assert "all_dimension_extended.txt" in done and "--num_samples=5" in done and done.count("evaluate") == 16
+    assert not (place / "repo" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["generate", "--limit=x"], "--limit=x: it must be a number", 1),
+        (["generate", "--prompts=a"], "--prompts and --names: give both or none", 1),
+        (["generate", "--prompts=a", "--names=b"], "one of them does not exist", 1),
+        (["generate", "--out=x"], "--out=x: the protocol sets it", 1),
+        (["score"], "there are no videos in", 1),
+        (["other"], "bash launch/vbench.sh lists", 2),
+    ],
+)
+def test_wrong_words_for_vbench_are_refused(place, arguments, message, code):
+    assert message in finish(vbench(place, *arguments), code)
+
+
+def test_the_protocol_has_the_hashes_of_the_script():
+    script = (ROOT / "launch" / "vbench.sh").read_text()
+    protocol = (ROOT / "docs" / "results" / "protocol.md").read_text()
+    hashes = re.findall(r"\b[0-9a-f]{64}\b", script)
+    assert len(hashes) == 3 and all(value in protocol for value in hashes)
+    assert all(value in protocol for value in re.findall(r"\b[0-9a-f]{40}\b", script))

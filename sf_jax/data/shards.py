@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer
 from tqdm import tqdm
 
@@ -147,6 +146,21 @@ def missing(plan: Plan) -> tuple[Shard, ...]:
     return tuple(shard for shard in plan.shards if not plan.path(shard).is_file())
 
 
+def _array_record():
+    """The module that reads and writes records.
+
+    Raises:
+      ImportError: this system has none.
+    """
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise ImportError(
+            "datasets need the package array_record, of which there is none for Windows: use WSL, Linux or macOS"
+        ) from error
+    return array_record_module
+
+
 def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) -> None:
     """Writes one shard; it takes its name when it is complete and on the disk.
 
@@ -159,7 +173,7 @@ def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) ->
     serializer = example_serializer.ExampleSerializer(plan.features.get_serialized_info())
     with replacing(path) as unfinished:
         with writing(path):
-            writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+            writer = _array_record().ArrayRecordWriter(str(unfinished), "group_size:1")
         try:
             for example in examples:
                 record = serializer.get_tf_example(plan.features.encode_example(example))
@@ -172,7 +186,7 @@ def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) ->
             raise
         with writing(path):
             writer.close()
-        with open(unfinished, "rb") as file:
+        with open(unfinished, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
 
 
@@ -297,7 +311,7 @@ def _damaged(path: Path, reason: Any, remedy: str = _AGAIN) -> ValueError:
 def _count(path: Path, remedy: str = _AGAIN) -> int:
     """Records in a shard, by its footer."""
     try:
-        reader = array_record_module.ArrayRecordReader(str(path))
+        reader = _array_record().ArrayRecordReader(str(path))
         count, good = reader.num_records(), reader.ok()
         reader.close()
     except (RuntimeError, ValueError, IndexError, OSError) as error:

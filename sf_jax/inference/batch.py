@@ -11,8 +11,9 @@ import numpy as np
 
 from sf_jax import files
 from sf_jax.inference import video_io
-from sf_jax.inference.job import Job, check_names, video_names
+from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
+from sf_jax.inference.names import SUFFIXES, check_folders, free_names
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
@@ -21,6 +22,8 @@ from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.weights.networks import check_network
 
 DIGITS_FPS, DIGITS_SCALE, WAN_FPS = 12.0, 12, 16.0
+DIGITS_FRAMES = 2**17  # of all digits' videos that are made together
+LABEL = 200  # characters of a prompt on a contact sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Style:
       fps: frames a second.
       scale: enlargement of the pixels.
       gif: whether to write a GIF, too: for small videos, all of whose frames are kept.
-      one_sheet: whether all videos share a contact sheet, under their prompts.
+      sheet: name of the contact sheet that the videos of a batch share, under their prompts; None is one for each.
       latents: whether to write the latents, too.
       only_videos: whether to write nothing else.
     """
@@ -39,7 +42,7 @@ class Style:
     fps: float
     scale: int = 1
     gif: bool = False
-    one_sheet: bool = False
+    sheet: str | None = None
     latents: bool = False
     only_videos: bool = False
 
@@ -93,12 +96,22 @@ def run(job: Job) -> list[Path]:
     """
     out, names = files.check_writable(job.out), video_names(job)
     files.remove_leftovers(out)
-    check_names(names, out)
+    check_folders(names, out)
     prompts = job.video_prompts()
     numbers = range(jax.process_index(), len(prompts), jax.process_count())
+    if_exists = job.if_exists or ("refuse" if job.vbench_names else "number")
+    suffixes = SUFFIXES[:1] if job.vbench_names else SUFFIXES
+    free = free_names([names[i] for i in numbers], out, if_exists, suffixes)
+    names = {i: name for i, name in zip(numbers, free, strict=True) if name is not None}
+    numbers = list(names)
+    if free and not numbers:
+        print("every video is there already", flush=True)
+        return []
     if job.model is None:
         pipe, initial = job.digits_pipeline(), None
-        size, style = max(1, len(numbers)), Style(DIGITS_FPS, DIGITS_SCALE, gif=True, one_sheet=True)
+        most = max(1, DIGITS_FRAMES // pipe.sampling.frames)
+        size = max(1, min(len(numbers), most))
+        style = Style(DIGITS_FPS, DIGITS_SCALE, gif=True, sheet="contact_sheet")
     else:
         devices = tuple(jax.local_devices()[: max(1, len(numbers))])
         pipe, initial = _wan(job, devices)
@@ -117,7 +130,7 @@ def run(job: Job) -> list[Path]:
     )
     written, times = [], Times()
     for first in range(0, len(numbers), size):
-        batch = list(numbers[first : first + size])
+        batch = numbers[first : first + size]
         # every device needs a video; what is there twice is written once
         padded = batch + batch[:1] * (size - len(batch))
         start = None if initial is None else np.repeat(initial, len(padded), axis=0)
@@ -127,6 +140,10 @@ def run(job: Job) -> list[Path]:
             chunks = pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=start)
         label = f"videos {first + 1}-{first + len(batch)} of {len(numbers)}, " if size < len(numbers) else ""
         videos = [(out / names[i], prompts[i]) for i in batch]
+        if job.model is None and len(batch) > 1 and not style.only_videos:
+            sheet = f"contact_sheet-{first // size + 1}" if first else "contact_sheet"
+            policy = "replace" if if_exists == "replace" else "number"
+            style = dataclasses.replace(style, sheet=free_names([sheet], out, policy, (".png",))[0])
         written += _write(pipe, style, videos, chunks, times, label)
     print(times.summary(), flush=True)
     return written
@@ -208,9 +225,9 @@ def _write_stills(style: Style, videos: Sequence[tuple[Path, str]], small: np.nd
         for (path, _), video in zip(videos, small, strict=True):
             written.append(path.with_name(f"{path.name}.gif"))
             video_io.write_gif(written[-1], video_io.upscale(video, style.scale), style.fps)
-    if style.one_sheet:
-        path = videos[0][0].with_name(f"{videos[0][0].name if len(videos) == 1 else 'contact_sheet'}.png")
-        labels = [prompt for _, prompt in videos]
+    if style.sheet:
+        path = videos[0][0].with_name(f"{videos[0][0].name if len(videos) == 1 else style.sheet}.png")
+        labels = [prompt[:LABEL] for _, prompt in videos]
         sheet = video_io.contact_sheet(small, every=max(1, frames // 16), labels=labels, factor=3)
         video_io.write_png(path, sheet)
         return [*written, path]

@@ -4,15 +4,22 @@ import collections
 import dataclasses
 import functools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import lengths, video_io
-from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
+from sf_jax.inference.lengths import (
+    MAX_PROMPT,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_VIDEO_FRAMES,
+    MAX_VIDEOS,
+    WAN_FACTOR,
+    WAN_SIDE,
+)
 from sf_jax.inference.load import WanOptions, causal_header, load_digits
+from sf_jax.inference.names import IF_EXISTS, plain_name, vbench_name
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
@@ -62,6 +69,9 @@ class Job:
       dtype: of parameters and computation.
       save_latents: whether to write the latents beside the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
+      names: what videos are named after, one for each prompt; empty is the prompts themselves.
+      if_exists: what to do where a file of a name is there, one of `names.IF_EXISTS`; None is "number", and "refuse"
+        with `vbench_names`, whose names have a meaning.
     """
 
     prompts: tuple[str, ...]
@@ -95,6 +105,8 @@ class Job:
     dtype: str | None = None
     save_latents: bool = False
     vbench_names: bool = False
+    names: tuple[str, ...] = ()
+    if_exists: str | None = None
 
     def __post_init__(self):
         """Refuses what can be seen to be wrong before anything is loaded."""
@@ -105,6 +117,7 @@ class Job:
             value, low = getattr(self, field), -math.inf if field == "guidance" else 0.0
             if value is not None and not low < value < math.inf:
                 raise ValueError(f"{field} is {value}: it must be a finite number" + " above 0" * (low == 0.0))
+        self._check_amounts()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**32")
         if self.num_samples < 1:
@@ -126,6 +139,36 @@ class Job:
         else:
             self._check_wan()
 
+    def _check_amounts(self) -> None:
+        """Refuses what no machine can make, before anything is built of it."""
+        limits = {"frames": MAX_VIDEO_FRAMES, "height": MAX_SIDE, "width": MAX_SIDE, "scale": MAX_SIDE}
+        limits |= {"steps": MAX_STEPS, "num_samples": MAX_VIDEOS, "guidance": 1000, "shift": 1000}
+        for field, high in limits.items():
+            value = getattr(self, field)
+            if value is not None and abs(value) > high:
+                raise ValueError(f"{field} is {value}: it must be at most {high}")
+        for field in ("frames", "scale"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        empty = [i + 1 for i, prompt in enumerate(self.prompts) if not prompt.strip()]
+        if empty:
+            raise ValueError(f"prompt is empty: say what to show (prompt {empty[0]})")
+        count = max(1, len(self.prompts))
+        if count * self.num_samples > MAX_VIDEOS:
+            raise ValueError(
+                f"num_samples is {self.num_samples}: with {count} prompts these are {count * self.num_samples} videos, "
+                f"at most {MAX_VIDEOS} can be made at once"
+            )
+        for index, text in enumerate((*self.prompts, *self.names, self.negative_prompt or "")):
+            if len(text) > MAX_PROMPT:
+                raise ValueError(f"prompt {index + 1} has {len(text)} characters: it must have at most {MAX_PROMPT}")
+        if self.names and len(self.names) != len(self.prompts):
+            raise ValueError(
+                f"names is a list of {len(self.names)}, prompts one of {len(self.prompts)}: every prompt needs a name"
+            )
+        if self.if_exists not in (None, *IF_EXISTS):
+            raise ValueError(f"if_exists is {self.if_exists!r}: it must be one of {', '.join(IF_EXISTS)}")
+
     def _check_wan(self) -> None:
         for field in ("height", "width"):
             size = getattr(self, field)
@@ -134,9 +177,6 @@ class Job:
                 raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
         if self.image and self.video:
             raise ValueError("image and video are both given: choose one")
-        empty = [i + 1 for i, prompt in enumerate(self.prompts) if not prompt.strip()]
-        if empty:
-            raise ValueError(f"prompt is empty: say what to show (prompt {empty[0]})")
         if self.checkpoint is None and (self.image or self.video):
             raise ValueError("image and video need a causal network: give its weights as checkpoint")
         if self.trained is not None:
@@ -160,6 +200,7 @@ class Job:
                 if getattr(self, field) is not None:
                     raise ValueError(f"{field} has no effect here: {reason}")
         latent, rollout = lengths.latent_frames(self.wan_frames, WAN_FACTOR), self.wan_rollout
+        lengths.check_scale(self.scale or 1, self.height or Sampling().height, self.width or Sampling().width)
         self.wan_options()
         if rollout is not None and not self.video:
             lengths.check_frames(rollout, latent, 1 if self.image else 0, WAN_FACTOR)
@@ -272,7 +313,10 @@ class Job:
             pipe = pipe.with_sampling(solver=dataclasses.replace(solver, **asked))
         if changes:
             pipe = pipe.with_rollout(**changes)
-        return pipe.with_sampling(**self.sampling_changes)
+        pipe = pipe.with_sampling(**self.sampling_changes)
+        scale, sampling = self.scale or 1, pipe.sampling
+        lengths.check_scale(scale, sampling.height, sampling.width, sampling.frames)
+        return pipe
 
     def initial_pixels(self) -> np.ndarray | None:
         """Pixels uint8 [F, h, w, 3] of the given image or video; None where there is none."""
@@ -295,12 +339,12 @@ class Job:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """What videos are named after: the prompts, or the first one of a schedule."""
-        return self.prompts or (self.scenes[0].prompt,)
+        """What videos are named after: the names, the prompts, or the first prompt of a schedule."""
+        return self.names or self.prompts or (self.scenes[0].prompt,)
 
     def video_prompts(self) -> list[str]:
         """The prompt of every video, each prompt's samples in order."""
-        return [prompt for prompt in self.titles for _ in range(self.num_samples)]
+        return [prompt for prompt in self.prompts or self.titles for _ in range(self.num_samples)]
 
 
 def video_names(job: Job) -> list[str]:
@@ -310,26 +354,17 @@ def video_names(job: Job) -> list[str]:
     takes the first 180 characters of prompts that no file name holds (its `prompt[:180]`).
     """
     names, seen = [], collections.Counter()
-    for prompt in job.titles:
+    for title in job.titles:
         if job.vbench_names:
-            text = re.sub(r"[/\x00]", " ", prompt)
+            text = vbench_name(title)
             text = text if len(text.encode()) <= VBENCH_BYTES else text[:VBENCH_CHARACTERS]
+            text = text.encode()[:VBENCH_BYTES].decode(errors="ignore") or "video"
         else:
-            text = re.sub(r"\W+", "_", prompt.lower()).strip("_")
-        limit = VBENCH_BYTES if job.vbench_names else NAME_BYTES
-        text = text.encode()[:limit].decode(errors="ignore") or "video"
+            text = plain_name(title, NAME_BYTES)
         for sample in range(job.num_samples):
             if job.vbench_names:
                 sample, seen[text] = seen[text], seen[text] + 1
             names.append(f"{text}-{sample}" if job.vbench_names or job.num_samples > 1 else text)
-    if len(set(names)) < len(names):
+    if len({name if job.vbench_names else name.casefold() for name in names}) < len(names):
         names = [f"{i:04d}_{name}" for i, name in enumerate(names)]
     return names
-
-
-def check_names(names: list[str], out: Path) -> None:
-    """Refuses names that folders have, before anything long begins."""
-    for name in names:
-        for suffix in (".mp4", ".png", ".npy", ".gif"):
-            if (out / f"{name}{suffix}").is_dir():
-                raise ValueError(f"out: {out / name}{suffix} is a folder: a file of that name is to be written")

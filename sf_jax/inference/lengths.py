@@ -1,8 +1,13 @@
-"""How long a video can be: pixel frames, latent frames and chunks."""
+"""How long and how large a video can be: pixel frames, latent frames, chunks, files."""
+
+import math
 
 from sf_jax import rollout as ro
 
 WAN_FACTOR, WAN_SIDE = 4, 16  # Wan: pixel frames per latent frame but the first, and pixels per token along each side
+# What one command makes at most; beyond are mistakes, or more than memory and disks hold.
+MAX_VIDEOS, MAX_VIDEO_FRAMES, MAX_SIDE, MAX_STEPS, MAX_PROMPT = 100_000, 100_000, 4096, 1000, 100_000
+MAX_HELD_PIXELS = 2**31  # of an enlarged video that is in memory as a whole
 
 
 def latent_frames(frames: int, factor: int) -> int:
@@ -53,3 +58,20 @@ def check_frames(config: ro.RolloutConfig, frames: int, initial: int = 0, factor
         f"frames is {(frames - 1) * factor + 1}{latent}{given}: with chunks of {config.chunk} latent frames{limit} "
         f"the nearest that can be generated: {allowed}"
     )
+
+
+def check_scale(scale: int, height: int, width: int, frames: int = 1) -> None:
+    """Refuses an enlargement that makes files too large.
+
+    Args:
+      scale: pixels that a pixel becomes, along each side.
+      height: pixel rows.
+      width: pixel columns.
+      frames: pixel frames that are enlarged together.
+
+    Raises:
+      ValueError: naming the largest scale that would do.
+    """
+    high = min(MAX_SIDE // max(height, width), math.isqrt(MAX_HELD_PIXELS // (frames * height * width)))
+    if scale > max(1, high):
+        raise ValueError(f"scale is {scale}: for {frames} frames of {height}x{width} it must be at most {max(1, high)}")

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,12 +13,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sf_jax.data import captions, prompts, shards, videos
+from sf_jax.files import check_utf8
 from sf_jax.inference import video_io
 from sf_jax.inference.decoders import VaeEncoder
-from sf_jax.inference.lengths import WAN_FACTOR, WAN_SIDE
+from sf_jax.inference.lengths import MAX_SIDE, MAX_VIDEOS, WAN_FACTOR, WAN_SIDE
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.text_encoder import load_embedder
 from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
 from sf_jax.weights.networks import identify, load_network
@@ -31,6 +32,7 @@ NEGATIVE_PROMPT = (
     "倒着走"
 )
 DTYPES = ("bfloat16", "float32")
+MAX_FPS = 240
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +76,23 @@ class Job:
         for field in ("model", "output", "prompts", "videos"):
             if getattr(self, field) == "":
                 raise ValueError(f"{field} is empty: give a path")
+        check_utf8(self.output, "output")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
         for field in ("frames", "clips_per_video"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        limits = {"frames": MAX_FRAMES, "clips_per_video": MAX_VIDEOS, "height": MAX_SIDE, "width": MAX_SIDE}
+        for field, high in limits.items():
+            if getattr(self, field) > high:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be at most {high}")
         for field in ("height", "width"):
             size = getattr(self, field)
             if size < WAN_SIDE or size % WAN_SIDE:
                 near = max(WAN_SIDE, round(size / WAN_SIDE) * WAN_SIDE)
                 raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps is {self.fps}: it must be a finite number above 0")
+        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
+            raise ValueError(f"fps is {self.fps}: it must be above 0 and at most {MAX_FPS}")
         shards.check_processes(self.process_index, self.process_count)
 
     @property

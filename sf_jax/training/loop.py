@@ -51,7 +51,8 @@ def train(
       ValueError: on anything that the user must change; nothing in `workdir` is lost.
       FloatingPointError: if a loss or gradient is not finite.
       OSError: if something cannot be written; the last good checkpoint is named.
-      Stopped: a `SystemExit`, with code 0 after SIGTERM and 130 after Ctrl-C.
+      Stopped: a `SystemExit`: code 0 where SIGTERM came and a checkpoint was saved, 143 where there was nothing to
+        save yet, 130 after Ctrl-C.
     """
     workdir = check_writable(workdir, "workdir")
     check_shared(workdir, "workdir")

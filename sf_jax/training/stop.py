@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 
 from sf_jax.training.checkpoint import Checkpoints
 
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # of a run that has saved
+UNSAVED_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}  # of one that had nothing new to save, as shells have them
 
 
 class Stopped(SystemExit):
@@ -27,7 +28,7 @@ class StopRequest:
     after which all of them stop.
 
     Attributes:
-      busy: there is something to save; a signal at another time ends the run at once.
+      busy: there is something to save; a signal at another time ends the run at once, and not as if it were done.
     """
 
     def __init__(self):
@@ -41,7 +42,9 @@ class StopRequest:
         del frame
         asked = signal.Signals(number)
         if not self.busy:
-            raise Stopped(EXIT_CODES[asked])
+            reason = "ended before there was anything new to save; the same command goes on from where it was"
+            print(f"error: {asked.name}: {reason}", file=sys.stderr, flush=True)
+            raise Stopped(UNSAVED_CODES[asked])
         if self._signal == asked == signal.SIGINT:
             raise KeyboardInterrupt  # The second Ctrl-C means now.
         if self._signal is None:

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# VBench as Self Forcing reports it: videos of rewritten prompts, under the names of VBench's own, and their scores.
+#
+#   bash launch/vbench.sh lists                      fetch the lists of prompts and check them
+#   bash launch/vbench.sh generate FLAGS             5 videos of each prompt; FLAGS are those of sf_jax.generate
+#   bash launch/vbench.sh score                      run VBench's 16 dimensions, where it is installed
+#   bash launch/vbench.sh all FLAGS                  all three
+#
+# Before FLAGS:  --folder=FOLDER   where everything is kept (runs/vbench)
+#                --limit=N         the first N prompts alone, to try it out
+#                --samples=N       videos of each prompt (5)
+#                --prompts=FILE --names=FILE   other lists, a prompt and its name a line
+#                --dry-run         print the commands and run none
+#
+# What is there is kept: a run that was stopped goes on where it was. Prompts are those of docs/results/protocol.md.
+# VBENCH=/path/to/vbench names the program where VBench has an environment of its own (it needs an older PyTorch).
+# PYTHON=/path/to/python chooses the interpreter of a new .venv.
+set -euo pipefail
+
+usage() {
+  sed -n '2,17p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  exit "$1"
+}
+
+step="${1:-}"
+case "$step" in
+  -h | --help) usage 0 ;;
+  lists | generate | score | all) shift ;;
+  *) usage 2 ;;
+esac
+folder="runs/vbench" limit="" samples=5 prompts="" names="" dry_run=0
+flags=()
+for argument in "$@"; do
+  case "$argument" in
+    --folder=*) folder="${argument#*=}" ;;
+    --limit=*) limit="${argument#*=}" ;;
+    --samples=*) samples="${argument#*=}" ;;
+    --prompts=*) prompts="${argument#*=}" ;;
+    --names=*) names="${argument#*=}" ;;
+    --dry-run) dry_run=1 ;;
+    --out=* | --num_samples=* | --vbench_names* | --if_exists=*)
+      printf '[sf_jax] error: %s: the protocol sets it; see bash launch/vbench.sh --help\n' "$argument" >&2
+      exit 1
+      ;;
+    *) flags+=("$argument") ;;
+  esac
+done
+from="$PWD"
+
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+absolute() { case "$1" in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$from/$1" ;; esac; }
+
+[[ -z "$limit" || "$limit" =~ ^[1-9][0-9]*$ ]] || die "--limit=$limit: it must be a number, 1 or more"
+[[ "$samples" =~ ^[1-9][0-9]*$ ]] || die "--samples=$samples: it must be a number, 1 or more"
+[[ -z "$prompts" && -z "$names" || -n "$prompts" && -n "$names" ]] || die "--prompts and --names: give both or none"
+folder="$(absolute "$folder")"
+videos="$folder/videos"
+dimensions=(subject_consistency background_consistency temporal_flickering motion_smoothness dynamic_degree
+  aesthetic_quality imaging_quality object_class multiple_objects human_action color spatial_relationship scene
+  appearance_style temporal_style overall_consistency)
+
+# Both at commits that are named in docs/results/protocol.md.
+SELF_FORCING=https://raw.githubusercontent.com/guandeh17/Self-Forcing/33593df3e81fa3ec10239271dd2c100facac6de1/prompts/vbench
+VBENCH_INFO=https://raw.githubusercontent.com/Vchitect/VBench/45e79ec14e69a2187202c675d2dbce1a71843d53/vbench/VBench_full_info.json
+
+run() {
+  if ((dry_run)); then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+# fetch URL SHA256: the file of that hash, in the folder.
+fetch() {
+  local path="$folder/${1##*/}"
+  if [[ -f "$path" ]] && sha256sum --check --status <<<"$2  $path"; then return 0; fi
+  run mkdir -p -- "$folder"
+  run curl --fail --silent --show-error --location --output "$path.part" "$1" ||
+    die "cannot fetch $1: put the file at $path yourself"
+  ((dry_run)) && return 0
+  sha256sum --check --status <<<"$2  $path.part" || die "$1 is not the file of docs/results/protocol.md: its hash is another"
+  mv -- "$path.part" "$path"
+}
+
+lists() {
+  if [[ -z "$prompts" ]]; then
+    fetch "$SELF_FORCING/all_dimension.txt" f9b50654f81ab732b9235d5bb91f0c3a4d152fac19249ce3a3a9185b2d80d8c3
+    fetch "$SELF_FORCING/all_dimension_extended.txt" c78f1ad32974503efaa8cc935347ace88f3a8b571adde6687bc8425bbf417cf3
+    fetch "$VBENCH_INFO" 5dd2de80ee43cda750b2b72ea7023657c0b90d3702041c7e4608c65dbe50dccd
+    prompts="$folder/all_dimension_extended.txt" names="$folder/all_dimension.txt"
+  else
+    prompts="$(absolute "$prompts")" names="$(absolute "$names")"
+    [[ -f "$prompts" && -f "$names" ]] || die "--prompts=$prompts --names=$names: one of them does not exist"
+    run mkdir -p -- "$folder"
+  fi
+  if [[ -n "$limit" ]] && ! ((dry_run)); then
+    head -n "$limit" -- "$prompts" >"$folder/first_prompts.txt"
+    head -n "$limit" -- "$names" >"$folder/first_names.txt"
+    prompts="$folder/first_prompts.txt" names="$folder/first_names.txt"
+  fi
+}
+
+generate() {
+  lists
+  if ! ((dry_run)); then setup_venv "convert$(accelerator_extra)"; fi
+  run "$VENV_PYTHON" -m sf_jax.generate --prompts="$prompts" --names="$names" --vbench_names --num_samples="$samples" \
+    --if_exists=skip --out="$videos" ${flags[@]+"${flags[@]}"}
+}
+
+score() {
+  local program="${VBENCH:-vbench}" dimension
+  local -a info=()
+  if ! ((dry_run)); then
+    [[ -d "$videos" ]] || die "there are no videos in $videos: bash launch/vbench.sh generate makes them"
+    command -v "$program" >/dev/null 2>&1 || die "VBench is not installed: in an environment of its own, pip install torch
+  torchvision --index-url https://download.pytorch.org/whl/cu121, pip install vbench==0.1.5 and
+  pip install detectron2@git+https://github.com/facebookresearch/detectron2.git; then VBENCH=/path/to/its/bin/vbench"
+  fi
+  if [[ -f "$folder/VBench_full_info.json" ]]; then info=(--full_json_dir "$folder/VBench_full_info.json"); fi
+  for dimension in "${dimensions[@]}"; do
+    if compgen -G "$folder/scores/$dimension/*_eval_results.json" >/dev/null; then continue; fi
+    say "VBench: $dimension"
+    run "$program" evaluate --videos_path "$videos" --dimension "$dimension" --output_path "$folder/scores/$dimension/" \
+      ${info[@]+"${info[@]}"}
+    ((dry_run)) && continue
+    # it ends with 0 whatever happened
+    compgen -G "$folder/scores/$dimension/*_eval_results.json" >/dev/null || die "VBench wrote no result for $dimension: see above"
+  done
+  say "scores are in $folder/scores; their weighted means: VBench's scripts/cal_final_score.py (docs/results/protocol.md)"
+}
+
+case "$step" in
+  lists) lists ;;
+  generate) generate ;;
+  score) score ;;
+  all)
+    generate
+    score
+    ;;
+esac

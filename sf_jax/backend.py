@@ -1,0 +1,75 @@
+"""JAX's backends: what keeps one from starting, told before XLA ends the process and without a traceback."""
+
+import os
+import re
+import subprocess
+import sys
+
+# Reads XLA_FLAGS as a backend does; a flag that it does not know ends that process, and not this one.
+_READ_FLAGS = "from jaxlib import xla_client as x; x._xla.CompileOptions().executable_build_options.debug_options"
+_SECONDS = 60
+# What JAX and the plugins of GPUs and TPUs say where a backend cannot start or the machine does not fit.
+_START = re.compile(
+    r"unable to initialize backend|is not in the list of known backends|unknown backend|no backend|"
+    r"driver version is insufficient|cuda driver|CUDA_ERROR|cudaError|cuInit|hipError|"
+    r"(?:TPU|TFRT) initialization failed|already in use by process|libtpu",
+    re.IGNORECASE,
+)
+
+
+def check_xla_flags(environ: os._Environ | dict[str, str] = os.environ) -> None:
+    """Refuses an `XLA_FLAGS` that would end the process as soon as JAX starts.
+
+    Raises:
+      ValueError: naming what XLA says of it.
+    """
+    value = environ.get("XLA_FLAGS", "").strip()
+    if not value or _started():
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _READ_FLAGS], env=dict(environ), capture_output=True, timeout=_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
+        return  # JAX itself will tell
+    if done.returncode == 0:
+        return
+    output = done.stderr.decode(errors="replace")
+    for pattern in (
+        r"(Unknown flags?) in XLA_FLAGS: ?(.*)",
+        r"(Couldn't interpret value .*? for flag) (.*)\.",
+        r"(Could not open file) (\".*?\")",
+    ):
+        if match := re.search(pattern, output):
+            raise ValueError(
+                f"XLA_FLAGS is {value!r}: XLA says: {match[1]} {match[2].strip()}; correct or unset this variable of "
+                "the environment"
+            )
+
+
+def _started() -> bool:
+    """Whether a backend runs already, which has read its flags."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bool(getattr(bridge, "_backends", None))
+
+
+def start_problem(error: BaseException) -> str | None:
+    """What to tell the user where JAX's backend cannot start; None where the error is about something else."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    text = " ".join(str(error).split())
+    if isinstance(error, AssertionError):  # JAX's own, where JAX_PLATFORMS names a GPU and no plugin is installed
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is None or not frame.tb_frame.f_code.co_filename.endswith("xla_bridge.py"):
+            return None
+        text = "JAX has no such backend"
+    elif not _START.search(text):
+        return None
+    text = re.sub(r"\s*\(set JAX_PLATFORMS=.*?\)", "", text)
+    extras = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+    extra = next((extras[name] for name in re.split(r"\W+", platforms.lower()) if name in extras), None)
+    install = f", or install JAX for it: pip install 'sf_jax[{extra}]'" if extra else ""
+    if platforms:
+        return f"JAX_PLATFORMS is {platforms!r} and this machine cannot be used so ({text}): set it to cpu{install}"
+    return f"JAX cannot use the device of this machine ({text}): update its driver, or set JAX_PLATFORMS=cpu"

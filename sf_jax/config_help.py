@@ -1,0 +1,132 @@
+"""What `python -m sf_jax.train --help` says of configurations: their variants, their fields, types, defaults."""
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sf_jax import usage
+from sf_jax.config import TrainConfig, from_dict
+
+SHIPPED = ("configs/digits.py", "configs/wan_distill.py")
+
+
+def of_arguments(arguments: Sequence[str]) -> str:
+    """The part of --help about the configuration that a command line names, or about those of the repository.
+
+    Raises:
+      SystemExit: the configuration cannot be read; the message is one line.
+    """
+    path = _value("config", arguments)
+    if path is None:
+        parts = [
+            f"{shipped} has the variants {', '.join(_variants(load(shipped)))}."
+            for shipped in SHIPPED
+            if Path(shipped).is_file()
+        ]
+        return "\n\n".join([*parts, f"--config={SHIPPED[0]} --help lists the variants and fields of a configuration."])
+    try:
+        return text_of(path)
+    except Exception as error:  # configurations are programs
+        from sf_jax.command import fail
+
+        fail(f"config is {path}: {error}")
+
+
+def _value(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of a flag of a command line that need not be right otherwise."""
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            return value if equals else next(iter(arguments[index + 1 : index + 2]), None)
+    return None
+
+
+def load(path: str) -> types.ModuleType:
+    """The module of a configuration file.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location("sf_jax_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def text_of(config: str) -> str:
+    """Variants and fields of a configuration.
+
+    Args:
+      config: its file, with `:VARIANT` for the defaults of a variant.
+    """
+    path, _, variant = config.partition(".py:")
+    path = f"{path}.py" if variant else path
+    module = load(path)
+    variants = _variants(module)
+    values = module.get_config(variant) if variant else module.get_config()
+    lines = [inspect.getdoc(module) or "", ""] if module.__doc__ else []
+    if variants:
+        lines += [f"Variants, as --config={path}:VARIANT:"]
+        lines += [line for name, doc in variants.items() for line in usage.entry(name, doc)] + [""]
+    lines += [f"Fields and what they are in {config}:"]
+    for name, kind, value, doc in fields_of(from_dict(values)):
+        lines += usage.entry(f"--config.{name}={value}", f"({kind}) {doc}")
+    return "\n".join(lines)
+
+
+def _variants(module: types.ModuleType) -> dict[str, str]:
+    """Names of the variants and the first lines of what they are."""
+    variants = getattr(module, "VARIANTS", {})
+    if not isinstance(variants, Mapping):
+        return {}
+    return {
+        name: (inspect.getdoc(make) or "").partition("\n\n")[0].replace("\n", " ") for name, make in variants.items()
+    }
+
+
+def fields_of(config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, value and description of every field of a config dataclass, those of its groups after it."""
+    docs, hints = attribute_docs(type(config)), typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{name}.")
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            yield name, _kind(hints[field.name]), shown, docs.get(field.name, "")
+
+
+def _kind(hint) -> str:
+    """The type of a field, in a few words."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_kind(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"several {_kind(typing.get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint):
+        group = next(
+            (field.name for field in dataclasses.fields(TrainConfig) if field.type in (hint, hint.__name__)), ""
+        )
+        return f"fields as {group}" if group else hint.__name__
+    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """Descriptions of a dataclass's fields, from the section `Attributes` of its docstring."""
+    _, _, section = (inspect.getdoc(kind) or "").partition("Attributes:\n")
+    docs, name = {}, None
+    for line in section.splitlines():
+        if match := re.match(r"  (\w+): (.*)", line):
+            name = match[1]
+            docs[name] = match[2]
+        elif name and line.startswith("    "):
+            docs[name] += f" {line.strip()}"
+        elif not line.startswith("  "):
+            break
+    return docs
