@@ -22,9 +22,10 @@ from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
+from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import ModelFiles, find_model, read_solver
 from sf_jax.weights.networks import check_network, load_network
-from sf_jax.weights.package import SHIPPED, Package, load_package, read_header, shipped_path
+from sf_jax.weights.package import SHIPPED, Package, load_package, parse_header, read_header, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
 DIGITS_FRAMES, MANY_STEPS = 48, 24
@@ -174,10 +175,21 @@ def find_wan(folder: str | Path, options: WanOptions) -> ModelFiles:
     if files.config is None:
         raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
     check_network(_transformer_path(files, options), "transformer", files.config, options.part)
+    if options.checkpoint is None:
+        _refuse_causal(files.transformer)
     check_network(files.text_encoder, "umt5")
     for kind in {VAES[options.vae], "vae" if options.encoder else None} - {None}:
         check_network(getattr(files, kind), kind)
     return files
+
+
+def _refuse_causal(path: Path) -> None:
+    """Refuses a folder's transformer that says of itself that it is not the bidirectional network of many steps."""
+    with open_tensors(path) as tensors:
+        header = tensors.metadata.get("sf_jax")
+    if header is not None and (kind := parse_header(path, header).kind) != "teacher":
+        kind = "causal student" if kind == "student" else "causal network"
+        raise ValueError(f"{path} is a {kind} (its header says so): give it as checkpoint too")
 
 
 def _transformer_path(files: ModelFiles, options: WanOptions) -> Path:

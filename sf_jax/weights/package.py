@@ -13,7 +13,7 @@ from sf_jax.config import from_dict, to_dict
 from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.options import at_least, one_of
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights import transformer
+from sf_jax.weights import mapping, transformer
 from sf_jax.weights.load import file_tensors
 from sf_jax.weights.safetensors_io import write_safetensors
 
@@ -94,9 +94,14 @@ def load_package(path: pathlib.Path | str) -> Package:
         raise ValueError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"checkpoint {path} was not written by sf_jax.train: its header does not say what it is")
-    package = _parse(path, header)
+    package = parse_header(path, header)
     try:
-        params = transformer.from_official(tensors, package.config, param_shapes(package.config))
+        like = param_shapes(package.config)
+        if transformer.naming_of(tensors) == "official":
+            params = transformer.from_official(tensors, package.config, like)
+        else:
+            entries = transformer.entries(package.config, "diffusers")
+            params = mapping.to_params(entries, tensors, like, "transformer", np.float32)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
     return dataclasses.replace(package, params=jax.tree.map(np.asarray, params))
@@ -116,10 +121,15 @@ def read_header(path: pathlib.Path | str) -> Package | None:
             header = (stored.metadata() or {}).get("sf_jax")
     except (SafetensorError, OSError):  # whoever reads the tensors says so
         return None
-    return None if header is None else _parse(path, header)
+    return None if header is None else parse_header(path, header)
 
 
-def _parse(path: pathlib.Path, header: str) -> Package:
+def parse_header(path: pathlib.Path, header: str) -> Package:
+    """What the entry `sf_jax` of a file's header says, without parameters.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
     try:
         values = json.loads(header)
         if not isinstance(values, dict):

@@ -1,0 +1,581 @@
+"""Weights for other programs: folders that diffusers, the official code and ComfyUI open, and their model cards."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from sf_jax.inference.load import load_pipeline
+from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.models import umt5, wan
+from sf_jax.rollout import RolloutConfig
+from sf_jax.weights import cards, export, export_folder, model_configs, transformer
+from sf_jax.weights.export_folder import Source, Target, write_folder
+from sf_jax.weights.files import open_tensors
+from sf_jax.weights.folders import find_model, read_config, read_solver
+from sf_jax.weights.package import Package, load_package, read_header, save_package
+from tests.helpers import SMALL, random_params, relative
+from tests.test_weights import assert_same, convert, described, manifest, network
+from tests.wan_folder import MODEL, WORDS, make_folder
+
+EXTRA = "needs the [parity] extra"
+ROLLOUT = RolloutConfig(steps=(1000, 500), shift=3.0, chunk=2, window=6, sink=2, positions="relative")
+
+
+def unigram() -> tokenizers.Tokenizer:
+    """A tokenizer of UMT5's kind: SentencePiece's unigrams, `</s>` after every text."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((f"▁{word}", -3.0) for word in WORDS)]
+    made = tokenizers.Tokenizer(models.Unigram(words, unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    made.decoder = decoders.Metaspace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return made
+
+
+def student(path: Path, kind: str = "student", **changes) -> Path:
+    """A file of sf_jax.train with the sizes of the model folder."""
+    save_package(path, Package(kind, MODEL, ROLLOUT, 6, (4, 4), 3.0, 1.0, random_params(MODEL, 3), **changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """An official model folder whose tokenizer is of UMT5's kind, with a student in it."""
+    folder = make_folder(tmp_path_factory.mktemp("export") / "wan")
+    unigram().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
+    (folder / "google" / "umt5-xxl" / "spiece.model").write_bytes(b"\x0a\x07a model")
+    (folder / "LICENSE.txt").write_text("the license of the base")
+    (folder / "taew2_1.safetensors").unlink()
+    student(folder / "student.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(source, tmp_path_factory) -> Path:
+    """The folder in the layout of diffusers, the transformer and the VAE in shards."""
+    folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    write_folder(Source(source), Target(folder, "diffusers", shard_bytes=200_000))
+    return folder
+
+
+def inventory(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Folders
+
+
+def test_a_pipeline_folder_has_the_files_that_diffusers_writes(pipeline_folder, source):
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    # Wan-AI/Wan2.1-T2V-1.3B-Diffusers has these classes.
+    assert index == {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    assert read_config(pipeline_folder / "transformer" / "config.json") == read_config(source / "config.json")
+    assert read_solver(pipeline_folder) == ("unipc", 8.0), "what generate takes for the official folder"
+    assert (pipeline_folder / "LICENSE.txt").read_text() == "the license of the base"
+    assert (pipeline_folder / "tokenizer" / "tokenizer.json").read_bytes() == (
+        source / "google" / "umt5-xxl" / "tokenizer.json"
+    ).read_bytes()
+    assert not list(pipeline_folder.rglob("*.tmp"))
+
+
+def test_shards_hold_each_tensor_once_and_no_more_than_the_limit(pipeline_folder):
+    folder = pipeline_folder / "vae"
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    assert list(files) == [
+        f"diffusion_pytorch_model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    assert {name: file for file, held in files.items() for name in held} == index["weight_map"]
+    sizes = [sum(value.nbytes for value in held.values()) for held in files.values()]
+    assert sum(sizes) == index["metadata"]["total_size"]
+    assert all(size <= 200_000 or len(held) == 1 for size, held in zip(sizes, files.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7), ("1gib", 2**30)]
+)
+def test_sizes(text, size):
+    assert export.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-5GB", "5TB", "5 G B", "1e3MB", "nan", "9" * 40])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match="max_shard_size is .*such as 5GB"):
+        export.parse_size(text)
+
+
+def test_official_to_diffusers_and_back_keeps_every_byte(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_folder, "_has_torch", lambda: False)
+    write_folder(Source(source), Target(tmp_path / "there", "diffusers"))
+    written = write_folder(Source(tmp_path / "there"), Target(tmp_path / "back", "official"))
+    assert any("PyTorch is not installed" in note for note in written.notes)
+    before, after = inventory(source), inventory(tmp_path / "back")
+    weights = {name for name in before if name.endswith(".safetensors") and name != "student.safetensors"}
+    for name in weights:
+        assert_same(load_file(tmp_path / "back" / name), load_file(source / name))
+    # The tokenizer's config is an addition: the source here has none.
+    added = {"google/umt5-xxl/tokenizer_config.json"}
+    assert set(after) == set(before) - {"student.safetensors"} | added
+    find_model(tmp_path / "back")
+    assert read_config(tmp_path / "back" / "config.json") == read_config(source / "config.json")
+
+
+def test_a_student_takes_the_place_of_the_transformer_and_its_header_stays(source, tmp_path):
+    checkpoint = source / "student.safetensors"
+    written = write_folder(Source(source, checkpoint), Target(tmp_path / "out", "diffusers"))
+    path = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert read_header(path) == read_header(checkpoint)
+    assert read_solver(tmp_path / "out") == ("unipc", 3.0)
+    assert any("this transformer is causal" in note for note in written.notes)
+    jax.tree.map(np.testing.assert_array_equal, load_package(path).params, load_package(checkpoint).params)
+    pipes = [
+        load_pipeline(folder, file, dtype="float32", vae="none")
+        for folder, file in ((source, checkpoint), (tmp_path / "out", path))
+    ]
+    assert pipes[0].rollout == pipes[1].rollout and pipes[1].rollout.steps == (1000, 500)
+    jax.tree.map(np.testing.assert_array_equal, pipes[0].params, pipes[1].params)
+
+
+def test_a_folder_whose_transformer_is_a_student_is_no_bidirectional_model(source, tmp_path):
+    write_folder(Source(source, source / "student.safetensors"), Target(tmp_path / "out", "diffusers"))
+    with pytest.raises(ValueError, match=r"is a causal student \(its header says so\): give it as checkpoint"):
+        load_pipeline(tmp_path / "out", dtype="float32")
+
+
+def test_one_network_gets_a_folder_of_its_own(source, tmp_path):
+    write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", np.dtype(np.float16)))
+    assert sorted(inventory(tmp_path / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert read_config(tmp_path / "out" / "config.json").num_heads == MODEL.num_heads
+    tensors = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {np.dtype(np.float16)}
+    write_folder(Source(tmp_path / "out"), Target(tmp_path / "back", "official"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_heads"] == MODEL.num_heads
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "transformers"}, "to is 'transformers': for a model folder it must be one of official, diffusers"),
+        ({"checkpoint": "Wan2.1_VAE.safetensors"}, "Wan2.1_VAE.safetensors: a transformer is needed; this is a VAE"),
+        ({"checkpoint": "missing.pt"}, "missing.pt does not exist"),
+        ({"part": "critic"}, "part is 'critic': it chooses a network of --checkpoint"),
+        ({"path": "diffusion_pytorch_model.safetensors", "checkpoint": "student.safetensors"}, "for a model folder"),
+        (
+            {"path": "Wan2.1_VAE.safetensors", "layout": "official"},
+            "the official code has a folder for the transformer",
+        ),
+        ({"path": "Wan2.1_VAE.safetensors", "layout": "comfy"}, "one network for ComfyUI is one file"),
+        ({"path": "Wan2.1_VAE.safetensors", "layout": "transformers"}, "it must be one of official, diffusers, comfy"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(change, message, source, tmp_path):
+    paths = {name: source / change[name] for name in ("path", "checkpoint") if name in change}
+    with pytest.raises(ValueError, match=message):
+        write_folder(
+            Source(paths.get("path", source), paths.get("checkpoint"), change.get("part")),
+            Target(tmp_path / "out", change.get("layout", "diffusers")),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(source, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="it holds notes.txt; give a new folder, or empty this one"):
+        write_folder(Source(source), Target(tmp_path, "diffusers"))
+    before = inventory(source)
+    with pytest.raises(ValueError, match="it is the input"):
+        write_folder(Source(source), Target(source, "official"))
+    with pytest.raises(ValueError, match="there is a file of that name"):
+        write_folder(Source(source), Target(tmp_path / "notes.txt", "official"))
+    assert inventory(source) == before and inventory(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_write_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(model_configs, "pipeline_index", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_folder(Source(source), Target(tmp_path / "out", "diffusers"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="the disk is full"):
+        write_folder(Source(source), Target(tmp_path / "empty", "diffusers"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(source, tmp_path, monkeypatch):
+    usage = dataclasses.make_dataclass("Usage", ["free"])
+    monkeypatch.setattr(export_folder.shutil, "disk_usage", lambda _: usage(10))
+    with pytest.raises(OSError, match=r"0.0 GB are needed, 0.0 GB are free"):
+        write_folder(Source(source), Target(tmp_path / "out", "diffusers"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_nothing_tells_are_not_guessed(tmp_path):
+    tensors = network("transformer", "official")[2]  # dim 32, which is no whole number of heads of 128
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="nothing says how many heads it has; put the model's config.json beside it"):
+        write_folder(Source(tmp_path / "a.safetensors"), Target(tmp_path / "out", "diffusers"))
+    config = model_configs.config_of("transformer", SMALL, {}, official=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_folder(Source(tmp_path / "a.safetensors"), Target(tmp_path / "out", "diffusers"))
+    assert read_config(tmp_path / "out" / "config.json").num_heads == SMALL.num_heads
+
+
+def test_long_conversions_show_bytes(source, capsys, monkeypatch):
+    monkeypatch.setattr(export, "_LONG", 1)
+    with open_tensors(source / "student.safetensors") as tensors:
+        found = export.read_network(tensors, "diffusers")
+        with export.progress([found]) as (counted,):
+            for name in counted.tensors:
+                counted.tensors[name]
+    assert "100%" in capsys.readouterr().err
+
+
+# ComfyUI
+
+
+def comfy_kind(shapes) -> dict | str:
+    """What ComfyUI makes of a file, by the rules of its model_detection.py and sd.py."""
+    if "head.modulation" in shapes:
+        prefixed = sum(name.startswith("model.diffusion_model.") for name in shapes)
+        assert prefixed == 0, "files of one network have no prefix"
+        assert not any(part in name for name in shapes for part in ("img_emb", "vace_", "control_adapter"))
+        dim = shapes["head.modulation"][-1]
+        return {
+            "dim": dim,
+            "out_dim": shapes["head.head.weight"][0] // 4,
+            "num_heads": dim // 128,
+            "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+            "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+            "in_dim": shapes["patch_embedding.weight"][1],
+        }
+    if "decoder.middle.0.residual.0.gamma" in shapes:
+        return "Wan 2.2 VAE" if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes else "Wan 2.1 VAE"
+    wi = shapes.get("encoder.block.23.layer.1.DenseReluDense.wi_1.weight")
+    return "umt5_xxl" if wi and wi[-1] == 4096 and "shared.weight" in shapes and "spiece_model" in shapes else "unknown"
+
+
+@pytest.mark.parametrize("naming", ["official", "diffusers"])
+@pytest.mark.parametrize(("size", "config"), [("1.3b", wan.wan_1_3b()), ("14b", wan.wan_14b())])
+def test_comfyui_recognizes_the_transformers(size, config, naming):
+    found = export.read_network(described(manifest(f"wan2.1-t2v-{size}.{naming}")), "comfy")
+    kind = comfy_kind(found.tensors.shapes)
+    assert kind == {
+        "dim": config.dim,
+        "out_dim": 16,
+        "num_heads": config.num_heads,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "in_dim": 16,
+    }
+    assert not export.comfy_notes(found)
+
+
+@pytest.mark.parametrize("naming", ["official", "diffusers"])
+def test_comfyui_recognizes_the_vae(naming):
+    found = export.read_network(described(manifest(f"wan2.1-vae.{naming}")), "comfy")
+    assert comfy_kind(found.tensors.shapes) == "Wan 2.1 VAE" and not export.comfy_notes(found)
+
+
+@pytest.mark.parametrize("naming", ["official", "transformers"])
+def test_comfyui_recognizes_the_text_encoder_and_finds_its_tokenizer(naming):
+    found = export.read_network(described(manifest(f"umt5-xxl-encoder.{naming}")), "comfy")
+    found = export.with_tokenizer(export.without_tied(found), b"\x0a\x01x")
+    assert comfy_kind(found.tensors.shapes) == "umt5_xxl" and not export.comfy_notes(found)
+    assert found.config == dataclasses.replace(umt5.umt5_xxl(), dtype=found.config.dtype)
+    assert found.tensors["spiece_model"].dtype == np.uint8 and found.tensors["spiece_model"].tobytes() == b"\x0a\x01x"
+    assert "encoder.embed_tokens.weight" not in found.tensors
+
+
+def test_a_folder_for_comfyui_has_its_three_folders(source, tmp_path):
+    written = write_folder(Source(source, source / "student.safetensors"), Target(tmp_path / "out", "comfy"))
+    names = {str(path.relative_to(tmp_path / "out")) for path in written.files}
+    student_file = "diffusion_models/student.safetensors"
+    text_file = "text_encoders/umt5_xxl_fp32.safetensors"
+    assert names == {student_file, "vae/wan_2.1_vae.safetensors", text_file, "LICENSE.txt"}
+    assert any("ComfyUI takes eps 1e-06, freq_dim 256" in note for note in written.notes), "toy sizes are told of"
+    assert_same(load_file(tmp_path / "out" / student_file), load_file(source / "student.safetensors"))
+    assert read_header(tmp_path / "out" / student_file) == read_header(source / "student.safetensors")
+    assert load_file(tmp_path / "out" / text_file)["spiece_model"].tobytes() == b"\x0a\x07a model"
+    with open_tensors(tmp_path / "out" / text_file) as tensors:
+        again = export.read_network(tensors, "official")
+        assert_same(again.tensors, load_file(source / "models_t5_umt5-xxl-enc-bf16.safetensors"))
+
+
+def test_a_text_encoder_without_a_tokenizer_is_refused_for_comfyui(source, tmp_path):
+    with pytest.raises(
+        ValueError, match="there is no spiece.model in .*: ComfyUI's text encoders hold their tokenizer"
+    ):
+        export_folder.read_spiece(export_folder.spiece_folders(tmp_path / "a.safetensors"))
+    folders = export_folder.spiece_folders(source / "models_t5_umt5-xxl-enc-bf16.safetensors")
+    assert export_folder.read_spiece(folders) == b"\x0a\x07a model"
+
+
+# Model cards
+
+
+def run_folder(folder: Path) -> Path:
+    """What a run leaves, as far as a card reads it."""
+    config = {"stage": "distill", "objective": "dmd", "steps": 40, "generator_every": 5, "batch_size": 4, "seed": 7}
+    config |= {"student_input": "rollout", "data": {"name": "wan", "dir": str(folder / "data")}, "lora": {"rank": 8}}
+    config |= {"optimizer": {"name": "adamw", "lr": 2e-6}, "ema": {"decay": 0.99}}
+    about = {"config": config, "code": "0.1.0+abc", "data": {"digests": {"data.dir": "d1gest", "teacher_weights": "t"}}}
+    for step in (20, 40):
+        (folder / "checkpoints" / str(step) / "about").mkdir(parents=True)
+        (folder / "checkpoints" / str(step) / "about" / "metadata").write_text(json.dumps(about))
+    (folder / "checkpoints" / "²").mkdir()
+    lines = [
+        {"step": 20, "generator_loss": 0.5, "critic_loss": 0.25},
+        {"step": 40, "critic_loss": 0.125, "seconds_per_step": 9},
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
+    info = {"name": "wan_prompts", "splits": [{"name": "train", "shardLengths": ["64", "6"]}]}
+    (folder / "data" / "prompts").mkdir(parents=True)
+    (folder / "data" / "prompts" / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "results.json").write_text(json.dumps({"figures": {"ours": {"joint": 0.9, "per_frame": [1]}}}))
+    return folder
+
+
+def test_a_card_says_recipe_data_figures_and_license(tmp_path):
+    folder = run_folder(tmp_path)
+    run = cards.run_of(student(folder / "student_000040.safetensors"))
+    header = read_header(folder / "student_000040.safetensors")
+    card = cards.Card("A | title", "official", ["a transformer"], header, run, "apache-2.0", "Wan-AI/Wan2.1-T2V-1.3B")
+    lines = [line for line in card.text.splitlines() if line.startswith("| ") and line != "| | |"]
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines)
+    expected = {
+        "kind": "causal student of few steps",
+        "steps": "1000, 500",
+        "shift": "3",
+        "chunk": "2",
+        "window": "6",
+        "sink": "2",
+        "positions": "relative",
+        "objective": "dmd",
+        "iterations": "40 of 40",
+        "critic updates": "40",
+        "student updates": "8",
+        "LoRA rank": "8",
+        "EMA decay": "0.99",
+        "code": "`0.1.0+abc`",
+        "digest": "`d1gest`",
+        "entries of `wan_prompts` when this was written": "70",
+        "generator_loss": "0.5",
+        "critic_loss": "0.125",
+        "joint": "0.9",
+    }
+    assert {name: rows.get(name) for name in expected} == expected
+    assert rows["config (SHA-256, 16 digits)"] == f"`{run.digest}`" and "seconds_per_step" not in rows
+    assert str(tmp_path) not in card.text, "no paths of this machine"
+    earlier = cards.run_of(folder / "student_000020.safetensors")
+    assert (earlier.step, earlier.figures) == (20, {"generator_loss": 0.5, "critic_loss": 0.25})
+
+
+def test_no_license_is_invented():
+    card = cards.Card("t", "diffusers", ["a VAE"])
+    assert "license" not in card.text.split("---")[1] and "base_model" not in card.text
+    assert "see the base model, if they derive from one; no license was given" in card.text
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[1]", '{"config": 3}', "[" * 100_000, '{"config": {}, "data": {"digests": 4}}']
+)
+def test_a_damaged_run_costs_its_part_of_the_card_alone(damage, tmp_path):
+    folder = run_folder(tmp_path)
+    for path in folder.glob("checkpoints/*/about/metadata"):
+        path.write_text(damage)
+    (folder / "log.jsonl").write_bytes(b"\xff\xfe" + damage.encode())
+    run = cards.read_run(folder)
+    assert run is None or cards.Card("t", "official", [], run=run).text
+
+
+def test_a_card_is_the_hubs(tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="reading a card as the hub does needs huggingface_hub")
+    card = cards.Card(
+        'a "b": c', "diffusers", ["x"], read_header(student(tmp_path / "s.safetensors")), None, "mit", "a/b"
+    )
+    read = hub.ModelCard(card.text, ignore_metadata_errors=False)
+    assert read.data.to_dict() == {
+        "license": "mit",
+        "base_model": "a/b",
+        "pipeline_tag": "text-to-video",
+        "library_name": "diffusers",
+        "tags": ["arxiv:2506.08009", "self-forcing", "video-generation"],
+    }
+    assert isinstance(read.data, hub.ModelCardData) and read.text.lstrip().startswith('# a "b": c')
+
+
+def test_a_readme_that_is_there_stays(tmp_path):
+    card = cards.Card("t", "official", ["x"])
+    assert cards.write_card(card, tmp_path, "student") == (tmp_path / "README.md", "")
+    assert cards.write_card(card, tmp_path, "student") == (tmp_path / "README.md", ""), "the same again"
+    (tmp_path / "README.md").write_bytes(b"mine \xff")
+    path, note = cards.write_card(card, tmp_path, "student")
+    assert path == tmp_path / "student.md" and "README.md is there already and stays" in note
+    (tmp_path / "student.md").write_text("mine too")
+    path, note = cards.write_card(card, tmp_path, "student")
+    assert path is None and "no model card was written" in note
+    assert (tmp_path / "README.md").read_bytes() == b"mine \xff" and (tmp_path / "student.md").read_text() == "mine too"
+
+
+# The command
+
+
+def test_convert_writes_a_folder_with_a_card_and_refuses_to_write_over_it(source, tmp_path):
+    options = [f"--input={source}", f"--checkpoint={source}/student.safetensors", f"--output={tmp_path}/out-1.3B"]
+    done = convert(*options, "--to=diffusers", "--max_shard_size=5GB", "--dtype=bfloat16", "--base_model=a/b")
+    assert done.returncode == 0, done.stderr
+    assert "-> diffusers: wrote" in done.stdout and "note: this transformer is causal" in done.stdout
+    tensors = load_file(tmp_path / "out-1.3B" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    text = (tmp_path / "out-1.3B" / "README.md").read_text()
+    assert text.startswith('---\nbase_model: "a/b"') and "| chunk | 2 |" in text
+    before = inventory(tmp_path)
+    done = convert(*options, "--to=official")
+    assert done.returncode == 1 and "it holds" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert inventory(tmp_path) == before
+
+
+def test_convert_writes_config_and_card_beside_a_file(source, tmp_path):
+    output = tmp_path / "diffusion_pytorch_model.safetensors"
+    done = convert(f"--input={source}/student.safetensors", f"--output={output}", "--to=diffusers", "--license=mit")
+    assert done.returncode == 0, done.stderr
+    assert sorted(inventory(tmp_path)) == ["README.md", "config.json", output.name]
+    assert json.loads((tmp_path / "config.json").read_text())["attention_head_dim"] == MODEL.head_dim
+    assert "The weights: mit." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output=DIR/out"], "a folder: say whose with --to=official, diffusers or comfy"),
+        (["--output=DIR/out.safetensor"], "the name of a file must end in .safetensors"),
+        (["--output=DIR/a.safetensors", "--checkpoint=x.pt"], "checkpoint is x.pt: it is for a folder as output"),
+        (["--output=SOURCE/student.safetensors"], "it is a file of the input"),
+        pytest.param(
+            ["--output=DIR/out", "--to=comfy", "--max_shard_size=1GB"], "reads single files", marks=pytest.mark.slow
+        ),
+        pytest.param(["--output=DIR/a.safetensors", "--license=a b"], "license is 'a b'", marks=pytest.mark.slow),
+        pytest.param(["--output=DIR/a.safetensors", "--base_model=x"], "OWNER/NAME", marks=pytest.mark.slow),
+        pytest.param(["--output=DIR/a.pt", "--to=comfy"], "files for ComfyUI are .safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_convert_answers_a_wrong_command_line_in_one_line(arguments, message, source, tmp_path):
+    before = inventory(source)
+    arguments = [text.replace("DIR", str(tmp_path)).replace("SOURCE", str(source)) for text in arguments]
+    done = convert(f"--input={source}", *arguments)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert inventory(source) == before and not list(tmp_path.iterdir())
+
+
+def test_convert_imports_neither_tfds_nor_orbax():
+    code = (
+        "import sys, sf_jax.convert; print([m for m in ('orbax', 'tensorflow_datasets', 'grain') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+# The real libraries
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    """(torch, diffusers, transformers)."""
+    return tuple(pytest.importorskip(name, reason=EXTRA) for name in ("torch", "diffusers", "transformers"))
+
+
+def test_diffusers_opens_the_folder_and_has_the_same_numbers(libraries, pipeline_folder, source):
+    torch, diffusers, transformers = libraries
+    pipe = diffusers.WanPipeline.from_pretrained(pipeline_folder)
+    assert pipe.scheduler.config.flow_shift == 8.0 and isinstance(pipe.tokenizer, transformers.T5TokenizerFast)
+    with open_tensors(source / "diffusion_pytorch_model.safetensors") as tensors:
+        assert_same(
+            {name: value.numpy() for name, value in pipe.transformer.state_dict().items()},
+            dict(export.read_network(tensors, "diffusers").tensors),
+        )
+    ours = load_tokenizer(source)
+    texts = ["a cat in the snow", "dog", ""]
+    ids = pipe.tokenizer(texts, padding="max_length", max_length=512, truncation=True).input_ids
+    np.testing.assert_array_equal(ids, ours.encode(texts)[0])
+    video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np").frames
+    assert video.shape == (1, 5, 16, 16, 3) and np.isfinite(video).all()
+    theirs = transformers.AutoTokenizer.from_pretrained(pipeline_folder / "tokenizer")
+    assert theirs(texts[0]).input_ids == pipe.tokenizer(texts[0]).input_ids
+
+
+def test_a_pipeline_of_diffusers_to_official_and_back_keeps_every_byte(libraries, source, tmp_path):
+    torch, diffusers, transformers = libraries
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 16, "freq_dim": 16, "ffn_dim": 48}
+    config = transformers.UMT5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    unigram().save(str(tokenizer / "tokenizer.json"))
+    pipe = diffusers.WanPipeline(
+        tokenizer=transformers.T5TokenizerFast.from_pretrained(tokenizer, extra_ids=0),
+        text_encoder=transformers.UMT5EncoderModel(config).eval(),
+        vae=diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        transformer=diffusers.WanTransformer3DModel(num_layers=2, **sizes),
+    )
+    pipe.save_pretrained(tmp_path / "in")
+    written = write_folder(Source(tmp_path / "in"), Target(tmp_path / "official", "official"))
+    assert (tmp_path / "official" / "Wan2.1_VAE.pth").is_file(), "PyTorch is there"
+    assert any("give --solver=unipc --shift=5" in note for note in written.notes)
+    write_folder(Source(tmp_path / "official"), Target(tmp_path / "back", "diffusers"))
+    before, after = inventory(tmp_path / "in"), inventory(tmp_path / "back")
+    for name in before:
+        if name.endswith(".safetensors") or name == "tokenizer/tokenizer.json":
+            assert after[name] == before[name], name
+    assert set(after) == set(before)
+    again = diffusers.WanPipeline.from_pretrained(tmp_path / "back")
+    x, t, text = torch.randn(1, 16, 2, 4, 4), torch.tensor([500]), torch.randn(1, 7, 16)
+    with torch.no_grad():
+        pairs = [
+            (model.transformer(x, t, text).sample, model.text_encoder(torch.tensor([[4, 5, 1]])).last_hidden_state)
+            for model in (pipe, again)
+        ]
+    for ours, theirs in zip(*pairs, strict=True):
+        assert relative(ours.numpy(), theirs.numpy()) <= 1e-5
+    for name in ("transformer", "vae", "text_encoder"):
+        kept, written = (json.loads(held[f"{name}/config.json"]) for held in (before, after))
+        kept["torch_dtype"] = kept.get("dtype")  # the older name, which both generations of transformers read
+        assert {key: kept.get(key) for key in written} == written, name
+
+
+def test_a_transformer_written_for_diffusers_gives_the_same_flow(libraries, source, tmp_path):
+    torch, diffusers, _ = libraries
+    write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", shard_bytes=60_000))
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").eval()
+    model = wan.WanTransformer(MODEL)
+    x, text = np.random.default_rng(0).normal(size=(2, 1, 3, 4, 4, 16)).astype(np.float32)
+    x, text = x, np.random.default_rng(1).normal(size=(1, 9, 16)).astype(np.float32)
+    params = load_package(source / "student.safetensors").params
+    with jax.default_matmul_precision("highest"):
+        ours = model.apply({"params": params}, x, np.float32([[500.0]]), text, wan.bidirectional_layout(3))
+    with torch.no_grad():
+        moved = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+        expected = theirs(moved, torch.tensor([500]), torch.from_numpy(text)).sample.numpy()
+    assert relative(ours, np.moveaxis(expected, 1, -1)) <= 1e-5
+    assert set(transformer.entries(MODEL, "diffusers")[0].name.split(".")) == {"patch_embedding", "weight"}
