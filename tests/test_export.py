@@ -1,6 +1,7 @@
 """Weights for other programs: folders that diffusers, the official code and ComfyUI open, and their model cards."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.test_weights import assert_same, convert, described, manifest, networ
 from tests.wan_folder import MODEL, WORDS, make_folder
 
 EXTRA = "needs the [parity] extra"
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 ROLLOUT = RolloutConfig(steps=(1000, 500), shift=3.0, chunk=2, window=6, sink=2, positions="relative")
 
 
@@ -242,8 +244,8 @@ def test_sizes_that_nothing_tells_are_not_guessed(tmp_path):
 def test_long_conversions_show_bytes(source, capsys, monkeypatch):
     monkeypatch.setattr(export, "_LONG", 1)
     with open_tensors(source / "student.safetensors") as tensors:
-        found = export.read_network(tensors, "diffusers")
-        with export.progress([found]) as (counted,):
+        written = export.read_network(tensors, "diffusers")
+        with export.progress([written]) as (counted,):
             for name in counted.tensors:
                 counted.tensors[name]
     assert "100%" in capsys.readouterr().err
@@ -276,8 +278,8 @@ def comfy_kind(shapes) -> dict | str:
 @pytest.mark.parametrize("naming", ["official", "diffusers"])
 @pytest.mark.parametrize(("size", "config"), [("1.3b", wan.wan_1_3b()), ("14b", wan.wan_14b())])
 def test_comfyui_recognizes_the_transformers(size, config, naming):
-    found = export.read_network(described(manifest(f"wan2.1-t2v-{size}.{naming}")), "comfy")
-    kind = comfy_kind(found.tensors.shapes)
+    written = export.read_network(described(manifest(f"wan2.1-t2v-{size}.{naming}")), "comfy")
+    kind = comfy_kind(written.tensors.shapes)
     assert kind == {
         "dim": config.dim,
         "out_dim": 16,
@@ -286,23 +288,25 @@ def test_comfyui_recognizes_the_transformers(size, config, naming):
         "num_layers": config.num_layers,
         "in_dim": 16,
     }
-    assert not export.comfy_notes(found)
+    assert not export.comfy_notes(written)
 
 
 @pytest.mark.parametrize("naming", ["official", "diffusers"])
 def test_comfyui_recognizes_the_vae(naming):
-    found = export.read_network(described(manifest(f"wan2.1-vae.{naming}")), "comfy")
-    assert comfy_kind(found.tensors.shapes) == "Wan 2.1 VAE" and not export.comfy_notes(found)
+    written = export.read_network(described(manifest(f"wan2.1-vae.{naming}")), "comfy")
+    assert comfy_kind(written.tensors.shapes) == "Wan 2.1 VAE" and not export.comfy_notes(written)
 
 
 @pytest.mark.parametrize("naming", ["official", "transformers"])
 def test_comfyui_recognizes_the_text_encoder_and_finds_its_tokenizer(naming):
-    found = export.read_network(described(manifest(f"umt5-xxl-encoder.{naming}")), "comfy")
-    found = export.with_tokenizer(export.without_tied(found), b"\x0a\x01x")
-    assert comfy_kind(found.tensors.shapes) == "umt5_xxl" and not export.comfy_notes(found)
-    assert found.config == dataclasses.replace(umt5.umt5_xxl(), dtype=found.config.dtype)
-    assert found.tensors["spiece_model"].dtype == np.uint8 and found.tensors["spiece_model"].tobytes() == b"\x0a\x01x"
-    assert "encoder.embed_tokens.weight" not in found.tensors
+    written = export.read_network(described(manifest(f"umt5-xxl-encoder.{naming}")), "comfy")
+    written = export.with_tokenizer(export.without_tied(written), b"\x0a\x01x")
+    assert comfy_kind(written.tensors.shapes) == "umt5_xxl" and not export.comfy_notes(written)
+    assert written.config == dataclasses.replace(umt5.umt5_xxl(), dtype=written.config.dtype)
+    assert (
+        written.tensors["spiece_model"].dtype == np.uint8 and written.tensors["spiece_model"].tobytes() == b"\x0a\x01x"
+    )
+    assert "encoder.embed_tokens.weight" not in written.tensors
 
 
 def test_a_folder_for_comfyui_has_its_three_folders(source, tmp_path):
@@ -467,15 +471,13 @@ def test_convert_writes_config_and_card_beside_a_file(source, tmp_path):
     ("arguments", "message"),
     [
         (["--output=DIR/out"], "a folder: say whose with --to=official, diffusers or comfy"),
-        (["--output=DIR/out.safetensor"], "the name of a file must end in .safetensors"),
-        (["--output=DIR/a.safetensors", "--checkpoint=x.pt"], "checkpoint is x.pt: it is for a folder as output"),
+        SLOW(["--output=DIR/out.safetensor"], "the name of a file must end in .safetensors"),
         (["--output=SOURCE/student.safetensors"], "it is a file of the input"),
-        pytest.param(
-            ["--output=DIR/out", "--to=comfy", "--max_shard_size=1GB"], "reads single files", marks=pytest.mark.slow
-        ),
-        pytest.param(["--output=DIR/a.safetensors", "--license=a b"], "license is 'a b'", marks=pytest.mark.slow),
-        pytest.param(["--output=DIR/a.safetensors", "--base_model=x"], "OWNER/NAME", marks=pytest.mark.slow),
-        pytest.param(["--output=DIR/a.pt", "--to=comfy"], "files for ComfyUI are .safetensors", marks=pytest.mark.slow),
+        SLOW(["--output=DIR/a.safetensors", "--checkpoint=x.pt"], "checkpoint is x.pt: it is for a folder as output"),
+        SLOW(["--output=DIR/out", "--to=comfy", "--max_shard_size=1GB"], "reads single files"),
+        SLOW(["--output=DIR/a.safetensors", "--license=a b"], "license is 'a b'"),
+        SLOW(["--output=DIR/a.safetensors", "--base_model=x"], "OWNER/NAME"),
+        SLOW(["--output=DIR/a.pt", "--to=comfy"], "files for ComfyUI are .safetensors"),
     ],
 )
 def test_convert_answers_a_wrong_command_line_in_one_line(arguments, message, source, tmp_path):
@@ -564,6 +566,7 @@ def test_a_pipeline_of_diffusers_to_official_and_back_keeps_every_byte(libraries
         assert {key: kept.get(key) for key in written} == written, name
 
 
+@pytest.mark.slow
 def test_a_transformer_written_for_diffusers_gives_the_same_flow(libraries, source, tmp_path):
     torch, diffusers, _ = libraries
     write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", shard_bytes=60_000))

@@ -18,6 +18,12 @@ PAPER = "2506.08009"
 # Figures of a log line that say how fast a machine was, or nothing of the weights.
 _NO_FIGURES = ("seconds_per_step", "frames_per_second", "model_flop_utilisation", "warnings", "step")
 _REPORTS = ("results.json", "evaluation/results.json")
+_WHOSE = {
+    "official": "the official code's",
+    "diffusers": "diffusers'",
+    "transformers": "transformers'",
+    "comfy": "ComfyUI's",
+}
 _PROGRAMS = {"diffusers": "diffusers' WanPipeline", "comfy": "ComfyUI"}
 _KINDS = {
     "student": "causal student of few steps",
@@ -170,7 +176,7 @@ class Card:
         lines = [
             f"# {self.title}",
             "",
-            f"Weights with the names of {self.layout}, written by sf_jax {sf_jax.__version__}:",
+            f"Weights with {_WHOSE[self.layout]} tensor names, written by sf_jax {sf_jax.__version__}:",
             "",
         ]
         lines += [f"- {phrase}" for phrase in self.contents]
