@@ -32,7 +32,7 @@ from sf_jax.files import check_writable
 from sf_jax.weights import cards, export, export_folder, load, model_configs, transformer
 from sf_jax.weights.export_folder import Source, Target
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
-from sf_jax.weights.package import load_package, save_package
+from sf_jax.weights.package import Package, load_package, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
 from sf_jax.weights.torch_io import PARTS, write_torch
@@ -103,9 +103,13 @@ def _tell(notes: list[str]) -> None:
         print(f"note: {note}")
 
 
+def _header(networks: list[export.Network]) -> Package | None:
+    return next((network.header for network in networks if network.header is not None), None)
+
+
 def _card(title: str, networks: list[export.Network], folder: Path, stem: str | None, run: cards.Run | None) -> None:
     """Writes the model card."""
-    header = next((network.header for network in networks if network.header is not None), None)
+    header = _header(networks)
     contents = cards.contents_of(networks)
     card = cards.Card(title, _TO.value or "official", contents, header, run, _LICENSE.value, _BASE_MODEL.value)
     _tell([note for note in [cards.write_card(card, folder, stem)[1]] if note])
@@ -146,7 +150,9 @@ def _write_folder(output: Path) -> str:
     target = Target(output, _TO.value, dtype, export.parse_size(_SHARD_SIZE.value or "5GB"))
     written = export_folder.write_folder(source, target)
     _tell(list(written.notes))
-    _card(output.resolve().name, list(written.networks), output, None, cards.run_of(source.checkpoint or source.path))
+    networks = list(written.networks)
+    run = cards.run_of(source.checkpoint or source.path, _header(networks))
+    _card(output.resolve().name, networks, output, None, run)
     titles = ", ".join(network.title for network in written.networks)
     return f"{titles} -> {_TO.value}: wrote {output}, {len(written.files)} files, {written.nbytes / 1e6:.2f} MB"
 
@@ -217,7 +223,7 @@ def _convert_file(output: Path) -> str:
         if not ours or _TO.value is not None or to_torch:
             done, network = _convert(tensors, output)
             if ours or _LICENSE.value or _BASE_MODEL.value:
-                _card(output.stem, [network], output.parent, output.stem, cards.run_of(tensors.path))
+                _card(output.stem, [network], output.parent, output.stem, cards.run_of(tensors.path, network.header))
             return done
         dtype = _DTYPE.value or "float16"
         if dtype == "bfloat16":

@@ -15,14 +15,16 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from sf_jax.config import to_dict
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.tokenizer import load_tokenizer
-from sf_jax.models import umt5, wan
+from sf_jax.models import umt5, vae, wan
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights import cards, export, export_folder, model_configs, transformer
+from sf_jax.weights import cards, export, export_folder, model_configs
 from sf_jax.weights.export_folder import Source, Target, write_folder
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model, read_config, read_solver
+from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import Package, load_package, read_header, save_package
 from tests.helpers import SMALL, random_params, relative
 from tests.test_weights import assert_same, convert, described, manifest, network
@@ -169,6 +171,17 @@ def test_one_network_gets_a_folder_of_its_own(source, tmp_path):
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float16)}
     write_folder(Source(tmp_path / "out"), Target(tmp_path / "back", "official"))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_heads"] == MODEL.num_heads
+
+
+def test_a_checkpoint_with_other_heads_is_refused(source, tmp_path):
+    other = dataclasses.replace(MODEL, num_heads=4)
+    save_package(
+        tmp_path / "a.safetensors", Package("student", other, ROLLOUT, 6, (4, 4), 3.0, 1.0, random_params(MODEL))
+    )
+    with pytest.raises(
+        ValueError, match=r"has 4 heads and eps 1e-06 \(its header\): the model folder's config.json says 2"
+    ):
+        write_folder(Source(source, tmp_path / "a.safetensors"), Target(tmp_path / "out", "diffusers"))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +353,7 @@ def run_folder(folder: Path) -> Path:
     """What a run leaves, as far as a card reads it."""
     config = {"stage": "distill", "objective": "dmd", "steps": 40, "generator_every": 5, "batch_size": 4, "seed": 7}
     config |= {"student_input": "rollout", "data": {"name": "wan", "dir": str(folder / "data")}, "lora": {"rank": 8}}
-    config |= {"optimizer": {"name": "adamw", "lr": 2e-6}, "ema": {"decay": 0.99}}
+    config |= {"optimizer": {"name": "adamw", "lr": 2e-6}, "ema": {"decay": 0.99}, "rollout": to_dict(ROLLOUT)}
     about = {"config": config, "code": "0.1.0+abc", "data": {"digests": {"data.dir": "d1gest", "teacher_weights": "t"}}}
     for step in (20, 40):
         (folder / "checkpoints" / str(step) / "about").mkdir(parents=True)
@@ -360,8 +373,8 @@ def run_folder(folder: Path) -> Path:
 
 def test_a_card_says_recipe_data_figures_and_license(tmp_path):
     folder = run_folder(tmp_path)
-    run = cards.run_of(student(folder / "student_000040.safetensors"))
-    header = read_header(folder / "student_000040.safetensors")
+    header = read_header(student(folder / "student_000040.safetensors"))
+    run = cards.run_of(folder / "student_000040.safetensors", header)
     card = cards.Card("A | title", "official", ["a transformer"], header, run, "apache-2.0", "Wan-AI/Wan2.1-T2V-1.3B")
     lines = [line for line in card.text.splitlines() if line.startswith("| ") and line != "| | |"]
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines)
@@ -389,8 +402,19 @@ def test_a_card_says_recipe_data_figures_and_license(tmp_path):
     assert {name: rows.get(name) for name in expected} == expected
     assert rows["config (SHA-256, 16 digits)"] == f"`{run.digest}`" and "seconds_per_step" not in rows
     assert str(tmp_path) not in card.text, "no paths of this machine"
-    earlier = cards.run_of(folder / "student_000020.safetensors")
+    student(folder / "student_000020.safetensors")
+    earlier = cards.run_of(folder / "student_000020.safetensors", header)
     assert (earlier.step, earlier.figures) == (20, {"generator_loss": 0.5, "critic_loss": 0.25})
+
+
+def test_weights_of_another_origin_are_not_called_the_runs(tmp_path):
+    folder = run_folder(tmp_path)
+    header = read_header(student(folder / "student.safetensors"))
+    assert cards.run_of(folder / "student.safetensors", header).step == 40
+    other = dataclasses.replace(header, rollout=dataclasses.replace(ROLLOUT, chunk=1))
+    assert cards.run_of(folder / "student.safetensors", other) is None
+    assert cards.run_of(folder / "student.safetensors", None) is None
+    assert cards.run_of(folder, header) is None
 
 
 def test_no_license_is_invented():
@@ -499,6 +523,11 @@ def test_convert_imports_neither_tfds_nor_orbax():
 # The real libraries
 
 
+def to_torch(x: np.ndarray):
+    """[B, F, H, W, C] to PyTorch's [B, C, F, H, W]."""
+    return pytest.importorskip("torch", reason=EXTRA).from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
 @pytest.fixture(scope="module")
 def libraries():
     """(torch, diffusers, transformers)."""
@@ -567,18 +596,33 @@ def test_a_pipeline_of_diffusers_to_official_and_back_keeps_every_byte(libraries
 
 
 @pytest.mark.slow
-def test_a_transformer_written_for_diffusers_gives_the_same_flow(libraries, source, tmp_path):
+def test_what_diffusers_opens_gives_the_numbers_of_the_source(libraries, source, pipeline_folder, tmp_path):
     torch, diffusers, _ = libraries
     write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", shard_bytes=60_000))
-    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").eval()
-    model = wan.WanTransformer(MODEL)
-    x, text = np.random.default_rng(0).normal(size=(2, 1, 3, 4, 4, 16)).astype(np.float32)
-    x, text = x, np.random.default_rng(1).normal(size=(1, 9, 16)).astype(np.float32)
-    params = load_package(source / "student.safetensors").params
-    with jax.default_matmul_precision("highest"):
-        ours = model.apply({"params": params}, x, np.float32([[500.0]]), text, wan.bidirectional_layout(3))
+    pipe = diffusers.WanPipeline.from_pretrained(
+        pipeline_folder, transformer=diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").eval()
+    )
+    rng = np.random.default_rng(0)
+    x, text = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 3, 4, 4, 16), (1, 9, 16)))
+    ids, mask = load_tokenizer(source, 24).encode(["a cat in the snow"])
+    mean, std = (np.float32(getattr(pipe.vae.config, f"latents_{name}")) for name in ("mean", "std"))
     with torch.no_grad():
-        moved = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-        expected = theirs(moved, torch.tensor([500]), torch.from_numpy(text)).sample.numpy()
-    assert relative(ours, np.moveaxis(expected, 1, -1)) <= 1e-5
-    assert set(transformer.entries(MODEL, "diffusers")[0].name.split(".")) == {"patch_embedding", "weight"}
+        theirs = [
+            pipe.transformer(to_torch(x), torch.tensor([500]), torch.from_numpy(text)).sample.movedim(1, -1),
+            pipe.vae.decode(to_torch(x * std + mean)).sample.movedim(1, -1),
+            pipe.text_encoder(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state[:, : mask.sum()],
+        ]
+    params = load_package(source / "student.safetensors").params
+    (vae_config, vae_params), (text_config, text_params) = (
+        load_network(source / f"{name}.safetensors", kind)
+        for name, kind in (("Wan2.1_VAE", "vae"), ("models_t5_umt5-xxl-enc-bf16", "umt5"))
+    )
+    with jax.default_matmul_precision("highest"):
+        layout, t = wan.bidirectional_layout(3), np.float32([[500.0]])
+        ours = [
+            wan.WanTransformer(MODEL).apply({"params": params}, x, t, text, layout),
+            np.clip(vae.WanVae(vae_config).apply({"params": vae_params}, x, method="decode"), -1, 1),
+            umt5.Umt5Encoder(text_config).apply({"params": text_params}, ids, mask)[:, : mask.sum()],
+        ]
+    for name, value, reference in zip(("transformer", "vae", "text encoder"), ours, theirs, strict=True):
+        assert relative(value, reference.numpy()) <= 1e-5, name

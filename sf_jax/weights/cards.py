@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sf_jax
+from sf_jax.config import to_dict
 from sf_jax.files import replacing
 from sf_jax.weights.export import Network
 from sf_jax.weights.package import Package
@@ -84,10 +85,23 @@ def read_run(folder: Path, step: int | None = None) -> Run | None:
     return Run(config, step, str(about.get("code")), digests, _figures(folder / "log.jsonl", step), reports)
 
 
-def run_of(weights: Path) -> Run | None:
-    """The run in whose folder a weight file is; the step is in the names that `convert --from` gives."""
+def run_of(weights: Path, header: Package | None) -> Run | None:
+    """The run that a weight file is from, if it is still in that run's folder.
+
+    Args:
+      weights: the file; names that `convert --from` gives end in the step.
+      header: what the file says of itself; None of files that are from no run.
+
+    Returns:
+      What the folder says; None where it is no run's, or that of a run with other settings.
+    """
+    if header is None or not weights.is_file():
+        return None
     match = re.search(r"_(\d{6,})$", weights.stem)
-    return read_run(weights.parent, int(match[1]) if match else None)
+    run = read_run(weights.parent, int(match[1]) if match else None)
+    # A file that was copied there is not the run's.
+    rollout = json.loads(json.dumps(to_dict(header.rollout)))
+    return run if run is not None and run.config.get("rollout") == rollout else None
 
 
 def is_json(path: Path, content: dict) -> bool:

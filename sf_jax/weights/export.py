@@ -89,6 +89,11 @@ def read_network(tensors: TensorFile, layout: str | None, config: WanConfig | No
         config = None
     elif config is None:
         config = header.config if header is not None else _sizes_beside(tensors.path, guess.config)
+    elif header is not None and (header.config.num_heads, header.config.eps) != (config.num_heads, config.eps):
+        raise ValueError(
+            f"{tensors.path} has {header.config.num_heads} heads and eps {header.config.eps} (its header): the model "
+            f"folder's config.json says {config.num_heads} and {config.eps}"
+        )
     source, target = (entries_of(guess.kind, guess.config, name) for name in (guess.naming, naming))
     if guess.kind == "umt5":
         tensors = tensors.without(SPIECE)
