@@ -15,11 +15,12 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from sf_jax.config import to_dict
+from sf_jax.config import MeshConfig, to_dict
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.tokenizer import load_tokenizer
 from sf_jax.models import umt5, vae, wan
 from sf_jax.rollout import RolloutConfig
+from sf_jax.training import sharding, stages
 from sf_jax.weights import cards, export, export_folder, model_configs
 from sf_jax.weights.export_folder import Source, Target, write_folder
 from sf_jax.weights.files import open_tensors
@@ -148,13 +149,23 @@ def test_a_student_takes_the_place_of_the_transformer_and_its_header_stays(sourc
     assert read_header(path) == read_header(checkpoint)
     assert read_solver(tmp_path / "out") == ("unipc", 3.0)
     assert any("this transformer is causal" in note for note in written.notes)
-    jax.tree.map(np.testing.assert_array_equal, load_package(path).params, load_package(checkpoint).params)
     pipes = [
         load_pipeline(folder, file, dtype="float32", vae="none")
         for folder, file in ((source, checkpoint), (tmp_path / "out", path))
     ]
     assert pipes[0].rollout == pipes[1].rollout and pipes[1].rollout.steps == (1000, 500)
     jax.tree.map(np.testing.assert_array_equal, pipes[0].params, pipes[1].params)
+
+
+def test_training_starts_from_a_student_under_the_names_of_diffusers(source, tmp_path):
+    write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers"))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    (ours, kind), (theirs, same) = (
+        stages._load(str(path), dataclasses.replace(MODEL, remat="none"), "init_weights", "float32", mesh)
+        for path in (source / "student.safetensors", tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    )
+    assert kind == same == "student"
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_a_folder_whose_transformer_is_a_student_is_no_bidirectional_model(source, tmp_path):

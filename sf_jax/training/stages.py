@@ -21,7 +21,8 @@ from sf_jax.training.sources import VIDEO_KEYS, Source, digest_of, open_source
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.package import Package, load_package, shipped_path
+from sf_jax.weights.package import Package, load_package, parse_header, shipped_path
+from sf_jax.weights.transformer import naming_of
 
 Update = tuple[str, steps.Step, Callable[[int], bool]]
 
@@ -189,10 +190,12 @@ def _load(
         return sharding.offloaded(found) if offload else found
 
     path = shipped_path("teacher") if path == "shipped" else Path(path)
+    kind = None
     if path.is_file() and path.suffix == ".safetensors":
         with open_tensors(path) as tensors:
-            own = "sf_jax" in tensors.metadata
-        if own:
+            header, official = tensors.metadata.get("sf_jax"), naming_of(tensors) == "official"
+        kind = None if header is None else parse_header(path, header).kind
+        if header is not None and official:  # under the names of diffusers it is read as others' files are
             package = load_package(path)
             same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
             if dataclasses.replace(package.config, **same) != wanted:
@@ -203,7 +206,7 @@ def _load(
         _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    return params, None
+    return params, kind
 
 
 def _teacher_field(config: TrainConfig) -> str:

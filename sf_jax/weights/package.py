@@ -13,7 +13,7 @@ from sf_jax.config import from_dict, to_dict
 from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.options import at_least, one_of
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights import mapping, transformer
+from sf_jax.weights import transformer
 from sf_jax.weights.load import file_tensors
 from sf_jax.weights.safetensors_io import write_safetensors
 
@@ -72,6 +72,15 @@ def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float
     write_safetensors(path, tensors, {"sf_jax": json.dumps(header), "format": "pt"})
 
 
+def parse_header(path: pathlib.Path, header: str) -> Package:
+    """What the entry `sf_jax` of a file's header says, without parameters.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    return _parse(path, header)
+
+
 def shipped_path(kind: str) -> pathlib.Path:
     """The file of the package's own teacher or student of moving digits."""
     return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[kind]))
@@ -94,14 +103,9 @@ def load_package(path: pathlib.Path | str) -> Package:
         raise ValueError(f"checkpoint {path} is not a readable safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"checkpoint {path} was not written by sf_jax.train: its header does not say what it is")
-    package = parse_header(path, header)
+    package = _parse(path, header)
     try:
-        like = param_shapes(package.config)
-        if transformer.naming_of(tensors) == "official":
-            params = transformer.from_official(tensors, package.config, like)
-        else:
-            entries = transformer.entries(package.config, "diffusers")
-            params = mapping.to_params(entries, tensors, like, "transformer", np.float32)
+        params = transformer.from_official(tensors, package.config, param_shapes(package.config))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path} was made by another version or is damaged: {error}") from error
     return dataclasses.replace(package, params=jax.tree.map(np.asarray, params))
@@ -121,15 +125,10 @@ def read_header(path: pathlib.Path | str) -> Package | None:
             header = (stored.metadata() or {}).get("sf_jax")
     except (SafetensorError, OSError):  # whoever reads the tensors says so
         return None
-    return None if header is None else parse_header(path, header)
+    return None if header is None else _parse(path, header)
 
 
-def parse_header(path: pathlib.Path, header: str) -> Package:
-    """What the entry `sf_jax` of a file's header says, without parameters.
-
-    Raises:
-      ValueError: if it is damaged.
-    """
+def _parse(path: pathlib.Path, header: str) -> Package:
     try:
         values = json.loads(header)
         if not isinstance(values, dict):
