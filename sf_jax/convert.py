@@ -15,12 +15,17 @@ The averaged student of a training run, from its newest checkpoint, finished or 
 `python -m sf_jax.convert --from=runs/wan` writes `runs/wan/student_STEP.safetensors`; `--output` another file (a .pt as
 generator_ema). A model card is written beside it, as beside folders.
 
+Adapters (LoRA): `--lora=FILE[:SCALE]` merges them into the input's transformer. Those of a training run, without its
+network, with `python -m sf_jax.convert --from=runs/wan --part=lora --to=diffusers --output=adapter.safetensors` (or
+`--to=kohya`, as ComfyUI and musubi write them); an adapter file as `--input` gets other names the same way.
+
 Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
 This is how the weights that the package ships were made from those that training left.
 """
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -29,7 +34,9 @@ from absl import flags
 
 from sf_jax import command
 from sf_jax.files import check_writable
-from sf_jax.weights import cards, export, export_folder, load, model_configs, transformer
+from sf_jax.weights import adapter_export, cards, export, export_folder, load, model_configs, transformer
+from sf_jax.weights.adapter_list import Lora, parse_loras
+from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
 from sf_jax.weights.export_folder import Source, Target
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.package import Package, load_package, save_package
@@ -46,12 +53,18 @@ _OUTPUT = command.define_path(
     None,
     "File to write, .safetensors or .pt (which needs PyTorch), or a folder to make; --from has a default",
 )
-_TO = flags.DEFINE_enum("to", None, export.LAYOUTS, "Whose names to write; as they are. A folder needs it")
+_TO = flags.DEFINE_enum("to", None, [*export.LAYOUTS, "kohya"], "Whose names to write; as they are. A folder needs it")
 _CHECKPOINT = command.define_path("checkpoint", None, "Folders: weights in place of the model folder's transformer")
 _SHARD_SIZE = flags.DEFINE_string("max_shard_size", None, "Folders: size of a weight file at most (5GB)")
 _LICENSE = flags.DEFINE_string("license", None, "Model card: the hub's identifier of the weights' license")
 _BASE_MODEL = flags.DEFINE_string("base_model", None, "Model card: the hub's name of the model that they derive from")
-_PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
+_PART = flags.DEFINE_enum(
+    "part",
+    None,
+    [*PARTS, "lora"],
+    "Network of a checkpoint that holds several; also its name in a .pt. With --from, lora: the adapters alone",
+)
+_LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input, FILE or FILE:SCALE; several too")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
@@ -107,10 +120,17 @@ def _header(networks: list[export.Network]) -> Package | None:
     return next((network.header for network in networks if network.header is not None), None)
 
 
-def _card(title: str, networks: list[export.Network], folder: Path, stem: str | None, run: cards.Run | None) -> None:
+def _card(
+    title: str,
+    networks: list[export.Network],
+    folder: Path,
+    stem: str | None,
+    run: cards.Run | None,
+    adapters: Sequence[str] = (),
+) -> None:
     """Writes the model card."""
     header = _header(networks)
-    contents = cards.contents_of(networks)
+    contents = [*cards.contents_of(networks), *(f"merged into the transformer: {text}" for text in adapters)]
     card = cards.Card(title, _TO.value or "official", contents, header, run, _LICENSE.value, _BASE_MODEL.value)
     _tell([note for note in [cards.write_card(card, folder, stem)[1]] if note])
 
@@ -141,19 +161,21 @@ def _export(output: Path | None) -> tuple[str, Path]:
     return f"{package.kind} of step {step}", output
 
 
-def _write_folder(output: Path) -> str:
+def _write_folder(output: Path, loras: Sequence[Lora]) -> str:
     """Writes a folder; returns what it did."""
     if _TO.value is None:
         raise ValueError(f"output is {output}, a folder: say whose with --to=official, diffusers or comfy")
-    source = Source(Path(_INPUT.value), Path(_CHECKPOINT.value) if _CHECKPOINT.value else None, _PART.value)
+    checkpoint = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    source = Source(Path(_INPUT.value), checkpoint, _PART.value, tuple(loras))
     dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
     target = Target(output, _TO.value, dtype, export.parse_size(_SHARD_SIZE.value or "5GB"))
     written = export_folder.write_folder(source, target)
     _tell(list(written.notes))
     networks = list(written.networks)
     run = cards.run_of(source.checkpoint or source.path, _header(networks))
-    _card(output.resolve().name, networks, output, None, run)
-    titles = ", ".join(network.title for network in written.networks)
+    adapters = describe(loras)
+    _card(output.resolve().name, networks, output, None, run, adapters)
+    titles = ", ".join(network.title for network in written.networks) + "".join(f" + {text}" for text in adapters)
     return f"{titles} -> {_TO.value}: wrote {output}, {len(written.files)} files, {written.nbytes / 1e6:.2f} MB"
 
 
@@ -191,8 +213,30 @@ def _check_flags(output: Path | None, folder: bool) -> None:
         raise ValueError(f"output is {output}: it is a file of the input, give another name")
 
 
+def _convert_adapter(output: Path | None) -> str:
+    """Writes an adapter file, of a training run or of the input; returns what it did."""
+    if output is None or output.suffix != ".safetensors":
+        raise ValueError(f"output is {output}: adapters are written to a .safetensors file, give its name")
+    naming = _TO.value or "diffusers"
+    if naming not in adapter_export.NAMINGS:
+        raise ValueError(f"to is {naming!r}: for an adapter it must be one of {', '.join(adapter_export.NAMINGS)}")
+    dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
+    if _FROM.value is not None:
+        from sf_jax.training.export import load_adapters  # here, as no other use needs Orbax
+
+        trained = load_adapters(_FROM.value)
+        adapter_export.write_trained(output, trained, naming, dtype)
+        return f"adapters of step {trained.step}, {trained.describe()} -> {naming}"
+    with opened([Lora(_INPUT.value)]) as (adapter,):
+        adapter_export.write_adapter(output, adapter, naming, dtype)
+        return f"{adapter.describe()} -> {naming}"
+
+
 def main() -> None:
     """Command line: see the module's docstring."""
+    loras = parse_loras(_LORA.value or ())
+    if loras and _INPUT.value is None:
+        raise ValueError("lora: adapters are merged into the file of --input, give one")
     if (_INPUT.value is None) == (_FROM.value is None):
         raise ValueError("input and from: give one of them, a weight file or the workdir of a training run")
     if _OUTPUT.value is None and _FROM.value is None:
@@ -200,38 +244,52 @@ def main() -> None:
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     folder = output is not None and _is_folder(_OUTPUT.value)
     _check_flags(output, folder)
+    if output is not None and not folder:
+        check_writable(output.parent, "output")
+    if (_FROM.value is not None and _PART.value == "lora") or (_INPUT.value and is_adapter(_INPUT.value)):
+        if loras:
+            raise ValueError(
+                f"lora: {_INPUT.value} is an adapter itself, they are merged into the weights of a network"
+            )
+        print(f"{_convert_adapter(output)}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+        return
+    if _PART.value == "lora":
+        raise ValueError(f"part is 'lora': {_INPUT.value} is no adapter; it is for adapters, and for --from")
     if folder and _FROM.value is not None:
         raise ValueError(f"output is {output}, a folder: --from writes a file, name it .safetensors or .pt")
     if folder:
-        print(_write_folder(output))
+        print(_write_folder(output, loras))
         return
-    if output is not None:
-        check_writable(output.parent, "output")
     if _FROM.value is not None:
         done, output = _export(output)
         print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
         return
-    done = _convert_file(output)
+    done = _convert_file(output, loras)
     print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
 
 
-def _convert_file(output: Path) -> str:
+def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
     """Writes one file from one file; returns what it did."""
     to_torch = output.suffix in TORCH_SUFFIXES
     with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
-        ours = "sf_jax" in tensors.metadata
+        ours, adapters = "sf_jax" in tensors.metadata, describe(loras)
+        added = "".join(f" + {text}" for text in adapters)
         if not ours or _TO.value is not None or to_torch:
-            done, network = _convert(tensors, output)
+            with merged(tensors, loras) as changed:
+                done, network = _convert(changed, output)
             if ours or _LICENSE.value or _BASE_MODEL.value:
-                _card(output.stem, [network], output.parent, output.stem, cards.run_of(tensors.path, network.header))
-            return done
+                run = cards.run_of(tensors.path, network.header)
+                _card(output.stem, [network], output.parent, output.stem, run, adapters)
+            return done + added
         dtype = _DTYPE.value or "float16"
         if dtype == "bfloat16":
             raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
         if _LICENSE.value or _BASE_MODEL.value:
             raise ValueError("license and base_model are for a model card: one is written with --to, or with a folder")
-        save_package(output, load_package(_INPUT.value), dtype)
-        return "package of sf_jax"
+        package = load_package(_INPUT.value)
+        params = merge_params(package.params, package.config, loras)
+        save_package(output, dataclasses.replace(package, params=params), dtype)
+        return f"package of sf_jax{added}"
 
 
 if __name__ == "__main__":

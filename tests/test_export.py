@@ -22,6 +22,7 @@ from sf_jax.models import umt5, vae, wan
 from sf_jax.rollout import RolloutConfig
 from sf_jax.training import sharding, stages
 from sf_jax.weights import cards, export, export_folder, model_configs
+from sf_jax.weights.adapter_list import parse_loras
 from sf_jax.weights.export_folder import Source, Target, write_folder
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model, read_config, read_solver
@@ -182,6 +183,20 @@ def test_one_network_gets_a_folder_of_its_own(source, tmp_path):
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float16)}
     write_folder(Source(tmp_path / "out"), Target(tmp_path / "back", "official"))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_heads"] == MODEL.num_heads
+
+
+def test_adapters_are_merged_into_a_folders_transformer(source, tmp_path):
+    kernel = load_file(source / "student.safetensors")["blocks.0.self_attn.q.weight"]
+    rng = np.random.default_rng(0)
+    down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((2, MODEL.dim), (MODEL.dim, 2)))
+    names = (f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight" for side in "AB")
+    save_file(dict(zip(names, (down, up), strict=True)), tmp_path / "lora.safetensors")
+    loras = tuple(parse_loras([f"{tmp_path}/lora.safetensors:0.5"]))
+    write_folder(Source(source, source / "student.safetensors", None, loras), Target(tmp_path / "out", "diffusers"))
+    path = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
+    written = load_file(path)["blocks.0.attn1.to_q.weight"]
+    np.testing.assert_allclose(written, kernel + 0.5 * up @ down, rtol=0, atol=1e-6)
+    assert read_header(path) == read_header(source / "student.safetensors")
 
 
 def test_a_checkpoint_with_other_heads_is_refused(source, tmp_path):

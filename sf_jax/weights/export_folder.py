@@ -13,6 +13,8 @@ import numpy as np
 
 from sf_jax.files import check_writable, replacing
 from sf_jax.weights import export, model_configs
+from sf_jax.weights.adapter_list import Lora
+from sf_jax.weights.adapters import merged
 from sf_jax.weights.export import Network
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.folders import ModelFiles, find_model, read_config, read_solver
@@ -36,11 +38,13 @@ class Source:
       path: a model folder, official or of diffusers, or the weights of one network.
       checkpoint: weights that take the place of the model folder's transformer; None keeps that.
       part: of a checkpoint that holds several networks, which.
+      loras: adapters to merge into the transformer.
     """
 
     path: Path
     checkpoint: Path | None = None
     part: str | None = None
+    loras: tuple[Lora, ...] = ()
 
     @property
     def files(self) -> ModelFiles | None:
@@ -146,19 +150,22 @@ def check_empty(path: Path, source: Source) -> None:
 def _open(source: Source, target: Target, files: ModelFiles | None, stack: contextlib.ExitStack) -> list[Network]:
     """The networks with the names of the layout."""
 
-    def read(path, layout, config=None, part=None):
+    def read(path, layout, config=None, part=None, loras=()):
         tensors = stack.enter_context(open_tensors(path, part))
+        if loras:
+            tensors = stack.enter_context(merged(tensors, loras))
         return export.read_network(tensors, layout, config)
 
     if files is None:
         if source.checkpoint is not None:
             raise ValueError(f"checkpoint is {source.checkpoint}: it is for a model folder as input")
-        network = read(source.path, target.layout, part=source.part)
+        network = read(source.path, target.layout, part=source.part, loras=source.loras)
         return [_lone(network, source, target)]
     if target.layout == "transformers":
         raise ValueError("to is 'transformers': for a model folder it must be one of official, diffusers, comfy")
     path = source.checkpoint or files.transformer
-    networks = [read(path, target.layout, _sizes(source, files), source.part if source.checkpoint else None)]
+    part = source.part if source.checkpoint else None
+    networks = [read(path, target.layout, _sizes(source, files), part, source.loras)]
     if source.part and source.checkpoint is None:
         raise ValueError(f"part is {source.part!r}: it chooses a network of --checkpoint, which is not given")
     if networks[0].kind != "transformer":
