@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from sf_jax.config import MeshConfig, to_dict
-from sf_jax.inference.load import load_pipeline
+from sf_jax.inference.load import causal_header, load_pipeline
 from sf_jax.inference.tokenizer import load_tokenizer
 from sf_jax.models import umt5, vae, wan
 from sf_jax.rollout import RolloutConfig
@@ -159,11 +159,14 @@ def test_a_student_takes_the_place_of_the_transformer_and_its_header_stays(sourc
 
 
 def test_training_starts_from_a_student_under_the_names_of_diffusers(source, tmp_path):
-    write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers"))
+    write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", shard_bytes=60_000))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     (ours, kind), (theirs, same) = (
         stages._load(str(path), dataclasses.replace(MODEL, remat="none"), "init_weights", "float32", mesh)
-        for path in (source / "student.safetensors", tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+        for path in (
+            source / "student.safetensors",
+            tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json",
+        )
     )
     assert kind == same == "student"
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -208,6 +211,17 @@ def test_a_checkpoint_with_other_heads_is_refused(source, tmp_path):
         ValueError, match=r"has 4 heads and eps 1e-06 \(its header\): the model folder's config.json says 2"
     ):
         write_folder(Source(source, tmp_path / "a.safetensors"), Target(tmp_path / "out", "diffusers"))
+
+
+def test_the_header_is_followed_in_shards(source, tmp_path):
+    write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", shard_bytes=60_000))
+    index = tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json"
+    for path in (tmp_path / "out", index):
+        assert causal_header(path) == read_header(source / "student.safetensors")
+    student(tmp_path / "teacher.safetensors", "teacher")
+    write_folder(Source(tmp_path / "teacher.safetensors"), Target(tmp_path / "wrong", "official", shard_bytes=60_000))
+    with pytest.raises(ValueError, match=r"is a bidirectional network \(its header says so\)"):
+        causal_header(tmp_path / "wrong")
 
 
 @pytest.mark.parametrize(

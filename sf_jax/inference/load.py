@@ -216,6 +216,10 @@ def causal_header(checkpoint: str | Path) -> Package | None:
       ValueError: if the file is damaged, or its network is bidirectional.
     """
     header = read_header(checkpoint)
+    if Path(checkpoint).is_dir() or Path(checkpoint).suffix == ".json":
+        with open_tensors(checkpoint) as tensors:  # shards, each of which has the header
+            text = tensors.metadata.get("sf_jax")
+        header = None if text is None else parse_header(Path(checkpoint), text)
     if header is not None and header.kind == "teacher":
         raise ValueError(f"checkpoint {checkpoint} is a bidirectional network (its header says so): give a causal one")
     return header

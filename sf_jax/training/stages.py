@@ -184,6 +184,18 @@ def _cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
+def _header_of(path: Path, field: str) -> tuple[Package | None, bool]:
+    """What a file or shards of sf_jax.train say of themselves, and whether their names are official."""
+    if not (path.is_dir() or (path.is_file() and path.suffix in (".safetensors", ".json"))):
+        return None, False
+    try:
+        with open_tensors(path) as tensors:
+            header, official = tensors.metadata.get("sf_jax"), naming_of(tensors) == "official"
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    return None if header is None else parse_header(path, header), official
+
+
 def _load(
     path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh, offload: bool = False
 ) -> tuple[dict, str | None]:
@@ -197,23 +209,20 @@ def _load(
         return sharding.offloaded(found) if offload else found
 
     path = shipped_path("teacher") if path == "shipped" else Path(path)
-    kind = None
-    if path.is_file() and path.suffix == ".safetensors":
-        with open_tensors(path) as tensors:
-            header, official = tensors.metadata.get("sf_jax"), naming_of(tensors) == "official"
-        kind = None if header is None else parse_header(path, header).kind
-        if header is not None and official:  # under the names of diffusers it is read as others' files are
-            package = load_package(path)
-            same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
-            if dataclasses.replace(package.config, **same) != wanted:
-                raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
-            typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
-            return sharding.put(typed, places(typed)), package.kind
+    header, official = _header_of(path, field)
+    # In shards, and under the names of diffusers, it is read as others' files are.
+    if header is not None and official and path.suffix == ".safetensors":
+        package = load_package(path)
+        same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
+        if dataclasses.replace(package.config, **same) != wanted:
+            raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
+        typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
+        return sharding.put(typed, places(typed)), package.kind
     try:
         _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    return params, kind
+    return params, None if header is None else header.kind
 
 
 def _teacher_field(config: TrainConfig) -> str:
