@@ -3,18 +3,29 @@
 Names between the official code, diffusers and transformers, tensor by tensor and bit by bit:
 `python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --output=diffusion_pytorch_model.safetensors --to=diffusers`.
 The input is a safetensors file, a folder (or the index) of shards, a model folder (for its transformer) or a .pt file;
-what it is, is recognised. `--part`
+what it is, is recognized. `--part`
 chooses from a checkpoint of several networks, and names the network in a `.pt` output:
 `python -m sf_jax.convert --input=self_forcing_dmd.pt --output=student.safetensors --part=generator_ema`.
 
+A whole model folder into one that diffusers' `from_pretrained` opens, with a student in place of its transformer (or
+without); `--to=official` is the way back, `--to=comfy` gives ComfyUI's three files:
+`python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --checkpoint=student.safetensors --output=student/ --to=diffusers`.
+
 The averaged student of a training run, from its newest checkpoint, finished or not, under the official names:
 `python -m sf_jax.convert --from=runs/wan` writes `runs/wan/student_STEP.safetensors`; `--output` another file (a .pt as
-generator_ema).
+generator_ema). A model card is written beside it, as beside folders.
+
+Adapters (LoRA): `--lora=FILE[:SCALE]` merges them into the input's transformer. Those of a training run, without its
+network, with `python -m sf_jax.convert --from=runs/wan --part=lora --to=diffusers --output=adapter.safetensors` (or
+`--to=kohya`, as ComfyUI and musubi write them); an adapter file as `--input` gets other names the same way.
 
 Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
 This is how the weights that the package ships were made from those that training left.
 """
 
+import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -23,11 +34,12 @@ from absl import flags
 
 from sf_jax import command
 from sf_jax.files import check_writable, remove_leftovers
-from sf_jax.training import export
-from sf_jax.weights import load, transformer
+from sf_jax.weights import adapter_export, cards, export, export_folder, load, model_configs, transformer
+from sf_jax.weights.adapter_list import Lora, parse_loras
+from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
+from sf_jax.weights.export_folder import Source, Target
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
-from sf_jax.weights.package import load_package, save_package
-from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
+from sf_jax.weights.package import Package, load_package, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
 from sf_jax.weights.torch_io import PARTS, write_torch
@@ -37,91 +49,248 @@ _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.
 _INPUT = command.define_path("input", None, "Weight file, folder of shards, or model folder")
 _FROM = command.define_path("from", None, "Instead of --input: workdir of a training run")
 _OUTPUT = command.define_path(
-    "output", None, "File to write: .safetensors, or .pt (which needs PyTorch); --from has a default"
+    "output",
+    None,
+    "File to write, .safetensors or .pt (which needs PyTorch), or a folder to make; --from has a default",
 )
-_TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")
-_PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
+_TO = flags.DEFINE_enum("to", None, [*export.LAYOUTS, "kohya"], "Whose names to write; as they are. A folder needs it")
+_CHECKPOINT = command.define_path("checkpoint", None, "Folders: weights in place of the model folder's transformer")
+_SHARD_SIZE = flags.DEFINE_string("max_shard_size", None, "Folders: size of a weight file at most (5GB)")
+_LICENSE = flags.DEFINE_string("license", None, "Model card: the hub's identifier of the weights' license")
+_BASE_MODEL = flags.DEFINE_string("base_model", None, "Model card: the hub's name of the model that they derive from")
+_PART = flags.DEFINE_enum(
+    "part",
+    None,
+    [*PARTS, "lora"],
+    "Network of a checkpoint that holds several; also its name in a .pt. With --from, lora: the adapters alone",
+)
+_LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input, FILE or FILE:SCALE; several too")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
 GROUPS = {"Files": ("input", "from", "output"), "What is written": ("to", "part", "dtype")}
 
 
-def _convert(tensors: TensorFile, output: Path) -> str:
-    """Writes the tensors as the flags say; returns what it did."""
-    guess = recognise(tensors.shapes, tensors.metadata)
-    if guess.kind == "package":
-        # Its tensors have the official names; what else its header says is lost with it.
-        guess = recognise(tensors.shapes)
-    if guess.kind == "unknown":
-        raise ValueError(f"{tensors.path}: this is a {guess.title}")
-    naming = _TO.value or guess.naming
-    if naming not in NAMINGS[guess.kind]:
-        raise ValueError(f"to is {naming!r}: for a {guess.title} it must be one of {', '.join(NAMINGS[guess.kind])}")
-    source, target = (entries_of(guess.kind, guess.config, name) for name in (guess.naming, naming))
-    tensors = load.normalised(tensors, [entry.name for entry in source])
-    load.check(source, tensors, param_shapes_of(guess.kind, guess.config), guess.title)
-    tensors = load.translated(source, target, tensors)
+def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
+    """Writes the tensors as the flags say; returns what it did, and the network."""
+    network = export.read_network(tensors, _TO.value)
     if _DTYPE.value:
-        tensors = tensors.astype(_DTYPES[_DTYPE.value])
-    if output.suffix in TORCH_SUFFIXES:
-        part = _PART.value or tensors.part
-        # In the official checkpoints of several networks a transformer sits in a wrapper that calls it `model`.
-        prefix = "model." if part and guess.kind == "transformer" and naming == "official" else ""
-        write_torch(output, tensors.renamed({prefix + name: name for name in tensors}), part)
-    else:
-        # Readers of PyTorch's world refuse files without this entry.
-        write_safetensors(output, tensors, {"format": "pt"})
+        network = dataclasses.replace(network, tensors=network.tensors.astype(_DTYPES[_DTYPE.value]))
+    to_torch, part = output.suffix in TORCH_SUFFIXES, _PART.value or tensors.part
+    if _TO.value == "comfy":
+        if to_torch:
+            raise ValueError(f"output is {output}: files for ComfyUI are .safetensors")
+        if network.kind == "umt5":
+            spiece = export_folder.read_spiece(export_folder.spiece_folders(network.tensors.path))
+            network = export.with_tokenizer(export.without_tied(network), spiece)
+        _tell(export.comfy_notes(network))
+    config = None if to_torch else _config_beside(network, output)
+    with export.progress([network]) as (counted,):
+        if to_torch:
+            # In the official checkpoints of several networks a transformer sits in a wrapper that calls it `model`.
+            prefix = "model." if part and (network.kind, network.naming) == ("transformer", "official") else ""
+            write_torch(output, counted.tensors.renamed({prefix + name: name for name in counted.tensors}), part)
+        else:
+            write_safetensors(output, counted.tensors, network.metadata)
+    if config is not None:
+        export.write_json(output.with_name("config.json"), config)
     part = f" ({tensors.part})" if tensors.part else ""
-    return f"{guess.title}{part}, {len(tensors)} tensors, {guess.naming} -> {naming}"
+    names = network.naming if _TO.value != "comfy" else "comfy"
+    return f"{network.title}{part}, {len(network.tensors)} tensors, {network.source} -> {names}", network
+
+
+def _config_beside(network: export.Network, output: Path) -> dict | None:
+    """What the libraries need beside the file; refused where another `config.json` is in the way."""
+    if _TO.value not in ("diffusers", "transformers"):
+        return None
+    if network.config is None:
+        _tell(["no config.json was written: nothing says how many heads it has; put the model's beside the input"])
+        return None
+    content, path = model_configs.config_of(network.kind, network.config, network.tensors.dtypes), output.parent
+    if (path / "config.json").exists() and not cards.is_json(path / "config.json", content):
+        raise ValueError(f"output is {output}: {path / 'config.json'} is of something else, give another folder")
+    return content
+
+
+def _tell(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _header(networks: list[export.Network]) -> Package | None:
+    return next((network.header for network in networks if network.header is not None), None)
+
+
+def _card(
+    title: str,
+    networks: list[export.Network],
+    folder: Path,
+    stem: str | None,
+    run: cards.Run | None,
+    adapters: Sequence[str] = (),
+) -> None:
+    """Writes the model card."""
+    header = _header(networks)
+    contents = [*cards.contents_of(networks), *(f"merged into the transformer: {text}" for text in adapters)]
+    card = cards.Card(title, _TO.value or "official", contents, header, run, _LICENSE.value, _BASE_MODEL.value)
+    _tell([note for note in [cards.write_card(card, folder, stem)[1]] if note])
 
 
 def _export(output: Path | None) -> tuple[str, Path]:
     """Writes the averaged network of a training run; returns what it did, and the file."""
+    from sf_jax.training.export import load_run  # here, as Orbax and tfds take seconds that no other use needs
+
     if _TO.value not in (None, "official"):
         raise ValueError(f"to is {_TO.value!r}: --from writes the official names, convert its output for others")
     if (output is None or output.suffix not in TORCH_SUFFIXES) and _PART.value is not None:
         raise ValueError(f"part is {_PART.value!r}: a .safetensors file holds one network, leave part out")
-    step, package = export.load_run(_FROM.value)
+    step, package = load_run(_FROM.value)
     # Not the name of a finished run's file, which means that there is nothing left to train.
     output = output or Path(_FROM.value) / f"{package.kind}_{step:06d}.safetensors"
     dtype = _DTYPE.value or "float32"
+    tensors = load.file_tensors(transformer.entries(package.config), package.params).astype(_DTYPES[dtype])
     if output.suffix in TORCH_SUFFIXES:
-        tensors = load.file_tensors(transformer.entries(package.config), package.params).astype(_DTYPES[dtype])
         write_torch(
             output, tensors.renamed({f"model.{name}": name for name in tensors}), _PART.value or "generator_ema"
         )
     else:
         save_package(output, package, dtype)
+    title = f"{package.kind} of {package.config.num_layers} layers, dim {package.config.dim}"
+    network = export.Network("transformer", title, package.config, "official", "official", tensors, package)
+    run = cards.read_run(Path(_FROM.value), step)
+    _card(output.stem, [network], output.parent, output.stem, run)
     return f"{package.kind} of step {step}", output
+
+
+def _write_folder(output: Path, loras: Sequence[Lora]) -> str:
+    """Writes a folder; returns what it did."""
+    if _TO.value is None:
+        raise ValueError(f"output is {output}, a folder: say whose with --to=official, diffusers or comfy")
+    checkpoint = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    source = Source(Path(_INPUT.value), checkpoint, _PART.value, tuple(loras))
+    dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
+    target = Target(output, _TO.value, dtype, export.parse_size(_SHARD_SIZE.value or "5GB"))
+    written = export_folder.write_folder(source, target)
+    _tell(list(written.notes))
+    networks = list(written.networks)
+    run = cards.run_of(source.checkpoint or source.path, _header(networks))
+    adapters = describe(loras)
+    _card(output.resolve().name, networks, output, None, run, adapters)
+    titles = ", ".join(network.title for network in written.networks) + "".join(f" + {text}" for text in adapters)
+    return f"{titles} -> {_TO.value}: wrote {output}, {len(written.files)} files, {written.nbytes / 1e6:.2f} MB"
+
+
+def _is_folder(text: str) -> bool:
+    """Whether an output is a folder: one that is there, or a name that has no ending of a file."""
+    if Path(text).is_dir() or text.endswith(("/", "\\")):
+        return True
+    if Path(text).suffix in (".safetensors", *TORCH_SUFFIXES):
+        return False
+    if re.fullmatch(r"\.[a-z]{2,}\d*", Path(text).suffix.lower()):  # not that of Wan2.1-T2V-1.3B
+        raise ValueError(
+            f"output is {text}: the name of a file must end in .safetensors or {', '.join(TORCH_SUFFIXES)}; "
+            "that of a folder in /"
+        )
+    return True
+
+
+def _check_flags(output: Path | None, folder: bool) -> None:
+    """Refuses flags that would be ignored, and an output that is the input."""
+    for name, flag in (("checkpoint", _CHECKPOINT), ("max_shard_size", _SHARD_SIZE)):
+        if flag.value is not None and not folder:
+            raise ValueError(f"{name} is {flag.value}: it is for a folder as output")
+    if _SHARD_SIZE.value is not None and _TO.value == "comfy":
+        raise ValueError(f"max_shard_size is {_SHARD_SIZE.value}: ComfyUI reads single files, leave it out")
+    if _LICENSE.value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,60}", _LICENSE.value):
+        raise ValueError(f"license is {_LICENSE.value!r}: give an identifier of the hub, such as apache-2.0 or other")
+    if _BASE_MODEL.value is not None and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", _BASE_MODEL.value, re.ASCII):
+        raise ValueError(f"base_model is {_BASE_MODEL.value!r}: give a name of the hub, OWNER/NAME")
+    if _INPUT.value is None or output is None or folder or not output.exists():
+        return
+    source = Path(_INPUT.value)
+    inside = source if source.is_dir() else source.parent if source.suffix == ".json" else None
+    same = source.exists() and output.samefile(source)
+    if same or (inside is not None and inside.resolve() in output.resolve().parents):
+        raise ValueError(f"output is {output}: it is a file of the input, give another name")
+
+
+def _convert_adapter(output: Path | None) -> str:
+    """Writes an adapter file, of a training run or of the input; returns what it did."""
+    if output is None or output.suffix != ".safetensors":
+        raise ValueError(f"output is {output}: adapters are written to a .safetensors file, give its name")
+    naming = _TO.value or "diffusers"
+    if naming not in adapter_export.NAMINGS:
+        raise ValueError(f"to is {naming!r}: for an adapter it must be one of {', '.join(adapter_export.NAMINGS)}")
+    dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
+    if _FROM.value is not None:
+        from sf_jax.training.export import load_adapters  # here, as no other use needs Orbax
+
+        trained = load_adapters(_FROM.value)
+        adapter_export.write_trained(output, trained, naming, dtype)
+        return f"adapters of step {trained.step}, {trained.describe()} -> {naming}"
+    with opened([Lora(_INPUT.value)]) as (adapter,):
+        adapter_export.write_adapter(output, adapter, naming, dtype)
+        return f"{adapter.describe()} -> {naming}"
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
+    loras = parse_loras(_LORA.value or ())
+    if loras and _INPUT.value is None:
+        raise ValueError("lora: adapters are merged into the file of --input, give one")
     if (_INPUT.value is None) == (_FROM.value is None):
         raise ValueError("input and from: give one of them, a weight file or the workdir of a training run")
+    if _OUTPUT.value is None and _FROM.value is None:
+        raise ValueError("output is missing: give the file to write, or the folder to make")
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
-    if output is None and _FROM.value is None:
-        raise ValueError("output is missing: give the file to write")
-    if output is not None:
-        if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
-            raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
+    folder = output is not None and _is_folder(_OUTPUT.value)
+    _check_flags(output, folder)
+    if output is not None and not folder:
         remove_leftovers(check_writable(output.parent, "output"))
+    if (_FROM.value is not None and _PART.value == "lora") or (_INPUT.value and is_adapter(_INPUT.value)):
+        if loras:
+            raise ValueError(
+                f"lora: {_INPUT.value} is an adapter itself, they are merged into the weights of a network"
+            )
+        print(f"{_convert_adapter(output)}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+        return
+    if _PART.value == "lora":
+        raise ValueError(f"part is 'lora': {_INPUT.value} is no adapter; it is for adapters, and for --from")
+    if folder and _FROM.value is not None:
+        raise ValueError(f"output is {output}, a folder: --from writes a file, name it .safetensors or .pt")
+    if folder:
+        print(_write_folder(output, loras))
+        return
     if _FROM.value is not None:
         done, output = _export(output)
         print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
         return
+    done = _convert_file(output, loras)
+    print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+
+
+def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
+    """Writes one file from one file; returns what it did."""
     to_torch = output.suffix in TORCH_SUFFIXES
     with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
-        if "sf_jax" in tensors.metadata and _TO.value is None and not to_torch:
-            dtype = _DTYPE.value or "float16"
-            if dtype == "bfloat16":
-                raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
-            save_package(output, load_package(_INPUT.value), dtype)
-            done = "package of sf_jax"
-        else:
-            done = _convert(tensors, output)
-    print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+        ours, adapters = "sf_jax" in tensors.metadata, describe(loras)
+        added = "".join(f" + {text}" for text in adapters)
+        if not ours or _TO.value is not None or to_torch:
+            with merged(tensors, loras) as changed:
+                done, network = _convert(changed, output)
+            if ours or _LICENSE.value or _BASE_MODEL.value:
+                run = cards.run_of(tensors.path, network.header)
+                _card(output.stem, [network], output.parent, output.stem, run, adapters)
+            return done + added
+        dtype = _DTYPE.value or "float16"
+        if dtype == "bfloat16":
+            raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
+        if _LICENSE.value or _BASE_MODEL.value:
+            raise ValueError("license and base_model are for a model card: one is written with --to, or with a folder")
+        package = load_package(_INPUT.value)
+        params = merge_params(package.params, package.config, loras)
+        save_package(output, dataclasses.replace(package, params=params), dtype)
+        return f"package of sf_jax{added}"
 
 
 if __name__ == "__main__":

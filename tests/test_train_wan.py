@@ -115,6 +115,8 @@ def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_pa
     assert done.returncode == 0 and "student of step 1: wrote run/student_000001.safetensors" in done.stdout, (
         done.stderr
     )
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| iterations | 1 of 1 |" in card and "| objective | dmd |" in card and "generator_loss" in card, card
     one = load_file(tmp_path / "run" / "student_000001.safetensors")
     start = load_file(model / "student.safetensors")
     assert set(one) == set(start) and 0 < tree_relative(one, start) < 0.1

@@ -14,7 +14,7 @@ from sf_jax.config import TrainConfig
 from sf_jax.data.ode_pairs import PairSource
 from sf_jax.models.vae import VaeConfig
 from sf_jax.models.wan import WanConfig
-from sf_jax.training import pairs, self_forcing, sharding, supervised
+from sf_jax.training import lora, pairs, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.fingerprint import measure
 from sf_jax.training.media import Media
@@ -22,7 +22,8 @@ from sf_jax.training.sources import VIDEO_KEYS, Source, digest_of, open_source
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.package import Package, load_package, shipped_path
+from sf_jax.weights.package import Package, load_package, parse_header, shipped_path
+from sf_jax.weights.transformer import naming_of
 
 RECORDS = "records"  # among the digests, what is read from `data.dir` and `ode.dir`
 Update = tuple[str, steps.Step, Callable[[int], bool]]
@@ -42,6 +43,7 @@ class Stage:
       updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
       source: where batches and latents come from.
       digests: hashes of data and frozen networks, by the config's field that names their place.
+      adapters: those to start from, see `lora.read_start`.
     """
 
     params: dict | None
@@ -53,6 +55,7 @@ class Stage:
     updates: tuple[Update, ...]
     source: Source
     digests: dict[str, str]
+    adapters: dict = dataclasses.field(default_factory=dict)
 
 
 def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
@@ -71,8 +74,10 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     if uses_vae(config):
         vae, frozen["vae"] = _vae(config, mesh)
     source = open_source(config, bool({VIDEO_KEYS[config.data.name], "context"} & set(keys)), vae)
-    params = None
+    params, adapters = None, {}
     if config.lora.rank:
+        if config.lora.init is not None and fresh:
+            adapters = lora.read_start(config.lora.init, config.model)
         params = frozen["model_base"] = adapted_base(config, mesh)
     elif fresh:
         params = start_params(config, mesh)
@@ -83,7 +88,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             )
     if fresh and jax.process_index() == 0:
         from_teacher = config.teacher_weights if params is not None else "random numbers"
-        print(f"starting from {config.init_weights or from_teacher}", flush=True)
+        with_adapters = f" with the adapters {config.lora.init}" if adapters else ""
+        print(f"starting from {config.init_weights or from_teacher}{with_adapters}", flush=True)
     updates = updates_of(config, source.media)
     if "trajectory" in keys:
 
@@ -92,9 +98,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
 
         found = pairs.open_pairs(config, workdir, load_teacher, source, mesh)
         iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
-        return Stage(
-            params, None, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source, found)
-        )
+        digests = _digests(config, frozen, source, found)
+        return Stage(params, None, frozen, constants, keys, iterator, updates, source, digests, adapters)
     critic = None
     if needs_teacher(config):
         frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
@@ -104,7 +109,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
     iterator = source.videos() if VIDEO_KEYS[config.data.name] in keys else source.prompts()
     constants |= {"negative": source.negative} if "negative" in names else {}
-    return Stage(params, critic, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
+    digests = _digests(config, frozen, source)
+    return Stage(params, critic, frozen, constants, keys, iterator, updates, source, digests, adapters)
 
 
 def _digests(config: TrainConfig, frozen: dict, source: Source, made: PairSource | None = None) -> dict[str, str]:
@@ -186,6 +192,18 @@ def _cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
+def _header_of(path: Path, field: str) -> tuple[Package | None, bool]:
+    """What a file or shards of sf_jax.train say of themselves, and whether their names are official."""
+    if not (path.is_dir() or (path.is_file() and path.suffix in (".safetensors", ".json"))):
+        return None, False
+    try:
+        with open_tensors(path) as tensors:
+            header, official = tensors.metadata.get("sf_jax"), naming_of(tensors) == "official"
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    return None if header is None else parse_header(path, header), official
+
+
 def _load(
     path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh, offload: bool = False
 ) -> tuple[dict, str | None]:
@@ -199,21 +217,20 @@ def _load(
         return sharding.offloaded(found) if offload else found
 
     path = shipped_path("teacher") if path == "shipped" else Path(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        with open_tensors(path) as tensors:
-            own = "sf_jax" in tensors.metadata
-        if own:
-            package = load_package(path)
-            same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
-            if dataclasses.replace(package.config, **same) != wanted:
-                raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
-            typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
-            return sharding.put(typed, places(typed)), package.kind
+    header, official = _header_of(path, field)
+    # In shards, and under the names of diffusers, it is read as others' files are.
+    if header is not None and official and path.suffix == ".safetensors":
+        package = load_package(path)
+        same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
+        if dataclasses.replace(package.config, **same) != wanted:
+            raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
+        typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
+        return sharding.put(typed, places(typed)), package.kind
     try:
         _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    return params, None
+    return params, None if header is None else header.kind
 
 
 def _teacher_field(config: TrainConfig) -> str:

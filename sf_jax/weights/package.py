@@ -85,6 +85,15 @@ def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float
     write_safetensors(path, tensors, {"sf_jax": json.dumps(header), "format": "pt"})
 
 
+def parse_header(path: pathlib.Path, header: str) -> Package:
+    """What the entry `sf_jax` of a file's header says, without parameters.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    return _parse(path, header)
+
+
 def shipped_path(kind: str) -> pathlib.Path:
     """The file of the package's own teacher or student of moving digits."""
     return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[kind]))

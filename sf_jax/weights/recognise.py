@@ -1,6 +1,7 @@
 """Tells what a weight file is from the names and shapes of its tensors, for conversion and for messages."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -21,8 +22,8 @@ NAMINGS = {
 # A part of a name -> what the file is, of which nothing can be loaded.
 _UNSUPPORTED = (
     (
-        r"\blora_",
-        "LoRA (changes to a network, not its weights), which is not supported: merge it into the network first",
+        r"\blora_|[._]lora[._]|\.(diff|diff_b|diff_m)$",
+        "adapter (LoRA: changes to a network, not its weights): give it as lora, beside the network that it changes",
     ),
     (
         r"k_img|img_emb\.|image_embedder|add_k_proj",
@@ -70,7 +71,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
       metadata: the strings of a safetensors header.
     """
     if "sf_jax" in (metadata or {}):
-        return Guess("package", "package of sf_jax", "official")
+        return Guess("package", "package of sf_jax", transformer.naming_of(shapes))
     shapes = {transformer.strip_wrappers(name): tuple(shape) for name, shape in shapes.items()}
     for pattern, title in _UNSUPPORTED:
         if any(re.search(pattern, name) for name in shapes):
@@ -100,8 +101,9 @@ def entries_of(kind: str, config, naming: str) -> Sequence[Entry]:
     return {"transformer": transformer, "vae": vae, "umt5": umt5}[kind].entries(config, naming)
 
 
+@functools.lru_cache(maxsize=16)  # tracing a network takes seconds
 def param_shapes_of(kind: str, config) -> dict:
-    """Shapes and types of the parameters of a network."""
+    """Shapes and types of the parameters of a network; not to be changed, as the next call gets the same tree."""
     models = {"transformer": wan, "vae": vae_model, "tiny_vae": tiny_vae_model, "umt5": umt5_model}
     return models[kind].param_shapes(config)
 

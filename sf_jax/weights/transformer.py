@@ -1,6 +1,6 @@
 """Name maps of the transformer: the official Wan2.1 / Self Forcing names and those of diffusers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -52,6 +52,11 @@ def strip_wrappers(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
+
+
+def naming_of(names: Iterable[str]) -> str:
+    """The naming of a transformer's tensors, "official" or "diffusers"; wrappers in the names are allowed."""
+    return "diffusers" if any("condition_embedder." in name for name in names) else "official"
 
 
 def _patch_embedding(config: WanConfig) -> Layout:
