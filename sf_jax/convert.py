@@ -25,22 +25,25 @@ from sf_jax import command
 from sf_jax.files import check_writable
 from sf_jax.training import export
 from sf_jax.weights import load, transformer
-from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
+from sf_jax.weights.files import PART_NAMES, TORCH_SUFFIXES, open_tensors
+from sf_jax.weights.names import NETWORK_PARTS
 from sf_jax.weights.package import load_package, save_package
 from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
-from sf_jax.weights.torch_io import PARTS, write_torch
+from sf_jax.weights.torch_io import write_torch
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
-_INPUT = command.define_path("input", None, "Weight file, folder of shards, or model folder")
+_INPUT = command.define_weights("input", None, "Weight file, folder of shards, or model folder; also of the hub")
 _FROM = command.define_path("from", None, "Instead of --input: workdir of a training run")
 _OUTPUT = command.define_path(
     "output", None, "File to write: .safetensors, or .pt (which needs PyTorch); --from has a default"
 )
 _TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")
-_PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
+_PART = flags.DEFINE_enum(
+    "part", None, PART_NAMES, "Network of a file that holds several; those of checkpoints are also its name in a .pt"
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
@@ -64,7 +67,7 @@ def _convert(tensors: TensorFile, output: Path) -> str:
     if _DTYPE.value:
         tensors = tensors.astype(_DTYPES[_DTYPE.value])
     if output.suffix in TORCH_SUFFIXES:
-        part = _PART.value or tensors.part
+        part = tensors.part if _PART.value in NETWORK_PARTS else _PART.value or tensors.part
         # In the official checkpoints of several networks a transformer sits in a wrapper that calls it `model`.
         prefix = "model." if part and guess.kind == "transformer" and naming == "official" else ""
         write_torch(output, tensors.renamed({prefix + name: name for name in tensors}), part)

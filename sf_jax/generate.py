@@ -3,8 +3,9 @@
     python -m sf_jax.generate --prompt="a 7 moving left, fast"
     python -m sf_jax.generate --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --prompt="a cat in the snow"
 
-Without --model, the shipped student of moving digits; with it, Wan2.1 and what was distilled from it. Writes an mp4 per
-video and a contact sheet while later chunks are still being generated.
+Without --model, the shipped student of moving digits; with it (or with --transformer, --vae, --text_encoder and
+--tokenizer, the files of its parts), Wan2.1 and what was distilled from it. Weights are paths, or names of the Hugging
+Face hub. Writes an mp4 per video and a contact sheet while later chunks are still being generated.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
+from sf_jax.weights import hub
 
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
 
@@ -24,8 +26,13 @@ _PROMPT = flags.DEFINE_string("prompt", None, "What to show")
 _PROMPTS = command.define_path("prompts", None, "Text file with a prompt a line, instead of --prompt")
 # Flags whose names are fields of `Job`; None means that the model's default stands.
 _JOB = {
-    "model": command.define_path("model", None, "Wan: model folder, official or of diffusers"),
-    "checkpoint": command.define_path(
+    "model": command.define_weights(
+        "model", None, "Wan: model folder, official or of diffusers, or its name on the hub (Wan-AI/Wan2.1-T2V-1.3B)"
+    ),
+    "transformer": command.define_weights("transformer", None, "Wan: file of the transformer, instead of --model's"),
+    "text_encoder": command.define_weights("text_encoder", None, "Wan: file of the text encoder, instead of --model's"),
+    "tokenizer": command.define_weights("tokenizer", None, "Wan: tokenizer.json or its folder, instead of --model's"),
+    "checkpoint": command.define_weights(
         "checkpoint",
         None,
         "Digits: weights that sf_jax.train wrote, or 'teacher' (default: the shipped student). "
@@ -63,7 +70,7 @@ _JOB = {
         None,
         "JSON file of prompts that change while the video plays, instead of --prompt (docs/streaming.md)",
     ),
-    "vae": flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)"),
+    "vae": command.define_weights("vae", None, "Wan: decoder of --model, wan (default) or tiny; or the file of a VAE"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
     "vbench_names": flags.DEFINE_bool("vbench_names", False, "Name the files prompt-index.mp4, write nothing else"),
@@ -74,7 +81,8 @@ _LISTS = ("denoising_steps", "first_chunk_steps")
 def _prompts() -> list[str]:
     """The prompts of the command line."""
     if _PROMPTS.value is None:
-        default = [] if _JOB["model"].value or _JOB["schedule"].value else [DEFAULT_PROMPT]
+        wan = any(_JOB[name].value for name in ("model", "transformer", "text_encoder", "tokenizer", "vae"))
+        default = [] if wan or _JOB["schedule"].value else [DEFAULT_PROMPT]
         return default if _PROMPT.value is None else [valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
@@ -101,6 +109,8 @@ def main() -> None:
     """Command line: see the module's docstring."""
     fields = {name: flag.value for name, flag in _JOB.items() if flag.value is not None}
     fields |= {name: _steps(name, fields[name]) for name in _LISTS if name in fields}
+    if fields.get("checkpoint"):
+        fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     print("wrote", *batch.run(Job(prompts=tuple(_prompts()), **fields)), sep="\n  ")
 
 

@@ -95,7 +95,7 @@ def run(job: Job) -> list[Path]:
     check_names(names, out)
     prompts = job.video_prompts()
     numbers = range(jax.process_index(), len(prompts), jax.process_count())
-    if job.model is None:
+    if not job.is_wan:
         pipe, initial = job.digits_pipeline(), None
         size, style = max(1, len(numbers)), Style(DIGITS_FPS, DIGITS_SCALE, gif=True, one_sheet=True)
     else:
@@ -136,9 +136,11 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
     pixels, options = job.initial_pixels(), job.wan_options(devices)
     print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
     model = find_wan(job.model, options)
+    if job.checkpoint is not None:
+        job.check_naming(check_network(job.checkpoint, "transformer", model.config, job.part).naming)
     if pixels is not None:
         if model.vae is None:
-            raise ValueError(f"model folder {job.model} lacks: vae, which encodes the given frames")
+            raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
     text_encoder = Umt5TextEncoder(model, options.compute_dtype)
     text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])

@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
     """Reads `tokenizer.json`.
 
     Args:
-      folder: the tokenizer's folder, or the model folder that holds it as `google/umt5-xxl` or `tokenizer`.
+      folder: the tokenizer's folder, or the model folder that has it as `google/umt5-xxl` or `tokenizer`; or its file.
       length: tokens per prompt, `</s>` included; the length that Wan2.1 was trained with is 512.
 
     Raises:
@@ -81,6 +81,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
         raise ValueError(f"length is {length}: it must be at least 1")
     folder = pathlib.Path(folder)
     path = next((p for part in FOLDERS if (p := folder / part / "tokenizer.json").is_file()), None)
+    path = folder if folder.is_file() and folder.suffix == ".json" else path
     if path is None:
         raise ValueError(_missing(folder))
     try:
@@ -104,6 +105,10 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
 
 def _missing(folder):
     """Why a folder has no tokenizer, and what to do."""
+    if folder.is_file():
+        return (
+            f"{folder} is no tokenizer.json, and nothing else is read: take google/umt5-xxl/tokenizer.json of the model"
+        )
     if not folder.is_dir():
         return f"{folder} is no folder: give the model folder that holds google/umt5-xxl/tokenizer.json"
     looked = ", ".join(str(pathlib.PurePosixPath(part) / "tokenizer.json") for part in FOLDERS)

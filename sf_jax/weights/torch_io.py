@@ -15,6 +15,13 @@ from sf_jax.weights.tensors import TensorFile, checked_tensor, empty_aligned
 PARTS = ("generator_ema", "generator", "model", "critic")
 
 
+_SHARDED = (
+    "holds DTensors, the sharded tensors of FSDP: write them whole where they are, torch.save({name: "
+    "tensor.full_tensor() for name, tensor in state.items()}, FILE), or save with torch.distributed.checkpoint and "
+    "convert its folder with python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUTPUT.pt"
+)
+
+
 def _import_torch(path: Path):
     try:
         import torch
@@ -39,6 +46,8 @@ def open_torch(path: Path, part: str | None) -> TensorFile:
     torch = _import_torch(path)
     types = _torch_types(torch)
     held, part = _state_dict(_load_pickle(torch, path), path, part)
+    if any(type(value).__name__ in ("DTensor", "ShardedTensor") for value in held.values()):
+        raise ValueError(f"{path} {_SHARDED}")
     wrong = [name for name, value in held.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
     wrong += [name for name, value in held.items() if name not in wrong and value.layout != torch.strided]
     if wrong or not held:
@@ -75,6 +84,8 @@ def _load_pickle(torch, path: Path):
                 raise
             return torch.load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if re.search("DTensor|ShardedTensor|sharded_tensor", str(error)):
+            raise ValueError(f"{path} {_SHARDED}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         held = f"it asks for {code.group(1)}" if code else str(error).splitlines()[0][:200]
         raise ValueError(
