@@ -194,7 +194,7 @@ def test_wrappers_and_prefixes_are_taken_off_and_names_that_meet_refused():
         assert_same(load.normalised(in_memory(wrapped), tensors), tensors)
         assert recognise(in_memory(wrapped).shapes).kind == "transformer"
     both = {f"model.{name}": value for name, value in tensors.items()} | {"head.head.bias": tensors["head.head.bias"]}
-    with pytest.raises(ValueError, match="48 names begin with 'model.', others do not"):
+    with pytest.raises(ValueError, match="69 names begin with 'model.', others do not"):
         load.load_params(entries, in_memory(both), like, "transformer")
     with pytest.raises(ValueError, match=r"1 unexpected \['model.other'\]"):
         load.load_params(entries, in_memory(tensors | {"model.other": np.zeros(1)}), like, "transformer")

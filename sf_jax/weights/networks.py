@@ -134,6 +134,8 @@ def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Gu
     if kind_there in networks:
         tensors = tensors.renamed(networks[kind_there])
     guess = recognise(tensors.shapes, tensors.metadata)
+    if guess.is_other:
+        raise ValueError(f"{tensors.path}: a {kind} is needed; this is a {guess.title}")
     if config is None:
         if guess.kind != kind:
             raise ValueError(f"{tensors.path}: a {kind} is needed; this seems to be: {guess.description}")

@@ -67,12 +67,14 @@ class Guess:
       title: the same for people, such as "transformer of Wan2.1-T2V-1.3B".
       naming: "official", "diffusers", "rcm" or "transformers"; None where it is unknown.
       config: the sizes; None where they are unknown.
+      is_other: whether a tensor of it tells that it is something that cannot be loaded.
     """
 
     kind: str
     title: str
     naming: str | None = None
     config: wan.WanConfig | vae_model.VaeConfig | umt5_model.Umt5Config | tiny_vae_model.TinyVaeConfig | None = None
+    is_other: bool = False
 
     @property
     def description(self) -> str:
@@ -95,11 +97,13 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     networks = networks_of(shapes)
     if networks:
         parts = [part for part, kind in NETWORK_PARTS.items() if kind in networks]
-        return Guess("unknown", f"file of several networks (all-in-one: {', '.join(parts)}): say which with part")
+        return Guess(
+            "unknown", f"file of several networks (all-in-one: {', '.join(parts)}): say which with part", is_other=True
+        )
     for pattern, title in _UNSUPPORTED:
         name = next((name for name in shapes if re.search(pattern, name)), None)
         if name is not None:
-            return Guess("unknown", f"{title} ({name})")
+            return Guess("unknown", f"{title} ({name})", is_other=True)
     shapes = {bare: tuple(shapes[name]) for name, bare in bare_names(shapes).items()}
     try:
         found = _transformer(shapes) or _umt5(shapes) or _vae(shapes) or _tiny_vae(shapes)
