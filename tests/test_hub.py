@@ -7,16 +7,19 @@ import sys
 import threading
 import urllib.parse
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
-from sf_jax.inference.load import WanOptions, find_wan
 from sf_jax.weights import folders, hub
 from sf_jax.weights.files import open_tensors
-from tests.wan_folder import make_folder
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the [download] extra")
 
 MODEL, CHECKPOINTS = "Wan-AI/Wan2.1-T2V-1.3B", "gdhe17/Self-Forcing"
+CONFIG = {"dim": 256, "ffn_dim": 8, "num_heads": 2, "num_layers": 1, "in_dim": 16, "freq_dim": 8}
+NEEDED = ("Wan2.1_VAE.pth", "config.json", "google/umt5-xxl/tokenizer.json", "models_t5_umt5-xxl-enc-bf16.pth")
+PARTS = ("vae", "text_encoder", "tokenizer")
 COMMIT = {"main": "a" * 40, "v1": "b" * 40}
 FAULTS = {"gated": (403, "GatedRepo"), "private": (404, "RepoNotFound"), "down": (503, "")}
 
@@ -96,18 +99,12 @@ def digest(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory):
-    """The files of a small model folder, path -> bytes."""
-    folder = make_folder(tmp_path_factory.mktemp("wan"))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
-def server(wan, tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch):
     """The hub, with a cache of its own and no token."""
-    student = wan["student.safetensors"]
-    model = {path: content for path, content in wan.items() if path != "student.safetensors"}
+    student = save({"blocks.0.modulation": np.zeros(3, np.float32)})
+    model = {path: path.encode() for path in (*NEEDED, "diffusion_pytorch_model.safetensors", "taew2_1.pth")}
+    model["config.json"] = json.dumps(CONFIG).encode()
     decoys = ("assets/logo.png", "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin")
     server = Hub(
         {
@@ -157,24 +154,20 @@ def test_names_of_the_hub_are_told_from_paths(value, place, tmp_path, monkeypatc
     assert hub.parse(value) == place
 
 
-def test_a_model_of_the_hub_is_fetched_once_and_only_what_is_needed(server, wan, tmp_path, monkeypatch):
-    options = WanOptions(checkpoint=hub.local_file(f"{CHECKPOINTS}/checkpoints/dmd.safetensors"))
-    files = find_wan(MODEL, options)
-    needed = ["Wan2.1_VAE.safetensors", "config.json", "google/umt5-xxl/tokenizer.json"]
-    needed += ["models_t5_umt5-xxl-enc-bf16.safetensors"]
-    assert sorted(server.fetched) == ["Wan2.1_VAE.safetensors", "checkpoints/dmd.safetensors", *needed[1:]]
-    assert files.vae.read_bytes() == wan["Wan2.1_VAE.safetensors"] and files.transformer is None
+def test_a_model_of_the_hub_is_fetched_once_and_only_what_is_needed(server, tmp_path, monkeypatch):
+    checkpoint = f"{CHECKPOINTS}/checkpoints/dmd.safetensors"
+    path, files = hub.local_file(checkpoint), folders.find_model(MODEL, PARTS)
+    assert sorted(server.fetched) == sorted([*NEEDED, "checkpoints/dmd.safetensors"])
+    assert files.vae.read_bytes() == b"Wan2.1_VAE.pth" and files.transformer is None and files.config.dim == 256
     assert (tmp_path / "cache") in files.folder.parents and files.folder.name == COMMIT["main"]
-    find_wan(MODEL, options)
-    assert len(server.fetched) == 5
+    assert folders.find_model(MODEL, PARTS) == files and len(server.fetched) == 5
     # where the hub does not answer the cache serves, and what it lacks is said
     server.is_down = True
-    assert find_wan(MODEL, options) == files
+    assert folders.find_model(MODEL, PARTS) == files
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert find_wan(MODEL, options) == files
-    assert hub.local_file(f"{CHECKPOINTS}/checkpoints/dmd.safetensors") == options.checkpoint
+    assert folders.find_model(MODEL, PARTS) == files and hub.local_file(checkpoint) == path
     with pytest.raises(ValueError, match=f"model folder {MODEL} lacks: transformer .*only what was fetched is there"):
-        find_wan(MODEL, WanOptions())
+        folders.find_model(MODEL)
     with pytest.raises(ValueError, match="sid.safetensors is no file or folder here, nor in the .*cache, and"):
         hub.local_file(f"{CHECKPOINTS}/checkpoints/sid.safetensors")
 
@@ -182,11 +175,12 @@ def test_a_model_of_the_hub_is_fetched_once_and_only_what_is_needed(server, wan,
 def test_revisions_and_local_folders(server, tmp_path):
     assert folders.find_model(f"hf://{MODEL}@v1", ["vae"]).folder.name == COMMIT["v1"]
     with open_tensors("org/single") as stored:  # its only file of weights
-        assert len(stored) == 69
+        assert list(stored) == ["blocks.0.modulation"]
     assert folders.find_tokenizer(MODEL).joinpath("google/umt5-xxl/tokenizer.json").is_file()
     fetched = len(server.fetched)
-    make_folder(tmp_path / MODEL)
-    assert folders.find_model(MODEL).folder == folders.Path(MODEL) and len(server.fetched) == fetched
+    (tmp_path / MODEL).mkdir(parents=True)
+    (tmp_path / MODEL / "Wan2.1_VAE.pth").touch()
+    assert folders.find_model(MODEL, ["vae"]).folder == folders.Path(MODEL) and len(server.fetched) == fetched
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
-from sf_jax.weights.networks import check_network
+from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, DIGITS_SCALE, WAN_FPS = 12.0, 12, 16.0
 
@@ -137,7 +137,7 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
     print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
     model = find_wan(job.model, options)
     if job.checkpoint is not None:
-        job.check_naming(check_network(job.checkpoint, "transformer", model.config, job.part).naming)
+        job.check_naming(describe_network(job.checkpoint, "transformer", job.part).naming)
     if pixels is not None:
         if model.vae is None:
             raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")

@@ -41,13 +41,20 @@ def network_kind(path: Path | str, kinds: Sequence[str]) -> str:
     Raises:
       ValueError: if it is none of them; the message says what it seems to be.
     """
-    with open_tensors(path) as tensors:
-        networks = networks_of(tensors)
-        guess = recognise(tensors.shapes, tensors.metadata)
-    found = next((kind for kind in kinds if kind in networks or kind == guess.kind), None)
-    if found is None:
+    guess = describe_network(path, kinds[0])
+    if guess.kind not in kinds:
         raise ValueError(f"{path}: a {' or '.join(kinds)} is needed; this seems to be: {guess.description}")
-    return found
+    return guess.kind
+
+
+def describe_network(path: Path | str, kind: str, part: str | None = None, scaled: bool = False) -> Guess:
+    """Tells what a file is, or the network of that kind in an all-in-one file.
+
+    Raises:
+      ValueError: if it cannot be opened, or is something that cannot be loaded.
+    """
+    with open_tensors(path, part, scaled=scaled) as tensors:
+        return _recognised(tensors, kind)[1]
 
 
 def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> WanConfig:
@@ -56,8 +63,10 @@ def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> Wan
     Raises:
       ValueError: if it is no transformer, or the number of its heads is told nowhere.
     """
-    with open_tensors(path, part, scaled=scaled) as tensors:
-        _, _, (config, *_) = _mapped(tensors, "transformer", None)
+    guess = describe_network(path, "transformer", part, scaled)
+    if guess.kind != "transformer":
+        raise ValueError(f"{path}: a transformer is needed; this seems to be: {guess.description}")
+    config = guess.config
     if config.dim % HEAD_DIM == 0:
         return config
     if not path.with_name("config.json").is_file():
@@ -129,6 +138,17 @@ def load_network(
 
 def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Guess, tuple]:
     """The tensors of one network, what they are, and its sizes, name map and our shapes."""
+    tensors, guess = _recognised(tensors, kind)
+    if config is None:
+        if guess.kind != kind:
+            raise ValueError(f"{tensors.path}: a {kind} is needed; this seems to be: {guess.description}")
+        config = guess.config
+    naming = guess.naming if guess.naming in NAMINGS[kind] else NAMINGS[kind][0]
+    return tensors, guess, (config, entries_of(kind, config, naming), param_shapes_of(kind, config))
+
+
+def _recognised(tensors: TensorFile, kind: str) -> tuple[TensorFile, Guess]:
+    """The tensors of one network, of an all-in-one file that of the kind, and what they are."""
     networks = networks_of(tensors)
     kind_there = "vae" if kind == "tiny_vae" else kind
     if kind_there in networks:
@@ -136,9 +156,4 @@ def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Gu
     guess = recognise(tensors.shapes, tensors.metadata)
     if guess.is_other:
         raise ValueError(f"{tensors.path}: a {kind} is needed; this is a {guess.title}")
-    if config is None:
-        if guess.kind != kind:
-            raise ValueError(f"{tensors.path}: a {kind} is needed; this seems to be: {guess.description}")
-        config = guess.config
-    naming = guess.naming if guess.naming in NAMINGS[kind] else NAMINGS[kind][0]
-    return tensors, guess, (config, entries_of(kind, config, naming), param_shapes_of(kind, config))
+    return tensors, guess

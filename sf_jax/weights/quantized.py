@@ -131,6 +131,6 @@ def _spread(scale: np.ndarray, shape: tuple[int, ...], title: str) -> np.ndarray
 
 def _block(parts: int, size: int) -> int | None:
     """How many numbers along an axis share one of `parts` scales."""
-    if parts == 1 or size % parts == 0:
-        return size // parts
-    return _BLOCK if math.ceil(size / _BLOCK) == parts else None
+    if parts > 1 and math.ceil(size / _BLOCK) == parts:
+        return _BLOCK
+    return size // parts if size % parts == 0 else None
