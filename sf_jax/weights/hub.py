@@ -19,7 +19,7 @@ _SCHEME = re.compile(r"hf:/+(?:models/)?")
 _PAGE = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/")
 _VERBS = ("resolve", "blob", "tree", "raw")
 _NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?")
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".json", ".model", ".gguf")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # A pattern that no file has: the snapshot's folder is asked for, whatever is in it.
 _NOTHING = ["/"]
 
@@ -129,18 +129,21 @@ def local_file(value: str | Path) -> str:
     place = parse(str(value))
     if place is None:
         return str(value)
-    if place.path.endswith(_SUFFIXES) and ".index." not in place.path:
-        client = _client(place)
-        return _explained(place, lambda: client.hf_hub_download(place.repository, place.path, revision=place.revision))
-    folder = f"{place.path.rpartition('/')[0] if '.index.' in place.path else place.path}/".lstrip("/")
 
     def choose(names):
-        inside = [name for name in names if name.startswith(folder)]
-        found = _only_weights(place, [name.removeprefix(folder) for name in inside])
-        return [folder + name for name in found]
+        if place.path in names:
+            return files_of(names, place.path)
+        folder = f"{place.path}/".lstrip("/")
+        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+        if not inside:
+            weights = [name for name in names if name.endswith(_SUFFIXES)]
+            raise ValueError(f"{place.repository} of the hub has no file {place.path}: it has {', '.join(weights[:8])}")
+        return [folder + name for name in _only_weights(place, inside)]
 
-    path = fetch(place, choose)
-    return str(path / place.path if place.path else path)
+    path = fetch(place, choose) / place.path
+    if not path.exists():
+        raise ValueError(_unreachable(place, None))
+    return str(path)
 
 
 def _only_weights(place: Place, names: Sequence[str]) -> list[str]:
@@ -151,7 +154,7 @@ def _only_weights(place: Place, names: Sequence[str]) -> list[str]:
         raise ValueError(f"{place} {error}") from error
     if main is not None:
         return [*files_of(names, main), *(name for name in names if name in DESCRIPTIONS)]
-    weights = [name for name in names if name.endswith(_SUFFIXES[:4])]
+    weights = [name for name in names if name.endswith(_SUFFIXES)]
     if len(weights) == 1:
         return weights
     there = f"give one of its files: {', '.join(weights[:6])}" if weights else f"it has {', '.join(names[:6])}"
@@ -188,8 +191,6 @@ def _explained(place: Place, call: Callable[[], str]) -> str:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(_unreachable(place, error.__cause__ or error)) from error
-    except errors.EntryNotFoundError as error:
-        raise ValueError(f"{repository} of the hub has no file {place.path}: see {page}/tree/main") from error
     except errors.HFValidationError as error:
         raise ValueError(f"{place} names nothing of the hub ({' '.join(str(error).split())[:160]})") from error
     except errors.HfHubHTTPError as error:
@@ -203,9 +204,10 @@ def _explained(place: Place, call: Callable[[], str]) -> str:
         raise ValueError(_unreachable(place, error)) from error
 
 
-def _unreachable(place: Place, error: BaseException) -> str:
+def _unreachable(place: Place, error: BaseException | None) -> str:
+    """What to do without a network; `error` is what the client raised, if it did."""
     offline = type(error).__name__ == "OfflineModeIsEnabled" or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    reason = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
+    reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     return (
         f"{place} is no file or folder here, nor in the hub's cache, and {reason}: fetch it where there is a network "
         "(hf download) and give its path, or HF_HOME with its cache"
