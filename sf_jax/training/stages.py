@@ -190,7 +190,10 @@ def _load(
         found = sharding.tree_shardings(like, mesh)
         return sharding.offloaded(found) if offload else found
 
-    path = shipped_path("teacher") if path == "shipped" else Path(hub.local_file(path))
+    try:
+        path = shipped_path("teacher") if path == "shipped" else Path(hub.local_file(path))
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
     if path.is_file() and path.suffix == ".safetensors":
         with open_tensors(path) as tensors:
             own = "sf_jax" in tensors.metadata
