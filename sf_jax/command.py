@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from sf_jax import __version__, backend, usage
 from sf_jax.files import local_path
+from sf_jax.weights import hub
 
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
 LONGEST = 1000  # characters of an error message
@@ -36,6 +37,23 @@ class _PathParser(flags.ArgumentParser):
     def flag_type(self) -> str:
         """What --help calls it."""
         return "path"
+
+
+class _WeightsParser(_PathParser):
+    """Reads paths of this machine and names of the Hugging Face hub."""
+
+    syntactic_help = "a path of this machine, or a name of the Hugging Face hub"
+
+    def parse(self, argument: str) -> str:
+        """The path or name."""
+        return argument if hub.is_address(argument) else local_path(argument)
+
+
+def define_weights(
+    name: str, default: str | None, help: str, flag_values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder:
+    """Defines a flag that is a path of weights, or their name on the hub; see `weights.hub`."""
+    return flags.DEFINE(_WeightsParser(), name, default, help, flag_values, flags.ArgumentSerializer())
 
 
 class _Printed(flags.BooleanFlag):

@@ -38,15 +38,16 @@ from sf_jax.weights import adapter_export, cards, export, export_folder, load, m
 from sf_jax.weights.adapter_list import Lora, parse_loras
 from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
 from sf_jax.weights.export_folder import Source, Target
-from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
+from sf_jax.weights.files import PART_NAMES, TORCH_SUFFIXES, open_tensors
+from sf_jax.weights.names import NETWORK_PARTS
 from sf_jax.weights.package import Package, load_package, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
-from sf_jax.weights.torch_io import PARTS, write_torch
+from sf_jax.weights.torch_io import write_torch
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
-_INPUT = command.define_path("input", None, "Weight file, folder of shards, or model folder")
+_INPUT = command.define_weights("input", None, "Weight file, folder of shards, or model folder; also of the hub")
 _FROM = command.define_path("from", None, "Instead of --input: workdir of a training run")
 _OUTPUT = command.define_path(
     "output",
@@ -61,8 +62,9 @@ _BASE_MODEL = flags.DEFINE_string("base_model", None, "Model card: the hub's nam
 _PART = flags.DEFINE_enum(
     "part",
     None,
-    [*PARTS, "lora"],
-    "Network of a checkpoint that holds several; also its name in a .pt. With --from, lora: the adapters alone",
+    [*PART_NAMES, "lora"],
+    "Network of a file that holds several; those of checkpoints are also its name in a .pt. With --from, lora: the "
+    "adapters alone",
 )
 _LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input, FILE or FILE:SCALE; several too")
 _DTYPE = flags.DEFINE_enum(
@@ -76,7 +78,8 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
     network = export.read_network(tensors, _TO.value)
     if _DTYPE.value:
         network = dataclasses.replace(network, tensors=network.tensors.astype(_DTYPES[_DTYPE.value]))
-    to_torch, part = output.suffix in TORCH_SUFFIXES, _PART.value or tensors.part
+    to_torch = output.suffix in TORCH_SUFFIXES
+    part = tensors.part if _PART.value in NETWORK_PARTS else _PART.value or tensors.part
     if _TO.value == "comfy":
         if to_torch:
             raise ValueError(f"output is {output}: files for ComfyUI are .safetensors")

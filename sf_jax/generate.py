@@ -3,9 +3,10 @@
     python -m sf_jax.generate --prompt="a 7 moving left, fast"
     python -m sf_jax.generate --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --prompt="a cat in the snow"
 
-Without --model, the shipped student of moving digits; with it, Wan2.1 and what was distilled from it. Writes an mp4 per
-video and a contact sheet while later chunks are still being generated. Files that are there already are kept: the new
-video's name gets a number, unless --if_exists says otherwise.
+Without --model, the shipped student of moving digits; with it (or with --transformer, --vae, --text_encoder and
+--tokenizer, the files of its parts), Wan2.1 and what was distilled from it. Weights are paths, or names of the Hugging
+Face hub. Writes an mp4 per video and a contact sheet while later chunks are still being generated. Files that are there
+already are kept: the new video's name gets a number, unless --if_exists says otherwise.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.inference.names import IF_EXISTS
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
+from sf_jax.weights import hub
 from sf_jax.weights.adapter_list import parse_loras
 
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
@@ -30,8 +32,13 @@ _NAMES = command.define_path(
 )
 # Flags whose names are fields of `Job`; None means that the model's default stands.
 _JOB = {
-    "model": command.define_path("model", None, "Wan: model folder, official or of diffusers"),
-    "checkpoint": command.define_path(
+    "model": command.define_weights(
+        "model", None, "Wan: model folder, official or of diffusers, or its name on the hub (Wan-AI/Wan2.1-T2V-1.3B)"
+    ),
+    "transformer": command.define_weights("transformer", None, "Wan: file of the transformer, instead of --model's"),
+    "text_encoder": command.define_weights("text_encoder", None, "Wan: file of the text encoder, instead of --model's"),
+    "tokenizer": command.define_weights("tokenizer", None, "Wan: tokenizer.json or its folder, instead of --model's"),
+    "checkpoint": command.define_weights(
         "checkpoint",
         None,
         "Digits: weights that sf_jax.train wrote, or 'teacher' (default: the shipped student). "
@@ -72,7 +79,7 @@ _JOB = {
         None,
         "JSON file of prompts that change while the video plays, instead of --prompt (docs/streaming.md)",
     ),
-    "vae": flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)"),
+    "vae": command.define_weights("vae", None, "Wan: decoder of --model, wan (default) or tiny; or the file of a VAE"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
     "vbench_names": flags.DEFINE_bool(
@@ -101,7 +108,8 @@ _LISTS = ("denoising_steps", "first_chunk_steps")
 def _prompts() -> list[str]:
     """The prompts of the command line."""
     if _PROMPTS.value is None:
-        default = [] if _JOB["model"].value or _JOB["schedule"].value else [DEFAULT_PROMPT]
+        wan = any(_JOB[name].value for name in ("model", "transformer", "text_encoder", "tokenizer", "vae"))
+        default = [] if wan or _JOB["schedule"].value else [DEFAULT_PROMPT]
         return default if _PROMPT.value is None else [valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
@@ -135,6 +143,8 @@ def main() -> None:
     fields |= {name: _steps(name, fields[name]) for name in _LISTS if name in fields}
     if "lora" in fields:
         fields["lora"] = parse_loras(fields["lora"])
+    if fields.get("checkpoint"):
+        fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     prompts, names = _prompts(), [] if _NAMES.value is None else _lines("names", _NAMES.value)
     print("wrote", *batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields)), sep="\n  ")
 

@@ -14,7 +14,7 @@ from sf_jax import command, distributed
 from sf_jax.inference import prepare_job
 from sf_jax.inference.prepare_job import Job
 
-_MODEL = command.define_path("model", None, "Model folder of Wan2.1, official or of diffusers")
+_MODEL = command.define_weights("model", None, "Model folder of Wan2.1, official or of diffusers; also of the hub")
 _OUTPUT = command.define_path("output", None, "Data folder, the config's data.dir")
 # Flags whose names are fields of `Job`; None means that the job's default stands.
 _FIELDS = {

@@ -16,8 +16,8 @@ from absl import flags
 
 from sf_jax import command
 
-_MODEL = command.define_path("model", None, "Wan: model folder, official or of diffusers")
-_CHECKPOINT = command.define_path("checkpoint", None, "Weights of a few-step student (default: the shipped digits)")
+_MODEL = command.define_weights("model", None, "Wan: model folder, official or of diffusers, or its name on the hub")
+_CHECKPOINT = command.define_weights("checkpoint", None, "Weights of a few-step student (default: the shipped digits)")
 _PART = flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model")
 _VAE = flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)")

@@ -148,6 +148,28 @@ def test_a_librarys_file_to_official_names_and_back_keeps_every_byte(kind, libra
     theirs.load_state_dict({name: torch.from_numpy(value) for name, value in load_file(back).items()}, strict=True)
 
 
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_variants_shards_and_bin_files_are_those_of_the_plain_file(kind, library, tmp_path):
+    model, folder = library(kind)
+    bin_ = {"safe_serialization": False}
+    if kind == "umt5":
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # transformers writes no .bin any more
+    ways = [{"variant": "fp16"}, {"variant": "bf16", "max_shard_size": "30KB"}, {"max_shard_size": "30KB"}]
+    ways += [] if kind == "umt5" else [bin_, bin_ | {"max_shard_size": "30KB"}, bin_ | {"variant": "fp32"}]
+    plain = load_file(next(folder.glob("*.safetensors")))
+    for i, way in enumerate([None, *ways]):
+        there = tmp_path / str(i)
+        if way is not None:
+            model.save_pretrained(there, **way)
+        elif kind == "umt5":
+            there = tmp_path
+        else:
+            continue
+        assert len(list(there.glob("*-of-*"))) > 1 or "max_shard_size" not in (way or {}), way
+        with open_tensors(there) as stored:
+            assert_same({name: stored[name] for name in plain}, plain)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_of_fsdp_to_parameters_and_back_keeps_every_bit(dtype, library, tmp_path):
     _, folder = library("transformer")

@@ -140,7 +140,8 @@ def test_damaged_safetensors_are_refused_by_name(content, message, tmp_path):
 
 def test_other_content_is_told_from_the_beginning(tmp_path):
     for content, message in (
-        (b"GGUF" + bytes(40), "starts with b'GGUF"),
+        (b"GGUF" + bytes(40), "it is a GGUF file .*dequantize"),
+        (b"MZ" + bytes(40), "starts with b'MZ"),
         (bytes(64), "perhaps an unfinished download"),
     ):
         (tmp_path / "a.bin").write_bytes(content)

@@ -117,7 +117,7 @@ def test_names_to_other_names_and_back_keep_every_byte(kind, naming):
     entries, _, tensors = network(kind, naming, "mixed")
     other = entries_of(kind, CONFIGS[kind], next(n for n in NAMINGS[kind] if n != naming))
     there = load.translated(entries, other, in_memory(tensors))
-    assert set(there) == {entry.name for entry in other} != set(tensors)
+    assert set(there) == {entry.name for entry in other} and there.shapes != in_memory(tensors).shapes
     assert_same(load.translated(other, entries, there), tensors)
 
 
@@ -194,7 +194,7 @@ def test_wrappers_and_prefixes_are_taken_off_and_names_that_meet_refused():
         assert_same(load.normalised(in_memory(wrapped), tensors), tensors)
         assert recognise(in_memory(wrapped).shapes).kind == "transformer"
     both = {f"model.{name}": value for name, value in tensors.items()} | {"head.head.bias": tensors["head.head.bias"]}
-    with pytest.raises(ValueError, match="model.head.head.bias and head.head.bias are both head.head.bias"):
+    with pytest.raises(ValueError, match="69 names begin with 'model.', others do not"):
         load.load_params(entries, in_memory(both), like, "transformer")
     with pytest.raises(ValueError, match=r"1 unexpected \['model.other'\]"):
         load.load_params(entries, in_memory(tensors | {"model.other": np.zeros(1)}), like, "transformer")

@@ -19,7 +19,7 @@ from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
-from sf_jax.weights.networks import check_network
+from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, DIGITS_SCALE, WAN_FPS = 12.0, 12, 16.0
 DIGITS_FRAMES = 2**17  # of all digits' videos that are made together
@@ -107,7 +107,7 @@ def run(job: Job) -> list[Path]:
     if free and not numbers:
         print("every video is there already", flush=True)
         return []
-    if job.model is None:
+    if not job.is_wan:
         pipe, initial = job.digits_pipeline(), None
         most = max(1, DIGITS_FRAMES // pipe.sampling.frames)
         size = max(1, min(len(numbers), most))
@@ -154,9 +154,11 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
     pixels, options = job.initial_pixels(), job.wan_options(devices)
     print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
     model = find_wan(job.model, options)
+    if job.checkpoint is not None:
+        job.check_naming(describe_network(job.checkpoint, "transformer", job.part).naming)
     if pixels is not None:
         if model.vae is None:
-            raise ValueError(f"model folder {job.model} lacks: vae, which encodes the given frames")
+            raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
     text_encoder = Umt5TextEncoder(model, options.compute_dtype)
     text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])

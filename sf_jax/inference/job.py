@@ -18,7 +18,7 @@ from sf_jax.inference.lengths import (
     WAN_FACTOR,
     WAN_SIDE,
 )
-from sf_jax.inference.load import WanOptions, causal_header, load_digits
+from sf_jax.inference.load import NAMED_PARTS, RCM, VAES, WanOptions, causal_header, load_digits
 from sf_jax.inference.names import IF_EXISTS, plain_name, vbench_name
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
@@ -39,7 +39,10 @@ class Job:
 
     Attributes:
       prompts: texts.
-      model: folder of Wan2.1; None for the moving digits.
+      model: folder of Wan2.1, or its name on the hub; None for the moving digits, or where all parts are named.
+      transformer: file of the bidirectional transformer, instead of the model folder's.
+      text_encoder: file of the text encoder, instead of the model folder's.
+      tokenizer: file or folder of the tokenizer, instead of the model folder's.
       checkpoint: Wan: weights of a causal transformer; None is the folder's own bidirectional one. Digits: see
         `load_digits`.
       part: which network of the checkpoint.
@@ -67,7 +70,7 @@ class Job:
       positions: "absolute", or "relative" to the window (videos without end).
       context: "clean", or "noisy" for a few-step student that was trained to cache its last denoising step.
       schedule: file of prompts that change while the video plays (`scenes.read_schedule`), in place of `prompts`.
-      vae: "wan" or "tiny".
+      vae: "wan" or "tiny", or the file of a VAE.
       dtype: of parameters and computation.
       save_latents: whether to write the latents beside the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
@@ -78,6 +81,9 @@ class Job:
 
     prompts: tuple[str, ...]
     model: str | None = None
+    transformer: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
     checkpoint: str | None = None
     part: str | None = None
     lora: tuple[Lora, ...] = ()
@@ -113,7 +119,7 @@ class Job:
 
     def __post_init__(self):
         """Refuses what can be seen to be wrong before anything is loaded."""
-        for field in ("checkpoint", "image", "video", "model", "out", "schedule"):
+        for field in ("checkpoint", "image", "video", "model", "out", "schedule", "vae", *NAMED_PARTS):
             if getattr(self, field) == "":
                 raise ValueError(f"{field} is empty: give a path or leave it out")
         for field in ("guidance", "shift", "fps"):
@@ -129,13 +135,13 @@ class Job:
             if self.prompts:
                 raise ValueError("schedule and prompt are both given: the schedule has the prompts")
             self.scenes  # noqa: B018 (reads the file)
-            if self.model is not None and (not self.few_steps or self.checkpoint is None):
+            if self.is_wan and (not self.few_steps or self.checkpoint is None):
                 raise ValueError("schedule needs a few-step student: give its weights as checkpoint, and no solver")
-            if self.model is not None and self.checkpoint and self.wan_rollout.window is None:
+            if self.is_wan and self.checkpoint and self.wan_rollout.window is None:
                 raise ValueError("window is None: a schedule needs one, such as 21 latent frames")
         elif not self.prompts:
             raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
-        if self.model is None:
+        if not self.is_wan:
             for field in WAN_ONLY:
                 if getattr(self, field) is not None:
                     raise ValueError(f"{field} is given without model: it is for Wan, whose folder --model names")
@@ -228,10 +234,16 @@ class Job:
             if getattr(self, name) not in (None, value):
                 raise ValueError(f"{name} is {getattr(self, name)}: {file} was trained with {value}; leave it out")
 
+    @property
+    def is_wan(self) -> bool:
+        """Whether the network is one of Wan's: it has a model folder, or its parts are named one by one."""
+        parts = any(getattr(self, name) is not None for name in ("model", *NAMED_PARTS))
+        return parts or self.vae not in (None, *VAES)
+
     @functools.cached_property
     def trained(self) -> Package | None:
         """What the header of Wan's checkpoint says, where sf_jax.train wrote it."""
-        return None if self.model is None or self.checkpoint is None else causal_header(self.checkpoint)
+        return causal_header(self.checkpoint) if self.is_wan and self.checkpoint is not None else None
 
     @functools.cached_property
     def scenes(self) -> tuple[Scene, ...]:
@@ -279,7 +291,8 @@ class Job:
 
     def wan_options(self, devices: tuple | None = None) -> WanOptions:
         """What `load_pipeline` is told of Wan."""
-        vae = {} if self.vae is None else {"vae": self.vae}
+        named = {name: getattr(self, name) for name in ("vae", *NAMED_PARTS)}
+        named = {name: value for name, value in named.items() if value is not None}
         return WanOptions(
             self.checkpoint,
             self.part,
@@ -287,8 +300,19 @@ class Job:
             rollout=self.wan_rollout,
             devices=devices,
             loras=self.lora,
-            **vae,
+            **named,
         )
+
+    def check_naming(self, naming: str) -> None:
+        """Refuses the files of NVlabs/rcm without the flags that say how they generate.
+
+        Args:
+          naming: the names that the checkpoint's tensors have; see `weights.recognise.NAMINGS`.
+        """
+        fields = ("chunk", "denoising_steps") if self.few_steps else ("chunk", "shift")
+        missing = [f"--{field}" for field in fields if getattr(self, field) is None]
+        if naming == "rcm" and missing:
+            raise ValueError(RCM.format(f"checkpoint {self.checkpoint}", " and ".join(missing)))
 
     @property
     def sampling_changes(self) -> dict:

@@ -1,6 +1,7 @@
 """Pipelines from weight files: the embedded moving digits, and Wan2.1 with what was distilled from it."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +23,21 @@ from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
-from sf_jax.weights import adapters
+from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.folders import ModelFiles, find_model, read_solver
-from sf_jax.weights.networks import check_network, load_network
+from sf_jax.weights.folders import ModelFiles, find_model, find_tokenizer, read_solver
+from sf_jax.weights.networks import check_network, load_network, network_kind, read_sizes
 from sf_jax.weights.package import SHIPPED, Package, load_package, parse_header, read_header, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
+NAMED_PARTS = ("transformer", "text_encoder", "tokenizer")  # that options name beside a model folder, or without one
+# `net.` files of NVlabs/rcm do not say how they generate; source: its Causal_rCM.md and inference scripts.
+RCM = (
+    "{} is of NVlabs/rcm and does not say how it generates: give {}. Of Causal-rCM's files c3-3 means chunks of 3 and "
+    "c1-1 of 1, with the steps 1000,750,500,250; those of 2 steps have them in the first chunk, then 1000,500. "
+    "Bidirectional rCM students cannot be sampled in few steps"
+)
 DIGITS_FRAMES, MANY_STEPS = 48, 24
 DEFAULT_LATENT_FRAMES = 21
 
@@ -41,7 +49,7 @@ class WanOptions:
     Attributes:
       checkpoint: weights of a causal transformer, .pt or .safetensors; None is the folder's own bidirectional one.
       part: which network of a checkpoint with several; None takes the averaged generator.
-      vae: decoder: "wan", "tiny" (fast), or "none" to stop at the latents.
+      vae: decoder: "wan", "tiny" (fast), or "none" to stop at the latents; or the file of a VAE of either kind.
       dtype: of parameters and computation, "bfloat16" or "float32"; None is bfloat16, on a CPU float32.
       rollout: chunks, window and steps of a causal network; None is what the header of a file of sf_jax.train says, and
         of other files chunks of 3 and the official steps.
@@ -51,11 +59,14 @@ class WanOptions:
         cuDNN's attention is chosen and the memory allows a second copy of the window, as it is faster there.
       loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
       devices: that share the videos of a batch, as many on each; None is the default device alone.
+      transformer: file of the bidirectional transformer, instead of the folder's; with a checkpoint it gives the sizes.
+      text_encoder: file of the text encoder, instead of the folder's.
+      tokenizer: its tokenizer.json or the folder of it, instead of the folder's.
     """
 
     checkpoint: str | Path | None = None
     part: str | None = None
-    vae: str = "wan"
+    vae: str | Path = "wan"
     dtype: str | None = None
     rollout: RolloutConfig | None = None
     encoder: bool = False
@@ -63,15 +74,19 @@ class WanOptions:
     scan_layers: bool | None = None
     loras: Sequence = ()
     devices: Sequence[jax.Device] | None = None
+    transformer: str | Path | None = None
+    text_encoder: str | Path | None = None
+    tokenizer: str | Path | None = None
 
     def __post_init__(self):
         """Validates names."""
-        for name, allowed in (("vae", tuple(VAES)), ("dtype", (None, "bfloat16", "float32"))):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(str(value) for value in allowed if value)
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {names}")
-        if self.checkpoint == "":
-            raise ValueError("checkpoint is empty: give a path or leave it out")
+        if self.dtype not in (None, "bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}: it must be one of bfloat16, float32")
+        if self.vae not in VAES and not Path(self.vae).suffix and not Path(self.vae).exists():
+            raise ValueError(f"vae is {self.vae!r}: it must be one of {', '.join(VAES)}, or a file")
+        for name in ("checkpoint", *NAMED_PARTS):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty: give a path or leave it out")
         object.__setattr__(self, "loras", as_loras(self.loras))
         if not isinstance(self.rollout, (RolloutConfig, type(None))):
             raise ValueError(f"rollout is {self.rollout!r}: it must be a RolloutConfig")
@@ -92,7 +107,7 @@ class WanOptions:
     @property
     def needed(self) -> tuple[str, ...]:
         """Parts of the model folder that must be there."""
-        parts = {"text_encoder", "tokenizer", VAES[self.vae], "vae" if self.encoder else None}
+        parts = {"text_encoder", "tokenizer", VAES.get(self.vae), "vae" if self.encoder else None}
         return (*sorted(parts - {None}), *([] if self.checkpoint else ["transformer"]))
 
 
@@ -103,8 +118,9 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     `load_pipeline("weights/Wan2.1-T2V-1.3B", checkpoint="self_forcing_dmd.pt")` a student of Wan's.
 
     Args:
-      model: a folder of Wan2.1, as it was published or of diffusers; a .safetensors file of moving digits that training
-        wrote; "student" or "teacher" for the shipped ones. None is the shipped student.
+      model: a folder of Wan2.1, as it was published or of diffusers, or its name on the Hugging Face hub; a
+        .safetensors file of moving digits that training wrote; "student" or "teacher" for the shipped ones. None is
+        the shipped student, or, where `transformer` or `text_encoder` is given, no folder.
       checkpoint: with a folder, weights of a causal transformer; None is the folder's own bidirectional one.
       **options: with a folder, other fields of `WanOptions`; `loras`, adapters to merge, also without.
 
@@ -113,7 +129,7 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     """
     if not isinstance(model, (str, Path, type(None))) or model == "":
         raise ValueError(f"model is {model!r}: give a folder of Wan2.1 or a .safetensors file of moving digits")
-    if model is None or not Path(model).is_dir():
+    if not _is_wan(model, options):
         loras = as_loras(options.pop("loras", ()))
         for name in ({"checkpoint": checkpoint} if checkpoint is not None else {}) | options:
             raise ValueError(f"{name} is given without a model folder: it is for Wan")
@@ -124,7 +140,17 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     fields = {field.name for field in dataclasses.fields(WanOptions)}
     if set(options) - fields:
         raise ValueError(f"{sorted(set(options) - fields)[0]} is no option: options are {', '.join(sorted(fields))}")
+    if checkpoint is not None:
+        checkpoint = hub.local_file(checkpoint) if checkpoint != "" else ""
     return wan_pipeline(model, WanOptions(checkpoint=checkpoint, **options))
+
+
+def _is_wan(model: str | Path | None, options: dict) -> bool:
+    """Whether a model is one of Wan's: a folder, a repository of the hub, or parts that are named one by one."""
+    if model is None:
+        return any(name in options for name in NAMED_PARTS)
+    place = hub.parse(str(model))
+    return Path(model).is_dir() if place is None else not place.path
 
 
 def load_digits(checkpoint: str | Path | None = None, loras: Sequence[Lora] = ()) -> VideoPipeline:
@@ -138,7 +164,7 @@ def load_digits(checkpoint: str | Path | None = None, loras: Sequence[Lora] = ()
       ValueError: if the file is missing, damaged, or something else.
     """
     checkpoint = "student" if checkpoint is None else checkpoint
-    path = shipped_path(str(checkpoint)) if str(checkpoint) in SHIPPED else checkpoint
+    path = shipped_path(str(checkpoint)) if str(checkpoint) in SHIPPED else hub.local_file(checkpoint)
     package = load_package(path)
     package = dataclasses.replace(package, params=adapters.merge_params(package.params, package.config, loras))
     pipe = digits_pipeline(package, f"checkpoint {checkpoint}")
@@ -178,21 +204,46 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
     )
 
 
-def find_wan(folder: str | Path, options: WanOptions) -> ModelFiles:
-    """The files of a model folder, checked by names and shapes alone: nothing long begins before.
+def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
+    """The files of a model, checked by names and shapes alone: nothing long begins before.
+
+    Args:
+      folder: the model folder, or its name on the hub; None where the options name every part.
+      options: what to make of it.
 
     Raises:
       ValueError: naming what is missing or does not fit.
     """
-    files = find_model(folder, options.needed)
+    named = _named_files(options)
+    needed = [part for part in options.needed if part not in named]
+    if folder is None:
+        if needed:
+            flags = ", ".join(f"--{part.removeprefix('tiny_')}" for part in needed)
+            hint = "; a tokenizer is in Wan-AI/Wan2.1-T2V-1.3B (google/umt5-xxl)" if "tokenizer" in needed else ""
+            raise ValueError(f"model is missing, and without it so are {flags}: give --model, or these files{hint}")
+        files = ModelFiles(*[None] * 6)
+    else:
+        files = find_model(folder, needed)
+    files = dataclasses.replace(files, **named, named=tuple(named))
+    path, own = _transformer_path(files, options), options.checkpoint is None
+    part = options.part
+    if "transformer" in named:
+        files = dataclasses.replace(files, config=read_sizes(files.transformer, scaled=True))
+    elif folder is None:
+        header = read_header(path)
+        files = dataclasses.replace(files, config=read_sizes(path, part) if header is None else header.config)
     if files.config is None:
         raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
-    check_network(_transformer_path(files, options), "transformer", files.config, options.part)
+    guess = check_network(path, "transformer", files.config, part, scaled=own and "transformer" in named)
     adapters.check_loras(options.loras, files.config)
     if options.checkpoint is None:
         _refuse_causal(files.transformer)
-    check_network(files.text_encoder, "umt5")
-    for kind in {VAES[options.vae], "vae" if options.encoder else None} - {None}:
+    if guess.naming == "rcm" and options.rollout is None:
+        if not own:
+            raise ValueError(RCM.format(f"checkpoint {path}", "chunk and steps, as a rollout"))
+        warnings.warn(f"{path} is of NVlabs/rcm: many steps are right for its teacher alone", stacklevel=2)
+    check_network(files.text_encoder, "umt5", scaled="text_encoder" in named)
+    for kind in {decoder_kind(files, options), "vae" if options.encoder else None} - {None}:
         check_network(getattr(files, kind), kind)
     return files
 
@@ -208,6 +259,29 @@ def _refuse_causal(path: Path) -> None:
 
 def _transformer_path(files: ModelFiles, options: WanOptions) -> Path:
     return files.transformer if options.checkpoint is None else Path(options.checkpoint)
+
+
+def _named_files(options: WanOptions) -> dict[str, Path]:
+    """The files that options name one by one, by the field of `ModelFiles`."""
+    named = {name: getattr(options, name) for name in NAMED_PARTS if getattr(options, name) is not None}
+    found = {}
+    for name, value in named.items():
+        found[name] = find_tokenizer(value) if name == "tokenizer" else Path(hub.local_file(value))
+        if not found[name].exists():
+            raise ValueError(f"{name} {value} does not exist: give its file")
+    if options.vae not in VAES:
+        path = Path(hub.local_file(options.vae))
+        if not path.exists():
+            raise ValueError(f"vae {path} does not exist: give one of {', '.join(VAES)}, or a file")
+        found[network_kind(path, ("vae", "tiny_vae"))] = path
+    return found
+
+
+def decoder_kind(files: ModelFiles, options: WanOptions) -> str | None:
+    """Which field of `ModelFiles` has the decoder, None where no pixels are wanted."""
+    if options.vae in VAES:
+        return VAES[options.vae]
+    return "tiny_vae" if "tiny_vae" in files.named else "vae"
 
 
 def causal_header(checkpoint: str | Path) -> Package | None:
@@ -273,7 +347,7 @@ def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig) 
 
 
 def wan_pipeline(
-    folder: str | Path,
+    folder: str | Path | None,
     options: WanOptions,
     files: ModelFiles | None = None,
     text_encoder: Umt5TextEncoder | None = None,
@@ -281,7 +355,7 @@ def wan_pipeline(
     """Loads transformer and decoder of a model folder, and the encoder where it is asked for.
 
     Args:
-      folder: the model folder.
+      folder: the model folder; see `find_wan`.
       options: what to make of it.
       files: what `find_wan` found there; None looks.
       text_encoder: one that has embedded the prompts already; None makes one.
@@ -290,11 +364,12 @@ def wan_pipeline(
       ValueError: see `find_wan`.
     """
     files = files or find_wan(folder, options)
+    named = "transformer" in files.named and options.checkpoint is None
     dtype, mesh = options.compute_dtype, wan_mesh(options.devices)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     path = _transformer_path(files, options)
-    _, params = load_network(path, "transformer", files.config, dtype, options.part, everywhere, options.loras)
-    causal, kind, decoder = options.checkpoint is not None, VAES[options.vae], None
+    _, params = load_network(path, "transformer", files.config, dtype, options.part, everywhere, options.loras, named)
+    causal, kind, decoder = options.checkpoint is not None, decoder_kind(files, options), None
     if kind is not None:
         config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere)
         module = WanVae if kind == "vae" else TinyVaeDecoder
@@ -305,7 +380,7 @@ def wan_pipeline(
     rollout = (options.rollout or trained) if causal else None
     solver, guidance = None, {}
     if not causal:
-        name, shift = read_solver(folder) or ("unipc", 8.0)
+        name, shift = (files.folder and read_solver(files.folder)) or ("unipc", 8.0)
         solver = Solver(name, shift, 50)
     if header is not None and header.kind == "causal":
         solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}

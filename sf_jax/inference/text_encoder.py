@@ -74,7 +74,14 @@ def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] |
     """
     mesh = Mesh(np.asarray(devices or jax.local_devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
     tokenizer = load_tokenizer(model.tokenizer)
-    config, params = load_network(model.text_encoder, "umt5", sharding=NamedSharding(mesh, PartitionSpec()))
+    named = "text_encoder" in model.named
+    config, params = load_network(
+        model.text_encoder,
+        "umt5",
+        dtype=dtype if named and dtype == "bfloat16" else None,  # scaled float8 would take twice the memory
+        sharding=NamedSharding(mesh, PartitionSpec()),
+        scaled=named,
+    )
     if tokenizer.vocab > config.vocab:
         raise ValueError(
             f"{model.text_encoder} knows {config.vocab} tokens, {model.tokenizer} has {tokenizer.vocab}: they do not "

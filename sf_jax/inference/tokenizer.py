@@ -84,7 +84,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
     """Reads `tokenizer.json`.
 
     Args:
-      folder: the tokenizer's folder, or the model folder that holds it as `google/umt5-xxl` or `tokenizer`.
+      folder: the tokenizer's folder, or the model folder that has it as `google/umt5-xxl` or `tokenizer`; or its file.
       length: tokens per prompt, `</s>` included; the length that Wan2.1 was trained with is 512.
 
     Raises:
@@ -94,6 +94,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
         raise ValueError(f"length is {length}: it must be at least 1")
     folder = pathlib.Path(folder)
     path = next((p for part in FOLDERS if (p := folder / part / "tokenizer.json").is_file()), None)
+    path = folder if folder.is_file() and folder.suffix == ".json" else path
     if path is None:
         raise ValueError(_missing(folder))
     if path.stat().st_size > _MAX_BYTES:
@@ -147,6 +148,10 @@ def _without_panics() -> Iterator[None]:
 
 def _missing(folder):
     """Why a folder has no tokenizer, and what to do."""
+    if folder.is_file():
+        return (
+            f"{folder} is no tokenizer.json, and nothing else is read: take google/umt5-xxl/tokenizer.json of the model"
+        )
     if not folder.is_dir():
         return f"{folder} is no folder: give the model folder that holds google/umt5-xxl/tokenizer.json"
     looked = ", ".join(str(pathlib.PurePosixPath(part) / "tokenizer.json") for part in FOLDERS)

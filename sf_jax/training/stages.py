@@ -19,6 +19,7 @@ from sf_jax.training import step as steps
 from sf_jax.training.fingerprint import measure
 from sf_jax.training.media import Media
 from sf_jax.training.sources import VIDEO_KEYS, Source, digest_of, open_source
+from sf_jax.weights import hub
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
@@ -179,9 +180,10 @@ def _vae(config: TrainConfig, mesh: Mesh) -> tuple[VaeConfig, dict]:
             "vae_weights is None: rollouts longer than data.frames and sample videos (log.sample_every) need Wan's "
             "VAE; give its file, or a model folder"
         )
-    path = Path(config.vae_weights)
-    path = find_model(path, ["vae"]).vae if path.is_dir() else path
     try:
+        place = hub.parse(config.vae_weights)
+        is_folder = Path(config.vae_weights).is_dir() if place is None else not place.path
+        path = find_model(config.vae_weights, ["vae"]).vae if is_folder else config.vae_weights
         vae, params = load_network(path, "vae", None, config.frozen_dtype, sharding=sharding.replicated(mesh))
     except ValueError as error:
         raise ValueError(f"vae_weights: {error}") from error
@@ -216,7 +218,10 @@ def _load(
         found = sharding.tree_shardings(like, mesh)
         return sharding.offloaded(found) if offload else found
 
-    path = shipped_path("teacher") if path == "shipped" else Path(path)
+    try:
+        path = shipped_path("teacher") if path == "shipped" else Path(hub.local_file(path))
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
     header, official = _header_of(path, field)
     # In shards, and under the names of diffusers, it is read as others' files are.
     if header is not None and official and path.suffix == ".safetensors":

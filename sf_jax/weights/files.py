@@ -1,29 +1,33 @@
 """Opens weight files of every kind: safetensors, shards of them, and PyTorch's pickles."""
 
-import re
 from pathlib import Path
 
 from sf_jax import strict_json
+from sf_jax.weights import hub, places
 from sf_jax.weights.folders import find_transformer
+from sf_jax.weights.foreign import refuse_foreign, title_of_start
+from sf_jax.weights.names import NETWORK_PARTS, networks_of
+from sf_jax.weights.quantized import dequantized, refuse_quantized, scale_names
 from sf_jax.weights.safetensors_io import open_safetensors
 from sf_jax.weights.tensors import MAX_NAME, TensorFile
-from sf_jax.weights.torch_io import open_torch
+from sf_jax.weights.torch_io import PARTS, open_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
+PART_NAMES = (*PARTS, *NETWORK_PARTS)
 # A zip archive, and pickles of the protocols 2 to 5.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def open_tensors(path: Path | str, part: str | None = None, need_part: bool = True) -> TensorFile:
+def open_tensors(path: Path | str, part: str | None = None, need_part: bool = True, scaled: bool = True) -> TensorFile:
     """Opens a weight file; what it is, is told from its content, not from its suffix.
 
     Args:
-      path: a safetensors file, an index (`*.safetensors.index.json`) or folder of shards, a model folder (for its
-        transformer), or a PyTorch pickle, of which no code is ever run.
-      part: which state dict of a checkpoint that holds several (see `PARTS`). None takes generator_ema, else generator,
-        else model.
+      path: a safetensors file, an index (`*.index.json`) or folder of shards, a model folder (for its transformer), or
+        a PyTorch pickle, of which no code is ever run; also a file of the hub, see `hub`.
+      part: which state dict of a checkpoint that holds several (see `PARTS`), or which network of an all-in-one file
+        (`NETWORK_PARTS`). None takes generator_ema, else generator, else model; of an all-in-one file, everything.
       need_part: refuse `part` for a file that is a single state dict; otherwise it is ignored then.
+      scaled: whether scaled float8 is read: multiplied by its scales, as float32. Otherwise it is refused.
 
     Returns:
       The tensors, of which only names, shapes and types have been read. They are numpy arrays with the file's types
@@ -32,19 +36,42 @@ def open_tensors(path: Path | str, part: str | None = None, need_part: bool = Tr
     Raises:
       ValueError: the file is missing, damaged, unfinished or something else, or does not have that part.
     """
-    path = Path(path)
+    path = Path(hub.local_file(path))
     if path.is_dir():
+        refuse_foreign(path)
         path = _file_of_folder(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a weight file or a folder of shards")
-    if path.suffix == ".json":
-        tensors = _index(path)
-    else:
-        tensors = _by_content(path, part)
-    if part is not None and tensors.part is None and need_part:
+    refuse_foreign(path)
+    inner = None if part in NETWORK_PARTS else part
+    tensors = _index(path) if path.suffix == ".json" else _by_content(path, inner)
+    try:
+        if inner is not None and tensors.part is None and need_part:
+            raise ValueError(f"part is {part!r}: {path} is a single state dict, leave part out")
+        refuse_quantized(tensors)
+        scales = scale_names(tensors)
+        if scales and not scaled:
+            raise ValueError(
+                f"{path} holds scaled float8 (such as {min(scales.values())}), whose weights are known to 3 bits: "
+                f"write them out with python -m sf_jax.convert --input={path} --output=FILE.safetensors "
+                "--dtype=bfloat16, or name the file by --transformer or --text_encoder of sf_jax.generate"
+            )
+        tensors = dequantized(tensors)
+        return tensors if part not in NETWORK_PARTS else _network(tensors, part)
+    except ValueError:
         tensors.close()
-        raise ValueError(f"part is {part!r}: {path} is a single state dict, leave part out")
-    return tensors
+        raise
+
+
+def _network(tensors: TensorFile, part: str) -> TensorFile:
+    """One network of an all-in-one file."""
+    networks = networks_of(tensors)
+    if not networks:
+        raise ValueError(f"part is {part!r}: {tensors.path} is no all-in-one file, leave part out")
+    if NETWORK_PARTS[part] not in networks:
+        held = [name for name, kind in NETWORK_PARTS.items() if kind in networks]
+        raise ValueError(f"part is {part!r}: {tensors.path} holds {', '.join(held)}")
+    return tensors.renamed(networks[NETWORK_PARTS[part]])
 
 
 def _by_content(path: Path, part: str | None) -> TensorFile:
@@ -58,8 +85,10 @@ def _by_content(path: Path, part: str | None) -> TensorFile:
         return open_safetensors(path)
     if start.startswith(_PICKLES):
         return open_torch(path, part)
-    text = start.lstrip().lower()
-    if not start:
+    text, foreign = start.lstrip().lower(), title_of_start(start)
+    if foreign is not None:
+        fault = foreign
+    elif not start:
         fault = "it is empty; perhaps an unfinished download"
     elif text.startswith(b"version https://git-lfs"):
         fault = "it is the pointer of git-lfs: fetch the file itself with 'git lfs pull'"
@@ -77,11 +106,18 @@ def _by_content(path: Path, part: str | None) -> TensorFile:
 
 def _file_of_folder(folder: Path) -> Path:
     """The index or the only weight file of a folder; of a model folder, its transformer."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(file for suffix in (".safetensors", *TORCH_SUFFIXES) for file in folder.glob(f"*{suffix}"))
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    indices = [name for name in names if ".index." in name and name.endswith(".json")]
+    files = [name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES))]
     found = indices or files
     if len(found) == 1:
-        return found[0]
+        return folder / found[0]
+    try:
+        stems = [name for stem in places.STEM_NAMES if (name := places.find_stem(names, stem))]
+    except ValueError as error:
+        raise ValueError(f"{folder} {error}") from error
+    if stems:
+        return folder / stems[0]
     transformer = find_transformer(folder)
     if transformer is not None:
         return transformer
@@ -89,9 +125,9 @@ def _file_of_folder(folder: Path) -> Path:
         inside = sorted(child.parent.name for child in folder.glob("*/*.safetensors*"))
         hint = f"; its folders {', '.join(dict.fromkeys(inside))} have some: give one of them" if inside else ""
         raise ValueError(f"{folder} has no weight file (*.safetensors, its index, or .pt, .pth, .bin){hint}")
-    if all(_SHARD.match(file.name) for file in found):
+    if all("-of-" in name for name in found):
         raise ValueError(f"{folder} has {len(found)} shards but not their index, *.safetensors.index.json")
-    raise ValueError(f"{folder} has several weight files: give one of {', '.join(file.name for file in found[:8])}")
+    raise ValueError(f"{folder} has several weight files: give one of {', '.join(found[:8])}")
 
 
 def _index(path: Path) -> TensorFile:

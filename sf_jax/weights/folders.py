@@ -9,26 +9,9 @@ from pathlib import Path
 from sf_jax import strict_json
 from sf_jax.messages import quoted
 from sf_jax.models import wan
+from sf_jax.weights import hub
+from sf_jax.weights.places import PARTS, TOKENIZERS, find_part, model_files, places
 
-# What is looked for, the first that is there is taken; the official folder's names stand before those of diffusers.
-_PLACES = {
-    "transformer": (
-        "diffusion_pytorch_model.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors",
-        "transformer/diffusion_pytorch_model.safetensors.index.json",
-        "transformer/diffusion_pytorch_model.safetensors",
-    ),
-    "vae": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-    "text_encoder": (
-        "models_t5_umt5-xxl-enc-bf16.pth",
-        "models_t5_umt5-xxl-enc-bf16.safetensors",
-        "text_encoder/model.safetensors.index.json",
-        "text_encoder/model.safetensors",
-    ),
-    "tokenizer": ("google/umt5-xxl", "tokenizer"),
-    "tiny_vae": ("taew2_1.safetensors", "taew2_1.pth"),
-}
-_FOLDERS = ("tokenizer",)
 _CONFIGS = ("config.json", "transformer/config.json")
 # Our field -> its official and its diffusers key. What is None there and absent has the default of Wan2.1.
 _KEYS = {
@@ -61,6 +44,7 @@ _OTHER_MODELS = {
     "image_encoder": "an image-to-video model",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "an image-to-video model",
 }
+_ONLY = "Wan2.1's text-to-video models and what was distilled from them are supported"
 _PIPELINE = "WanPipeline"  # of diffusers, for text to video
 _SCHEDULERS = {  # of diffusers -> our solver, and the key of its shift
     "UniPCMultistepScheduler": ("unipc", "flow_shift"),
@@ -78,8 +62,10 @@ class ModelFiles:
       transformer: its safetensors file or index of shards.
       vae: the video VAE.
       text_encoder: the text encoder, a file or an index of shards.
-      tokenizer: the folder of its tokenizer.
+      tokenizer: the folder of its tokenizer, or its tokenizer.json.
       tiny_vae: the small decoder.
+      folder: the model folder; None where every part was named by itself.
+      named: parts that were named by themselves; of these, scaled float8 is read.
     """
 
     config: wan.WanConfig | None
@@ -88,11 +74,17 @@ class ModelFiles:
     text_encoder: Path | None
     tokenizer: Path | None
     tiny_vae: Path | None
+    folder: Path | None = None
+    named: tuple[str, ...] = ()
 
 
 def find_transformer(folder: Path | str) -> Path | None:
-    """The transformer's weights in a model folder, or None."""
-    return next((path for place in _PLACES["transformer"] if (path := Path(folder) / place).is_file()), None)
+    """The transformer's weights in a model folder, or None.
+
+    Raises:
+      ValueError: if there are several variants, of which none is plain.
+    """
+    return _find(Path(folder), _names(Path(folder)), "transformer")
 
 
 def find_model(
@@ -101,46 +93,111 @@ def find_model(
     """Finds the files of a model in a folder as Wan2.1 was published (`Wan2.1-T2V-1.3B`) or as diffusers keeps it.
 
     Args:
-      folder: the folder.
-      needed: fields of `ModelFiles` without which it is no use.
+      folder: the folder, or the repository of the hub to fetch it from; see `hub`.
+      needed: fields of `ModelFiles` without which it is no use; of a repository only these are fetched.
 
     Raises:
       ValueError: naming what is missing and what was looked for, or what is wrong with the sizes.
     """
+    repository, title = hub.parse(str(folder)), f"model folder {folder}"
+    if repository is not None:
+        folder = hub.fetch(repository, lambda names: _chosen(names, needed, title))
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist")
+        raise ValueError(f"model folder {folder} {'is a file: give a folder' if folder.exists() else 'does not exist'}")
+    names = _names(folder)
     _refuse_other_models(folder)
-    found = {}
-    for part, places in _PLACES.items():
-        paths = [folder / place for place in places]
-        found[part] = next((path for path in paths if (path.is_dir if part in _FOLDERS else path.is_file)()), None)
-    missing = [f"{part} (looked for {', '.join(_PLACES[part])})" for part in needed if found[part] is None]
+    found = {part: _find(folder, names, part) for part in PARTS}
+    missing = [f"{part} (looked for {', '.join(places(part))})" for part in needed if found[part] is None]
     if missing:
-        raise ValueError(f"model folder {folder} lacks: {'; '.join(missing)}")
+        fetched = "" if repository is None else f" ({repository}; without a network, only what was fetched is there)"
+        raise ValueError(f"{title} lacks: {'; '.join(missing)}{fetched}")
     if found["transformer"] is not None:
         sizes = [found["transformer"].with_name("config.json")]
     else:
         sizes = [path for place in _CONFIGS if (path := folder / place).is_file()]
     config = read_config(sizes[0]) if sizes else None
-    return ModelFiles(config=config, **found)
+    return ModelFiles(config=config, folder=folder, **found)
+
+
+def find_tokenizer(value: Path | str) -> Path:
+    """The folder or file of a tokenizer that is named by itself.
+
+    Args:
+      value: its tokenizer.json, a folder that holds one, or a repository of the hub, of which nothing else is fetched.
+
+    Raises:
+      ValueError: if the repository has none.
+    """
+    place = hub.parse(str(value))
+    if place is None:
+        return Path(value)
+    if place.path.endswith(".json"):
+        return Path(hub.local_file(value))
+
+    def choose(names):
+        folders = [place.path, *(f"{place.path}/{name}".strip("/") for name in TOKENIZERS)]
+        found = [file for name in folders if (file := f"{name}/tokenizer.json".lstrip("/")) in names]
+        if not found:
+            raise ValueError(f"tokenizer {place} of the hub has no tokenizer.json: Wan-AI/Wan2.1-T2V-1.3B has one")
+        return found[:1]
+
+    return hub.fetch(place, choose) / place.path
+
+
+def _chosen(names: Sequence[str], needed: Sequence[str], title: str) -> list[str]:
+    """The files of a repository that are to be fetched."""
+    _refuse_names(names, title)
+    try:
+        files = model_files(names, needed)
+        missing = [part for part in needed if find_part(names, part) is None]
+    except ValueError as error:
+        raise ValueError(f"{title} {error}") from error
+    if missing:
+        looked = "; ".join(f"{part} (looked for {', '.join(places(part))})" for part in missing)
+        weights = [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".bin", ".gguf"))]
+        there = f"; its weight files are {', '.join(weights[:6])}" if weights else "; it has no weight files"
+        raise ValueError(f"{title} of the hub lacks: {looked}{there}")
+    return files
+
+
+def _names(folder: Path) -> list[str]:
+    """Paths of the files that can be parts of a model, relative to its folder."""
+    folders = ("", "transformer", "vae", "text_encoder", *TOKENIZERS)
+    files = (path for name in folders if (folder / name).is_dir() for path in (folder / name).iterdir())
+    return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
+
+
+def _find(folder: Path, names: Sequence[str], part: str) -> Path | None:
+    if part == "tokenizer":  # whoever reads it says what is missing in it
+        return next((folder / name for name in TOKENIZERS if (folder / name).is_dir()), None)
+    try:
+        name = find_part(names, part)
+    except ValueError as error:
+        raise ValueError(f"model folder {folder} {error}") from error
+    return None if name is None else folder / name
+
+
+def _refuse_names(names: Sequence[str], title: str) -> None:
+    """Refuses models whose files tell that they are others than Wan2.1's text-to-video."""
+    tops = {top for name in names for top in (name, name.partition("/")[0])}
+    for name, kind in _OTHER_MODELS.items():
+        if name in tops:
+            raise ValueError(f"{title} is {kind} ({name} is there): {_ONLY}")
 
 
 def _refuse_other_models(folder: Path) -> None:
     """Refuses models that have the same files as Wan2.1's text-to-video, and more."""
-    only = "Wan2.1's text-to-video models and what was distilled from them are supported"
-    for name, kind in _OTHER_MODELS.items():
-        if (folder / name).exists():
-            raise ValueError(f"model folder {folder} is {kind} ({name} is there): {only}")
+    _refuse_names([path.name for path in folder.iterdir()], f"model folder {folder}")
     index = _table(folder / "model_index.json")
     if index.get("_class_name", _PIPELINE) != _PIPELINE:
-        raise ValueError(f"model folder {folder} is a {index['_class_name']} (model_index.json): {only}")
+        raise ValueError(f"model folder {folder} is a {index['_class_name']} (model_index.json): {_ONLY}")
     experts = index.get("transformer_2") not in (None, [None, None])
     if experts or index.get("boundary_ratio") is not None:
-        raise ValueError(f"model folder {folder} is Wan2.2-A14B, with two experts (model_index.json): {only}")
+        raise ValueError(f"model folder {folder} is Wan2.2-A14B, with two experts (model_index.json): {_ONLY}")
     channels = _table(folder / "vae" / "config.json").get("z_dim", 16)
     if channels != 16:
-        raise ValueError(f"model folder {folder} has a VAE of {channels} channels, Wan2.2's (vae/config.json): {only}")
+        raise ValueError(f"model folder {folder} has a VAE of {channels} channels, Wan2.2's (vae/config.json): {_ONLY}")
 
 
 def read_solver(folder: Path | str) -> tuple[str, float] | None:

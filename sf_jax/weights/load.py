@@ -7,33 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.weights import mapping, transformer, vae
+from sf_jax.weights import mapping, vae
 from sf_jax.weights.mapping import Entry
+from sf_jax.weights.names import bare_names
 from sf_jax.weights.recognise import recognise
-from sf_jax.weights.tensors import TensorFile, empty_aligned
+from sf_jax.weights.tensors import TensorFile, empty_aligned, is_float8
 
 # Rows and columns of the tiles in which matrices are transposed; 6 times as fast as numpy's way through the whole.
 _TILE = 128
+BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def normalised(tensors: TensorFile, names: Iterable[str]) -> TensorFile:
-    """The same tensors without the wrappers in their names; prefixes go only where one of `names` remains.
+    """The same tensors without the wrappers in their names; a prefix goes only where all names have it.
 
     Where all of `names` are those of a decoder (the tiny VAE), the tensors of the file's encoder are left out.
 
     Raises:
       ValueError: if two names become the same.
     """
-    wanted, found = set(names), {}
-    if all(name.startswith("decoder.") for name in wanted):
-        tensors = tensors.without(vae.TINY_UNUSED)
-    for name in tensors:
-        bare = functools.reduce(lambda text, wrapper: text.replace(wrapper, ""), transformer.WRAPPERS, name)
-        if bare not in wanted and transformer.strip_wrappers(name) in wanted:
-            bare = transformer.strip_wrappers(name)
-        if bare in found:
-            raise ValueError(f"{tensors.path}: {found[bare]} and {name} are both {bare}")
-        found[bare] = name
+    bare, found = bare_names(tensors), {}
+    if all(name.startswith("decoder.") for name in names):
+        bare = {name: text for name, text in bare.items() if not text.startswith(vae.TINY_UNUSED)}
+    for name, text in bare.items():
+        if text in found:
+            raise ValueError(f"{tensors.path}: {found[text]} and {name} are both {text}")
+        found[text] = name
     return tensors.renamed(found)
 
 
@@ -56,6 +55,14 @@ def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) 
     shapes = tensors.shapes
     wrong = [name for name in expected if name in found and shapes[name] != expected[name]]
     faults = []
+    for name in unexpected:
+        inner = next((text for text in missing if name.endswith(f".{text}")), None)
+        if inner is not None:
+            prefix = name.removesuffix(inner)
+            faults.append(
+                f"{sum(text.startswith(prefix) for text in found)} names begin with {prefix!r}, others do not"
+            )
+            break
     if missing:
         faults.append(f"{len(missing)} tensors missing {missing[:4]}")
     if unexpected:
@@ -65,9 +72,11 @@ def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) 
         faults.append(f"{len(wrong)} of the wrong shape: {some}")
     if faults:
         guess = recognise(shapes, tensors.metadata)
+        seems = guess.description
+        if unexpected and not missing and not wrong and guess.kind != "unknown":
+            seems = f"another network, which has all that this {what} has and more"
         raise ValueError(
-            f"{tensors.path}: these are not the weights of this {what}: {'; '.join(faults)}. "
-            f"It seems to be: {guess.description}"
+            f"{tensors.path}: these are not the weights of this {what}: {'; '.join(faults)}. It seems to be: {seems}"
         )
 
 
@@ -83,7 +92,8 @@ def load_params(
       tensors: the file; wrappers and prefixes in its names are allowed. Each tensor is read once.
       like: a tree of our structure and shapes (arrays or `ShapeDtypeStruct`).
       what: what the weights belong to, for messages.
-      dtype: type of the numbers; None keeps the file's (where the layers of a leaf differ, one that holds all).
+      dtype: type of the numbers; None keeps the file's (where the layers of a leaf differ, one that holds all; of
+        float8, bfloat16).
       shardings: a tree like `like` of shardings; None puts all on the default device.
 
     Returns:
@@ -98,7 +108,9 @@ def load_params(
 
     def leaf(path, shape, sharding=None):
         found = leaves[tuple(part.key for part in path)]
-        kept = functools.reduce(jnp.promote_types, [tensors.dtypes[entry.name] for entry in found])
+        # bfloat16 has all numbers of float8, with which nothing computes.
+        kept = [BFLOAT16 if is_float8(tensors.dtypes[entry.name]) else tensors.dtypes[entry.name] for entry in found]
+        kept = functools.reduce(jnp.promote_types, kept)
         return _load_leaf(found, tensors, tuple(shape.shape), np.dtype(dtype or kept), sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, like, *(() if shardings is None else (shardings,)))

@@ -9,20 +9,72 @@ from typing import Any
 import jax
 import numpy as np
 
+from sf_jax.models.wan import WanConfig
 from sf_jax.weights import adapters, mapping
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.files import open_tensors
+from sf_jax.weights.folders import read_config
 from sf_jax.weights.load import check, load_params, normalised
-from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
+from sf_jax.weights.names import networks_of
+from sf_jax.weights.recognise import HEAD_DIM, NAMINGS, Guess, entries_of, param_shapes_of, recognise
+from sf_jax.weights.tensors import TensorFile
 
 _SMALL = 1 << 14  # numbers
 
 
-def check_network(path: Path | str, kind: str, config: Any = None, part: str | None = None) -> None:
-    """Refuses what `load_network` would refuse by the names and shapes alone; nothing else is read."""
-    with open_tensors(path, part) as tensors:
-        config, entries, like = _mapped(path, tensors, kind, config)
+def check_network(
+    path: Path | str, kind: str, config: Any = None, part: str | None = None, scaled: bool = False
+) -> Guess:
+    """Refuses what `load_network` would refuse by the names and shapes alone; nothing else is read.
+
+    Returns:
+      What the file is.
+    """
+    with open_tensors(path, part, scaled=scaled) as tensors:
+        tensors, guess, (_, entries, like) = _mapped(tensors, kind, config)
         check(entries, normalised(tensors, (entry.name for entry in entries)), like, kind)
+    return guess
+
+
+def network_kind(path: Path | str, kinds: Sequence[str]) -> str:
+    """Which of some kinds of networks a file holds.
+
+    Raises:
+      ValueError: if it is none of them; the message says what it seems to be.
+    """
+    guess = describe_network(path, kinds[0])
+    if guess.kind not in kinds:
+        raise ValueError(f"{path}: a {' or '.join(kinds)} is needed; this seems to be: {guess.description}")
+    return guess.kind
+
+
+def describe_network(path: Path | str, kind: str, part: str | None = None, scaled: bool = False) -> Guess:
+    """Tells what a file is, or the network of that kind in an all-in-one file.
+
+    Raises:
+      ValueError: if it cannot be opened, or is something that cannot be loaded.
+    """
+    with open_tensors(path, part, scaled=scaled) as tensors:
+        return _recognised(tensors, kind)[1]
+
+
+def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> WanConfig:
+    """Sizes of a transformer from its shapes, or from the `config.json` beside it where shapes do not tell the heads.
+
+    Raises:
+      ValueError: if it is no transformer, or the number of its heads is told nowhere.
+    """
+    guess = describe_network(path, "transformer", part, scaled)
+    if guess.kind != "transformer":
+        raise ValueError(f"{path}: a transformer is needed; this seems to be: {guess.description}")
+    config = guess.config
+    if config.dim % HEAD_DIM == 0:
+        return config
+    if not path.with_name("config.json").is_file():
+        raise ValueError(
+            f"{path} has dim {config.dim}, no multiple of {HEAD_DIM}: its heads are told by a config.json beside it"
+        )
+    return read_config(path.with_name("config.json"))
 
 
 def identify(path: Path | str, kind: str) -> tuple[Any, str]:
@@ -39,8 +91,8 @@ def identify(path: Path | str, kind: str) -> tuple[Any, str]:
       ValueError: see `check_network`.
     """
     digest = hashlib.sha256()
-    with open_tensors(path) as tensors:
-        config, entries, like = _mapped(path, tensors, kind, None)
+    with open_tensors(path, scaled=False) as tensors:
+        tensors, _, (config, entries, like) = _mapped(tensors, kind, None)
         tensors = normalised(tensors, (entry.name for entry in entries))
         check(entries, tensors, like, kind)
         for _, found in sorted(mapping.by_leaf(entries, tensors).items()):
@@ -59,11 +111,13 @@ def load_network(
     part: str | None = None,
     sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
     loras: Sequence[Lora] = (),
+    scaled: bool = False,
 ) -> tuple[Any, dict]:
     """Loads a network.
 
     Args:
-      path: a safetensors file, an index or folder of shards, or a `.pt`/`.pth` file (which needs torch).
+      path: a safetensors file, an index or folder of shards, or a `.pt`/`.pth` file (which needs torch); of an
+        all-in-one file the network of that kind is taken.
       kind: "transformer", "vae", "tiny_vae" or "umt5".
       config: its sizes; None takes them from the file.
       dtype: type of the parameters; None keeps the file's.
@@ -71,6 +125,7 @@ def load_network(
       sharding: where every parameter goes, or a function from the tree of shapes to a tree of shardings; None is the
         default device.
       loras: adapters to merge into a transformer.
+      scaled: whether scaled float8 is read; see `open_tensors`.
 
     Returns:
       The sizes and the parameters.
@@ -78,19 +133,31 @@ def load_network(
     Raises:
       ValueError: if the file is damaged or not that of such a network; the message says what it seems to be.
     """
-    with open_tensors(path, part) as tensors:
-        config, entries, like = _mapped(path, tensors, kind, config)
+    with open_tensors(path, part, scaled=scaled) as tensors:
+        tensors, _, (config, entries, like) = _mapped(tensors, kind, config)
         shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
         with adapters.merged(tensors, loras, config, wide=dtype is not None) as tensors:
             return config, load_params(entries, tensors, like, kind, dtype, shardings)
 
 
-def _mapped(path, tensors, kind, config):
-    """Sizes of the network, its name map and our shapes."""
-    guess = recognise(tensors.shapes, tensors.metadata)
+def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Guess, tuple]:
+    """The tensors of one network, what they are, and its sizes, name map and our shapes."""
+    tensors, guess = _recognised(tensors, kind)
     if config is None:
         if guess.kind != kind:
-            raise ValueError(f"{path}: a {kind} is needed; this seems to be: {guess.description}")
+            raise ValueError(f"{tensors.path}: a {kind} is needed; this seems to be: {guess.description}")
         config = guess.config
     naming = guess.naming if guess.naming in NAMINGS[kind] else NAMINGS[kind][0]
-    return config, entries_of(kind, config, naming), param_shapes_of(kind, config)
+    return tensors, guess, (config, entries_of(kind, config, naming), param_shapes_of(kind, config))
+
+
+def _recognised(tensors: TensorFile, kind: str) -> tuple[TensorFile, Guess]:
+    """The tensors of one network, of an all-in-one file that of the kind, and what they are."""
+    networks = networks_of(tensors)
+    kind_there = "vae" if kind == "tiny_vae" else kind
+    if kind_there in networks:
+        tensors = tensors.renamed(networks[kind_there])
+    guess = recognise(tensors.shapes, tensors.metadata)
+    if guess.is_other:
+        raise ValueError(f"{tensors.path}: a {kind} is needed; this is a {guess.title}")
+    return tensors, guess

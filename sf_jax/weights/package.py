@@ -19,6 +19,7 @@ from sf_jax.options import at_least, one_of
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import mapping, transformer
 from sf_jax.weights.load import file_tensors
+from sf_jax.weights.names import bare_names
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
@@ -157,7 +158,7 @@ def _damaged(path: pathlib.Path, reason: object) -> ValueError:
 
 def _read_params(stored: TensorFile, config: WanConfig) -> dict:
     """The parameters; what the header says is compared with the tensors before anything is built from it."""
-    tensors = stored.renamed({transformer.strip_wrappers(name): name for name in stored})
+    tensors = stored.renamed({bare: name for name, bare in bare_names(stored).items()})
     entries = transformer.entries(config)
     mapping.check_names(entries, tensors, "transformer")
     sizes = {

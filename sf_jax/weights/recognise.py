@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,31 +12,51 @@ from sf_jax.models import vae as vae_model
 from sf_jax.models import wan
 from sf_jax.weights import transformer, umt5, vae
 from sf_jax.weights.mapping import Entry
+from sf_jax.weights.names import NETWORK_PARTS, bare_names, networks_of
 
 # kind -> the namings its files come in.
 NAMINGS = {
-    "transformer": ("official", "diffusers"),
+    "transformer": ("official", "diffusers", "rcm"),
     "vae": ("official", "diffusers"),
     "tiny_vae": ("official",),
     "umt5": ("official", "transformers"),
 }
-# A part of a name -> what the file is, of which nothing can be loaded.
+# Tensors that Wan2.1's text-to-video network has not -> whose they are; the first that is found counts.
+_OTHER_NETWORKS = (
+    (r"to_gate_compress", "FastWan transformer with sparse attention"),
+    (r"attn_op\.local_attn|\bproj_l\.", "TurboDiffusion transformer with sparse-linear attention"),
+    (r"vace_", "VACE transformer"),
+    (r"casual_audio_encoder|causal_audio_encoder|audio_injector", "speech-to-video transformer (Wan2.2-S2V)"),
+    (r"face_adapter|pose_patch_embedding|motion_encoder|face_encoder", "character animation transformer (Wan-Animate)"),
+    (
+        r"audio_cross_attn|audio_proj|audio_model\.|audio_modulation",
+        "transformer driven by sound (HuMo, MultiTalk, Ovi)",
+    ),
+    (r"control_adapter|cam_encoder|camera_|cam_injector", "transformer with camera control"),
+    (r"ref_conv|ref_adapter|ref_patch|ref_embedder", "transformer with reference images (Fun-Control, Lynx)"),
+    (r"dwpose_embedding|randomref_embedding|pose_encoder|pose_guider", "transformer with pose control (UniAnimate)"),
+    (r"action_model|action_preprocess|mouse_|keyboard_", "world model with actions (Matrix-Game)"),
+    (r"fps_embedding|fps_projection", "SkyReels-V2 transformer"),
+    (r"LQ_proj_in|lq_proj", "upscaling transformer (FlashVSR)"),
+    (
+        r"k_img|img_emb\.|image_embedder|add_k_proj",
+        "image-to-video transformer (k_img, img_emb: Wan2.1-I2V, MAGREF, Phantom-I2V, SkyReels-A2)",
+    ),
+    (r"_cls_pred_branch|_gan_ca_blocks|_register_tokens", "critic with the heads of a GAN"),
+)
+# A part of a name -> what else the file is, of which nothing can be loaded.
 _UNSUPPORTED = (
     (
         r"\blora_|[._]lora[._]|\.(diff|diff_b|diff_m)$",
         "adapter (LoRA: changes to a network, not its weights): give it as lora, beside the network that it changes",
     ),
-    (
-        r"k_img|img_emb\.|image_embedder|add_k_proj",
-        "image-to-video transformer (k_img, img_emb), which is not supported",
-    ),
-    (r"vace_", "VACE transformer, which is not supported"),
-    (r"scaled_fp8|\.scale_weight$", "transformer in scaled float8, which is not supported"),
-    (r"_cls_pred_branch|_gan_ca_blocks|_register_tokens", "critic with the heads of a GAN, which is not supported"),
+    *((pattern, f"{title}, another network, which is not supported") for pattern, title in _OTHER_NETWORKS),
     (r"^visual\.|vision_model\.", "image encoder (CLIP), which is not needed"),
     (r"^decoder\.block\.\d+\.layer", "whole UMT5, of which only the encoder is needed"),
 )
-_HEAD_DIM = 128
+_OTHER_CHANNELS = {48: "Wan2.2-TI2V-5B", 36: "an image-to-video model", 32: "a model with reference or control videos"}
+HEAD_DIM = 128  # of every size of Wan
+_PATCH = (1, 2, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +66,16 @@ class Guess:
     Attributes:
       kind: "transformer", "vae", "tiny_vae", "umt5", "package" (written by sf_jax) or "unknown".
       title: the same for people, such as "transformer of Wan2.1-T2V-1.3B".
-      naming: "official", "diffusers" or "transformers"; None where it is unknown.
+      naming: "official", "diffusers", "rcm" or "transformers"; None where it is unknown.
       config: the sizes; None where they are unknown.
+      is_other: whether a tensor of it tells that it is something that cannot be loaded.
     """
 
     kind: str
     title: str
     naming: str | None = None
     config: wan.WanConfig | vae_model.VaeConfig | umt5_model.Umt5Config | tiny_vae_model.TinyVaeConfig | None = None
+    is_other: bool = False
 
     @property
     def description(self) -> str:
@@ -72,10 +95,17 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     """
     if "sf_jax" in (metadata or {}):
         return Guess("package", "package of sf_jax", transformer.naming_of(shapes))
-    shapes = {transformer.strip_wrappers(name): tuple(shape) for name, shape in shapes.items()}
+    networks = networks_of(shapes)
+    if networks:
+        parts = [part for part, kind in NETWORK_PARTS.items() if kind in networks]
+        return Guess(
+            "unknown", f"file of several networks (all-in-one: {', '.join(parts)}): say which with part", is_other=True
+        )
     for pattern, title in _UNSUPPORTED:
-        if any(re.search(pattern, name) for name in shapes):
-            return Guess("unknown", title)
+        name = next((name for name in shapes if re.search(pattern, name)), None)
+        if name is not None:
+            return Guess("unknown", f"{title} ({name})", is_other=True)
+    shapes = {bare: tuple(shapes[name]) for name, bare in bare_names(shapes).items()}
     try:
         found = _transformer(shapes) or _umt5(shapes) or _vae(shapes) or _tiny_vae(shapes)
     except (ValueError, KeyError, IndexError) as error:
@@ -120,17 +150,21 @@ def _transformer(shapes) -> Guess | None:
     if not all(name in shapes for name in needed):
         return None
     embedding, *matrices = (shapes[name] for name in needed)
+    if len(embedding) == 2 and naming == "official" and embedding[1] % math.prod(_PATCH) == 0:
+        naming, embedding = "rcm", (embedding[0], embedding[1] // math.prod(_PATCH), *_PATCH)
     if len(embedding) != 5 or any(len(shape) != 2 for shape in matrices):
         raise ValueError("a transformer with misshaped tensors")
     dim, channels, patch = embedding[0], embedding[1], embedding[2:]
     outputs = matrices[3][0]
-    if outputs != channels * patch[0] * patch[1] * patch[2]:
-        return Guess("unknown", f"transformer with {channels} channels in and other outputs, which is not supported")
+    if outputs != channels * math.prod(patch):
+        other = f" ({_OTHER_CHANNELS[channels]})" if channels in _OTHER_CHANNELS else ""
+        title = f"transformer with {channels} channels in and other outputs{other}, which is not supported"
+        return Guess("unknown", title)
     layers = {found[1] for found in (re.match(r"blocks\.(\d+)\.", name) for name in shapes) if found}
     sizes = {
         "dim": dim,
         "ffn_dim": matrices[2][0],
-        "num_heads": dim // _HEAD_DIM if dim % _HEAD_DIM == 0 else 1,
+        "num_heads": dim // HEAD_DIM if dim % HEAD_DIM == 0 else 1,
         "num_layers": len(layers),
         "text_dim": matrices[0][1],
         "freq_dim": matrices[1][1],
@@ -139,6 +173,8 @@ def _transformer(shapes) -> Guess | None:
     }
     config = wan.wan_1_3b(**sizes)
     names = {wan.wan_1_3b(): "Wan2.1-T2V-1.3B", wan.wan_14b(): "Wan2.1-T2V-14B"}
+    if channels == 48:
+        return Guess("unknown", "transformer of Wan2.2-TI2V-5B (48 channels), whose VAE is not supported")
     other = f"dim {dim}, ffn_dim {config.ffn_dim}, {len(layers)} layers (no size of Wan2.1)"
     return Guess("transformer", f"transformer of {names.get(config, other)}", naming, config)
 

@@ -116,6 +116,11 @@ def is_float(dtype) -> bool:
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 
+def is_float8(dtype) -> bool:
+    """Whether a numpy type is one of the floating types of a byte."""
+    return np.dtype(dtype).name.startswith("float8")
+
+
 def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     """An uninitialised array that XLA's CPU backend can take over without a copy."""
     dtype = np.dtype(dtype)

@@ -7,10 +7,7 @@ import numpy as np
 from sf_jax.models.wan import WanConfig
 from sf_jax.weights import mapping
 from sf_jax.weights.mapping import LINEAR, SAME, Entry, Layout
-
-# Prefixes that wrappers put in front of (or inside) names.
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+from sf_jax.weights.names import bare_names
 
 # (ours, official, diffusers): layers with weight and bias, outside of the blocks and in each block.
 _TOP = (
@@ -45,15 +42,6 @@ _BLOCK_SINGLE = (
 )
 
 
-def strip_wrappers(name: str) -> str:
-    """Removes what FSDP, activation checkpointing, `torch.compile` and wrappers put into a name."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
 def naming_of(names: Iterable[str]) -> str:
     """The naming of a transformer's tensors, "official" or "diffusers"; wrappers in the names are allowed."""
     return "diffusers" if any("condition_embedder." in name for name in names) else "official"
@@ -68,12 +56,25 @@ def _patch_embedding(config: WanConfig) -> Layout:
     )
 
 
+def _linear_patch_embedding(config: WanConfig) -> Layout:
+    """The linear layer [dim, C*1*ph*pw] of NVlabs/rcm, whose inputs are in the order of the convolution's weights."""
+    convolution, window = _patch_embedding(config), (config.channels, *config.patch)
+    return Layout(
+        lambda x: convolution.ours(x.reshape(x.shape[0], *window)),
+        lambda x: convolution.theirs(x).reshape(config.dim, -1),
+    )
+
+
 def entries(config: WanConfig, naming: str = "official") -> list[Entry]:
-    """The map of a transformer; `naming` is "official" or "diffusers"."""
-    column = {"official": 1, "diffusers": 2}[naming]
+    """The map of a transformer; `naming` is "official", "diffusers", or "rcm": official with a linear patch embedding.
+
+    Source of the last: NVlabs/rcm, rcm/networks/wan2pt1.py.
+    """
+    column = {"official": 1, "diffusers": 2, "rcm": 1}[naming]
+    embedding = _linear_patch_embedding(config) if naming == "rcm" else _patch_embedding(config)
     found = []
     for row in _TOP:
-        layout = _patch_embedding(config) if row[0] == "patch_embedding" else LINEAR
+        layout = embedding if row[0] == "patch_embedding" else LINEAR
         found.append(Entry(f"{row[column]}.weight", (row[0], "kernel"), None, layout))
         found.append(Entry(f"{row[column]}.bias", (row[0], "bias")))
     found.append(Entry(("head.modulation", "scale_shift_table")[column - 1], ("head_modulation",)))
@@ -89,7 +90,7 @@ def entries(config: WanConfig, naming: str = "official") -> list[Entry]:
 
 def from_official(tensors: Mapping[str, np.ndarray], config: WanConfig, params: dict) -> dict:
     """Our parameter tree, float32 numpy, from official tensors; wrapper prefixes are allowed (see `to_params`)."""
-    tensors = {strip_wrappers(name): value for name, value in tensors.items()}
+    tensors = {bare: tensors[name] for name, bare in bare_names(tensors).items()}
     return mapping.to_params(entries(config), tensors, params, "transformer", np.float32)
 
 

@@ -1,0 +1,224 @@
+"""Weights of the Hugging Face hub, by the hub's own client: its cache, its offline mode, its tokens.
+
+A repository is `ORGANIZATION/NAME`, with `@REVISION` (a branch, tag or commit) behind it where that is not the main
+one; a file is that and its path: `gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt`. `hf://` in front of it, and the
+address of the page, mean the same. A file or folder of this machine that has the name is taken instead. HF_HOME,
+HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they do elsewhere.
+"""
+
+import dataclasses
+import glob
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sf_jax.weights.places import DESCRIPTIONS, files_of, find_part
+
+_SCHEME = re.compile(r"hf:/+(?:models/)?")
+_PAGE = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/")
+_VERBS = ("resolve", "blob", "tree", "raw")
+_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# A pattern that no file has: the snapshot's folder is asked for, whatever is in it.
+_NOTHING = ["/"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A repository of the hub, or a file in it.
+
+    Attributes:
+      repository: Its name, such as "Wan-AI/Wan2.1-T2V-1.3B".
+      revision: Branch, tag or commit; None is the main one.
+      path: A file or folder in it; empty for all of it.
+    """
+
+    repository: str
+    revision: str | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        """How users write it."""
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repository}{revision}{'/' if self.path else ''}{self.path}"
+
+
+def is_address(value: str) -> bool:
+    """Whether a value says itself that it is of the hub: `hf://...`, or the address of a page."""
+    return bool(_SCHEME.match(value) or _PAGE.match(value))
+
+
+def parse(value: str) -> Place | None:
+    """Reads the name of a repository or file of the hub.
+
+    Args:
+      value: What the user wrote.
+
+    Returns:
+      The place; None where `value` is a path of this machine, as it is where its first folder exists here.
+
+    Raises:
+      ValueError: `value` begins with `hf://` and is no name.
+    """
+    explicit = is_address(value)
+    if not explicit and (os.path.lexists(value) or value.startswith((".", "~", "/"))):
+        return None
+    text = _PAGE.sub("", _SCHEME.sub("", value)).split("?")[0].strip("/")
+    organization, _, rest = text.partition("/")
+    name, _, path = rest.partition("/")
+    name, at, revision = name.partition("@")
+    if at and revision == "refs" and path.startswith(("pr/", "convert/")):
+        kind, number, *parts = path.split("/", 2)
+        revision, path = f"refs/{kind}/{number}", "".join(parts)
+    verb, _, page = path.partition("/")
+    if _PAGE.match(value) and verb in _VERBS:
+        revision, _, path = page.partition("/")
+    valid = _NAME.fullmatch(organization) and _NAME.fullmatch(name) and len(f"{organization}/{name}") <= 96
+    if valid and (explicit or not Path(organization).exists()):
+        return Place(f"{organization}/{name}", revision.replace("%2F", "/") or None, path)
+    if explicit:
+        raise ValueError(f"{value} names nothing of the hub: give ORGANIZATION/NAME, @REVISION and the file's path")
+    return None
+
+
+def fetch(place: Place, choose: Callable[[Sequence[str]], Sequence[str]]) -> Path:
+    """Fetches some files of a repository into the hub's cache.
+
+    Args:
+      place: The repository.
+      choose: The files to fetch, of the names of all.
+
+    Returns:
+      The folder that holds them; without a network, what is in the cache of that revision.
+
+    Raises:
+      ValueError: In one line, what to do: where there is no such repository or revision, no access, no network and
+        nothing in the cache, or no client installed.
+    """
+    client = _client(place)
+
+    def download():
+        try:
+            info = client.HfApi().model_info(place.repository, revision=place.revision)
+        except Exception as error:
+            if not _is_network(error):
+                raise
+            return client.snapshot_download(
+                place.repository, revision=place.revision, local_files_only=True, allow_patterns=_NOTHING
+            )
+        names = choose([sibling.rfilename for sibling in info.siblings or ()])
+        return client.snapshot_download(
+            place.repository, revision=place.revision, allow_patterns=[glob.escape(name) for name in names]
+        )
+
+    return Path(_explained(place, download))
+
+
+def local_file(value: str | Path) -> str:
+    """The path of a file of weights: `value` itself, or where the hub's client put the file of that name.
+
+    A repository without a path gives its transformer, or its only file of weights.
+
+    Args:
+      value: A path of this machine, or a file of the hub.
+
+    Raises:
+      ValueError: See `fetch`; or the repository has no such file.
+    """
+    place = parse(str(value))
+    if place is None:
+        return str(value)
+
+    def choose(names):
+        if place.path in names:
+            return files_of(names, place.path)
+        folder = f"{place.path}/".lstrip("/")
+        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+        if not inside:
+            weights = [name for name in names if name.endswith(_SUFFIXES)]
+            raise ValueError(f"{place.repository} of the hub has no file {place.path}: it has {', '.join(weights[:8])}")
+        return [folder + name for name in _only_weights(place, inside)]
+
+    path = fetch(place, choose) / place.path
+    if not path.exists():
+        raise ValueError(_unreachable(place, None))
+    return str(path)
+
+
+def _only_weights(place: Place, names: Sequence[str]) -> list[str]:
+    """The transformer among the files of a repository, with its shards; else the only file of weights."""
+    try:
+        main = find_part(names, "transformer")
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
+    if main is not None:
+        return [*files_of(names, main), *(name for name in names if name in DESCRIPTIONS)]
+    weights = [name for name in names if name.endswith(_SUFFIXES)]
+    if len(weights) == 1:
+        return weights
+    there = f"give one of its files: {', '.join(weights[:6])}" if weights else f"it has {', '.join(names[:6])}"
+    raise ValueError(f"{place} of the hub is no single file of weights: {there}")
+
+
+def _client(place: Place):
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            f"{place} is no file or folder here; if it is of the Hugging Face hub, install its client: "
+            "pip install 'sf_jax[download]'"
+        ) from error
+    return huggingface_hub
+
+
+def _explained(place: Place, call: Callable[[], str]) -> str:
+    """Calls the hub's client; its errors become one line that says what to do."""
+    from huggingface_hub import errors
+
+    repository, page = place.repository, f"https://huggingface.co/{place.repository}"
+    log_in = "log in with 'hf auth login', or set HF_TOKEN"
+    try:
+        return call()
+    except errors.GatedRepoError as error:
+        raise ValueError(f"{place} is gated: accept its terms at {page}, then {log_in}") from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{repository} of the hub has no revision {place.revision}: see {page}/tree/main") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{place} is no file or folder here, and the hub has no repository {repository} that you may read: correct "
+            f"the name, or, if it is private, {log_in}"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(_unreachable(place, error.__cause__ or error)) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{place} names nothing of the hub ({' '.join(str(error).split())[:160]})") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise ValueError(f"{place} may not be read ({status}): {log_in}") from error
+        raise ValueError(f"{place}: the hub answers {status}; try again later") from error
+    except Exception as error:
+        if isinstance(error, ValueError) or not _is_network(error):
+            raise
+        raise ValueError(_unreachable(place, error)) from error
+
+
+def _unreachable(place: Place, error: BaseException | None) -> str:
+    """What to do without a network; `error` is what the client raised, if it did."""
+    offline = type(error).__name__ == "OfflineModeIsEnabled" or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+    reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    return (
+        f"{place} is no file or folder here, nor in the hub's cache, and {reason}: fetch it where there is a network "
+        "(hf download) and give its path, or HF_HOME with its cache"
+    )
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether an error means that the hub was not reached, or is not at work; its client raises many kinds."""
+    response = getattr(error, "response", None) if type(error).__module__.startswith("huggingface_hub") else None
+    if response is not None:
+        return getattr(response, "status_code", 0) >= 500
+    names = {kind.__name__ for kind in type(error).__mro__}
+    known = {"ConnectionError", "TransportError", "TimeoutException", "Timeout", "IncompleteSnapshotError"}
+    return bool(names & known) or isinstance(error, TimeoutError)

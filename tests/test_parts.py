@@ -1,0 +1,126 @@
+"""Wan's parts named one by one: without a model folder, or in place of one of its parts."""
+
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sf_jax.inference import batch
+from sf_jax.inference.job import Job
+from sf_jax.inference.load import WanOptions, find_wan, load_pipeline, wan_pipeline
+from sf_jax.inference.text_encoder import Umt5TextEncoder
+from sf_jax.rollout import RolloutConfig
+from sf_jax.weights import transformer, umt5
+from tests.helpers import random_params
+from tests.wan_folder import MODEL, TEXT, make_folder
+
+PROMPT = ("a cat in the snow",)
+TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model folder."""
+    return make_folder(tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture
+def named(folder):
+    """The options that name each of its parts."""
+    return {
+        "transformer": folder / "diffusion_pytorch_model.safetensors",
+        "vae": folder / "Wan2.1_VAE.safetensors",
+        "text_encoder": folder / TEXT_FILE,
+        "tokenizer": folder / "google" / "umt5-xxl" / "tokenizer.json",
+        "dtype": "float32",
+    }
+
+
+def test_parts_one_by_one_are_the_model_of_the_folder(folder, named):
+    whole = wan_pipeline(folder, WanOptions(dtype="float32"))
+    parts = load_pipeline(**named)
+    assert parts.transformer.config == whole.transformer.config and parts.sampling == whole.sampling
+    jax.tree.map(
+        np.testing.assert_array_equal, (parts.params, parts.decoder.params), (whole.params, whole.decoder.params)
+    )
+    np.testing.assert_array_equal(parts.text_encoder.encode(PROMPT), whole.text_encoder.encode(PROMPT))
+    # the tiny decoder is told by its tensors, and a causal student goes with the other parts
+    tiny = find_wan(None, WanOptions(folder / "student.safetensors", **named | {"vae": folder / "taew2_1.safetensors"}))
+    assert tiny.tiny_vae == folder / "taew2_1.safetensors" and tiny.vae is None
+    # one part of a folder replaced
+    other = find_wan(folder, WanOptions(transformer=folder / "student.safetensors"))
+    assert other.transformer == folder / "student.safetensors" and other.vae == folder / "Wan2.1_VAE.safetensors"
+
+
+def test_generate_takes_the_parts_of_a_model(named, folder, tmp_path):
+    flags = {name: str(value) for name, value in named.items()} | {"checkpoint": str(folder / "student.safetensors")}
+    job = Job(PROMPT, **flags)
+    files = find_wan(job.model, job.wan_options())
+    assert job.is_wan and files.tokenizer == named["tokenizer"] and files.folder is None
+    with pytest.raises(ValueError, match=r"model is missing, and without it so are --text_encoder, --tokenizer"):
+        find_wan(None, WanOptions(**{name: named[name] for name in ("transformer", "vae")}))
+    with pytest.raises(ValueError, match="vae is given without model"):
+        Job(PROMPT, vae="tiny")
+    with pytest.raises(ValueError, match="text_encoder .*none.safetensors does not exist"):
+        find_wan(folder, WanOptions(text_encoder=folder / "none.safetensors"))
+    with pytest.raises(ValueError, match="Wan2.1_VAE.safetensors: a transformer is needed; this seems to be: VAE"):
+        find_wan(folder, WanOptions(transformer=folder / "Wan2.1_VAE.safetensors"))
+    with pytest.raises(ValueError, match="a vae or tiny_vae is needed; this seems to be: text encoder"):
+        find_wan(folder, WanOptions(vae=folder / TEXT_FILE))
+
+
+def test_heads_that_shapes_do_not_tell_need_a_config(named, tmp_path):
+    shutil.copy(named["transformer"], tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match="has dim 32, no multiple of 128: its heads are told by a config.json beside it"
+    ):
+        load_pipeline(**named | {"transformer": tmp_path / "a.safetensors"})
+
+
+def test_comfyui_text_encoder_in_scaled_float8(named, folder, tmp_path):
+    entries = mapping_entries("transformers")
+    official = load_file(folder / TEXT_FILE)
+    tensors = {theirs.name: official[ours.name] for ours, theirs in zip(mapping_entries("official"), entries[1:])}
+    file, products = dict(tensors), dict(tensors)
+    for name, value in tensors.items():
+        if "SelfAttention." in name and value.ndim == 2 and "bias" not in name or "DenseReluDense" in name:
+            scale = np.float32(np.abs(value).max() / 448)
+            file[name] = (value / scale).astype(ml_dtypes.float8_e4m3fn)
+            file[name.removesuffix(".weight") + ".scale_weight"] = np.asarray(scale)
+            products[name] = file[name].astype(np.float32) * scale
+    file |= {"scaled_fp8": np.zeros(0, ml_dtypes.float8_e4m3fn), "spiece_model": np.zeros(7, np.uint8)}
+    save_file(file, tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    save_file(products, tmp_path / "products.safetensors")
+
+    def encoded(name):
+        files = find_wan(folder, WanOptions(text_encoder=tmp_path / name))
+        return Umt5TextEncoder(files, "float32").encode(PROMPT)
+
+    np.testing.assert_array_equal(encoded("umt5_xxl_fp8_e4m3fn_scaled.safetensors"), encoded("products.safetensors"))
+
+
+def mapping_entries(naming):
+    """The map of the small text encoder."""
+    return umt5.entries(TEXT, naming)
+
+
+def test_files_of_rcm_must_be_told_how_they_generate(named, folder, tmp_path):
+    tensors = transformer.to_official(random_params(MODEL, 2), MODEL)
+    kernel = tensors["patch_embedding.weight"]
+    tensors["patch_embedding.weight"] = kernel.reshape(kernel.shape[0], -1)
+    path = tmp_path / "Causal_rCM_c3-3_step4.safetensors"
+    save_file({f"net.{name}": np.asarray(value) for name, value in tensors.items()}, path)
+    fields = {"prompts": PROMPT, "model": str(folder), "checkpoint": str(path), "out": str(tmp_path), "frames": 9}
+    with pytest.raises(ValueError, match="is of NVlabs/rcm and does not say .*: give --chunk and --denoising_steps"):
+        batch.run(Job(**fields))
+    with pytest.raises(ValueError, match="give chunk and steps, as a rollout"):
+        load_pipeline(folder, path)
+    Job(**fields, chunk=3, denoising_steps=(1000, 750, 500, 250)).check_naming("rcm")
+    # the official steps are its times 15/16, 5/6 and 5/8 (rcm/inference/wan2pt1_t2v_causal_infer.py), but for its first
+    assert RolloutConfig().timesteps[1:] == pytest.approx((937.5, 2500 / 3, 625.0))
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.warns(UserWarning, match="many steps are right for its teacher alone"):
+        find_wan(folder, WanOptions(transformer=shutil.copy(path, tmp_path / "t.safetensors")))
