@@ -205,7 +205,7 @@ REFUSALS = {
         },
         "holds several adapters, a, b",
     ),
-    "integers": ({name: value.astype(np.int8) for name, value in pair().items()}, "no floats.*int8"),
+    "integers": ({name: value.astype(np.int8) for name, value in pair().items()}, "int8"),
     "alpha 0": (
         pair() | {"diffusion_model.blocks.0.self_attn.q.alpha": np.zeros((), np.float32)},
         "alpha must be one number, not 0",
