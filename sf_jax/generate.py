@@ -17,6 +17,7 @@ from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
+from sf_jax.weights.adapter_list import parse_loras
 
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
 
@@ -32,6 +33,9 @@ _JOB = {
         "Wan: weights of a causal network, .pt or .safetensors (default: the bidirectional one of --model)",
     ),
     "part": flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model"),
+    "lora": flags.DEFINE_multi_string(
+        "lora", None, "Adapter to merge into the network, FILE or FILE:SCALE; several with commas, or as often as given"
+    ),
     "frames": flags.DEFINE_integer(
         "frames", None, "Frames of the video (digits: 48; Wan: 81, 1 + a multiple of 4; with --image one chunk more)"
     ),
@@ -101,6 +105,8 @@ def main() -> None:
     """Command line: see the module's docstring."""
     fields = {name: flag.value for name, flag in _JOB.items() if flag.value is not None}
     fields |= {name: _steps(name, fields[name]) for name in _LISTS if name in fields}
+    if "lora" in fields:
+        fields["lora"] = parse_loras(fields["lora"])
     print("wrote", *batch.run(Job(prompts=tuple(_prompts()), **fields)), sep="\n  ")
 
 

@@ -17,6 +17,7 @@ from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.rollout import RolloutConfig
+from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.package import Package
 
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index and the suffix
@@ -35,6 +36,7 @@ class Job:
       checkpoint: Wan: weights of a causal transformer; None is the folder's own bidirectional one. Digits: see
         `load_digits`.
       part: which network of the checkpoint.
+      lora: adapters to merge into the network.
       frames: pixel frames of the whole video, given ones included.
       height: pixel rows.
       width: pixel columns.
@@ -68,6 +70,7 @@ class Job:
     model: str | None = None
     checkpoint: str | None = None
     part: str | None = None
+    lora: tuple[Lora, ...] = ()
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -237,7 +240,13 @@ class Job:
         """What `load_pipeline` is told of Wan."""
         vae = {} if self.vae is None else {"vae": self.vae}
         return WanOptions(
-            self.checkpoint, self.part, dtype=self.dtype, rollout=self.wan_rollout, devices=devices, **vae
+            self.checkpoint,
+            self.part,
+            dtype=self.dtype,
+            rollout=self.wan_rollout,
+            devices=devices,
+            loras=self.lora,
+            **vae,
         )
 
     @property
@@ -258,7 +267,7 @@ class Job:
 
     def digits_pipeline(self) -> VideoPipeline:
         """The pipeline of moving digits that the job asks for."""
-        pipe, changes = load_digits(self.checkpoint), self.rollout_changes
+        pipe, changes = load_digits(self.checkpoint, self.lora), self.rollout_changes
         solver, asked = pipe.sampling.solver, {"name": self.solver, "steps": self.steps, "shift": self.shift}
         asked = {name: value for name, value in asked.items() if value is not None}
         if solver is None:

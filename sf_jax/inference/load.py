@@ -22,6 +22,8 @@ from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
+from sf_jax.weights import adapters
+from sf_jax.weights.adapter_list import Lora, as_loras
 from sf_jax.weights.folders import ModelFiles, find_model, read_solver
 from sf_jax.weights.networks import check_network, load_network
 from sf_jax.weights.package import SHIPPED, Package, load_package, read_header, shipped_path
@@ -46,6 +48,7 @@ class WanOptions:
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
       scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`); None is no where
         cuDNN's attention is chosen and the memory allows a second copy of the window, as it is faster there.
+      loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
       devices: that share the videos of a batch, as many on each; None is the default device alone.
     """
 
@@ -57,6 +60,7 @@ class WanOptions:
     encoder: bool = False
     keep_text_encoder: bool = False
     scan_layers: bool | None = None
+    loras: Sequence = ()
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
@@ -67,6 +71,7 @@ class WanOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {names}")
         if self.checkpoint == "":
             raise ValueError("checkpoint is empty: give a path or leave it out")
+        object.__setattr__(self, "loras", as_loras(self.loras))
         if not isinstance(self.rollout, (RolloutConfig, type(None))):
             raise ValueError(f"rollout is {self.rollout!r}: it must be a RolloutConfig")
         if self.devices is not None and not (isinstance(self.devices, Sequence) and len(self.devices)):
@@ -100,7 +105,7 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
       model: a folder of Wan2.1, as it was published or of diffusers; a .safetensors file of moving digits that training
         wrote; "student" or "teacher" for the shipped ones. None is the shipped student.
       checkpoint: with a folder, weights of a causal transformer; None is the folder's own bidirectional one.
-      **options: with a folder, other fields of `WanOptions`.
+      **options: with a folder, other fields of `WanOptions`; `loras`, adapters to merge, also without.
 
     Raises:
       ValueError: if a file is missing, damaged, or something else.
@@ -108,27 +113,35 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     if not isinstance(model, (str, Path, type(None))) or model == "":
         raise ValueError(f"model is {model!r}: give a folder of Wan2.1 or a .safetensors file of moving digits")
     if model is None or not Path(model).is_dir():
+        loras = as_loras(options.pop("loras", ()))
         for name in ({"checkpoint": checkpoint} if checkpoint is not None else {}) | options:
             raise ValueError(f"{name} is given without a model folder: it is for Wan")
         if model is not None and str(model) not in SHIPPED and Path(model).suffix != ".safetensors":
             what = "is no .safetensors file" if Path(model).exists() else "does not exist"
             raise ValueError(f"model {model} {what}: give a folder of Wan2.1, or weights of moving digits")
-        return load_digits(model)
+        return load_digits(model, loras)
     fields = {field.name for field in dataclasses.fields(WanOptions)}
     if set(options) - fields:
         raise ValueError(f"{sorted(set(options) - fields)[0]} is no option: options are {', '.join(sorted(fields))}")
     return wan_pipeline(model, WanOptions(checkpoint=checkpoint, **options))
 
 
-def load_digits(checkpoint: str | Path | None = None) -> VideoPipeline:
+def load_digits(checkpoint: str | Path | None = None, loras: Sequence[Lora] = ()) -> VideoPipeline:
     """Loads a network of moving digits: a .safetensors file that training wrote, "student" or "teacher" (shipped ones).
+
+    Args:
+      checkpoint: the file; None is the shipped student.
+      loras: adapters to merge into it.
 
     Raises:
       ValueError: if the file is missing, damaged, or something else.
     """
     checkpoint = "student" if checkpoint is None else checkpoint
     path = shipped_path(str(checkpoint)) if str(checkpoint) in SHIPPED else checkpoint
-    return digits_pipeline(load_package(path), f"checkpoint {checkpoint}")
+    package = load_package(path)
+    package = dataclasses.replace(package, params=adapters.merge_params(package.params, package.config, loras))
+    pipe = digits_pipeline(package, f"checkpoint {checkpoint}")
+    return dataclasses.replace(pipe, adapters=adapters.describe(loras))
 
 
 def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
@@ -173,7 +186,7 @@ def find_wan(folder: str | Path, options: WanOptions) -> ModelFiles:
     files = find_model(folder, options.needed)
     if files.config is None:
         raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
-    check_network(_transformer_path(files, options), "transformer", files.config, options.part)
+    check_network(_transformer_path(files, options), "transformer", files.config, options.part, options.loras)
     check_network(files.text_encoder, "umt5")
     for kind in {VAES[options.vae], "vae" if options.encoder else None} - {None}:
         check_network(getattr(files, kind), kind)
@@ -263,7 +276,7 @@ def wan_pipeline(
     dtype, mesh = options.compute_dtype, wan_mesh(options.devices)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     path = _transformer_path(files, options)
-    _, params = load_network(path, "transformer", files.config, dtype, options.part, everywhere)
+    _, params = load_network(path, "transformer", files.config, dtype, options.part, everywhere, options.loras)
     causal, kind, decoder = options.checkpoint is not None, VAES[options.vae], None
     if kind is not None:
         config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere)
@@ -291,4 +304,5 @@ def wan_pipeline(
         encoder=load_encoder(files) if options.encoder else None,
         sampling=Sampling(solver=solver, **guidance),
         many_steps=None if header is None else header.kind == "causal",
+        adapters=adapters.describe(options.loras),
     )

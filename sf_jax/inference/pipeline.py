@@ -51,6 +51,7 @@ class VideoPipeline:
       many_steps: whether the network was trained for many steps; None where that is not known.
       noise_number: what the noise of the chunks is drawn behind (`programs.next_chunk`), part of a model's seeds.
       progress: whether to show a bar where a whole video is generated in many steps.
+      adapters: what was merged into the parameters, a few words each.
     """
 
     text_encoder: TextEncoder | None
@@ -65,6 +66,7 @@ class VideoPipeline:
     many_steps: bool | None = None
     noise_number: int | None = MAX_FRAMES
     progress: bool = True
+    adapters: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -84,11 +86,11 @@ class VideoPipeline:
         return 1 if self.decoder is None else self.decoder.spatial_factor
 
     def describe(self) -> str:
-        """One line on what runs: network, sizes, devices, attention, window and decoder."""
+        """One line on what runs: network, sizes, adapters, devices, attention, window and decoder."""
         config = self.transformer.config
         devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", f"{config.dtype}"]
+        parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", *self.adapters, f"{config.dtype}"]
         layers = "" if config.scan_layers else ", layers apart"
         parts += [f"attention {self._attention()}{layers}", f"{len(devices)} x {devices[0].device_kind}"]
         if self.rollout is not None:

@@ -2,14 +2,15 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from sf_jax.weights import mapping
+from sf_jax.weights import adapters, mapping
+from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.load import check, load_params, normalised
 from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
@@ -17,11 +18,14 @@ from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recog
 _SMALL = 1 << 14  # numbers
 
 
-def check_network(path: Path | str, kind: str, config: Any = None, part: str | None = None) -> None:
+def check_network(
+    path: Path | str, kind: str, config: Any = None, part: str | None = None, loras: Sequence[Lora] = ()
+) -> None:
     """Refuses what `load_network` would refuse by the names and shapes alone; nothing else is read."""
     with open_tensors(path, part) as tensors:
         config, entries, like = _mapped(path, tensors, kind, config)
         check(entries, normalised(tensors, (entry.name for entry in entries)), like, kind)
+        adapters.check_loras(loras, config)
 
 
 def identify(path: Path | str, kind: str) -> tuple[Any, str]:
@@ -57,6 +61,7 @@ def load_network(
     dtype: str | None = None,
     part: str | None = None,
     sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
+    loras: Sequence[Lora] = (),
 ) -> tuple[Any, dict]:
     """Loads a network.
 
@@ -68,6 +73,7 @@ def load_network(
       part: of a checkpoint with several networks, which (such as "generator_ema").
       sharding: where every parameter goes, or a function from the tree of shapes to a tree of shardings; None is the
         default device.
+      loras: adapters to merge into a transformer.
 
     Returns:
       The sizes and the parameters.
@@ -78,7 +84,8 @@ def load_network(
     with open_tensors(path, part) as tensors:
         config, entries, like = _mapped(path, tensors, kind, config)
         shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
-        return config, load_params(entries, tensors, like, kind, dtype, shardings)
+        with adapters.merged(tensors, loras, config, wide=dtype is not None) as tensors:
+            return config, load_params(entries, tensors, like, kind, dtype, shardings)
 
 
 def _mapped(path, tensors, kind, config):

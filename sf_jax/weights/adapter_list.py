@@ -1,0 +1,83 @@
+"""Which adapters to merge, as the command line and Python code name them."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sf_jax.files import local_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """An adapter to merge.
+
+    Attributes:
+      path: its file, or a folder of peft's.
+      scale: factor of everything that it adds.
+    """
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self):
+        """Refuses scales that are no numbers."""
+        object.__setattr__(self, "path", Path(self.path))
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise ValueError(f"lora {self.path} has the scale {self.scale!r}: it must be a finite number, such as 0.8")
+
+
+def parse_loras(values: Iterable[str]) -> tuple[Lora, ...]:
+    """Reads FILE or FILE:SCALE, several of them with commas between.
+
+    Raises:
+      ValueError: on an empty name and on a scale that is no number.
+    """
+    loras = []
+    for value in values:
+        # a name may have commas itself
+        parts = [value] if _is_path(value) or _is_path(value.rpartition(":")[0]) else value.split(",")
+        loras += [_parse(part.strip()) for part in parts]
+    return tuple(loras)
+
+
+def _is_path(text: str) -> bool:
+    return bool(text) and Path(text).exists()
+
+
+def _parse(text: str) -> Lora:
+    path, colon, scale = text.rpartition(":")
+    # the colon may be a part of the path, such as C:\lora.safetensors
+    if not colon or _is_path(text) or "/" in scale or "\\" in scale:
+        path, scale = text, "1"
+    if not path:
+        raise ValueError(f"lora is {text!r}: give FILE or FILE:SCALE, such as style.safetensors:0.8")
+    try:
+        return Lora(Path(local_path(path)), float(scale))
+    except ValueError as error:
+        if "could not convert" not in str(error):
+            raise
+        raise ValueError(f"lora is {text!r}: behind its last colon must be a number, such as {path}:0.8") from error
+
+
+def as_loras(values: Sequence) -> tuple[Lora, ...]:
+    """The adapters that Python code names: `Lora`, a path (or FILE:SCALE), or a pair of path and scale, each.
+
+    Raises:
+      ValueError: on anything else.
+    """
+    if isinstance(values, (str, Path, Lora)) or not isinstance(values, Sequence):
+        raise ValueError(f"loras is {values!r}: it must be a list, such as [('style.safetensors', 0.8)]")
+    loras = []
+    for value in values:
+        if isinstance(value, Lora):
+            loras.append(value)
+        elif isinstance(value, str):
+            loras += parse_loras([value])
+        elif isinstance(value, Path):
+            loras.append(Lora(value))
+        elif isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], (str, Path)):
+            loras.append(Lora(Path(value[0]), value[1]))
+        else:
+            raise ValueError(f"loras holds {value!r}: it must be a path, or a pair of a path and a scale")
+    return tuple(loras)
