@@ -41,7 +41,7 @@ def main(_) -> None:
     real = metrics.reference(metrics.real_clips(kinds, _FRAMES.value, 0), targets, judge)
     mesh = sharding.make_mesh(config.mesh)
     stage = stages.open_stage(config, workdir, mesh)
-    state = new_state(config, stage.params, stage.critic)
+    state = new_state(config, stage.params, stage.critic, stage.adapters)
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     programs = loop.compile_updates(stage, mesh, state)
     constants = sharding.put_whole(stage.constants, mesh)

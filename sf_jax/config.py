@@ -200,6 +200,11 @@ class TrainConfig:
                 "offload_teacher is True: it must be False where no teacher is asked, that is but for the objectives "
                 "'dmd' and 'sid' of stage 'distill'"
             )
+        if self.critic_lora.init is not None:
+            raise ValueError(
+                f"critic_lora.init is {self.critic_lora.init}: the adapters of the trained network alone start from a "
+                "file, lora.init; leave it out"
+            )
         for name, optimizer, adapters in (
             ("optimizer", self.optimizer, self.lora),
             ("critic_optimizer", self.critic_optimizer, self.critic_lora),
@@ -388,7 +393,7 @@ def _convert(value, hint, where):
         return tuple(_convert(v, kinds[min(i, len(kinds) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
     if kind is str and value == "None" and types.NoneType in options:  # as the command line gives it
         return None
-    if kind is str and isinstance(value, str) and where.split(".")[-1] in PATHS:
+    if kind is str and isinstance(value, str) and (where.split(".")[-1] in PATHS or where == "lora.init"):
         try:
             return local_path(value)
         except ValueError as error:

@@ -11,10 +11,15 @@ The averaged student of a training run, from its newest checkpoint, finished or 
 `python -m sf_jax.convert --from=runs/wan` writes `runs/wan/student_STEP.safetensors`; `--output` another file (a .pt as
 generator_ema).
 
+Adapters (LoRA): `--lora=FILE[:SCALE]` merges them into the input's transformer. Those of a training run, without its
+network, with `python -m sf_jax.convert --from=runs/wan --part=lora --to=diffusers --output=adapter.safetensors` (or
+`--to=kohya`, as ComfyUI and musubi write them); an adapter file as `--input` gets other names the same way.
+
 Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
 This is how the weights that the package ships were made from those that training left.
 """
 
+import dataclasses
 from pathlib import Path
 
 import ml_dtypes
@@ -24,7 +29,9 @@ from absl import flags
 from sf_jax import command
 from sf_jax.files import check_writable
 from sf_jax.training import export
-from sf_jax.weights import load, transformer
+from sf_jax.weights import adapter_export, load, transformer
+from sf_jax.weights.adapter_list import Lora, parse_loras
+from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.package import load_package, save_package
 from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
@@ -39,8 +46,16 @@ _FROM = command.define_path("from", None, "Instead of --input: workdir of a trai
 _OUTPUT = command.define_path(
     "output", None, "File to write: .safetensors, or .pt (which needs PyTorch); --from has a default"
 )
-_TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "transformers"], "Tensor names to write; as they are")
-_PART = flags.DEFINE_enum("part", None, PARTS, "Network of a checkpoint that holds several; also its name in a .pt")
+_TO = flags.DEFINE_enum(
+    "to", None, ["official", "diffusers", "transformers", "kohya"], "Tensor names to write; as they are"
+)
+_PART = flags.DEFINE_enum(
+    "part",
+    None,
+    [*PARTS, "lora"],
+    "Network of a checkpoint that holds several; also its name in a .pt. With --from, lora: the adapters alone",
+)
+_LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input, FILE or FILE:SCALE; several too")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
@@ -95,8 +110,30 @@ def _export(output: Path | None) -> tuple[str, Path]:
     return f"{package.kind} of step {step}", output
 
 
+def _convert_adapter(output: Path | None) -> str:
+    """Writes an adapter file, of a training run or of the input; returns what it did."""
+    if output is None or output.suffix != ".safetensors":
+        raise ValueError(f"output is {output}: adapters are written to a .safetensors file, give its name")
+    naming = _TO.value or "diffusers"
+    if naming not in adapter_export.NAMINGS:
+        raise ValueError(f"to is {naming!r}: for an adapter it must be one of {', '.join(adapter_export.NAMINGS)}")
+    dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
+    if _FROM.value is not None:
+        from sf_jax.training.export import load_adapters  # here, as no other use needs Orbax
+
+        trained = load_adapters(_FROM.value)
+        adapter_export.write_trained(output, trained, naming, dtype)
+        return f"adapters of step {trained.step}, {trained.describe()} -> {naming}"
+    with opened([Lora(_INPUT.value)]) as (adapter,):
+        adapter_export.write_adapter(output, adapter, naming, dtype)
+        return f"{adapter.describe()} -> {naming}"
+
+
 def main() -> None:
     """Command line: see the module's docstring."""
+    loras = parse_loras(_LORA.value or ())
+    if loras and _INPUT.value is None:
+        raise ValueError("lora: adapters are merged into the file of --input, give one")
     if (_INPUT.value is None) == (_FROM.value is None):
         raise ValueError("input and from: give one of them, a weight file or the workdir of a training run")
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
@@ -106,6 +143,15 @@ def main() -> None:
         if output.suffix not in (".safetensors", *TORCH_SUFFIXES):
             raise ValueError(f"output is {output}: its name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
         check_writable(output.parent, "output")
+    if (_FROM.value is not None and _PART.value == "lora") or (_INPUT.value and is_adapter(_INPUT.value)):
+        if loras:
+            raise ValueError(
+                f"lora: {_INPUT.value} is an adapter itself, they are merged into the weights of a network"
+            )
+        print(f"{_convert_adapter(output)}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+        return
+    if _PART.value == "lora":
+        raise ValueError(f"part is 'lora': {_INPUT.value} is no adapter; it is for adapters, and for --from")
     if _FROM.value is not None:
         done, output = _export(output)
         print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
@@ -116,10 +162,14 @@ def main() -> None:
             dtype = _DTYPE.value or "float16"
             if dtype == "bfloat16":
                 raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
-            save_package(output, load_package(_INPUT.value), dtype)
+            package = load_package(_INPUT.value)
+            params = merge_params(package.params, package.config, loras)
+            save_package(output, dataclasses.replace(package, params=params), dtype)
             done = "package of sf_jax"
         else:
-            done = _convert(tensors, output)
+            with merged(tensors, loras) as changed:
+                done = _convert(changed, output)
+        done += "".join(f" + {text}" for text in describe(loras))
     print(f"{done}: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
 
 

@@ -155,16 +155,20 @@ class LoraConfig:
     Attributes:
       rank: of the adapters of every matrix in the blocks; 0 trains the network itself.
       alpha: the adapters' product counts `alpha / rank`.
+      init: file of adapters to start from; with rank 0, rank and alpha are those of the file.
     """
 
     rank: int = 0
     alpha: float = 16.0
+    init: str | None = None
 
     def __post_init__(self):
         """Refuses negative ranks and adapters that do nothing."""
         at_least(self, 0, "rank")
         if self.alpha <= 0:
             raise ValueError(f"alpha is {self.alpha}: it must be above 0")
+        if self.init == "":
+            raise ValueError("init is empty: give a file of adapters or leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

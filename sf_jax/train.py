@@ -21,6 +21,7 @@ from sf_jax.config import from_dict
 from sf_jax.inference.video_io import write_samples
 from sf_jax.training import ahead
 from sf_jax.training.loop import train
+from sf_jax.training.lora import resolved
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/digits.py:distill")
 _WORKDIR = command.define_path("workdir", None, "Folder of checkpoints, log and exported weights")
@@ -33,7 +34,7 @@ _COMPILE_ONLY = flags.DEFINE_string("compile_only", None, "TPU slice to compile 
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    config = from_dict(_CONFIG.value)
+    config = resolved(from_dict(_CONFIG.value))
     if _COMPILE_ONLY.value is not None:
         # Compiled anew: a program from the cache of compiled ones says less of itself, and at once.
         jax.config.update("jax_enable_compilation_cache", False)

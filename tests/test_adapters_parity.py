@@ -61,12 +61,14 @@ def pipeline(model):
     return diffusers.WanPipeline(None, None, None, scheduler, copy.deepcopy(model))
 
 
-def fused(model, adapters, names=None) -> dict[str, np.ndarray]:
+def fused(model, adapters) -> dict[str, np.ndarray]:
     """The weights of diffusers with adapters [(what `load_lora_weights` takes, scale)] in them."""
     pipe = pipeline(model)
-    for i, (source, scale) in enumerate(adapters):
-        pipe.load_lora_weights(source, adapter_name=f"adapter{i}")
-        pipe.fuse_lora(components=["transformer"], adapter_names=[f"adapter{i}"], lora_scale=scale)
+    names = [f"adapter{i}" for i in range(len(adapters))]
+    for name, (source, _) in zip(names, adapters, strict=True):
+        pipe.load_lora_weights(source, adapter_name=name)
+    pipe.set_adapters(names, [scale for _, scale in adapters])
+    pipe.fuse_lora(components=["transformer"], adapter_names=names)
     pipe.unload_lora_weights()
     return {name: value.numpy() for name, value in pipe.transformer.state_dict().items()}
 
@@ -127,9 +129,7 @@ def lightx2v():
 
 FILES = {
     "comfy": lambda: renamed(pairs(BLOCKS | TOP), "diffusion_model."),
-    "comfy down and up": lambda: renamed(
-        pairs(BLOCKS, "lora_down", "lora_up") | alphas(BLOCKS), "diffusion_model."
-    ),
+    "comfy down and up": lambda: renamed(pairs(BLOCKS, "lora_down", "lora_up") | alphas(BLOCKS), "diffusion_model."),
     "kohya": lambda: renamed(pairs(BLOCKS, "lora_down", "lora_up") | alphas(BLOCKS), "lora_unet_", "_"),
     "lightx2v": lightx2v,
     "one layer": lambda: pairs({"transformer.blocks.1.attn2.to_k": (48, 48)}),

@@ -219,7 +219,7 @@ def test_the_encoder_of_a_tiny_vae_is_left_out():
         ("wan2.1-t2v-1.3b.diffusers", "transformer of Wan2.1-T2V-1.3B, diffusers names"),
         ("umt5-xxl-encoder.official", "text encoder UMT5-XXL, official names"),
         ({"blocks.0.cross_attn.k_img.weight": (5120, 5120)}, "image-to-video transformer .* not supported"),
-        ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (8, 8)}, "LoRA .* not supported"),
+        ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (8, 8)}, "adapter .LoRA: .* give it as lora"),
         ({"blocks.3.self_attn.q.weight": (8, 8)}, "part of a transformer: give the folder or the index"),
         ({"a": (1,)}, r"file of another kind \(1 tensors: a\)"),
     ],

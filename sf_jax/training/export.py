@@ -5,13 +5,14 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from sf_jax.config import MeshConfig, from_dict
+from sf_jax.config import MeshConfig, TrainConfig, from_dict
 from sf_jax.files import reason_of
 from sf_jax.training import sharding, stages
 from sf_jax.training.checkpoint import read_about, step_folders
 from sf_jax.training.fingerprint import measure
 from sf_jax.training.step import new_state, whole_params
-from sf_jax.weights.package import Package
+from sf_jax.weights.adapter_export import Base, TrainedAdapters
+from sf_jax.weights.package import Package, shipped_path
 
 
 def load_run(workdir: Path | str) -> tuple[int, Package]:
@@ -26,6 +27,37 @@ def load_run(workdir: Path | str) -> tuple[int, Package]:
     Raises:
       ValueError: if there is no checkpoint, or the newest is damaged; the message says which is the one before.
     """
+    step, about, config, params = _restore(workdir)
+    frozen = {}
+    if config.lora.rank:
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        frozen["model_base"] = stages.adapted_base(config, mesh)
+    return step, stages.package_of(config, jax.device_get(whole_params(config, params, frozen)))
+
+
+def load_adapters(workdir: Path | str) -> TrainedAdapters:
+    """The averaged adapters of the newest checkpoint of a run; the network that they belong to is not read.
+
+    Args:
+      workdir: of `sf_jax.train`, with `lora.rank` above 0.
+
+    Raises:
+      ValueError: see `load_run`, and if the run trains no adapters.
+    """
+    step, about, config, params = _restore(workdir)
+    if not config.lora.rank:
+        raise ValueError(f"part is 'lora': the run in {workdir} trains the whole network, its lora.rank is 0")
+    field = "init_weights" if config.init_weights else "teacher_weights"
+    base = getattr(config, field)
+    file = shipped_path("teacher").name if base == "shipped" else Path(base).name
+    digest = str(about["data"].get("digests", {}).get(field, ""))
+    return TrainedAdapters(
+        config.model, config.lora.rank, config.lora.alpha, Base(file, digest), step, jax.device_get(params)
+    )
+
+
+def _restore(workdir: Path | str) -> tuple[int, dict, TrainConfig, dict]:
+    """Step, description, config and averaged trained parameters of the newest checkpoint of a run."""
     workdir = Path(workdir).resolve()  # Orbax takes no relative paths
     found = step_folders(workdir / "checkpoints")
     if not found:
@@ -50,8 +82,4 @@ def load_run(workdir: Path | str) -> tuple[int, Package]:
         raise ValueError(f"checkpoint {folder} cannot be read ({reason_of(error)}){older}") from error
     if wrong:
         raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not as it was saved{older}")
-    params, frozen = tree["model"][name], {}
-    if config.lora.rank:
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        frozen["model_base"] = stages.adapted_base(config, mesh)
-    return step, stages.package_of(config, jax.device_get(whole_params(config, params, frozen)))
+    return step, about, config, tree["model"][name]

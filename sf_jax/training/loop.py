@@ -17,6 +17,7 @@ from sf_jax.distributed import by_first, check_shared
 from sf_jax.files import check_writable, locked
 from sf_jax.training import sharding
 from sf_jax.training.checkpoint import Checkpoints, SaveError, one_line_errors
+from sf_jax.training.lora import resolved
 from sf_jax.training.metrics import Log, measured_flops, peak_flops
 from sf_jax.training.programs import Program, compile_all, countable, jit_updates, model_flops, rate
 from sf_jax.training.samples import WriteSamples, sampler
@@ -53,6 +54,7 @@ def train(
       OSError: if something cannot be written; the last good checkpoint is named.
       Stopped: a `SystemExit`, with code 0 after SIGTERM and 130 after Ctrl-C.
     """
+    config = resolved(config)
     workdir = check_writable(workdir, "workdir")
     check_shared(workdir, "workdir")
     check_packages(config)
@@ -81,7 +83,7 @@ def _to_the_end(
         stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
         state, start, carried, others = _start(config, stage, mesh, checkpoints, allow_config_change)
         changed += others
-        stage = dataclasses.replace(stage, params=None, critic=None)  # they are in the state now
+        stage = dataclasses.replace(stage, params=None, critic=None, adapters={})  # they are in the state now
         log = _open_log(config, state, workdir, start, carried)
         if changed:
             log.note(start, config_changed=changed)
@@ -111,10 +113,10 @@ def _alone(workdir: Path) -> Iterator[None]:
 def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, allow_config_change: bool):
     """The state to go on from, placed on the mesh, its step, what the log had not written, and what else changed."""
 
-    def fresh(params, critic):
-        return new_state(config, params, critic)
+    def fresh(params, critic, adapters):
+        return new_state(config, params, critic, adapters)
 
-    given = (stage.params, stage.critic)
+    given = (stage.params, stage.critic, stage.adapters)
     shapes = jax.eval_shape(fresh, *given)
     shardings = sharding.tree_shardings(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,12 +1,36 @@
 """Low-rank adapters: small matrices are trained in place of the network's (LoRA, arXiv 2106.09685)."""
 
+import dataclasses
+import math
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sf_jax.config import LoraConfig
+from sf_jax.config import LoraConfig, TrainConfig
+from sf_jax.models.wan import WanConfig
+from sf_jax.weights import transformer
+from sf_jax.weights.adapter_list import Lora
+from sf_jax.weights.adapters import Adapter, official_shapes, opened
+
+_MERGE = "merge the file into init_weights with python -m sf_jax.convert --lora"
+
+
+class Start(NamedTuple):
+    """Adapters of one matrix from a file.
+
+    Attributes:
+      down: float32 [layers, in, rank].
+      up: float32 [layers, rank, out].
+      there: bool [layers], whether the file has the layer's.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    there: np.ndarray
 
 
 def init_adapters(params: dict, config: LoraConfig, key: jax.Array) -> dict:
@@ -31,6 +55,98 @@ def init_adapters(params: dict, config: LoraConfig, key: jax.Array) -> dict:
         )
         adapters[("blocks", *path, "up")] = jnp.zeros((layers, config.rank, outputs))
     return unflatten_dict(adapters)
+
+
+def with_start(adapters: dict, start: dict) -> dict:
+    """Adapters of which those that a file has are the file's.
+
+    Args:
+      adapters: what `init_adapters` gives.
+      start: what `read_start` gives.
+    """
+    flat = flatten_dict(adapters)
+    for path, (down, up, there) in start.items():
+        for part, value in (("down", down), ("up", up)):
+            flat[(*path, part)] = jnp.where(there[:, None, None], value, flat[(*path, part)])
+    return unflatten_dict(flat)
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The config with rank and alpha of the file that the adapters start from, where it leaves them open.
+
+    Raises:
+      ValueError: if the file is missing or damaged, its pairs differ in rank or alpha, or it contradicts the config.
+    """
+    init = config.lora.init
+    if init is None:
+        return config
+    with opened([Lora(init)]) as (adapter,):
+        _check_pairs(adapter)
+        (rank,), (alpha,) = (sorted(values) for values in zip(*_ranks_and_alphas(adapter), strict=True))
+    if config.lora.rank == 0:
+        return dataclasses.replace(config, lora=LoraConfig(rank, alpha, init))
+    for name, value in (("rank", rank), ("alpha", alpha)):
+        if not math.isclose(getattr(config.lora, name), value, rel_tol=1e-5):
+            raise ValueError(
+                f"lora.{name} is {getattr(config.lora, name):g}: lora.init {init} has {name} {value:g}; give that, or "
+                "leave lora.rank and lora.alpha out"
+            )
+    return config
+
+
+def read_start(init: str, config: WanConfig) -> dict[tuple[str, ...], Start]:
+    """Adapters to start from.
+
+    Args:
+      init: their file.
+      config: sizes of the network.
+
+    Returns:
+      Path of a kernel -> its adapters. Layers that the file does not have are zeros.
+
+    Raises:
+      ValueError: if the file does not fit, or changes more than matrices of the blocks.
+    """
+    starts: dict[tuple[str, ...], Start] = {}
+    with opened([Lora(init)]) as (adapter,):
+        _check_pairs(adapter)
+        adapter.check(official_shapes(config))
+        for entry in transformer.entries(config):
+            if entry.name not in adapter.changes:
+                continue
+            (change,) = adapter.changes[entry.name]
+            down, up = (np.asarray(adapter.tensors[name]).astype(np.float32) for name in change.names)
+            down, up = down.reshape(change.rank, -1).T, up.reshape(-1, change.rank).T
+            layers = config.num_layers
+            if entry.path not in starts:
+                zeros = (np.zeros((layers, *x.shape), np.float32) for x in (down, up))
+                starts[entry.path] = Start(*zeros, np.zeros(layers, bool))
+            start = starts[entry.path]
+            start.down[entry.layer], start.up[entry.layer], start.there[entry.layer] = down, up, True
+    return starts
+
+
+def _check_pairs(adapter: Adapter) -> None:
+    """Refuses what cannot be trained as adapters of the blocks' matrices, and ranks and alphas that differ."""
+    path = adapter.lora.path
+    for name, changes in adapter.changes.items():
+        if len(changes) > 1 or changes[0].rank is None or not name.startswith("blocks."):
+            raise ValueError(
+                f"lora.init: {path} changes {name}, training has adapters of the blocks' matrices alone: {_MERGE}"
+            )
+    values = sorted(_ranks_and_alphas(adapter))
+    if not values or not math.isclose(values[0][1], values[-1][1], rel_tol=1e-5) or values[0][0] != values[-1][0]:
+        low, high = values[0], values[-1]
+        raise ValueError(
+            f"lora.init: {path} has pairs of rank {low[0]} and alpha {low[1]:g}, and of rank {high[0]} and alpha "
+            f"{high[1]:g}, training has one of each: {_MERGE}"
+        )
+
+
+def _ranks_and_alphas(adapter: Adapter) -> set[tuple[int, float]]:
+    """Rank and alpha of the pairs, alpha to 6 digits."""
+    pairs = [change for changes in adapter.changes.values() for change in changes if change.rank is not None]
+    return {(change.rank, float(f"{change.scale * change.rank:.6g}")) for change in pairs}
 
 
 def attach(params: dict, adapters: dict, config: LoraConfig) -> dict:

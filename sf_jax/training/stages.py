@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from sf_jax.config import TrainConfig
 from sf_jax.models.vae import VaeConfig
 from sf_jax.models.wan import WanConfig
-from sf_jax.training import pairs, self_forcing, sharding, supervised
+from sf_jax.training import lora, pairs, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
 from sf_jax.training.fingerprint import measure
 from sf_jax.training.media import Media
@@ -40,6 +40,7 @@ class Stage:
       updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
       source: where batches and latents come from.
       digests: hashes of data and frozen networks, by the config's field that names their place.
+      adapters: those to start from, see `lora.read_start`.
     """
 
     params: dict | None
@@ -51,6 +52,7 @@ class Stage:
     updates: tuple[Update, ...]
     source: Source
     digests: dict[str, str]
+    adapters: dict = dataclasses.field(default_factory=dict)
 
 
 def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
@@ -69,8 +71,10 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     if uses_vae(config):
         vae, frozen["vae"] = _vae(config, mesh)
     source = open_source(config, bool({VIDEO_KEYS[config.data.name], "context"} & set(keys)), vae)
-    params = None
+    params, adapters = None, {}
     if config.lora.rank:
+        if config.lora.init is not None and fresh:
+            adapters = lora.read_start(config.lora.init, config.model)
         params = frozen["model_base"] = adapted_base(config, mesh)
     elif fresh:
         params = start_params(config, mesh)
@@ -81,7 +85,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             )
     if fresh and jax.process_index() == 0:
         from_teacher = config.teacher_weights if params is not None else "random numbers"
-        print(f"starting from {config.init_weights or from_teacher}", flush=True)
+        with_adapters = f" with the adapters {config.lora.init}" if adapters else ""
+        print(f"starting from {config.init_weights or from_teacher}{with_adapters}", flush=True)
     updates = updates_of(config, source.media)
     if "trajectory" in keys:
 
@@ -90,7 +95,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
 
         found = pairs.open_pairs(config, workdir, load_teacher, source, mesh)
         iterator = pairs.pair_iterator(found, config, source, jax.process_index(), jax.process_count())
-        return Stage(params, None, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
+        digests = _digests(config, frozen, source)
+        return Stage(params, None, frozen, constants, keys, iterator, updates, source, digests, adapters)
     critic = None
     if needs_teacher(config):
         frozen["teacher"] = _teacher(config, mesh, config.frozen_dtype, config.offload_teacher)
@@ -100,7 +106,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
             frozen["critic_base"] = _cast(critic, config.frozen_dtype)
     iterator = source.videos() if VIDEO_KEYS[config.data.name] in keys else source.prompts()
     constants |= {"negative": source.negative} if "negative" in names else {}
-    return Stage(params, critic, frozen, constants, keys, iterator, updates, source, _digests(config, frozen, source))
+    digests = _digests(config, frozen, source)
+    return Stage(params, critic, frozen, constants, keys, iterator, updates, source, digests, adapters)
 
 
 def _digests(config: TrainConfig, frozen: dict, source: Source) -> dict[str, str]:

@@ -76,16 +76,20 @@ def make_optimizers(config: TrainConfig) -> Optimizers:
     return Optimizers(make_optimizer(config.optimizer, updates), make_optimizer(config.critic_optimizer, config.steps))
 
 
-def new_state(config: TrainConfig, params: dict | None = None, critic: dict | None = None) -> TrainState:
+def new_state(
+    config: TrainConfig, params: dict | None = None, critic: dict | None = None, adapters: dict | None = None
+) -> TrainState:
     """The state at step 0, from given parameters or random ones.
 
-    With adapters, the given parameters are the frozen network's and the state holds the adapters alone.
+    With adapters, the given parameters are the frozen network's and the state holds the adapters alone; `adapters` are
+    those that start from a file (`lora.read_start`).
     """
     optimizers = make_optimizers(config)
     if params is None:
         params = init_params(config.model, key_for(config.seed, 0, Purpose.INIT))
     if config.lora.rank:
         params = lora.init_adapters(params, config.lora, key_for(config.seed, 0, Purpose.LORA_INIT))
+        params = lora.with_start(params, adapters or {})
     network = new_network(params, optimizers.model, ema=True)
     critic_network = None
     if config.stage == "distill":

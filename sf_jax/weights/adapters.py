@@ -152,6 +152,23 @@ def _fits(there: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
     return sizes and down[1] in (shape[1], columns)
 
 
+def is_adapter(path: Path | str) -> bool:
+    """Whether a file, or a folder of peft's, is an adapter; False where it cannot be read.
+
+    A checkpoint of several networks is none, but for one of adapters alone.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return any((path / name).is_file() for name in _FILES)
+    for part in (None, _LONGLIVE):
+        try:
+            with open_tensors(path, part, need_part=False) as tensors:
+                return any(adapter_names.is_adapter_name(name) for name in tensors)
+        except ValueError:
+            continue
+    return False
+
+
 def open_adapter(lora: Lora | Path | str) -> Adapter:
     """Opens an adapter file; only names, shapes and scales are read. The caller closes `tensors`.
 
@@ -299,8 +316,8 @@ def check_loras(loras: Sequence[Lora], config: WanConfig) -> None:
       ValueError: see `open_adapter` and `Adapter.check`.
     """
     if loras:
-        shapes = official_shapes(config)
         with opened(loras) as adapters:
+            shapes = official_shapes(config)
             for adapter in adapters:
                 adapter.check(shapes)
 
@@ -331,15 +348,14 @@ def merged(
         )
     config = config or guess.config
     entries, official = transformer.entries(config, guess.naming), transformer.entries(config)
-    tensors = normalised(tensors, (entry.name for entry in entries))
-    check(entries, tensors, param_shapes(config), "transformer")
-    shapes = official_shapes(config)
-    stack = contextlib.ExitStack()
-    with contextlib.ExitStack() as failing:
-        adapters = failing.enter_context(opened(loras))
+    tensors, like = normalised(tensors, (entry.name for entry in entries)), param_shapes(config)
+    check(entries, tensors, like, "transformer")
+    shapes = mapping.file_shapes(official, like)
+    with contextlib.ExitStack() as opening:
+        adapters = opening.enter_context(opened(loras))
         for adapter in adapters:
             adapter.check(shapes)
-        stack = failing.pop_all()
+        stack = opening.pop_all()
     stack.callback(tensors.close)
     by_place = {(entry.path, entry.layer): entry for entry in official}
     targets = {entry.name: (entry, by_place[entry.path, entry.layer]) for entry in entries}

@@ -21,8 +21,8 @@ NAMINGS = {
 # A part of a name -> what the file is, of which nothing can be loaded.
 _UNSUPPORTED = (
     (
-        r"\blora_",
-        "LoRA (changes to a network, not its weights), which is not supported: merge it into the network first",
+        r"\blora_|[._]lora[._]|\.(diff|diff_b|diff_m)$",
+        "adapter (LoRA: changes to a network, not its weights): give it as lora, beside the network that it changes",
     ),
     (
         r"k_img|img_emb\.|image_embedder|add_k_proj",
