@@ -7,21 +7,27 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from sf_jax import convert
 from sf_jax.config import from_dict
-from sf_jax.inference.load import WanOptions, load_pipeline
+from sf_jax.inference.job import Job
+from sf_jax.inference.load import WanOptions, find_wan, load_pipeline, wan_pipeline
 from sf_jax.models import wan
 from sf_jax.options import LoraConfig
-from sf_jax.training import lora
+from sf_jax.training import loop, lora
 from sf_jax.training.step import new_state
 from sf_jax.weights import adapter_export, adapters, transformer
 from sf_jax.weights.adapter_list import Lora, as_loras, parse_loras
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.networks import check_network, load_network
 from sf_jax.weights.package import load_package, shipped_path
-from tests.helpers import SMALL, random_params, relative
+from tests.helpers import SMALL, random_params, relative, tree_relative
+from tests.test_training import small_config
+from tests.wan_folder import MODEL, make_folder
 
 BF16 = ml_dtypes.bfloat16
 
@@ -297,6 +303,24 @@ def test_digits_take_adapters_and_describe_says_so(tmp_path):
         WanOptions(loras="a.safetensors")
 
 
+def test_wan_takes_adapters_and_refuses_them_before_anything_long(tmp_path):
+    folder = make_folder(tmp_path / "wan")
+    student = str(folder / "student.safetensors")
+    file = written(tmp_path, pair("blocks.1.cross_attn.o", MODEL.dim, MODEL.dim))
+    job = Job(("a cat",), model=str(folder), checkpoint=student, lora=(dataclasses.replace(file, scale=2.0),))
+    options = dataclasses.replace(job.wan_options(), vae="none", dtype="float32")
+    pipe = wan_pipeline(folder, options)
+    assert "adapter adapter.safetensors (scale 2, rank 2, 1 tensors of blocks 1 to 1)" in pipe.describe()
+    with open_tensors(student) as stored:
+        before = np.array(stored["blocks.1.cross_attn.o.weight"])
+    down, up = load_file(file.path).values()
+    kernel = pipe.params["blocks"]["cross_attn"]["o"]["kernel"]
+    assert relative(kernel[1].T, before + 2 * up @ down) < 1e-6
+    wrong = written(tmp_path, pair("blocks.9.ffn.0", 48), name="wrong.safetensors")
+    with pytest.raises(ValueError, match="lora .*wrong.safetensors changes 1 tensors that the network does not have"):
+        find_wan(folder, dataclasses.replace(options, loras=(wrong,)))
+
+
 # Training
 
 
@@ -371,3 +395,82 @@ def test_wan_of_the_published_sizes_is_named_and_mapped():
     assert adapter_export._network(wan.wan_1_3b()) == "Wan2.1-T2V-1.3B"
     shapes = adapters.official_shapes(wan.wan_14b())
     assert len(shapes) == 1095 and shapes["blocks.39.ffn.0.weight"] == (13824, 5120)
+
+
+# Commands
+
+
+def run_convert(capsys, **values) -> str:
+    """Runs sf_jax.convert in this process; what it prints."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in values.items())])
+        convert.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_its_export_and_the_run_that_goes_on_from_it(tmp_path, capsys):
+    shipped = str(shipped_path("student"))
+    changes = {"teacher_weights": "shipped", "init_weights": shipped, "data_dir": str(tmp_path / "data")}
+    changes |= {"model": dataclasses.asdict(load_package(shipped).config)}
+    config = small_config("distill", steps=2, generator_every=1, lora={"rank": 2, "alpha": 6.0}, **changes)
+    merged_file = loop.train(config, tmp_path / "run")
+    file = tmp_path / "adapter.safetensors"
+    done = run_convert(capsys, **{"from": tmp_path / "run"}, part="lora", output=file)
+    assert "adapters of step 2, rank 2, alpha 6" in done and "digits_student.safetensors -> diffusers" in done
+    with safe_open(file, "np") as stored:
+        about = json.loads(stored.metadata()["sf_jax_lora"])
+    assert about["base"]["file"] == "digits_student.safetensors" and len(about["base"]["digest"]) >= 8
+    # the base with the adapters is what the run left
+    run_convert(capsys, input=shipped, lora=f"{file}:1", output=tmp_path / "merged.safetensors", dtype="float32")
+    ours, expected = (load_package(path).params for path in (tmp_path / "merged.safetensors", merged_file))
+    assert tree_relative(ours, expected) < 1e-6 < tree_relative(load_package(shipped).params, expected)
+    # names of kohya and back
+    for name, to in (("kohya", "kohya"), ("back", "diffusers")):
+        source = file if name == "kohya" else tmp_path / "kohya.safetensors"
+        assert f"-> {to}: wrote" in run_convert(capsys, input=source, to=to, output=tmp_path / f"{name}.safetensors")
+    back, first = load_file(tmp_path / "back.safetensors"), load_file(file)
+    assert set(back) == set(first)
+    for key, value in first.items():
+        np.testing.assert_array_equal(back[key], value)
+    # training goes on from the adapters
+    more = dataclasses.replace(config, lora=LoraConfig(init=str(file)))
+    capsys.readouterr()
+    loop.train(more, tmp_path / "more")
+    assert f"with the adapters {file}" in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="lora.alpha is 2: lora.init .* has alpha 6"):
+        loop.train(dataclasses.replace(config, lora=LoraConfig(2, 2.0, str(file))), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"input": "BASE", "lora": "none.safetensors"}, "none.safetensors does not exist"),
+        ({"input": "BASE", "lora": "ADAPTER:x"}, "behind its last colon must be a number"),
+        ({"input": "BASE", "part": "lora"}, "is no adapter; it is for adapters, and for --from"),
+        ({"input": "BASE", "to": "kohya"}, "to is 'kohya'"),
+        ({"input": "ADAPTER", "lora": "ADAPTER"}, "is an adapter itself"),
+        ({"input": "ADAPTER", "to": "official"}, "to is 'official': for an adapter it must be one of diffusers, kohya"),
+        ({"from": "run", "lora": "ADAPTER"}, "merged into the file of --input"),
+    ],
+)
+def test_convert_refuses_in_one_line(values, message, base, tmp_path, capsys):
+    file = written(tmp_path, pair())
+    texts = {"BASE": base[1], "ADAPTER": file.path}
+    for word, path in texts.items():
+        values = {name: value.replace(word, str(path)) for name, value in values.items()}
+    with pytest.raises(ValueError, match=message):
+        run_convert(capsys, output=tmp_path / "out.safetensors", **values)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_convert_merges(base, tmp_path, capsys):
+    file = written(tmp_path, pair())
+    done = run_convert(
+        capsys, input=base[1], lora=f"{file.path}:0.5", to="diffusers", output=tmp_path / "a.safetensors"
+    )
+    assert "official -> diffusers + adapter adapter.safetensors (scale 0.5, rank 2" in done
+    result = load_file(tmp_path / "a.safetensors")["blocks.0.attn1.to_q.weight"]
+    expected = merged(base[1], dataclasses.replace(file, scale=0.5))["blocks.0.self_attn.q.weight"]
+    np.testing.assert_array_equal(result, expected)

@@ -3,12 +3,16 @@
 import copy
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sf_jax.weights import mapping
+from sf_jax.options import LoraConfig
+from sf_jax.training import lora
+from sf_jax.weights import adapter_export, mapping
 from sf_jax.weights.adapter_list import Lora
+from sf_jax.weights.adapters import opened
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.networks import load_network
 from sf_jax.weights.recognise import entries_of
@@ -163,6 +167,11 @@ CONFIGS = {
 }
 
 
+def marked(names, fast):
+    """Parameters, slow but for those of `fast`."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
 def adapted(model, name):
     """A copy of the transformer with a random adapter of peft."""
     model = copy.deepcopy(model)
@@ -174,7 +183,7 @@ def adapted(model, name):
     return model
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", marked(CONFIGS, fast=("plain", "patterns")))
 def test_files_that_diffusers_writes(name, base, tmp_path):
     model, folder = base
     source = adapted(model, name)
@@ -188,8 +197,14 @@ def test_files_that_diffusers_writes(name, base, tmp_path):
     assert_equal_changes(ours(folder, Lora(tmp_path / "bare", 1.3)), expected, model, 4)
 
 
-@pytest.mark.parametrize("name", ["patterns", "rank-stabilized", "biases", "convolution"])
-@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("patterns", True),
+        pytest.param("patterns", False, marks=pytest.mark.slow),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("rank-stabilized", "biases", "convolution")),
+    ],
+)
 def test_folders_that_peft_writes(name, safe, base, tmp_path):
     model, folder = base
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**CONFIGS[name]))
@@ -211,8 +226,14 @@ def test_checkpoints_of_longlive(base, tmp_path, recwarn):
     torch.save({"step": 3000, "generator_lora": lora, "critic_lora": critic}, tmp_path / "lora.pt")
     expected = fused(model, [({f"diffusion_model.{name}": value for name, value in tensors.items()}, 1.0)])
     assert_equal_changes(ours(folder, Lora(tmp_path / "lora.pt")), expected, model, 20)
-    torch.save({name.replace(".lora_A.", ".lora_A.default."): value for name, value in lora.items()}, tmp_path / "a.pt")
-    assert not [warning for warning in recwarn if "lora" in str(warning.message)]
+    # the adapter alone, with peft's name of it and FSDP's wrappers
+    named = {
+        name.replace(".weight", ".default.weight").replace("blocks.", "_fsdp_wrapped_module.blocks."): value
+        for name, value in lora.items()
+    }
+    torch.save(named, tmp_path / "alone.pt")
+    assert not [warning for warning in recwarn if "is of peft" in str(warning.message)]
+    assert_equal_changes(ours(folder, Lora(tmp_path / "alone.pt")), expected, model, 20)
 
 
 def test_several_adapters_add_up_each_with_its_scale(base, tmp_path):
@@ -242,3 +263,27 @@ def test_adapters_that_change_their_base_are_refused(base, tmp_path):
         save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(values)})
         with pytest.raises(ValueError, match=message):
             ours(folder, Lora(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("naming", adapter_export.NAMINGS)
+@pytest.mark.parametrize("again", [None, *adapter_export.NAMINGS])
+def test_diffusers_loads_the_files_that_we_write(naming, again, base, tmp_path):
+    model, folder = base
+    config = read_config(folder / "config.json")
+    lora_config = LoraConfig(RANK, 10.0)
+    _, params = load_network(folder, "transformer", config, "float32")
+    adapters = lora.init_adapters(params, lora_config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), adapters)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    trained = adapter_export.TrainedAdapters(config, RANK, 10.0, adapter_export.Base("base", "0"), 1, adapters)
+    adapter_export.write_trained(file, trained, naming)
+    if again is not None:  # an adapter file under other names
+        with opened([Lora(file)]) as (adapter,):
+            adapter_export.write_adapter(tmp_path / "again.safetensors", adapter, again)
+        file = tmp_path / "again.safetensors"
+    expected = mapping.to_tensors(
+        entries_of("transformer", config, "diffusers"), lora.merge(params, adapters, lora_config)
+    )
+    result = fused(model, [(str(file), 1.0)])
+    assert_equal_changes(result, expected, model, 20)
