@@ -75,13 +75,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """The config with rank and alpha of the file that the adapters start from, where it leaves them open.
 
     Raises:
-      ValueError: if the file is missing or damaged, its pairs differ in rank or alpha, or it contradicts the config.
+      ValueError: if the file is missing, damaged or of another network, its pairs differ in rank or alpha, or it
+        contradicts the config.
     """
     init = config.lora.init
     if init is None:
         return config
     with opened([Lora(init)]) as (adapter,):
         _check_pairs(adapter)
+        adapter.check(official_shapes(config.model))
         (rank,), (alpha,) = (sorted(values) for values in zip(*_ranks_and_alphas(adapter), strict=True))
     if config.lora.rank == 0:
         return dataclasses.replace(config, lora=LoraConfig(rank, alpha, init))

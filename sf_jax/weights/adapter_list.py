@@ -53,11 +53,14 @@ def _parse(text: str) -> Lora:
     if not path:
         raise ValueError(f"lora is {text!r}: give FILE or FILE:SCALE, such as style.safetensors:0.8")
     try:
-        return Lora(Path(local_path(path)), float(scale))
+        factor = float(scale)
     except ValueError as error:
-        if "could not convert" not in str(error):
-            raise
         raise ValueError(f"lora is {text!r}: behind its last colon must be a number, such as {path}:0.8") from error
+    try:
+        local = local_path(path)
+    except ValueError as error:
+        raise ValueError(f"lora: {error}") from error
+    return Lora(Path(local), factor)
 
 
 def as_loras(values: Sequence) -> tuple[Lora, ...]:
