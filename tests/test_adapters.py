@@ -23,7 +23,7 @@ from sf_jax.training.step import new_state
 from sf_jax.weights import adapter_export, adapters, transformer
 from sf_jax.weights.adapter_list import Lora, as_loras, parse_loras
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.networks import check_network, load_network
+from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import load_package, shipped_path
 from tests.helpers import SMALL, random_params, relative, tree_relative
 from tests.test_training import small_config
@@ -226,13 +226,6 @@ def test_what_cannot_be_added_is_refused_by_its_name(case, base, tmp_path):
         adapters.check_loras([lora], SMALL)
     text = str(refusal.value)
     assert text.startswith(f"lora {lora.path}") and "\n" not in text and len(text) < 600
-
-
-def test_networks_are_checked_with_their_adapters_before_anything_is_read(base, tmp_path):
-    for prefix, layer in (("diffusion_model.", "blocks.0.self_attn.q"), ("transformer.", "blocks.0.attn1.to_q")):
-        check_network(base[1], "transformer", SMALL, loras=[written(tmp_path, pair(layer, prefix=prefix))])
-    with pytest.raises(ValueError, match="the network has 2 layers"):
-        check_network(base[1], "transformer", SMALL, loras=[written(tmp_path, pair("blocks.7.self_attn.q"))])
 
 
 def test_missing_damaged_and_wrong_files_are_one_line(base, tmp_path):

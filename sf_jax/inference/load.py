@@ -186,7 +186,8 @@ def find_wan(folder: str | Path, options: WanOptions) -> ModelFiles:
     files = find_model(folder, options.needed)
     if files.config is None:
         raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
-    check_network(_transformer_path(files, options), "transformer", files.config, options.part, options.loras)
+    check_network(_transformer_path(files, options), "transformer", files.config, options.part)
+    adapters.check_loras(options.loras, files.config)
     check_network(files.text_encoder, "umt5")
     for kind in {VAES[options.vae], "vae" if options.encoder else None} - {None}:
         check_network(getattr(files, kind), kind)

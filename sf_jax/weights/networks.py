@@ -18,14 +18,11 @@ from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recog
 _SMALL = 1 << 14  # numbers
 
 
-def check_network(
-    path: Path | str, kind: str, config: Any = None, part: str | None = None, loras: Sequence[Lora] = ()
-) -> None:
+def check_network(path: Path | str, kind: str, config: Any = None, part: str | None = None) -> None:
     """Refuses what `load_network` would refuse by the names and shapes alone; nothing else is read."""
     with open_tensors(path, part) as tensors:
         config, entries, like = _mapped(path, tensors, kind, config)
         check(entries, normalised(tensors, (entry.name for entry in entries)), like, kind)
-        adapters.check_loras(loras, config)
 
 
 def identify(path: Path | str, kind: str) -> tuple[Any, str]:
