@@ -42,8 +42,8 @@ EXTRAS_REQUIRE = {
     "convert": ["torch>=2.10"],
     # Fetching published weights.
     "download": ["huggingface_hub>=0.26"],
-    # What the networks are compared with in tests/test_parity.py.
-    "parity": ["torch>=2.10", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0"],
+    # What networks and adapters are compared with in tests/test_parity.py and tests/test_adapters_parity.py.
+    "parity": ["torch>=2.10", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0", "peft>=0.17"],
     # libtpu's compiler, which needs no TPU. Where there is none, set JAX_PLATFORMS=cpu, or JAX looks for one.
     "aot": ["jax[tpu]>=0.10"],
     # The server and its page.

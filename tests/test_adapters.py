@@ -205,7 +205,7 @@ REFUSALS = {
         },
         "holds several adapters, a, b",
     ),
-    "integers": ({name: value.astype(np.int8) for name, value in pair().items()}, "int8"),
+    "integers": ({name: value.astype(np.int32) for name, value in pair().items()}, "int32"),
     "alpha 0": (
         pair() | {"diffusion_model.blocks.0.self_attn.q.alpha": np.zeros((), np.float32)},
         "alpha must be one number, not 0",
@@ -225,7 +225,7 @@ def test_what_cannot_be_added_is_refused_by_its_name(case, base, tmp_path):
             merged(base[1], lora)
         adapters.check_loras([lora], SMALL)
     text = str(refusal.value)
-    assert text.startswith(f"lora {lora.path}") and "\n" not in text and len(text) < 600
+    assert text.startswith("lora") and str(lora.path) in text and "\n" not in text and len(text) < 600
 
 
 def test_missing_damaged_and_wrong_files_are_one_line(base, tmp_path):

@@ -21,7 +21,7 @@ from tests.helpers import relative
 EXTRA = "needs the [parity] extra"
 torch = pytest.importorskip("torch", reason=EXTRA)
 diffusers = pytest.importorskip("diffusers", reason=EXTRA)
-peft = pytest.importorskip("peft", reason="needs peft")
+peft = pytest.importorskip("peft", reason=EXTRA)
 
 TOLERANCE = 1e-5
 SIZES = {
