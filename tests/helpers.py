@@ -1,5 +1,6 @@
 """Small models and inputs that several tests share."""
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +50,9 @@ def inputs(frames: int, batch: int = 2, config: wan.WanConfig = SMALL, seed: int
     noise = jax.random.normal(keys[0], (batch, frames, *SIZE, config.channels))
     text = jax.random.normal(keys[1], (batch, config.text_len, config.text_dim))
     return noise, text, ro.key_draw(keys[2], jnp.arange(batch))
+
+
+def read_frames(path) -> np.ndarray:
+    """Frames uint8 [F, h, w, 3] of a video, as it is stored."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -206,6 +206,7 @@ def write(plan: Plan, make: Make, process_index: int = 0, process_count: int = 1
     own = plan.shards[process_index::process_count]
     todo = [shard for shard in own if not plan.path(shard).is_file()]
     if todo:
+        (plan.folder / INFO).unlink(missing_ok=True)  # where a shard was removed, its count may change
         total = sum(shard.stop - shard.start for shard in own)
         done = total - sum(shard.stop - shard.start for shard in todo)
         with tqdm(total=total, initial=done, desc=plan.name, unit="record", dynamic_ncols=True) as bar:
@@ -248,7 +249,12 @@ def finish(plan: Plan) -> bool:
         own = [shard for shard in plan.shards if shard.split == split]
         counts = [lengths[shard] for shard in own]
         if not sum(counts):
-            raise ValueError(f"{plan.field} {plan.folder}: not a single record was made of {plan.splits[split]} inputs")
+            for shard in own:  # so that the next run tries again
+                plan.path(shard).unlink(missing_ok=True)
+            raise ValueError(
+                f"{plan.field} {plan.folder}: not a single record was made of {plan.splits[split]} inputs: remedy what "
+                "was said of them, and give the command again"
+            )
         size = sum(plan.path(shard).stat().st_size for shard in own)
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=size))
     identity = dataset_info.DatasetIdentity(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sf_jax import files
-from sf_jax.inference import video_io
+from sf_jax.inference import lengths, video_io
 from sf_jax.inference.job import Job, check_names, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
@@ -93,6 +93,7 @@ def run(job: Job) -> list[Path]:
     """
     out, names = files.check_writable(job.out), video_names(job)
     check_names(names, out)
+    video_io.check_encoder()
     prompts = job.video_prompts()
     numbers = range(jax.process_index(), len(prompts), jax.process_count())
     if job.model is None:
@@ -110,6 +111,8 @@ def run(job: Job) -> list[Path]:
         only_videos=job.vbench_names,  # VBench's folders hold videos alone
     )
     sampling = pipe.sampling
+    # only small videos are enlarged whole
+    lengths.check_scale(style.scale, sampling.frames if style.gif else 1, sampling.height, sampling.width)
     print(
         f"{pipe.describe()}\n{len(prompts)} x {sampling.frames} frames of {sampling.height}x{sampling.width}",
         flush=True,

@@ -1,8 +1,32 @@
 """How long a video can be: pixel frames, latent frames and chunks."""
 
+import math
+
 from sf_jax import rollout as ro
+from sf_jax.io.video_write import MAX_SIDE
 
 WAN_FACTOR, WAN_SIDE = 4, 16  # Wan: pixel frames per latent frame but the first, and pixels per token along each side
+
+# The most that is accepted of what has no bound of its own, so that a slip of the finger takes no machine's memory.
+MOST = {"frames": 10**6, "num_samples": 10**5, "height": MAX_SIDE, "width": MAX_SIDE, "scale": MAX_SIDE}
+MAX_BYTES = 2**32  # of frames that are enlarged at once
+
+
+def check_most(**values: int | None) -> None:
+    """Refuses values above `MOST`, before anything is built from them; None stands for the default."""
+    for name, value in values.items():
+        if value is not None and value > MOST[name]:
+            raise ValueError(f"{name} is {value}: it must be at most {MOST[name]}")
+
+
+def check_scale(scale: int, frames: int, height: int, width: int) -> None:
+    """Refuses an enlargement of frames [frames, height, width, 3] that no file or memory holds."""
+    most = min(MAX_SIDE // max(height, width), math.isqrt(MAX_BYTES // (frames * height * width * 3)))
+    if scale > max(1, most):
+        raise ValueError(
+            f"scale is {scale}: for {frames} frames of {height}x{width} it must be at most {max(1, most)} (sides of at "
+            f"most {MAX_SIDE} pixels, {MAX_BYTES // 2**30} GiB at once)"
+        )
 
 
 def latent_frames(frames: int, factor: int) -> int:

@@ -6,13 +6,12 @@ ffmpeg's `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t
 """
 
 import functools
-import struct
 
 import numpy as np
 
 PQ, HLG = 16, 18  # transfer functions in ITU-T H.273
 WHITE = 100.0  # cd/m2
-PEAK = 1000.0  # cd/m2, of pictures that do not say how bright they become, and of HLG's display
+PEAK = 1000.0  # cd/m2; light from here on is white, whatever the file says of its brightest
 _KNEE = 0.3  # up to here the curve is a straight line
 _LEVELS = 2**13  # of the table from light to 8 bits
 _TO_709 = np.array(
@@ -22,39 +21,37 @@ _TO_709 = np.array(
 _ROWS = 64  # that are computed at a time, so that they stay in the processor's cache
 
 
-def tone_map(pixels: np.ndarray, transfer: int, peak: float = PEAK) -> np.ndarray:
+def tone_map(pixels: np.ndarray, transfer: int) -> np.ndarray:
     """Pixels uint8 [h, w, 3] in BT.709 of pixels uint16 [h, w, 3] in BT.2020.
 
     Args:
       pixels: R'G'B' in full range.
       transfer: PQ or HLG.
-      peak: the brightest light of the picture in cd/m2.
     """
     out = np.empty(pixels.shape, np.uint8)
     for row in range(0, len(pixels), _ROWS):
-        out[row : row + _ROWS] = _rows(pixels[row : row + _ROWS], transfer, max(peak / WHITE, 1.0))
+        out[row : row + _ROWS] = _rows(pixels[row : row + _ROWS], transfer)
     return out
 
 
-def _rows(pixels, transfer, peak):
+def _rows(pixels, transfer):
     light = _to_light(transfer)[pixels]
     light = light @ _TO_709.T
     brightest = light.max(-1)
     bright = brightest > _KNEE
     scale = np.ones_like(brightest)
-    scale[bright] = _rolled_off(brightest[bright], peak) / brightest[bright]
+    scale[bright] = _rolled_off(brightest[bright]) / brightest[bright]
     light *= scale[..., None]
     # the table is in square roots, for the sake of dark pictures
     return _to_709()[(np.sqrt(np.clip(light, 0, 1)) * (_LEVELS - 1) + 0.5).astype(np.uint16)]
 
 
-def _rolled_off(light, peak):
+def _rolled_off(light):
     """The curve that is a line up to the knee, goes on smoothly, and takes the peak to 1."""
-    if peak <= 1.0 + 1e-6:
-        return np.minimum(light, 1.0)
-    a = -(_KNEE**2) * (peak - 1) / (_KNEE**2 - 2 * _KNEE + peak)
-    b = (_KNEE**2 - 2 * _KNEE * peak + peak) / (peak - 1)
-    return (b * b + 2 * b * _KNEE + _KNEE**2) / (b - a) * (light + a) / (light + b)
+    knee, peak = _KNEE, PEAK / WHITE
+    a = -(knee**2) * (peak - 1) / (knee**2 - 2 * knee + peak)
+    b = (knee**2 - 2 * knee * peak + peak) / (peak - 1)
+    return (b * b + 2 * b * knee + knee**2) / (b - a) * (light + a) / (light + b)
 
 
 @functools.cache
@@ -79,21 +76,3 @@ def _to_light(transfer: int) -> np.ndarray:
 def _to_709() -> np.ndarray:
     """uint8 code value of each of `_LEVELS` square roots of light: BT.1886's display, the power 2.4."""
     return np.round(np.linspace(0, 1, _LEVELS) ** (2 / 2.4) * 255).astype(np.uint8)
-
-
-def stored_peak(side_data: dict[str, bytes]) -> float:
-    """The brightest light in cd/m2 that a frame's metadata speaks of, and else `PEAK`.
-
-    Args:
-      side_data: of the frame by ffmpeg's name, CONTENT_LIGHT_LEVEL (its brightest pixel) before
-        MASTERING_DISPLAY_METADATA (the display on which it was made).
-    """
-    level = side_data.get("CONTENT_LIGHT_LEVEL", b"")
-    if len(level) >= 4 and (brightest := struct.unpack_from("=I", level)[0]):
-        return float(brightest)
-    display = side_data.get("MASTERING_DISPLAY_METADATA", b"")  # 10 fractions, then which of them are there
-    if len(display) >= 88:
-        numerator, denominator, _, has_luminance = struct.unpack_from("=4i", display, 72)
-        if has_luminance and numerator > 0 and denominator > 0:
-            return numerator / denominator
-    return PEAK

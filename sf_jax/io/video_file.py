@@ -4,6 +4,7 @@ A file is opened only as one of `FORMATS`, none of which names other files, and 
 bounded before anything is built from it.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -62,16 +63,40 @@ def decode(path: str | Path, start: float = 0.0) -> Iterator[Decoded]:
     Raises:
       ValueError: the file is missing, no video, damaged (once the damage is reached), or beyond a limit.
     """
-    path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise ValueError(f"video: {path} {kind}, allowed: {ALLOWED}")
-    try:
+    path = _checked(path)
+    with _told(path):
         count = 0
         for count, decoded in enumerate(_decode(path, start), 1):  # noqa: B007
             yield decoded
         if not count:
             raise ValueError("it has no frames")
+
+
+def duration(path: str | Path) -> tuple[float, float]:
+    """Seconds that a video lasts and frames a second, as its header says; 0 seconds where it does not.
+
+    Raises:
+      ValueError: the file is missing or no video.
+    """
+    path = _checked(path)
+    with _told(path), _opened(path) as container:
+        rate = _video_stream(container).guessed_rate
+        return (container.duration or 0) / av.time_base, float(rate or 25)
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise ValueError(f"video: {path} {kind}, allowed: {ALLOWED}")
+    return path
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What PyAV raises, and what is wrong with the video, as an error about this file."""
+    try:
+        yield
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"video: cannot read {path} ({reason}), allowed: {ALLOWED}") from error
@@ -79,7 +104,7 @@ def decode(path: str | Path, start: float = 0.0) -> Iterator[Decoded]:
 
 def _decode(path: Path, start: float) -> Iterator[Decoded]:
     for search in (True, False) if start > 0 else (False,):
-        with _opened(str(path.absolute())) as container:
+        with _opened(path) as container:
             frames = _frames(container, start if search else 0.0)
             first = next(frames, None)
             if first is None or (search and first.time > start):
@@ -89,12 +114,12 @@ def _decode(path: Path, start: float) -> Iterator[Decoded]:
             return
 
 
-def _opened(path: str):
-    settings = {"options": _OPTIONS, "timeout": (SECONDS, SECONDS)}
+def _opened(path: Path):
+    name, settings = str(path.absolute()), {"options": _OPTIONS, "timeout": (SECONDS, SECONDS)}
     try:
-        return av.open(path, **settings)
+        return av.open(name, **settings)
     except UnicodeDecodeError:  # of PyAV before 19, by titles that are not in UTF-8
-        return av.open(path, metadata_errors="replace", **settings)
+        return av.open(name, metadata_errors="replace", **settings)
 
 
 def _frames(container, start: float) -> Iterator[Decoded]:
@@ -112,7 +137,7 @@ def _frames(container, start: float) -> Iterator[Decoded]:
             return
     usual = 1 / stream.guessed_rate if stream.guessed_rate else Fraction(1, 25)
     aspect = stream.sample_aspect_ratio or Fraction(1)
-    last = due = None
+    stamps, last, due = _Stamps(), None, None
     spent, seen = 0.0, 0
     began = time.monotonic()
     for packet in container.demux(stream):
@@ -121,9 +146,8 @@ def _frames(container, start: float) -> Iterator[Decoded]:
         for frame in packet.decode():
             if frame.is_corrupt and not (start and last is None):  # where the search led, a frame's past is missing
                 raise ValueError("a frame is damaged")
-            stamp = frame.dts if frame.pts is None else frame.pts
-            shown = (last if due is None else due) if stamp is None else stamp * stream.time_base - origin
-            shown = Fraction(0) if shown is None else shown
+            stamp = stamps.best(frame)
+            shown = (due or Fraction(0)) if stamp is None else stamp * stream.time_base - origin
             leap = due is not None and shown - due > MAX_GAP and container.format.name in _BROADCAST
             if last is not None and (shown < last or leap):
                 origin += shown - due
@@ -135,6 +159,23 @@ def _frames(container, start: float) -> Iterator[Decoded]:
             began = time.monotonic()
         if spent + time.monotonic() - began > SECONDS + SECONDS_PER_FRAME * seen:
             raise ValueError(f"decoding takes too long: {seen} frames in {SECONDS + SECONDS_PER_FRAME * seen:.0f} s")
+
+
+class _Stamps:
+    """Timestamps of presentation, or of decoding where those go back more often, as libavcodec guesses them."""
+
+    def __init__(self):
+        self._last, self._faults = [None, None], [0, 0]
+
+    def best(self, frame: av.VideoFrame) -> int | None:
+        """The timestamp of the next frame in the stream's time base, or None."""
+        stamps = (frame.pts, frame.dts)
+        for i, stamp in enumerate(stamps):
+            if stamp is not None:
+                self._faults[i] += self._last[i] is not None and stamp <= self._last[i]
+                self._last[i] = stamp
+        pts, dts = stamps
+        return pts if pts is not None and (dts is None or self._faults[0] <= self._faults[1]) else dts
 
 
 def _video_stream(container):

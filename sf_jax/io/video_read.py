@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from sf_jax.io import tone_map
-from sf_jax.io.video_file import ALLOWED, MAX_PIXELS, Decoded, decode
+from sf_jax.io.video_file import ALLOWED, MAX_GAP, MAX_PIXELS, Decoded, decode, duration
 
 MAX_BYTES = 2**32  # that `read_video` returns where neither `limit` nor `last` says how many frames are wanted
 MAX_FPS = 240
@@ -52,6 +52,33 @@ def read_video(
     return np.stack(collections.deque(frames, maxlen=last))
 
 
+def read_end(path: str | Path, height: int, width: int, count: int) -> np.ndarray:
+    """Reads the last frames of a video, of a long one without decoding what comes before where its index allows.
+
+    Args:
+      path: see `stream_video`.
+      height: see `stream_video`.
+      width: see `stream_video`.
+      count: how many frames to keep at most.
+
+    Returns:
+      uint8 [F, height, width, 3], all frames where there are not more than `count`.
+
+    Raises:
+      ValueError: see `stream_video`.
+    """
+    seconds, rate = duration(path)
+    start = seconds - 2 * count / rate - MAX_GAP
+    if start > 0:
+        try:
+            frames = read_video(path, height, width, last=count, start=start)
+            if len(frames) == count:
+                return frames
+        except ValueError:  # what the header says of times is wrong, or the search led into damage
+            pass
+    return read_video(path, height, width, last=count)
+
+
 def _bounded(frames, path, most) -> Iterator[np.ndarray]:
     for count, frame in enumerate(frames, 1):
         if count > most:
@@ -86,7 +113,8 @@ def stream_video(
     for count, pixels in enumerate(_picked(decode(path, start), fit, fps, start), 1):  # noqa: B007
         yield pixels
     if not count:
-        raise ValueError(f"video: {path} has no frames{f' after {start} s' if start else ''}, allowed: {ALLOWED}")
+        where = f" after {start} s" if start else f" at {fps} a second"
+        raise ValueError(f"video: {path} has no frames{where}, allowed: {ALLOWED}")
 
 
 def _picked(frames: Iterable[Decoded], fit: "_Fit", fps: float | None, start: float) -> Iterator[np.ndarray]:
@@ -99,7 +127,7 @@ def _picked(frames: Iterable[Decoded], fit: "_Fit", fps: float | None, start: fl
         due = _rounded((decoded.time - Fraction(start)) * rate)
         tick = (0 if start else due) if tick is None else tick
         if tick < due:
-            pixels = fit(shown)
+            pixels = fit(shown or decoded)
             while tick < due:
                 yield pixels
                 tick += 1
@@ -124,18 +152,15 @@ class _Fit:
     def __call__(self, decoded: Decoded) -> np.ndarray:
         """Pixels uint8 [height, width, 3]."""
         frame = decoded.frame
-        side = {data.type.name: data for data in frame.side_data}
-        turns, turned = _turns(side.get("DISPLAYMATRIX"))
+        turns, turned = _turns(frame.side_data.get("DISPLAYMATRIX"))
         columns, rows = frame.width * decoded.aspect, Fraction(frame.height)
         scale = self._scale(*((rows, columns) if turned else (columns, rows)))
         if decoded.transfer in (tone_map.PQ, tone_map.HLG):
             wide = self._filtered(frame, (_EXACT, "format=rgb48le")).to_ndarray()
-            peak = tone_map.stored_peak({name: bytes(data) for name, data in side.items()})
-            frame = av.VideoFrame.from_ndarray(tone_map.tone_map(wide, decoded.transfer, peak), "rgb24")
-        elif any(component.is_alpha for component in frame.format.components):
-            deep = max(component.bits for component in frame.format.components) > 8
-            planes = "gbrap16le" if deep else "gbrap"
-            turns = (f"format={planes}", "premultiply=inplace=1", *turns)
+            frame = av.VideoFrame.from_ndarray(tone_map.tone_map(wide, decoded.transfer), "rgb24")
+        if any(component.is_alpha for component in frame.format.components):
+            pixels = self._filtered(frame, (*turns, *scale, "format=rgba")).to_ndarray()
+            return (pixels[..., :3] * (pixels[..., 3:] / np.float32(255)) + 0.5).astype(np.uint8)
         return self._filtered(frame, (*turns, *scale, "format=rgb24")).to_ndarray()
 
     def _scale(self, columns: Fraction, rows: Fraction) -> tuple[str, str]:
