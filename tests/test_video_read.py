@@ -267,12 +267,12 @@ def test_only_regular_files_are_opened(tmp_path, read):
 def test_absurd_sizes_are_refused(tmp_path, monkeypatch):
     header = b"YUV4MPEG2 W30000 H30000 F16:1 Ip A1:1 C420\nFRAME\n"
     (tmp_path / "a.y4m").write_bytes(header + bytes(1000))
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="or its frames have more than 67108864 pixels"):
         video_io.read_video(tmp_path / "a.y4m", 32, 48)
     path = made(
         tmp_path / "thin.mkv", "-f", "lavfi", "-i", "testsrc2=size=16x4000:rate=16", "-frames:v", "1", "-c:v", "ffv1"
     )
-    with pytest.raises(ValueError, match="its picture is 16x4000: too long and narrow"):
+    with pytest.raises(ValueError, match="its picture is 16x4000: .* at most 16 times the frame"):
         video_io.read_video(path, 480, 832)
     monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 40 - 1)
     path = made(tmp_path / "b.mp4", *SOURCE, "-frames:v", "1", "-pix_fmt", "yuv420p")

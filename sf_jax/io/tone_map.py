@@ -35,15 +35,14 @@ def tone_map(pixels: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def _rows(pixels, transfer):
-    light = _to_light(transfer)[pixels]
-    light = light @ _TO_709.T
-    brightest = light.max(-1)
-    bright = brightest > _KNEE
-    scale = np.ones_like(brightest)
-    scale[bright] = _rolled_off(brightest[bright]) / brightest[bright]
-    light *= scale[..., None]
+    light = _TO_709 @ _to_light(transfer)[pixels.reshape(-1, 3).T]  # [3, h * w], which numpy is fast on
+    brightest = np.maximum(light.max(0), 1e-6)
+    light *= np.where(brightest > _KNEE, _rolled_off(brightest) / brightest, np.float32(1))
     # the table is in square roots, for the sake of dark pictures
-    return _to_709()[(np.sqrt(np.clip(light, 0, 1)) * (_LEVELS - 1) + 0.5).astype(np.uint16)]
+    levels = np.sqrt(np.clip(light, 0, 1, out=light), out=light)
+    levels *= _LEVELS - 1
+    levels += 0.5
+    return _to_709()[levels.astype(np.uint16)].T.reshape(pixels.shape)
 
 
 def _rolled_off(light):

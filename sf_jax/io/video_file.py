@@ -6,6 +6,7 @@ bounded before anything is built from it.
 
 import contextlib
 import dataclasses
+import errno
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -99,6 +100,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, av.FFmpegError) and error.errno in (errno.EINVAL, errno.EBUSY):  # its word for refusals
+            reason = f"its format is none of these, or its frames have more than {MAX_PIXELS} pixels"
         raise ValueError(f"video: cannot read {path} ({reason}), allowed: {ALLOWED}") from error
 
 

@@ -10,10 +10,11 @@ import av
 import numpy as np
 
 from sf_jax.io import tone_map
-from sf_jax.io.video_file import ALLOWED, MAX_GAP, MAX_PIXELS, Decoded, decode, duration
+from sf_jax.io.video_file import ALLOWED, MAX_GAP, Decoded, decode, duration
 
 MAX_BYTES = 2**32  # that `read_video` returns where neither `limit` nor `last` says how many frames are wanted
 MAX_FPS = 240
+MAX_CUT = 16  # how often a frame fits into the picture that is scaled to cover it, and cut
 # Chroma lies where HEVC and AV1 have it by default, at the left of each pair of pixels.
 _EXACT = "scale=flags=bicubic+accurate_rnd+full_chroma_int:in_h_chr_pos=0:in_v_chr_pos=128"
 _TRANSPOSED = {(1, 1): "cclock_flip", (1, -1): "clock", (-1, 1): "cclock", (-1, -1): "clock_flip"}
@@ -167,9 +168,12 @@ class _Fit:
         """Filters that scale a picture of this shape until it covers the frame, and cut it."""
         wide = max(self._width, _rounded(self._height * columns / rows))
         high = max(self._height, _rounded(self._width * rows / columns))
-        if wide * high > MAX_PIXELS:
+        if wide * high > MAX_CUT * self._width * self._height:
             shape = f"{float(columns):.0f}x{float(rows):.0f}"
-            raise ValueError(f"video: cannot read {self._path} (its picture is {shape}: too long and narrow)")
+            raise ValueError(
+                f"video: cannot read {self._path} (its picture is {shape}: of one scaled to cover a frame, at most "
+                f"{MAX_CUT} times the frame is made)"
+            )
         return f"scale={wide}:{high}:flags=bicubic", f"crop={self._width}:{self._height}"
 
     def _filtered(self, frame: av.VideoFrame, filters: tuple[str, ...]) -> av.VideoFrame:
