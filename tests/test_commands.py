@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
 import pytest
 from absl import flags
 
@@ -13,6 +12,7 @@ from configs import digits
 from sf_jax import files, load_pipeline
 from sf_jax.command import define_path
 from sf_jax.config import from_dict
+from tests.helpers import read_frames
 
 
 def command(*arguments, module="sf_jax.generate", **options):
@@ -30,7 +30,7 @@ def test_generate_without_arguments_writes_a_video(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("chunk") >= 16 and "time to first frame" in done.stdout
     name = tmp_path / "out" / "a_3_moving_up_and_right_slowly"
-    assert iio.imread(name.with_suffix(".mp4")).shape == (48, 288, 288, 3)
+    assert read_frames(name.with_suffix(".mp4")).shape == (48, 288, 288, 3)
     assert name.with_suffix(".gif").exists() and name.with_suffix(".png").exists()
     assert not done.stderr.strip(), done.stderr
     (compiled,) = (tmp_path / "caches" / "sf_jax").iterdir()

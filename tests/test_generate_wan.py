@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -18,7 +17,7 @@ from sf_jax.inference import batch, lengths, video_io
 from sf_jax.inference.job import Job, video_names
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.package import Package, load_package, read_header, save_package
-from tests.helpers import random_params
+from tests.helpers import random_params, read_frames
 from tests.wan_folder import MODEL, make_folder
 
 SMALL = {"frames": 33, "height": 32, "width": 48, "dtype": "float32", "prompts": ("a cat in the snow", "a dog runs")}
@@ -41,7 +40,7 @@ def test_student_writes_videos_latents_and_a_sheet(folder, tmp_path, capsys):
     assert {path.name for path in written} == {f"{n}.{end}" for n in names for end in ("mp4", "npy")} | {
         f"{n}.png" for n in names
     }
-    videos = [iio.imread(tmp_path / f"{name}.mp4") for name in names]
+    videos = [read_frames(tmp_path / f"{name}.mp4") for name in names]
     assert all(video.shape == (33, 32, 48, 3) for video in videos)
     latents = [np.load(tmp_path / f"{name}.npy") for name in names]
     assert all(x.shape == (9, 4, 6, 16) and x.dtype == np.float32 for x in latents)
@@ -65,7 +64,7 @@ batch.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_lat
     for name in ("a cat-0", "a dog-0", "a cat runs-0"):
         one, two = (np.load(tmp_path / count / f"{name}.npy") for count in "12")
         np.testing.assert_array_equal(one, two)
-        one, two = (iio.imread(tmp_path / count / f"{name}.mp4") for count in "12")
+        one, two = (read_frames(tmp_path / count / f"{name}.mp4") for count in "12")
         np.testing.assert_array_equal(one, two)
 
 
@@ -73,12 +72,12 @@ batch.run(job({str(folder)!r}, sys.argv[1], prompts=prompts, frames=21, save_lat
 def test_image_video_and_many_steps(folder, tmp_path):
     one = {"prompts": ("a cat in the snow",), "save_latents": True}
     student = batch.run(job(folder, tmp_path / "a", frames=9, **one))
-    image = iio.imread(student[0])[0]
-    iio.imwrite(tmp_path / "first.png", image)
+    image = read_frames(student[0])[0]
+    video_io.write_png(tmp_path / "first.png", image)
     batch.run(job(folder, tmp_path / "b", image=str(tmp_path / "first.png"), frames=13, **one))
-    assert iio.imread(tmp_path / "b" / "a_cat_in_the_snow.mp4").shape[0] == 13
+    assert read_frames(tmp_path / "b" / "a_cat_in_the_snow.mp4").shape[0] == 13
     longer = batch.run(job(folder, tmp_path / "c", video=str(student[0]), frames=21, vae="tiny", **one))
-    assert iio.imread(longer[0]).shape[0] == 21 and np.load(longer[1]).shape[0] == 6
+    assert read_frames(longer[0]).shape[0] == 21 and np.load(longer[1]).shape[0] == 6
     many = {"solver": "unipc", "steps": 2, "guidance": 3.0, "negative_prompt": "a dog", **one}
     causal = batch.run(job(folder, tmp_path / "d", frames=9, **many))
     teacher = batch.run(job(folder, tmp_path / "e", frames=9, checkpoint=None, **many))

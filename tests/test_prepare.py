@@ -137,6 +137,57 @@ def test_what_is_left_out_is_told(model, tmp_path, capsys):
         prepare_job.run(Job(str(model), str(tmp_path / "none"), videos=str(only), **SMALL))
 
 
+def test_clips_that_were_left_out_can_be_tried_again(model, tmp_path, capsys, monkeypatch):
+    make_videos(tmp_path / "clips")
+    monkeypatch.setattr(videos, "PER_SHARD", 1)
+    job = Job(str(model), str(tmp_path / "out"), videos=str(tmp_path / "clips"), **SMALL)
+    read, bad = video_io.stream_video, set("abc")
+
+    def refusing(path, *arguments):
+        if path.stem in bad:
+            raise ValueError("no decoder")
+        return read(path, *arguments)
+
+    monkeypatch.setattr(video_io, "stream_video", refusing)
+    monkeypatch.setattr(video_io, "read_image", lambda *arguments: refusing(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="not a single record was made of 5 inputs: remedy .* give the command again"):
+        prepare_job.run(job)
+    bad.remove("b")
+    assert prepare_job.run(job)
+    printed = capsys.readouterr().out
+    assert "left out a.mp4: no decoder" in printed and "1 clips of 5 videos" in printed
+    shard = tmp_path / "out" / "videos" / "wan_videos-train.array_record-00000-of-00005"
+    assert (
+        f"4 of 5 clips left out: videos too short or not readable; to have them tried again, remove {shard}, "
+        in printed
+    )
+    bad.clear()
+    shard.unlink()
+    assert prepare_job.run(job)
+    assert "2 clips of 5 videos" in capsys.readouterr().out
+    records = videos.open_videos(tmp_path / "out", **SIZE, **READ).records
+    assert [r["video"] for r in records] == [b"a.mp4", b"b.mp4"]
+
+
+def test_clips_before_a_damage_are_kept(model, tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    video_io.write_mp4(tmp_path / "clips" / "a.mp4", np.concatenate([pixels(i, 40) for i in range(8)]), 8)
+    whole = (tmp_path / "clips" / "a.mp4").read_bytes()
+    (tmp_path / "clips" / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "clips" / "a.txt").write_text("a cat")
+    job = Job(str(model), str(tmp_path / "out"), videos=str(tmp_path / "clips"), clips_per_video=60, **SMALL)
+    reads = list(prepare_job._read(job, captions.find_videos(tmp_path / "clips")[0]))
+    assert [k for _, k, _ in reads] == list(range(len(reads))) and 5 < len(reads) < 60
+    assert all(clip.shape == (5, 32, 48, 3) for _, _, clip in reads[:-1]) and "damaged" in reads[-1][2]
+
+
+def test_room_on_the_disk_is_told_before_the_work(tmp_path, capsys):
+    prepare_job._tell_room(tmp_path / "a" / "b", 10, 2**60)
+    assert "10 clips take up to 11529215046.1 GB" in capsys.readouterr().out
+    prepare_job._tell_room(tmp_path / "a" / "b", 1, 1)
+    assert not capsys.readouterr().out
+
+
 def test_metadata_and_resampling(model, tmp_path, capsys):
     make_videos(tmp_path / "clips")
     rows = [{"file_name": "b.mp4", "text": "a cat"}, {"file_name": "./a.mp4", "text": "a dog"}]
@@ -427,6 +478,14 @@ def test_a_mistake_is_one_line(arguments, message):
         ({"frames": 0}, "frames is 0: it must be at least 1"),
         ({"clips_per_video": 0}, "clips_per_video is 0"),
         ({"fps": float("nan")}, "fps is nan"),
+        ({"fps": 1e9}, "fps is 1000000000.0: it must be above 0 and at most 240"),
+        ({"frames": 10**12}, "frames is 1000000000000: it must be at most 1024"),
+        ({"height": 16 * 10**9}, "height is 16000000000: it must be at most 8192"),
+        ({"clips_per_video": 10**9}, "clips_per_video is 1000000000: it must be at most 10000"),
+        (
+            {"frames": 1024, "height": 4096, "width": 4096},
+            "a clip would have 192 GiB of pixels, it must have at most 8",
+        ),
         ({"prompts": ""}, "prompts is empty"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2: it must be in"),
     ],

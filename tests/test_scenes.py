@@ -2,7 +2,6 @@
 
 import json
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ import sf_jax
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.inference.scenes import Scene, read_schedule, scene_starts
+from tests.helpers import read_frames
 
 PROMPTS = ["a 7 moving left, fast", "a 2 moving up, slowly", "a 5 moving right"]
 SMALL_VIDEO = {"height": 32, "width": 48}
@@ -76,7 +76,7 @@ def test_a_schedule_of_wan(folder, tmp_path):
     fields = {"model": str(folder), "checkpoint": str(folder / "student.safetensors"), "schedule": str(path)}
     fields |= {"frames": 33, "dtype": "float32", "out": str(tmp_path / "out"), **SMALL_VIDEO}
     (video, _) = batch.run(Job(prompts=(), window=6, **fields))
-    assert iio.imread(video).shape == (33, 32, 48, 3)  # 9, 12, and after the cut 9 and 3 of 12
+    assert read_frames(video).shape == (33, 32, 48, 3)  # 9, 12, and after the cut 9 and 3 of 12
     with pytest.raises(ValueError, match="window is None: a schedule needs one"):
         Job(prompts=(), **fields)
     with pytest.raises(ValueError, match="schedule needs a few-step student"):

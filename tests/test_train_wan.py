@@ -3,7 +3,6 @@
 import dataclasses
 import os
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,7 +13,7 @@ from sf_jax.inference.job import Job
 from sf_jax.inference.video_io import write_samples
 from sf_jax.options import LogConfig
 from sf_jax.training import export, loop
-from tests.helpers import tree_relative
+from tests.helpers import read_frames, tree_relative
 from tests.test_commands import command
 from tests.test_prepare import SMALL, TEXTS, make_videos
 from tests.wan_folder import MODEL, make_folder
@@ -93,7 +92,7 @@ def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     config = config_for(model, data, stage, **changes)
     path = loop.train(config, tmp_path, write_samples)
     if name in SAMPLED:
-        video = iio.imread(tmp_path / "samples" / "step_000002.mp4")
+        video = read_frames(tmp_path / "samples" / "step_000002.mp4")
         assert video.shape == (5, 9 * 32, 9 * 3 * 48, 3) and video.std() > 1
         assert (tmp_path / "samples" / "step_000002.png").stat().st_size
     start = load_file(model / "diffusion_pytorch_model.safetensors")

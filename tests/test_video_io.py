@@ -3,13 +3,20 @@
 import re
 import subprocess
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
 from sf_jax import files
-from sf_jax.inference import video_io
+from sf_jax.inference import batch, video_io
+from sf_jax.inference.job import Job
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 RNG = np.random.Generator(np.random.Philox(0))
 
@@ -23,7 +30,7 @@ def blobs(frames, height, width, channels=1):
 
 
 def decode(path):
-    """What ffmpeg says about the stream, and the frames [F, h, w, 3]; imageio's reader would fork under JAX."""
+    """What ffmpeg says about the stream, and the frames [F, h, w, 3]."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=True)
     stream = re.search(r"Video: h264.*", done.stderr.decode())[0]
@@ -38,9 +45,11 @@ def test_mp4_decodes_to_the_same_frames(tmp_path, channels):
     video_io.write_mp4(path, video, fps=12.5)
     stream, decoded = decode(path)
     assert decoded.shape == (17, 96, 128, 3)
-    assert "yuv420p" in stream and "12.50 fps" in stream
+    assert "yuv420p(tv, bt709" in stream and "12.50 fps" in stream
     assert np.abs(decoded.astype(int) - video).mean() < 2
     assert [file.name for file in path.parent.iterdir()] == ["video.mp4"]
+    whole = path.read_bytes()
+    assert whole.index(b"moov") < whole.index(b"mdat")
 
 
 def test_mp4_pads_odd_sides_and_keeps_colours(tmp_path):
@@ -86,14 +95,45 @@ def test_no_frames_and_wrong_frames_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_failing_ffmpeg_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
-    program = tmp_path / "ffmpeg"
-    program.write_text("#!/bin/sh\necho 'disk full' >&2\nexit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
-    with pytest.raises(OSError, match="a.mp4: ffmpeg says: disk full"):
-        video_io.write_mp4(tmp_path / "out" / "a.mp4", blobs(50, 96, 96), 8)
+@pytest.mark.skipif(resource is None, reason="Windows has no limits of a process")
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*a\.mp4: (File too large|the disk is full)"):
+            video_io.write_mp4(tmp_path / "out" / "a.mp4", RNG.integers(0, 256, (60, 96, 96, 3), dtype=np.uint8), 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_bytes_depend_on_the_frames_alone(tmp_path):
+    video, files_seen = RNG.integers(0, 256, (12, 48, 64, 3), dtype=np.uint8), set()
+    for i in range(4):
+        used = [np.full(2**k * 1000, 37 * i, np.uint8) for k in range(10)]  # what malloc gives out again
+        del used
+        video_io.write_mp4(tmp_path / "a.mp4", video, 8)
+        files_seen.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files_seen) == 1
+
+
+def test_no_encoder_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"h264"})
+    with pytest.raises(ValueError, match="has no encoder libx264, which mp4 files need: install"):
+        batch.run(Job(prompts=("a 7",), checkpoint="none.safetensors", out=str(tmp_path)))
+
+
+def test_sizes_are_bounded_before_the_work(digits, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="scale is 999999999999: it must be at most 8192"):
+        Job(prompts=("a 7",), scale=999999999999)
+    for field in ("frames", "num_samples"):
+        with pytest.raises(ValueError, match=f"{field} is 1000000000000: it must be at most"):
+            Job(prompts=("a 7",), **{field: 10**12})
+    monkeypatch.setattr(Job, "digits_pipeline", lambda job: digits)
+    with pytest.raises(ValueError, match="scale is 8000: for 48 frames of 24x24 it must be at most 227"):
+        batch.run(Job(prompts=("a 7",), scale=8000, out=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"size: got \(9000, 24\), allowed: height and width of 1 to 8192"):
+        video_io.Mp4Writer(tmp_path / "a.mp4", 8, (9000, 24))
 
 
 def test_unwritable_folder_is_one_clear_error(tmp_path):
@@ -149,59 +189,6 @@ def test_upscale_repeats_pixels():
     assert video_io.upscale(video, 2)[0, ..., 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
     with pytest.raises(ValueError, match="factor: got 0"):
         video_io.upscale(video, 0)
-
-
-def made(path, *arguments):
-    """A video that ffmpeg makes."""
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *arguments, str(path)], check=True)
-    return path
-
-
-@pytest.mark.parametrize(("stored", "ratio"), [("90x72", "64/45"), ("128x72", "1/1"), ("144x72", "8/9")])
-def test_pixels_need_not_be_square(tmp_path, stored, ratio):
-    disc = "color=black:s=128x72:r=16,format=gray,geq=lum='if(lt(hypot(X-64,Y-36),25),235,16)'"
-    width, height = stored.split("x")
-    fit = f"scale={width}:{height},setsar={ratio}"
-    path = made(tmp_path / "a.mp4", "-f", "lavfi", "-i", disc, "-frames:v", "3", "-vf", fit, "-pix_fmt", "yuv420p")
-    pixels = video_io.read_video(path, 60, 104)[0][..., 1] > 128
-    wide, high = pixels.any(0).sum(), pixels.any(1).sum()
-    assert abs(wide - high) <= 2 and 40 <= high <= 46
-
-
-def test_hdr_is_tone_mapped(tmp_path):
-    for name, code in (("smpte2084", 0.508), ("arib-std-b67", 0.75)):  # white paper
-        level = int(64 + code * 876)
-        source = "color=black:s=64x48:r=16,format=yuv420p10le"
-        source += f",geq=lum='if(lt(Y,24),{level},64)':cb=512:cr=512"
-        colors = f"log-level=none:colorprim=bt2020:transfer={name}:colormatrix=bt2020nc"
-        tags = ["-color_primaries", "bt2020", "-color_trc", name, "-colorspace", "bt2020nc"]
-        codec = ["-c:v", "libx265", "-x265-params", colors, *tags, "-pix_fmt", "yuv420p10le"]
-        path = made(tmp_path / f"{name}.mp4", "-f", "lavfi", "-i", source, "-frames:v", "3", *codec)
-        frame = video_io.read_video(path, 48, 64)[0].astype(int)
-        assert frame[8, 32].min() > 200 and np.ptp(frame[8, 32]) <= 6
-        assert frame[40, 32].max() < 8
-
-
-def test_images_of_16_bits_and_damaged_ones(tmp_path):
-    ramp = np.tile(np.linspace(0, 65535, 96, dtype=np.uint16), (64, 1))
-    Image.fromarray(ramp).save(tmp_path / "16.png")
-    image = video_io.read_image(tmp_path / "16.png", 64, 96)
-    np.testing.assert_array_equal(image, np.repeat((ramp >> 8)[..., None], 3, axis=-1))
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match="numbers of 32 bits"):
-        video_io.read_image(tmp_path / "float.tiff", 64, 96)
-    Image.fromarray(RNG.integers(0, 256, (256, 256, 3), np.uint8)).save(tmp_path / "good.png")
-    whole = (tmp_path / "good.png").read_bytes()
-    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
-    third = len(whole) // 3
-    for data in (
-        whole[: second - 4] + bytes(8) + whole[second + 4 :],
-        whole[: len(whole) // 2],
-        whole[:third] + bytes(third) + whole[2 * third :],
-    ):
-        (tmp_path / "bad.png").write_bytes(data)
-        with pytest.raises(ValueError, match=r"image: cannot read .*bad\.png"):
-            video_io.read_image(tmp_path / "bad.png", 64, 96)
 
 
 def test_names_as_long_as_the_file_system_takes(tmp_path):

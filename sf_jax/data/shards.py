@@ -223,7 +223,9 @@ def write(plan: Plan, make: Make, process_index: int = 0, process_count: int = 1
     own = plan.shards[process_index::process_count]
     todo = [shard for shard in own if not plan.path(shard).is_file()]
     if todo:
-        (plan.folder / DIGESTS).unlink(missing_ok=True)  # of shards that were there before
+        # of shards that were there before; where one was removed, its count may change
+        for name in (DIGESTS, INFO):
+            (plan.folder / name).unlink(missing_ok=True)
         total = sum(shard.stop - shard.start for shard in own)
         done = total - sum(shard.stop - shard.start for shard in todo)
         with tqdm(total=total, initial=done, desc=plan.name, unit="record", dynamic_ncols=True) as bar:
@@ -270,7 +272,12 @@ def finish(plan: Plan) -> bool:
         own = [shard for shard in plan.shards if shard.split == split]
         counts = [lengths[shard] for shard in own]
         if not sum(counts):
-            raise ValueError(f"{plan.field} {plan.folder}: not a single record was made of {plan.splits[split]} inputs")
+            for shard in own:  # so that the next run tries again
+                plan.path(shard).unlink(missing_ok=True)
+            raise ValueError(
+                f"{plan.field} {plan.folder}: not a single record was made of {plan.splits[split]} inputs: remedy what "
+                "was said of them, and give the command again"
+            )
         size = sum(plan.path(shard).stat().st_size for shard in own)
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=size))
     identity = dataset_info.DatasetIdentity(

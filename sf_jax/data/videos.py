@@ -65,7 +65,7 @@ def write_videos(
         "clip": tfds.features.Scalar(dtype=np.int64),
     }
     recipe = {"captions": digest(unique), "latent": list(shape), "clips_per_video": clips_per_video, **made_with}
-    per_shard = max(1, PER_SHARD // clips_per_video) * clips_per_video
+    per_shard = _per_shard(clips_per_video)
     entries = {"train": len(names) * clips_per_video}
     plan = shards.Plan(Path(folder), NAME, tfds.features.FeaturesDict(features), recipe, entries, per_shard, field)
 
@@ -75,6 +75,18 @@ def write_videos(
             yield {"latent": latent, "caption": unique[captions[video]], "video": names[video], "clip": clip}
 
     return shards.write(plan, make, process_index, process_count)
+
+
+def _per_shard(clips_per_video: int) -> int:
+    return max(1, PER_SHARD // clips_per_video) * clips_per_video
+
+
+def short_files(folder: Path | str, num_videos: int, clips_per_video: int) -> list[Path]:
+    """The shards of a complete dataset of `write_videos` that hold fewer clips than they could."""
+    records, size = shards.open_records(folder, NAME), _per_shard(clips_per_video)
+    counts = np.diff([0, *records.ends])
+    wanted = [min(size, num_videos * clips_per_video - i * size) for i in range(len(counts))]
+    return [path for path, count, most in zip(records.files, counts, wanted, strict=True) if count < most]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

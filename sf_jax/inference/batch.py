@@ -97,6 +97,7 @@ def run(job: Job) -> list[Path]:
     out, names = files.check_writable(job.out), video_names(job)
     files.remove_leftovers(out)
     check_folders(names, out)
+    video_io.check_encoder()
     prompts = job.video_prompts()
     numbers = range(jax.process_index(), len(prompts), jax.process_count())
     if_exists = job.if_exists or ("refuse" if job.vbench_names else "number")

@@ -358,17 +358,22 @@ class Job:
             return video_io.read_image(self.image, height, width)[None]
         if self.video is None:
             return None
-        pixels, chunk = video_io.read_video(self.video, height, width), self.wan_rollout.chunk
-        # as many of the last frames as make whole chunks
+        chunk, whole = self.wan_rollout.chunk, self.wan_frames
+        pixels = video_io.read_end(self.video, height, width, whole)
+        # as many of the last frames as make whole chunks, and leave one to generate
         latent = ((len(pixels) - 1) // WAN_FACTOR + 1) // chunk * chunk
         if latent < 1:
             raise ValueError(
                 f"video {self.video} has {len(pixels)} frames: a chunk of {chunk} latent frames needs at least "
                 f"{(chunk - 1) * WAN_FACTOR + 1}"
             )
-        frames = lengths.latent_frames(self.wan_frames, WAN_FACTOR)
+        frames = lengths.latent_frames(whole, WAN_FACTOR)
+        latent = min(latent, max(chunk, (frames - 1) // chunk * chunk))
         lengths.check_frames(self.wan_rollout, frames, latent, WAN_FACTOR)
-        return pixels[-((latent - 1) * WAN_FACTOR + 1) :]
+        count = (latent - 1) * WAN_FACTOR + 1
+        if len(pixels) == whole:
+            print(f"{self.video}: its last {count} frames are gone on from, to {whole} in all", flush=True)
+        return pixels[-count:]
 
     @property
     def titles(self) -> tuple[str, ...]:

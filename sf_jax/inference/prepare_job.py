@@ -4,7 +4,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from sf_jax.inference.lengths import MAX_SIDE, MAX_VIDEOS, WAN_FACTOR, WAN_SIDE
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.text_encoder import load_embedder
 from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.io.video_read import MAX_FPS
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
@@ -32,7 +35,7 @@ NEGATIVE_PROMPT = (
     "倒着走"
 )
 DTYPES = ("bfloat16", "float32")
-MAX_FPS = 240
+MAX_CLIP = 2**33  # bytes of its pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,11 @@ class Job:
                 raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
         if self.fps is not None and not 0 < self.fps <= MAX_FPS:
             raise ValueError(f"fps is {self.fps}: it must be above 0 and at most {MAX_FPS}")
+        if (size := self.pixel_frames * self.height * self.width * 3) > MAX_CLIP:
+            raise ValueError(
+                f"frames, height and width are {self.frames}, {self.height} and {self.width}: a clip would have "
+                f"{size / 2**30:.0f} GiB of pixels, it must have at most {MAX_CLIP // 2**30}"
+            )
         shards.check_processes(self.process_index, self.process_count)
 
     @property
@@ -129,7 +137,13 @@ def run(job: Job) -> bool:
         made, wanted = len(shards.open_records(output / videos.VIDEOS, videos.NAME)), len(found) * job.clips_per_video
         what = f"{made} {what}"
         if made < wanted:
-            print(f"{wanted - made} of {wanted} clips left out: videos too short or not readable", flush=True)
+            short = videos.short_files(output / videos.VIDEOS, len(found), job.clips_per_video)
+            names = ", ".join(map(str, short)) if len(short) <= 4 else output / videos.VIDEOS
+            print(
+                f"{wanted - made} of {wanted} clips left out: videos too short or not readable; to have them tried "
+                f"again, remove {names}",
+                flush=True,
+            )
     return _told(done, what, output / videos.VIDEOS)
 
 
@@ -188,6 +202,9 @@ def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[capt
         "vae": vae,
     }
 
+    shape = (job.frames, job.height // factor, job.width // factor, config.z_dim)
+    _tell_room(folder, len(found) * job.clips_per_video, 4 * int(np.prod(shape)))
+
     @functools.cache
     def encoder():
         return _Encoder.load(model.vae, jax.local_devices())
@@ -202,7 +219,7 @@ def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[capt
         [video.name for video in found],
         [video.caption for video in found],
         job.clips_per_video,
-        (job.frames, job.height // factor, job.width // factor, config.z_dim),
+        shape,
         encode,
         made_with=made_with,
         process_index=job.process_index,
@@ -210,42 +227,61 @@ def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[capt
     )
 
 
+def _tell_room(folder: Path, clips: int, size: int) -> None:
+    """Says before the work where the disk may not hold the latents of so many clips of `size` bytes."""
+    there = sum(file.stat().st_size for file in folder.glob("*.array_record-*"))
+    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free, needed = shutil.disk_usage(place).free, clips * size - there
+    if needed > free:
+        print(
+            f"{folder}: {clips} clips take up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or "
+            "the command will stop there",
+            flush=True,
+        )
+
+
 def _clips(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, np.ndarray]]:
-    """The clips of videos: number, pixels uint8 [F, H, W, 3]. Tells of videos that are left out."""
+    """The clips of videos: number, pixels uint8 [F, H, W, 3]. Tells of videos, or their rests, that are left out."""
+    for i, k, pixels in _ahead(_read(job, found)):
+        if isinstance(pixels, np.ndarray):
+            yield i * job.clips_per_video + k, pixels
+        else:
+            tqdm.write(f"left out {f'what follows {k} clips of ' if k else ''}{found[i].name}: {pixels}")
+
+
+def _read(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, int, np.ndarray | str]]:
+    """Number of the video, number of the clip in it, and its pixels or why there are none; reads one clip at a time."""
     length = job.pixel_frames
-    for i, pixels in enumerate(_ahead(functools.partial(_read, job), found)):
-        if isinstance(pixels, ValueError):
-            tqdm.write(f"left out {found[i].name}: {pixels}")
-            continue
-        if len(pixels) < length:
-            tqdm.write(f"left out {found[i].name}: it has {len(pixels)} frames, a clip needs {length}")
-        for k in range(len(pixels) // length):
-            yield i * job.clips_per_video + k, pixels[k * length : (k + 1) * length]
+    for i, video in enumerate(found):
+        k = 0
+        try:
+            frames = _frames(job, video)
+            for k in range(job.clips_per_video):
+                clip = list(itertools.islice(frames, length))
+                if len(clip) < length:
+                    if not k:
+                        yield i, 0, f"it has {len(clip)} frames, a clip needs {length}"
+                    break
+                yield i, k, np.stack(clip)
+        except ValueError as error:
+            yield i, k, str(error)
 
 
-def _read(job: Job, video: captions.Video) -> np.ndarray | ValueError:
-    """As many frames of a video as its clips need, or why it cannot be read."""
-    limit = job.pixel_frames * job.clips_per_video
-    try:
-        if not video.path.is_dir():
-            return video_io.read_video(video.path, job.height, job.width, job.fps, limit)
-        images = [video_io.read_image(path, job.height, job.width) for path in video.frames()[:limit]]
-        return np.stack(images) if images else ValueError("it holds no images")
-    except ValueError as error:
-        return error
+def _frames(job: Job, video: captions.Video) -> Iterator[np.ndarray]:
+    """The frames of a video or of a folder of images, uint8 [H, W, 3]."""
+    if not video.path.is_dir():
+        return video_io.stream_video(video.path, job.height, job.width, job.fps)
+    return (video_io.read_image(path, job.height, job.width) for path in video.frames())
 
 
-def _ahead(function: Callable, items: Iterable) -> Iterator:
-    """`map` whose next result is made in a thread while the last one is used."""
+def _ahead(items: Iterable) -> Iterator:
+    """The items; the next one is made in a thread while the last one is used."""
+    items, end = iter(items), object()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for item in items:
-            coming = pool.submit(function, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""Videos and images: reading what users have, writing what players take."""
