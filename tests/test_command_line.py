@@ -270,8 +270,8 @@ def test_files_have_a_largest_size():
     lengths.check_scale(12, 24, 24, 10_000)
     with pytest.raises(ValueError, match="scale is 12: for 100000 frames of 24x24 it must be at most 6"):
         lengths.check_scale(12, 24, 24, 100_000)
-    with pytest.raises(ValueError, match="scale is 5: for 1 frames of 480x832 it must be at most 4"):
-        lengths.check_scale(5, 480, 832)
+    with pytest.raises(ValueError, match="scale is 10: for 1 frames of 480x832 it must be at most 9"):
+        lengths.check_scale(10, 480, 832)
 
 
 # What a Python of Windows lacks; array_record has no build for it.

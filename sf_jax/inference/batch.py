@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sf_jax import files
-from sf_jax.inference import video_io
+from sf_jax.inference import lengths, video_io
 from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
 from sf_jax.inference.names import SUFFIXES, check_folders, free_names
@@ -21,7 +21,7 @@ from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.weights.networks import check_network, describe_network
 
-DIGITS_FPS, DIGITS_SCALE, WAN_FPS = 12.0, 12, 16.0
+DIGITS_FPS, WAN_FPS = 12.0, 16.0
 DIGITS_FRAMES = 2**17  # of all digits' videos that are made together
 LABEL = 200  # characters of a prompt on a contact sheet
 
@@ -112,7 +112,7 @@ def run(job: Job) -> list[Path]:
         pipe, initial = job.digits_pipeline(), None
         most = max(1, DIGITS_FRAMES // pipe.sampling.frames)
         size = max(1, min(len(numbers), most))
-        style = Style(DIGITS_FPS, DIGITS_SCALE, gif=True, sheet="contact_sheet")
+        style = Style(DIGITS_FPS, lengths.DIGITS_SCALE, gif=True, sheet="contact_sheet")
     else:
         devices = tuple(jax.local_devices()[: max(1, len(numbers))])
         pipe, initial = _wan(job, devices)

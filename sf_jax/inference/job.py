@@ -347,7 +347,7 @@ class Job:
         if changes:
             pipe = pipe.with_rollout(**changes)
         pipe = pipe.with_sampling(**self.sampling_changes)
-        scale, sampling = self.scale or 1, pipe.sampling
+        scale, sampling = self.scale or lengths.DIGITS_SCALE, pipe.sampling
         lengths.check_scale(scale, sampling.height, sampling.width, sampling.frames)
         return pipe
 

@@ -8,6 +8,7 @@ from sf_jax.io.video_write import MAX_SIDE
 WAN_FACTOR, WAN_SIDE = 4, 16  # Wan: pixel frames per latent frame but the first, and pixels per token along each side
 # What one command makes at most; beyond are mistakes, or more than memory and disks hold.
 MAX_VIDEOS, MAX_VIDEO_FRAMES, MAX_STEPS, MAX_PROMPT = 100_000, 100_000, 1000, 100_000
+DIGITS_SCALE = 12  # enlargement of the digits' videos
 MAX_HELD_PIXELS = 2**31  # of an enlarged video that is in memory as a whole
 
 
