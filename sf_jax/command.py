@@ -203,16 +203,21 @@ def ended_by_signals() -> Iterator[None]:
     def terminate(number, frame):
         del number, frame
         print("error: ended by SIGTERM", file=sys.stderr, flush=True)
-        sys.exit(TERMINATED)
+        raise SystemExit(TERMINATED)
 
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
-        print("error: ended by Ctrl-C", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, KeyboardInterrupt):
+            print("error: ended by Ctrl-C", file=sys.stderr, flush=True)
+        code = INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
+        if code not in (TERMINATED, INTERRUPTED):
+            raise
+        sys.stdout.flush()
+        os._exit(code)  # XLA's threads may be compiling, and Python's own end would crash under them
     finally:
         if main_thread and signal.getsignal(signal.SIGTERM) == terminate:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -353,3 +353,18 @@ print("made")
 def test_every_module_and_the_digits_do_without_what_windows_lacks(tmp_path):
     done = run("-c", WINDOWS, tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("made\n"), done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_sigterm_while_a_run_starts_does_not_end_as_if_done(tmp_path):
+    line = [sys.executable, "-m", "sf_jax.train", "--config=configs/digits.py:distill", f"--workdir={tmp_path}/run"]
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert (
+        process.stdout.readline().startswith("distill on ") and process.stdout.readline() == "starting from shipped\n"
+    )
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and "error: SIGTERM: ended before there was anything new to save" in err
+    assert "Traceback" not in err and "Fatal" not in err and not (tmp_path / "run" / "student.safetensors").exists()
