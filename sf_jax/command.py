@@ -21,6 +21,7 @@ from sf_jax.weights import hub
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
 LONGEST = 1000  # characters of an error message
 TERMINATED, INTERRUPTED = 143, 130  # exit codes of processes that SIGTERM and Ctrl-C end
+_SECONDS_TO_UNWIND = 5
 
 flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
 
@@ -203,6 +204,10 @@ def ended_by_signals() -> Iterator[None]:
     def terminate(number, frame):
         del number, frame
         print("error: ended by SIGTERM", file=sys.stderr, flush=True)
+        # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
+        end = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (TERMINATED,))
+        end.daemon = True
+        end.start()
         raise SystemExit(TERMINATED)
 
     main_thread = threading.current_thread() is threading.main_thread()

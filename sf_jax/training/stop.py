@@ -16,6 +16,8 @@ from sf_jax.training.checkpoint import Checkpoints
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # of a run that has saved
 UNSAVED_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}  # of one that had nothing new to save, as shells have them
 
+_SECONDS_TO_UNWIND = 5  # of a process that has nothing to save, before it is ended as it is
+
 
 class Stopped(SystemExit):
     """The run was asked to stop and has done so; carries the exit code of the process."""
@@ -41,14 +43,14 @@ class StopRequest:
         """Handles a signal."""
         del frame
         asked = signal.Signals(number)
-        if not self.busy:
-            reason = "ended before there was anything new to save; the same command goes on from where it was"
-            print(f"error: {asked.name}: {reason}", file=sys.stderr, flush=True)
-            raise Stopped(UNSAVED_CODES[asked])
         if self._signal == asked == signal.SIGINT:
             raise KeyboardInterrupt  # The second Ctrl-C means now.
         if self._signal is None:
             self._signal, self._since = asked, time.monotonic()
+        if not self.busy:
+            reason = "ended before there was anything new to save; the same command goes on from where it was"
+            print(f"error: {asked.name}: {reason}", file=sys.stderr, flush=True)
+            raise Stopped(UNSAVED_CODES[asked])
 
     def wanted(self, step: int) -> bool:
         """Whether to stop after `step`; every process must ask after every step."""
@@ -83,16 +85,34 @@ def _pass_on(number: int, frame) -> None:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Catches SIGTERM and Ctrl-C while the block runs; only in a process's main thread, which Python demands."""
     request = StopRequest()
+    # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
+    end = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (UNSAVED_CODES[signal.SIGTERM],))
+    end.daemon = True
+
+    def take(number: int, frame) -> None:
+        if number == signal.SIGTERM and not request.busy and not end.ident:
+            end.start()
+        request.take(number, frame)
+
+    hook = sys.unraisablehook
+
+    def unraisable(swallowed) -> None:
+        if not isinstance(swallowed.exc_value, Stopped):
+            hook(swallowed)
+
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     if jax.process_count() > 1:  # JAX's service has SIGTERM, and is told of Ctrl-C by it
         handlers = {signal.SIGINT: _pass_on}
     else:
-        handlers = dict.fromkeys(EXIT_CODES, request.take)
+        handlers = dict.fromkeys(EXIT_CODES, take)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    sys.unraisablehook = unraisable
     try:
         yield request
     finally:
+        end.cancel()
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
