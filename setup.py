@@ -23,7 +23,8 @@ INSTALL_REQUIRES = [
     "safetensors>=0.5",
     "tokenizers>=0.20.3",
     "ftfy>=6.1",
-    "av>=15",
+    # Older ones crash where options are given for MPEG program streams.
+    "av>=17.1",
     "pillow>=10.3",
     "matplotlib>=3.9",
     "tqdm>=4.66",
