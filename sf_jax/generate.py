@@ -37,7 +37,9 @@ _JOB = {
     ),
     "transformer": command.define_weights("transformer", None, "Wan: file of the transformer, instead of --model's"),
     "text_encoder": command.define_weights("text_encoder", None, "Wan: file of the text encoder, instead of --model's"),
-    "tokenizer": command.define_weights("tokenizer", None, "Wan: tokenizer.json or its folder, instead of --model's"),
+    "tokenizer": command.define_weights(
+        "tokenizer", None, "Wan: tokenizer.json, spiece.model or the folder of one, instead of --model's"
+    ),
     "checkpoint": command.define_weights(
         "checkpoint",
         None,

@@ -42,7 +42,7 @@ class Job:
       model: folder of Wan2.1, or its name on the hub; None for the moving digits, or where all parts are named.
       transformer: file of the bidirectional transformer, instead of the model folder's.
       text_encoder: file of the text encoder, instead of the model folder's.
-      tokenizer: file or folder of the tokenizer, instead of the model folder's.
+      tokenizer: file or folder of the tokenizer, instead of the model folder's or the text encoder's.
       checkpoint: Wan: weights of a causal transformer; None is the folder's own bidirectional one. Digits: see
         `load_digits`.
       part: which network of the checkpoint.

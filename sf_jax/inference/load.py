@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.diffusion.solvers import Solver
+from sf_jax.inference import sentencepiece
 from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
@@ -61,7 +62,8 @@ class WanOptions:
       devices: that share the videos of a batch, as many on each; None is the default device alone.
       transformer: file of the bidirectional transformer, instead of the folder's; with a checkpoint it gives the sizes.
       text_encoder: file of the text encoder, instead of the folder's.
-      tokenizer: its tokenizer.json or the folder of it, instead of the folder's.
+      tokenizer: its tokenizer.json, spiece.model or the folder of one, instead of the folder's; without either, what
+        the file of the text encoder holds.
     """
 
     checkpoint: str | Path | None = None
@@ -216,6 +218,8 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
     """
     named = _named_files(options)
     needed = [part for part in options.needed if part not in named]
+    held = _held_tokenizer(folder, named)
+    needed = [part for part in needed if part != "tokenizer" or held is None]
     if folder is None:
         if needed:
             flags = ", ".join(f"--{part.removeprefix('tiny_')}" for part in needed)
@@ -224,7 +228,7 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
         files = ModelFiles(*[None] * 6)
     else:
         files = find_model(folder, needed)
-    files = dataclasses.replace(files, **named, named=tuple(named))
+    files = dataclasses.replace(files, **{"tokenizer": files.tokenizer or held} | named, named=tuple(named))
     path, own = _transformer_path(files, options), options.checkpoint is None
     part = options.part
     if "transformer" in named:
@@ -275,6 +279,15 @@ def _named_files(options: WanOptions) -> dict[str, Path]:
             raise ValueError(f"vae {path} does not exist: give one of {', '.join(VAES)}, or a file")
         found[network_kind(path, ("vae", "tiny_vae"))] = path
     return found
+
+
+def _held_tokenizer(folder: str | Path | None, named: dict[str, Path]) -> Path | None:
+    """The named text encoder's file if it holds a tokenizer that may be needed, as ComfyUI's do."""
+    # What a repository has is told only when it is fetched, and Wan's have a tokenizer.
+    fetched = folder is not None and hub.parse(str(folder)) is not None
+    if fetched or "tokenizer" in named or "text_encoder" not in named:
+        return None
+    return sentencepiece.find_tensor(named["text_encoder"])
 
 
 def decoder_kind(files: ModelFiles, options: WanOptions) -> str | None:

@@ -21,7 +21,7 @@ from sf_jax.inference.decoders import VaeEncoder
 from sf_jax.inference.lengths import MAX_SIDE, MAX_VIDEOS, WAN_FACTOR, WAN_SIDE
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.text_encoder import load_embedder
-from sf_jax.inference.tokenizer import load_tokenizer
+from sf_jax.inference.tokenizer import find_file, load_tokenizer
 from sf_jax.io.video_read import MAX_FPS
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.vae import WanVae
@@ -179,7 +179,7 @@ def _write_texts(job: Job, model: ModelFiles, folder: Path, texts: Sequence[str]
         text_dim=config.dim,
         text_len=tokenizer.length,
         dtype=job.dtype,
-        made_with={"encoder": encoder, "tokenizer": _hash_of(model.tokenizer / "tokenizer.json")},
+        made_with={"encoder": encoder, "tokenizer": _hash_of(find_file(model.tokenizer))},
         process_index=job.process_index,
         process_count=job.process_count,
     )

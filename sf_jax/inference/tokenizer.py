@@ -17,10 +17,14 @@ import ftfy
 import numpy as np
 import tokenizers
 
+from sf_jax.inference import sentencepiece
 from sf_jax.messages import quoted, shortened
 
 # Where the tokenizer is: its own folder, the official model folder, a diffusers model folder.
 FOLDERS = ("", "google/umt5-xxl", "tokenizer")
+# The files that are read, the first that is there.
+NAMES = ("tokenizer.json", "spiece.model")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 PAD, END = ("<pad>", 0), ("</s>", 1)
 # No token of UMT5 has more than 16 characters, so that what is cut off would be cut from the tokens, too.
 _CHARACTERS_PER_TOKEN = 128
@@ -80,11 +84,34 @@ class Tokenizer:
         return ids, mask
 
 
-def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
-    """Reads `tokenizer.json`.
+def find_file(place: str | pathlib.Path) -> pathlib.Path:
+    """The file of a tokenizer.
 
     Args:
-      folder: the tokenizer's folder, or the model folder that has it as `google/umt5-xxl` or `tokenizer`; or its file.
+      place: the tokenizer's folder, or the model folder that has it as `google/umt5-xxl` or `tokenizer`; or its file: a
+        `tokenizer.json`, a SentencePiece model, or weights that hold one.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    place = pathlib.Path(place)
+    if place.is_file() and (place.suffix in (".json", ".model") or _is_weights(place)):
+        return place
+    paths = (place / part / name for name in NAMES for part in FOLDERS)
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise ValueError(_missing(place))
+    return path
+
+
+def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
+    """Reads `tokenizer.json`, or a SentencePiece model.
+
+    Both give the same tokens, but for characters that no token has: as SentencePiece does, and so ComfyUI, a model
+    with `byte_fallback` makes bytes of them, a `tokenizer.json` only if it says so.
+
+    Args:
+      folder: where it is, see `find_file`.
       length: tokens per prompt, `</s>` included; the length that Wan2.1 was trained with is 512.
 
     Raises:
@@ -92,15 +119,15 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
     """
     if length < 1:
         raise ValueError(f"length is {length}: it must be at least 1")
-    folder = pathlib.Path(folder)
-    path = next((p for part in FOLDERS if (p := folder / part / "tokenizer.json").is_file()), None)
-    path = folder if folder.is_file() and folder.suffix == ".json" else path
-    if path is None:
-        raise ValueError(_missing(folder))
-    if path.stat().st_size > _MAX_BYTES:
+    path = find_file(folder)
+    if not _is_weights(path) and path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes: a tokenizer of at most {_MAX_BYTES} bytes is read")
+    model = _read_model(path)
     with _in_one_line(f"{path} is no readable tokenizer", ": download the file again"), _without_panics():
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        if model is None:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            backend = sentencepiece.build_tokenizer(model)
         backend.enable_truncation(max_length=length)
         backend.enable_padding(length=length, pad_id=PAD[1], pad_token=PAD[0])
         numbers = {token: backend.token_to_id(token) for token, _ in (PAD, END)}
@@ -118,6 +145,22 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
             f"{path} is not the tokenizer of UMT5: it does not end a text with </s>; take google/umt5-xxl's"
         )
     return Tokenizer(backend, length)
+
+
+def _is_weights(path):
+    return path.name.endswith(_WEIGHTS) or ".index." in path.name
+
+
+def _read_model(path):
+    """The SentencePiece model of a file, None for a tokenizer.json."""
+    if _is_weights(path):
+        return sentencepiece.parse_model(sentencepiece.read_tensor(path), f"spiece_model of {path}")
+    if path.suffix == ".json":
+        return None
+    try:
+        return sentencepiece.parse_model(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
 
 @contextlib.contextmanager
@@ -146,20 +189,14 @@ def _without_panics() -> Iterator[None]:
             os.close(stderr)
 
 
-def _missing(folder):
-    """Why a folder has no tokenizer, and what to do."""
-    if folder.is_file():
+def _missing(place):
+    """Why there is no tokenizer, and what to do."""
+    if place.is_file():
         return (
-            f"{folder} is no tokenizer.json, and nothing else is read: take google/umt5-xxl/tokenizer.json of the model"
+            f"{place} is no tokenizer: allowed are tokenizer.json, spiece.model and weights that hold the latter; take "
+            "google/umt5-xxl/tokenizer.json of the model"
         )
-    if not folder.is_dir():
-        return f"{folder} is no folder: give the model folder that holds google/umt5-xxl/tokenizer.json"
-    looked = ", ".join(str(pathlib.PurePosixPath(part) / "tokenizer.json") for part in FOLDERS)
-    for part in FOLDERS:
-        for name in ("spiece.model", "sentencepiece.bpe.model"):
-            if (folder / part / name).is_file():
-                return (
-                    f"{folder / part} has {name} but no tokenizer.json, and only the latter is read: "
-                    "download google/umt5-xxl/tokenizer.json of the model to beside it"
-                )
-    return f"{folder} has no tokenizer.json (looked for {looked}): download google/umt5-xxl/tokenizer.json of the model"
+    if not place.is_dir():
+        return f"{place} is no folder: give the model folder that holds google/umt5-xxl/tokenizer.json"
+    looked = ", ".join(str(pathlib.PurePosixPath(part) / name) for part in FOLDERS for name in NAMES)
+    return f"{place} has no tokenizer.json (looked for {looked}): download google/umt5-xxl/tokenizer.json of the model"

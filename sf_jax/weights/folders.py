@@ -62,7 +62,7 @@ class ModelFiles:
       transformer: its safetensors file or index of shards.
       vae: the video VAE.
       text_encoder: the text encoder, a file or an index of shards.
-      tokenizer: the folder of its tokenizer, or its tokenizer.json.
+      tokenizer: the folder of its tokenizer, or its file, which may be the text encoder's.
       tiny_vae: the small decoder.
       folder: the model folder; None where every part was named by itself.
       named: parts that were named by themselves; of these, scaled float8 is read.
@@ -124,7 +124,8 @@ def find_tokenizer(value: Path | str) -> Path:
     """The folder or file of a tokenizer that is named by itself.
 
     Args:
-      value: its tokenizer.json, a folder that holds one, or a repository of the hub, of which nothing else is fetched.
+      value: its tokenizer.json or spiece.model, a file of weights that holds the latter, a folder that holds one, or a
+        repository of the hub, of which nothing else is fetched.
 
     Raises:
       ValueError: if the repository has none.
@@ -132,12 +133,13 @@ def find_tokenizer(value: Path | str) -> Path:
     place = hub.parse(str(value))
     if place is None:
         return Path(value)
-    if place.path.endswith(".json"):
+    if place.path.endswith((".json", ".model", ".safetensors", ".pt", ".pth", ".bin")):
         return Path(hub.local_file(value))
 
     def choose(names):
         folders = [place.path, *(f"{place.path}/{name}".strip("/") for name in TOKENIZERS)]
-        found = [file for name in folders if (file := f"{name}/tokenizer.json".lstrip("/")) in names]
+        files = (f"{name}/{file}".lstrip("/") for file in ("tokenizer.json", "spiece.model") for name in folders)
+        found = [file for file in files if file in names]
         if not found:
             raise ValueError(f"tokenizer {place} of the hub has no tokenizer.json: Wan-AI/Wan2.1-T2V-1.3B has one")
         return found[:1]
