@@ -34,6 +34,7 @@ from absl import flags
 
 from sf_jax import command
 from sf_jax.files import check_writable, remove_leftovers
+from sf_jax.inference.sentencepiece import read_tensor
 from sf_jax.weights import adapter_export, cards, export, export_folder, load, model_configs, transformer
 from sf_jax.weights.adapter_list import Lora, parse_loras
 from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
@@ -84,7 +85,10 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
         if to_torch:
             raise ValueError(f"output is {output}: files for ComfyUI are .safetensors")
         if network.kind == "umt5":
-            spiece = export_folder.read_spiece(export_folder.spiece_folders(network.tensors.path))
+            if any(name.endswith(export.SPIECE) for name in tensors):  # the input is ComfyUI's own
+                spiece = read_tensor(tensors.path)
+            else:
+                spiece = export_folder.read_spiece(export_folder.spiece_folders(tensors.path))
             network = export.with_tokenizer(export.without_tied(network), spiece)
         _tell(export.comfy_notes(network))
     config = None if to_torch else _config_beside(network, output)

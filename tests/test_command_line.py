@@ -307,7 +307,7 @@ names = dict(zip((os, signal, socket), {list(NAMES.values())}))
 WINDOWS = (
     HIDDEN
     + """
-import jax, numpy, flax, optax, grain, orbax.checkpoint, tensorflow_datasets, sklearn, imageio, matplotlib.pyplot
+import jax, numpy, flax, optax, grain, orbax.checkpoint, tensorflow_datasets, sklearn, av, matplotlib.pyplot
 import filelock, concurrent.futures, multiprocessing, subprocess, tempfile, uvicorn, fastapi, av, PIL.Image, tokenizers
 for name in list(sys.modules):
     if name.partition(".")[0] in modules:

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import types
 
 import jax
@@ -26,7 +25,6 @@ from sf_jax.weights import mapping
 from sf_jax.weights import umt5 as umt5_names
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import identify, load_network
-from tests.test_commands import command
 from tests.wan_folder import make_folder
 
 TEXTS = ["a cat in the snow", "a dog runs", "the cat runs in the snow", "a snow dog", "the dog"]
@@ -386,116 +384,6 @@ def test_a_network_is_known_whatever_its_file(model, tmp_path):
     params["norm"]["scale"] *= 2
     save_file(mapping.to_tensors(umt5_names.entries(config), params), tmp_path / "o.safetensors")
     assert identify(tmp_path / "o.safetensors", "umt5")[1] != identify(path, "umt5")[1]
-
-
-# Input of users.
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.txt", "\n \n", "holds no prompt"),
-        ("p.txt", b"\xff\xfe\xff", "cannot read .* it must be a text file in UTF-8"),
-        ("p.jsonl", '{"text": "a"}\n{"text": 3}', "p.jsonl line 2: text is 3: it must be a text"),
-        ("p.jsonl", '{"text": "a"}\n\n{"text"', "p.jsonl line 3 is no JSON"),
-        ("p.jsonl", '["a"]', "p.jsonl line 1 is list: it must be an object"),
-        ("p.csv", "id,name\n1,a\n", "p.csv row 1 has id, name: it must have prompt or caption or text"),
-    ],
-)
-def test_bad_prompt_files_are_refused(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message):
-        captions.read_prompts(path)
-
-
-def test_prompts_are_lines_without_duplicates(tmp_path):
-    (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\r\n a\u2028dog \na cat\n", encoding="utf-8")
-    assert captions.read_prompts(tmp_path / "p.txt") == (["a cat", "a\u2028dog"], 1)
-
-
-def test_tables_as_spreadsheets_write_them(tmp_path):
-    prompts = ['a cat, in the "snow"', "a dog\nruns"]
-    for name, mark in (("comma", ","), ("semicolon", ";"), ("tab", "\t")):
-        text = f'\ufeffid{mark}prompt\r\n1{mark}"a cat, in the ""snow"""\r\n2{mark}"a dog\r\nruns"\r\n{mark}\r\n'
-        (tmp_path / f"{name}.csv").write_bytes(text.encode())
-        assert captions.read_prompts(tmp_path / f"{name}.csv") == (prompts, 0)
-    (tmp_path / "bare.csv").write_text("prompt\na cat\na dog, in the snow\n")
-    with pytest.raises(ValueError, match=r"bare\.csv row 2 has more cells than the header"):
-        captions.read_prompts(tmp_path / "bare.csv")
-
-
-def test_text_and_names_that_are_no_unicode(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"text": "a cat \\ud83d"}\n{"text": "a dog \\ud83d\\ude00"}\n')
-    assert captions.read_prompts(tmp_path / "p.jsonl")[0] == ["a cat \ufffd", "a dog \U0001f600"]
-    for stem in (b"good", b"\xd1\xa9\xb5\xd8"):  # the second one GBK
-        for suffix in (b".mp4", b".txt"):
-            with open(os.path.join(os.fsencode(tmp_path), stem + suffix), "w") as file:
-                file.write("a cat")
-    videos, _ = captions.find_videos(tmp_path)
-    assert [video.name for video in videos] == ["good.mp4", "\u0469\\xb5\\xd8.mp4"]
-    assert all(video.path.is_file() for video in videos)
-
-
-def test_bad_video_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="videos: .* is no folder"):
-        captions.find_videos(tmp_path / "none")
-    with pytest.raises(ValueError, match="has no video .*and no folder of images"):
-        captions.find_videos(tmp_path)
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.mp4").write_bytes(b"")
-    (tmp_path / "sub" / "thumbnail.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 of 1 videos in .* have no caption \(sub/a.mp4\)"):
-        captions.find_videos(tmp_path)
-    (tmp_path / "metadata.csv").write_text("file_name,text\nsub/a.mp4,a cat\nb.mp4,a dog\n")
-    with pytest.raises(ValueError, match=r"1 files that .*metadata.csv names are not there \(b.mp4\)"):
-        captions.find_videos(tmp_path)
-    (tmp_path / "metadata.csv").write_text("file_name,text\nsub/a.mp4, \n")
-    with pytest.raises(ValueError, match="metadata.csv row 1 lacks a caption"):
-        captions.find_videos(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "must have a value"),
-        (["--model=m", "--output=o"], "prompts and videos: give one of them"),
-        (["--model=m", "--output=o", "--prompts=p", "--frames=3"], "frames changes nothing here: it is for --videos"),
-        (["--model=m", "--output=o", "--prompts=p", "--process_index=1"], "process_count: give both or none"),
-        (["--model=m", "--output=o", "--prompts=p"], "model folder m does not exist"),
-    ],
-)
-def test_a_mistake_is_one_line(arguments, message):
-    done = command(*arguments, module="sf_jax.prepare")
-    assert done.returncode and message in done.stderr and done.stderr.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dtype": "float16"}, "dtype is 'float16': it must be one of bfloat16, float32"),
-        ({"height": 100}, "height is 100: it must be a multiple of 16, such as 96"),
-        ({"frames": 0}, "frames is 0: it must be at least 1"),
-        ({"clips_per_video": 0}, "clips_per_video is 0"),
-        ({"fps": float("nan")}, "fps is nan"),
-        ({"fps": 1e9}, "fps is 1000000000.0: it must be above 0 and at most 240"),
-        ({"frames": 10**12}, "frames is 1000000000000: it must be at most 1024"),
-        ({"height": 16 * 10**9}, "height is 16000000000: it must be at most 8192"),
-        ({"clips_per_video": 10**9}, "clips_per_video is 1000000000: it must be at most 10000"),
-        (
-            {"frames": 1024, "height": 4096, "width": 4096},
-            "a clip would have 192 GiB of pixels, it must have at most 8",
-        ),
-        ({"prompts": ""}, "prompts is empty"),
-        ({"process_index": 2, "process_count": 2}, "process_index is 2: it must be in"),
-    ],
-)
-def test_jobs_that_cannot_be_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Job(**{"model": "m", "output": "o", "prompts": "p"} | changes)
-
-
-# Media.
 
 
 @pytest.mark.parametrize("frames", [1, pytest.param(4, marks=(pytest.mark.slow, pytest.mark.exhaustive))])

@@ -19,6 +19,7 @@ from sf_jax.weights import umt5 as umt5_names
 from sf_jax.weights.export_folder import Source, Target, write_folder
 from tests import spiece
 from tests.spiece import BYTES, CONTROL, MARKS, NORMAL, PIECES, UNKNOWN, USER_DEFINED, WORDS
+from tests.test_weights import convert
 from tests.wan_folder import TEXT, make_folder, random_like
 
 SIZES = dataclasses.replace(TEXT, vocab=len(PIECES))
@@ -286,6 +287,15 @@ def test_comfyui_files_need_no_tokenizer(folder, comfy):
     assert find_wan(None, Job(("a cat",), **flags, tokenizer=str(path)).wan_options()).tokenizer == path
     # a model folder's own comes first
     assert find_wan(folder, WanOptions(text_encoder=comfy["text_encoder"])).tokenizer == folder / "google" / "umt5-xxl"
+
+
+@pytest.mark.slow
+def test_a_text_encoder_of_comfyui_keeps_its_tokenizer(comfy, tmp_path):
+    written = tmp_path / "half.safetensors"
+    done = convert(f"--input={comfy['text_encoder']}", f"--output={written}", "--to=comfy", "--dtype=float16")
+    assert done.returncode == 0, done.stderr
+    tensors = [sentencepiece.read_tensor(path) for path in (written, comfy["text_encoder"])]
+    assert tensors[0] == tensors[1]
 
 
 def test_a_model_folder_without_tokenizer_takes_the_text_encoders(folder, comfy, tmp_path):
