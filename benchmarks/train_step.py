@@ -9,7 +9,7 @@ exit steps are drawn as in training, after one call that is not counted; the par
   rollout    the student's own video, without gradient
   scores     the critic's and the guided teacher's prediction, forward (student update)
   gradient   replay and its gradient (student), the flow-matching loss and its gradient (critic)
-  rest       what the whole update takes beyond these: clip, optimiser, average, checks for NaN
+  rest       what the whole update takes beyond these: clip, optimizer, average, checks for NaN
   by scan    the student's rollout, scores and gradient with the gradient taken through the rollout's scan
 
 FLOP are those of the model's matrix products, recomputation left out; the peak is that of a square matrix product.

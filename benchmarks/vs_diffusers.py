@@ -35,7 +35,7 @@ from sf_jax.models.umt5 import Umt5Encoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.weights import mapping
-from sf_jax.weights.recognise import entries_of, param_shapes_of, recognise
+from sf_jax.weights.recognize import entries_of, param_shapes_of, recognize
 
 try:
     import diffusers
@@ -50,7 +50,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "nump
 def _params(kind: str, model: torch.nn.Module, **changes) -> tuple:
     """Our sizes and parameters from a library's network."""
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-    guess = recognise({name: value.shape for name, value in tensors.items()})
+    guess = recognize({name: value.shape for name, value in tensors.items()})
     config = dataclasses.replace(guess.config, **changes)
     entries = entries_of(kind, config, guess.naming)
     params = mapping.to_params(entries, tensors, param_shapes_of(kind, config), kind)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Self Forcing end to end on a plain CPU: data, few-step initialisation, distillation, videos, figures.
+# Self Forcing end to end on a plain CPU: data, few-step initialization, distillation, videos, figures.
 # Everything lands in runs/quickstart (or in the folder given as the first argument).
 set -euo pipefail
 

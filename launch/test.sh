@@ -62,7 +62,7 @@ part "ruff format" "$VENV_PYTHON" -m ruff format --check .
 part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch .ci/run
 
 # Two processes: most of a test is one-threaded compilation, so all take XLA's quick one. The rollout and DMD are
-# compared with the official code once more as users run them: fully optimised.
+# compared with the official code once more as users run them: fully optimized.
 # Runs that are killed and started again, and the tests that do so, find their programs compiled.
 quick=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/compiled"
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5)
@@ -81,4 +81,4 @@ if ((fast_only)); then
 fi
 part "fast tests" "${fast[@]}"
 part "slow tests" "${slow[@]}"
-last_part "optimised programs against the official code" "${official[@]}"
+last_part "optimized programs against the official code" "${official[@]}"

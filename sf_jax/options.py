@@ -24,7 +24,7 @@ def at_least(config, low: float, *names: str, group: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimiser.
+    """An optimizer.
 
     Attributes:
       name: "adamw", or "muon" (Muon for matrices, AdamW for the rest; optax.contrib).
@@ -47,7 +47,7 @@ class OptimizerConfig:
     decay: str = "constant"
 
     def __post_init__(self):
-        """Refuses values that no optimiser can have."""
+        """Refuses values that no optimizer can have."""
         one_of("name", self.name, OPTIMIZERS)
         one_of("decay", self.decay, DECAYS)
         at_least(self, 0, "lr", "weight_decay", "warmup")
@@ -95,7 +95,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OdeConfig:
-    """ODE pairs for the student's initialisation.
+    """ODE pairs for the student's initialization.
 
     Attributes:
       teacher: "bidirectional" (trajectories of whole videos; the student sees noisy chunks before a noisy one; CausVid)

@@ -15,7 +15,7 @@ from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.adapters import opened
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.recognise import entries_of
+from sf_jax.weights.recognize import entries_of
 from tests.helpers import relative
 
 EXTRA = "needs the [parity] extra"

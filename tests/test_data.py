@@ -82,7 +82,7 @@ def test_clips_cover_all_kinds_and_sometimes_leave_out_the_speed():
     assert set(plan.captions()) <= set(moving_digits.all_captions())
 
 
-def test_training_clips_favour_half_of_the_directions():
+def test_training_clips_favor_half_of_the_directions():
     shares = np.bincount(moving_digits.plan_clips("train", 5600).direction)
     np.testing.assert_array_equal(shares, [200] * 4 + [1200] * 4)
 

@@ -9,7 +9,7 @@ from sf_jax.models import wan
 from sf_jax.weights import folders, load, mapping, places, transformer
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.networks import describe_network, load_network
-from sf_jax.weights.recognise import param_shapes_of, recognise
+from sf_jax.weights.recognize import param_shapes_of, recognize
 from tests.test_weights import CONFIGS, TORCH, assert_same, in_memory, network
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -22,11 +22,11 @@ def test_wrappers_go_where_all_names_have_them(kind):
     for wrapper in nestings:
         wrapped = {wrapper + name: value for name, value in tensors.items()}
         beside = {f"{wrapper}accum_iteration": np.zeros(()), "n_averaged": np.zeros(()), "spiece_model": np.zeros(9)}
-        assert_same(load.normalised(in_memory(wrapped | beside), tensors), tensors)
-        assert recognise(in_memory(wrapped | beside).shapes).kind == kind
+        assert_same(load.normalized(in_memory(wrapped | beside), tensors), tensors)
+        assert recognize(in_memory(wrapped | beside).shapes).kind == kind
     first = next(iter(tensors))
     half = {name if name == first else f"module.{name}": value for name, value in tensors.items()}
-    assert first in load.normalised(in_memory(half), tensors) and len(set(half) & set(tensors)) == 1
+    assert first in load.normalized(in_memory(half), tensors) and len(set(half) & set(tensors)) == 1
 
 
 def scaled(value: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -151,7 +151,7 @@ def test_networks_of_an_all_in_one_file(tmp_path):
     with open_tensors(path, "text_encoder") as stored:
         assert_same(stored, network("umt5", "official")[2])
     with open_tensors(path) as stored:
-        assert "all-in-one: transformer, vae, text_encoder): say which with part" in recognise(stored.shapes).title
+        assert "all-in-one: transformer, vae, text_encoder): say which with part" in recognize(stored.shapes).title
     without = {name: value for name, value in whole.items() if not name.startswith("vae.")}
     save_file(without, path)
     with pytest.raises(ValueError, match="part is 'vae': .* holds transformer, text_encoder"):
@@ -279,4 +279,4 @@ def test_sizes_of_other_models_are_told_by_their_channels():
     shapes = mapping.file_shapes(transformer.entries(config), param_shapes_of("transformer", config))
     for channels, outputs, title in ((48, 192, "Wan2.2-TI2V-5B"), (36, 64, "an image-to-video model")):
         other = shapes | {"patch_embedding.weight": (256, channels, 1, 2, 2), "head.head.weight": (outputs, 256)}
-        assert title in recognise(other).title
+        assert title in recognize(other).title

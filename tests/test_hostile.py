@@ -15,7 +15,7 @@ from sf_jax.models import attention, text, tiny_vae, umt5, vae, wan
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import folders, package
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.recognise import recognise
+from sf_jax.weights.recognize import recognize
 from tests import wan_folder
 from tests.helpers import random_params, refused
 from tests.test_shards import make, plan
@@ -172,7 +172,7 @@ def test_whole_numbers_that_no_float_can_hold():
 def shapes_of(kind) -> dict:
     """Names and shapes of a small network's file."""
     from sf_jax.weights import mapping
-    from sf_jax.weights.recognise import entries_of, param_shapes_of
+    from sf_jax.weights.recognize import entries_of, param_shapes_of
 
     config = {"transformer": wan_folder.MODEL, "umt5": wan_folder.TEXT, "vae": wan_folder.VAE}.get(
         kind, wan_folder.TINY
@@ -183,14 +183,14 @@ def shapes_of(kind) -> dict:
 @pytest.mark.parametrize("kind", ["transformer", "umt5", "vae", "tiny_vae"])
 def test_names_and_widths_of_absurd_networks(kind, tmp_path):
     shapes = shapes_of(kind)
-    assert recognise(shapes).kind == kind
+    assert recognize(shapes).kind == kind
     began = time.monotonic()
     for extra in ("blocks.1000000000.attn.q.weight", f"blocks.{'9' * 200}.x", "decoder.1000000000.conv.weight"):
-        guess = recognise(shapes | {extra: (4, 4)})
-        assert guess.config is None or guess.config == recognise(shapes).config or kind == "transformer"
+        guess = recognize(shapes | {extra: (4, 4)})
+        assert guess.config is None or guess.config == recognize(shapes).config or kind == "transformer"
     for name in [*shapes][:: max(1, len(shapes) // 12)]:
         for axes in ((0,) * len(shapes[name]), (), (10**9,) * len(shapes[name])):
-            guess = recognise(shapes | {name: axes})
+            guess = recognize(shapes | {name: axes})
             assert guess.kind in (kind, "unknown")
     assert time.monotonic() - began < 20
 

@@ -72,7 +72,7 @@ EMBEDDED = digits_media(PatchCodec.load())
 
 
 def embedded_config(variant, **changes):
-    """A shipped config of the moving digits with a small batch, updates in every iteration, and a plain optimiser."""
+    """A shipped config of the moving digits with a small batch, updates in every iteration, and a plain optimizer."""
     values = digits.VARIANTS[variant]() | {"batch_size": 2, "generator_every": 1}
     values |= {"teacher_weights": "unused"} if values["stage"] in ("init", "distill") else {}
     values |= {name: {"lr": 1e-3, "beta1": 0.9, "weight_decay": 0.0} for name in ("optimizer", "critic_optimizer")}

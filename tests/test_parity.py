@@ -17,7 +17,7 @@ from sf_jax.weights import load
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.recognise import entries_of
+from sf_jax.weights.recognize import entries_of
 from sf_jax.weights.torch_io import write_torch
 from tests.helpers import relative
 from tests.test_weights import assert_same, convert

@@ -135,7 +135,7 @@ def test_changed_configs_go_on_when_told_to(copy, capsys):
     assert lines[4] == {"step": 4, "config_changed": ["seed: 0 -> 1", "steps: 4 -> 5"]} and lines[5]["step"] == 5
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, ffn_dim=64), critic=config.model)
     wider = dataclasses.replace(wider, teacher=config.model)
-    with pytest.raises(ValueError, match="holds step 5 of another model or optimiser .*ffn_in"):
+    with pytest.raises(ValueError, match="holds step 5 of another model or optimizer .*ffn_in"):
         loop.train(wider, workdir, allow_config_change=True)
 
 
@@ -351,7 +351,7 @@ def test_tensorboard_gets_the_numbers_and_the_log_says_what_is_missing(teacher, 
     loop.train(config, tmp_path, lambda videos, labels, path, fps: shown.append((videos.shape, len(labels), path.name)))
     assert shown == [((2, 6, 24, 24, 1), 2, "step_000002"), ((2, 6, 24, 24, 1), 2, "step_000004")]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert all(0 < line["model_flop_utilisation"] < 1 for line in lines)
+    assert all(0 < line["model_flop_utilization"] < 1 for line in lines)
     events = list((tmp_path / "tensorboard").glob("events*"))
     assert len(events) == 1 and b"critic_loss" in events[0].read_bytes()
     with pytest.raises(ValueError, match="log.sample_every is 2: nothing here can write samples"):

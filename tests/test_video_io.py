@@ -24,8 +24,8 @@ RNG = np.random.Generator(np.random.Philox(0))
 def blobs(frames, height, width, channels=1):
     """A smooth bright blob that moves, uint8 [F, h, w, c]."""
     y, x = np.mgrid[:height, :width]
-    centre = np.arange(frames)[:, None, None] + 4
-    light = 255 * np.exp(-((y - height / 2) ** 2 + (x - centre) ** 2) / 20)
+    center = np.arange(frames)[:, None, None] + 4
+    light = 255 * np.exp(-((y - height / 2) ** 2 + (x - center) ** 2) / 20)
     return np.stack([light / (c + 1) for c in range(channels)], axis=-1).astype(np.uint8)
 
 
@@ -52,7 +52,7 @@ def test_mp4_decodes_to_the_same_frames(tmp_path, channels):
     assert whole.index(b"moov") < whole.index(b"mdat")
 
 
-def test_mp4_pads_odd_sides_and_keeps_colours(tmp_path):
+def test_mp4_pads_odd_sides_and_keeps_colors(tmp_path):
     video = np.zeros((5, 33, 47, 3), np.uint8) + np.uint8([200, 40, 90])
     video_io.write_mp4(tmp_path / "odd.mp4", video, fps=8)
     _, decoded = decode(tmp_path / "odd.mp4")

@@ -19,8 +19,8 @@ def test_layer_norm_and_its_gradient_equal_autodiff():
     x = jax.random.normal(jax.random.key(0), (3, 5, 16)) * 3 + 1
 
     def reference(x):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        centerd = x - x.mean(-1, keepdims=True)
+        return centerd / jnp.sqrt((centerd**2).mean(-1, keepdims=True) + 1e-6)
 
     weight = jax.random.normal(jax.random.key(1), x.shape)
     assert relative(layer_norm(x, 1e-6), reference(x)) < 1e-6

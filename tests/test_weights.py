@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from sf_jax.models import tiny_vae, umt5, vae, wan
 from sf_jax.weights import load, mapping, transformer
-from sf_jax.weights import recognise as recognise_module
+from sf_jax.weights import recognize as recognize_module
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.recognise import NAMINGS, entries_of, recognise
+from sf_jax.weights.recognize import NAMINGS, entries_of, recognize
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile, empty_aligned
 from tests.helpers import SMALL
@@ -35,7 +35,7 @@ MANIFESTS = Path(__file__).parent / "manifests"
 TORCH = "reading and writing .pt files needs PyTorch"
 
 
-param_shapes_of = functools.cache(recognise_module.param_shapes_of)
+param_shapes_of = functools.cache(recognize_module.param_shapes_of)
 
 
 def network(kind: str, naming: str, dtype="float32"):
@@ -175,9 +175,9 @@ def test_a_cpu_takes_host_arrays_over():
         ("umt5-xxl-encoder.transformers", "umt5", "transformers", umt5.umt5_xxl(), "text encoder UMT5-XXL"),
     ],
 )
-def test_real_files_are_recognised_and_map_in_both_directions(name, kind, naming, config, title):
+def test_real_files_are_recognized_and_map_in_both_directions(name, kind, naming, config, title):
     shapes = manifest(name)
-    guess = recognise(shapes)
+    guess = recognize(shapes)
     assert (guess.kind, guess.naming, guess.config, guess.title) == (kind, naming, config, title)
     entries, like = entries_of(kind, config, naming), param_shapes_of(kind, config)
     load.check(entries, described(shapes), like, kind)
@@ -191,8 +191,8 @@ def test_wrappers_and_prefixes_are_taken_off_and_names_that_meet_refused():
     entries, like, tensors = network("transformer", "official")
     for wrapper in ("model.", "model.diffusion_model.", "_orig_mod.", "model._fsdp_wrapped_module."):
         wrapped = {wrapper + n.replace("attn.", "attn._checkpoint_wrapped_module."): v for n, v in tensors.items()}
-        assert_same(load.normalised(in_memory(wrapped), tensors), tensors)
-        assert recognise(in_memory(wrapped).shapes).kind == "transformer"
+        assert_same(load.normalized(in_memory(wrapped), tensors), tensors)
+        assert recognize(in_memory(wrapped).shapes).kind == "transformer"
     both = {f"model.{name}": value for name, value in tensors.items()} | {"head.head.bias": tensors["head.head.bias"]}
     with pytest.raises(ValueError, match="69 names begin with 'model.', others do not"):
         load.load_params(entries, in_memory(both), like, "transformer")
@@ -203,7 +203,7 @@ def test_wrappers_and_prefixes_are_taken_off_and_names_that_meet_refused():
 def test_the_encoder_of_a_tiny_vae_is_left_out():
     entries, like, tensors = network("tiny_vae", "official")
     whole = in_memory(tensors | {"encoder.0.weight": np.zeros((4, 3, 3, 3), np.float32)})
-    assert recognise(whole.shapes).config == CONFIGS["tiny_vae"]
+    assert recognize(whole.shapes).config == CONFIGS["tiny_vae"]
     jax.tree.map(
         np.testing.assert_array_equal,
         load.load_params(entries, whole, like, "tiny VAE"),
@@ -327,6 +327,6 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(arguments, message, tmp_
 
 
 def test_guess_of_a_package_and_of_odd_heads():
-    assert recognise({}, {"sf_jax": "{}"}).kind == "package"
+    assert recognize({}, {"sf_jax": "{}"}).kind == "package"
     shapes = mapping.file_shapes(transformer.entries(SMALL), wan.param_shapes(SMALL))
-    assert dataclasses.replace(recognise(shapes).config, num_heads=2, text_len=3, remat="none") == SMALL
+    assert dataclasses.replace(recognize(shapes).config, num_heads=2, text_len=3, remat="none") == SMALL

@@ -1,6 +1,6 @@
 """Input pipelines: seeded, threaded iterators whose state can be saved and restored exactly.
 
-The iterators are grain's: `get_state()` gives a small JSON-serialisable dictionary, `set_state()` takes
+The iterators are grain's: `get_state()` gives a small JSON-serializable dictionary, `set_state()` takes
 it back, and Orbax saves them as they are.
 
 Several processes share a batch: each gets, and reads, its own contiguous rows of it. Which example a row holds, and

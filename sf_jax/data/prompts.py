@@ -49,7 +49,7 @@ def write_prompts(
       text_dim: D.
       text_len: tokens that a prompt has at most.
       dtype: of the stored numbers, "bfloat16" or "float32".
-      made_with: what else the embeddings depend on, JSON-serialisable.
+      made_with: what else the embeddings depend on, JSON-serializable.
       process_index: which process this is; each writes shards of its own.
       process_count: how many there are.
       field: what error messages call the folder.

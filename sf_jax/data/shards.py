@@ -54,7 +54,7 @@ class Plan:
       folder: where.
       name: its name for tfds.
       features: tfds features of a record.
-      recipe: everything that determines the records, JSON-serialisable; records of another recipe are not reused.
+      recipe: everything that determines the records, JSON-serializable; records of another recipe are not reused.
       splits: entries of each split; an entry gives one record, or none where `make` leaves it out.
       per_shard: entries of a shard.
       field: what error messages call the folder.

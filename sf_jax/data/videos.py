@@ -45,7 +45,7 @@ def write_videos(
       shape: [F, H, W, C] of a clip.
       encode: (first, stop) -> (entry, latent float32 `shape`) of those entries of [first, stop) that there are, in
         order; called only where something is missing, and for whole videos.
-      made_with: what else the latents depend on, JSON-serialisable.
+      made_with: what else the latents depend on, JSON-serializable.
       process_index: which process this is; each writes shards of its own.
       process_count: how many there are.
       field: what error messages call the folder.

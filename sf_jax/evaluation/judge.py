@@ -69,7 +69,7 @@ class JudgeNet(nn.Module):
         for i, (side, stride, width) in enumerate(zip(self.kernels, self.strides, self.widths, strict=True)):
             x = jnp.pad(x, [(0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)], mode="wrap")
             x = nn.Conv(width, (side, side), (stride, stride), padding="VALID", name=f"conv{i}")(x)
-            # The first layer goes without: normalising would amplify the noise of empty canvas.
+            # The first layer goes without: normalizing would amplify the noise of empty canvas.
             x = nn.gelu(nn.LayerNorm(name=f"norm{i}")(x) if i else x)
         x = nn.LayerNorm(name="pooled")(x.mean(axis=(1, 2)))
         features = nn.gelu(nn.Dense(FEATURES, name="features")(x))
@@ -254,7 +254,7 @@ def train_judge(
     """Trains a judge on clips of the `judge` split, whose scans no generator sees.
 
     Args:
-      steps: Optimiser steps.
+      steps: Optimizer steps.
       seed: Seed.
       batch_size: Windows a step.
       variants: Warped versions of each scan.

@@ -24,7 +24,7 @@ class Report:
     """The outcome of an evaluation.
 
     Attributes:
-      settings: How it was made, JSON-serialisable.
+      settings: How it was made, JSON-serializable.
       figures: By name of the model; real clips are the last.
       train_frames: Length the models were trained on, in frames; None where unknown.
       borders: Frames at which a new chunk begins, to be marked in the plot.

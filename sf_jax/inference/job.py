@@ -307,7 +307,7 @@ class Job:
         """Refuses the files of NVlabs/rcm without the flags that say how they generate.
 
         Args:
-          naming: the names that the checkpoint's tensors have; see `weights.recognise.NAMINGS`.
+          naming: the names that the checkpoint's tensors have; see `weights.recognize.NAMINGS`.
         """
         fields = ("chunk", "denoising_steps") if self.few_steps else ("chunk", "shift")
         missing = [f"--{field}" for field in fields if getattr(self, field) is None]

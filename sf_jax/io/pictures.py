@@ -16,7 +16,7 @@ from sf_jax.files import replacing
 GIF_MAX_FPS = 50
 _MARGIN = 4
 _RULE = 1
-_PAPER, _GREY, _INK = 255, 160, (0, 0, 0)
+_PAPER, _GRAY, _INK = 255, 160, (0, 0, 0)
 
 
 def upscale(video: np.ndarray, factor: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def contact_sheet(
     left = math.ceil(max(font.getlength(text) for text in labels)) + 2 * _MARGIN if any(labels) else 0
     grid = _Grid(top=line, left=left, row=max(height, line) + _RULE, column=width + _RULE)
     sheet = np.full((grid.top + rows * grid.row, grid.left + columns * grid.column, 3), _PAPER, np.uint8)
-    sheet[grid.top :, grid.left :] = _GREY
+    sheet[grid.top :, grid.left :] = _GRAY
     for i, j in np.ndindex(rows, columns):
         y, x = grid.top + i * grid.row + _RULE, grid.left + j * grid.column + _RULE
         sheet[y : y + height, x : x + width] = tiles[i, j]

@@ -1,4 +1,4 @@
-"""Layers shared by the transformers: normalisation with a cheap backward pass, and the time embedding."""
+"""Layers shared by the transformers: normalization with a cheap backward pass, and the time embedding."""
 
 import functools
 
@@ -12,7 +12,7 @@ from sf_jax.models import partition
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Layer normalisation over the last axis without scale or shift, in float32; dtype of `x` out.
+    """Layer normalization over the last axis without scale or shift, in float32; dtype of `x` out.
 
     The backward pass is written out: autodiff's is several times slower on CPUs.
     """
@@ -21,9 +21,9 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 def _layer_norm_forward(x, eps):
     wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    normed = centred * inverse
+    centerd = wide - wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centerd).mean(-1, keepdims=True) + eps)
+    normed = centerd * inverse
     return normed.astype(x.dtype), (normed, inverse)
 
 
@@ -125,26 +125,26 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with learned scale and shift (official `norm3`)."""
+    """Layer normalization with learned scale and shift (official `norm3`)."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `x` [..., C]; dtype of `x` out."""
+        """Normalizes `x` [..., C]; dtype of `x` out."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over all heads' channels together (official `WanRMSNorm`)."""
+    """Root-mean-square normalization over all heads' channels together (official `WanRMSNorm`)."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `x` [..., C] in float32; dtype of `x` out."""
+        """Normalizes `x` [..., C] in float32; dtype of `x` out."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)

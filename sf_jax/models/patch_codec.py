@@ -135,8 +135,8 @@ def fit(
     mean = patches.mean(axis=0, dtype=np.float64)
     moment = np.zeros((mean.size, mean.size))
     for start in range(0, len(patches), 1 << 16):
-        centred = patches[start : start + (1 << 16)].astype(np.float64) - mean
-        moment += centred.T @ centred
+        centerd = patches[start : start + (1 << 16)].astype(np.float64) - mean
+        moment += centerd.T @ centerd
     variances, vectors = np.linalg.eigh(moment / len(patches))
     variances, components = variances[::-1], vectors[:, ::-1].T[:channels]
     # The sign of an eigenvector is arbitrary: fix it, so that refitting gives the same constants.

@@ -1,7 +1,7 @@
 """The tiny video decoder: a small network of plane convolutions in place of the VAE's decoder, for quick previews.
 
 Source: the decoder of official `TAEHV` (demo_utils/taehv.py) with the weights `taew2_1` made for Wan2.1. It reads the
-same normalised latents as `WanVae` (the official demo gives it the student's output as it is) and is called in the same
+same normalized latents as `WanVae` (the official demo gives it the student's output as it is) and is called in the same
 way. Its layers look back by one frame, so chunks need no overlap: the official demo decodes the last three latent
 frames again with every chunk, and sees nothing of what was before them.
 """
@@ -117,7 +117,7 @@ class TinyVaeDecoder(nn.Module):
         """Decodes a whole video: float [B, F, H, W, C] to float32 [B, 4F - 3, 8H, 8W, 3].
 
         Args:
-          latents: normalised latents.
+          latents: normalized latents.
 
         Returns:
           Pixels, nominally in [-1, 1] but not clipped.
@@ -130,7 +130,7 @@ class TinyVaeDecoder(nn.Module):
 
         Args:
           cache: what the call before returned, at first `empty_decode_cache`.
-          latents: normalised latents, float [B, n, H, W, C].
+          latents: normalized latents, float [B, n, H, W, C].
 
         Returns:
           The new cache, and pixels float32 [B, 4n, 8H, 8W, 3], for a video's first chunk [B, 4n - 3, 8H, 8W, 3].

@@ -42,7 +42,7 @@ class VaeConfig:
       temporal_downsample: after which of the levels (all but the last) the encoder also halves the frames.
       mean: mean of each latent channel; `encode` subtracts it, `decode` adds it.
       std: standard deviation of each latent channel; `encode` divides by it.
-      dtype: compute type; norms, softmax and the latents' normalisation are float32 always.
+      dtype: compute type; norms, softmax and the latents' normalization are float32 always.
     """
 
     dim: int = 8
@@ -98,7 +98,7 @@ class ChannelNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `x` [..., C] in float32; dtype of `x` out."""
+        """Normalizes `x` [..., C] in float32; dtype of `x` out."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.square(wide).sum(-1, keepdims=True))
@@ -204,7 +204,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to the latents' mean and log-variance, before normalisation."""
+    """Pixels to the latents' mean and log-variance, before normalization."""
 
     config: VaeConfig
 
@@ -223,7 +223,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, without normalisation, to pixels."""
+    """Latents, without normalization, to pixels."""
 
     config: VaeConfig
 
@@ -262,7 +262,7 @@ class WanVae(nn.Module):
           pixels: float [B, F, h, w, 3] in [-1, 1]; F = 1 + a multiple of `temporal_factor` (4).
 
         Returns:
-          Normalised latents, float32 [B, (F-1)/4 + 1, h/8, w/8, C].
+          Normalized latents, float32 [B, (F-1)/4 + 1, h/8, w/8, C].
 
         Raises:
           ValueError: if the pixels have another shape.
@@ -277,7 +277,7 @@ class WanVae(nn.Module):
         """Decodes a whole video: float [B, F, H, W, C] to float32 [B, 4F - 3, 8H, 8W, 3].
 
         Args:
-          latents: normalised latents.
+          latents: normalized latents.
 
         Returns:
           Pixels, nominally in [-1, 1] but not clipped.
@@ -290,7 +290,7 @@ class WanVae(nn.Module):
 
         Args:
           cache: what the call before returned, at first `empty_decode_cache`.
-          latents: normalised latents, float [B, n, H, W, C].
+          latents: normalized latents, float [B, n, H, W, C].
 
         Returns:
           The new cache, and pixels float32 [B, 4n, 8H, 8W, 3], for a video's first chunk [B, 4n - 3, 8H, 8W, 3].

@@ -201,7 +201,7 @@ def _dense(config: WanConfig, features: int, axes: Axes) -> Linear:
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer; queries and keys are RMS-normalised over all heads."""
+    """Projections of one attention layer; queries and keys are RMS-normalized over all heads."""
 
     config: WanConfig
     # Random query and key biases give every head a place to look at from the start, before or after, left or right.

@@ -1,4 +1,4 @@
-"""Causal consistency distillation: the few-step student's initialisation without stored trajectories.
+"""Causal consistency distillation: the few-step student's initialization without stored trajectories.
 
 Source: Causal Forcing++ (arXiv 2605.15141); consistency distillation (arXiv 2303.01469).
 """

@@ -40,7 +40,7 @@ def generator_loss(
       Scalar loss `0.5 mean(gradient^2)` (as the official code reports it), NaN if a score is not finite, and
       aux: `gradient` [B, F, H, W, C]; `gradient_norm`, its mean absolute value; `critic_lag`, the critic's loss on
       this video, which grows when the critic does not keep up with the student; and `teacher_distance`, the mean
-      absolute difference of video and teacher's prediction, the gradient's normaliser.
+      absolute difference of video and teacher's prediction, the gradient's normalizer.
     """
     fixed = jax.lax.stop_gradient(video)
     noisy = config.student_schedule.add_noise(fixed, noise, t)

@@ -1,4 +1,4 @@
-"""Regression on a teacher's ODE trajectories: the causal few-step student's initialisation.
+"""Regression on a teacher's ODE trajectories: the causal few-step student's initialization.
 
 Source: CausVid (arXiv 2412.07772) Section 4.3; official `ODERegression` (model/ode_regression.py). Behind clean chunks:
 Causal Forcing (arXiv 2602.02214).

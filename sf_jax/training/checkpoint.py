@@ -433,7 +433,7 @@ class Checkpoints:
             "nothing" if leaf is None else f"{leaf[1]}{leaf[0]}" for leaf in (wanted.get(path), saved.get(path))
         )
         raise ValueError(
-            f"{self._workdir} holds step {step} of another model or optimiser ({path} is {there}, this config wants "
+            f"{self._workdir} holds step {step} of another model or optimizer ({path} is {there}, this config wants "
             f"{here}): use another --workdir or the old config"
         )
 

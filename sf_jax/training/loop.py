@@ -239,7 +239,7 @@ def _run(
 
 
 def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Program], mesh: Mesh, arguments) -> None:
-    """Gives the log what it needs for the utilisation: of a chip's peak, or of what devices of other kinds reach."""
+    """Gives the log what it needs for the utilization: of a chip's peak, or of what devices of other kinds reach."""
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     if log.flops_per_step is not None or (peak is None and config.steps < _WORTH_MEASURING):
         return

@@ -20,7 +20,7 @@ from sf_jax.training.health import SIGNS, warnings
 from sf_jax.training.sinks import Sink
 
 # What of a line depends on the machine; everything else is the same however often a run is interrupted.
-TIMING = ("seconds_per_step", "frames_per_second", "model_flop_utilisation")
+TIMING = ("seconds_per_step", "frames_per_second", "model_flop_utilization")
 # Dense bfloat16 peak of a device in FLOP/s, by the beginning of its kind; the longest that fits counts.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -211,8 +211,8 @@ class Log:
         shown |= {"ms": f"{1000 * timing['seconds_per_step']:.0f}"}
         if "frames_per_second" in timing:
             shown["frames/s"] = f"{timing['frames_per_second']:.4g}"
-        if "model_flop_utilisation" in timing:
-            shown["MFU"] = f"{timing['model_flop_utilisation']:.1%}"
+        if "model_flop_utilization" in timing:
+            shown["MFU"] = f"{timing['model_flop_utilization']:.1%}"
         self._bar.set_postfix(shown)
         self._values, self._skipped = {}, 0
 
@@ -225,7 +225,7 @@ class Log:
         if self._frames:
             found["frames_per_second"] = round(self._frames / seconds, 2)
         if self.flops_per_step and self.flops_per_second_peak:
-            found["model_flop_utilisation"] = round(self.flops_per_step / seconds / self.flops_per_second_peak, 4)
+            found["model_flop_utilization"] = round(self.flops_per_step / seconds / self.flops_per_second_peak, 4)
         return found
 
     def _line(self, values: dict) -> None:

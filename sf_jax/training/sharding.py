@@ -1,4 +1,4 @@
-"""How parameters, optimiser state and batches are spread over devices: logical axes, resolved by one table.
+"""How parameters, optimizer state and batches are spread over devices: logical axes, resolved by one table.
 
 Sharding is XLA's: programs are written for one device and jitted with shardings. A parameter without logical axes, or a
 logical axis without a rule, is an error, never silently replicated.

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and how optimisers update it."""
+"""What a training run carries from step to step, and how optimizers update it."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from sf_jax.config import EmaConfig, OptimizerConfig
 
 @flax.struct.dataclass
 class Network:
-    """A trained network: float32 parameters, optimiser state, and an average of the parameters (or None)."""
+    """A trained network: float32 parameters, optimizer state, and an average of the parameters (or None)."""
 
     params: dict
     opt_state: optax.OptState
@@ -83,7 +83,7 @@ def update(
     step: jax.Array | int,
     scale: Callable | None = None,
 ) -> tuple[Network, jax.Array]:
-    """One optimiser step; also returns the gradient's global norm before clipping.
+    """One optimizer step; also returns the gradient's global norm before clipping.
 
     Args:
       network: what is updated.

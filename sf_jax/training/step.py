@@ -61,14 +61,14 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizers:
-    """Optimisers of the trained network and of the critic."""
+    """Optimizers of the trained network and of the critic."""
 
     model: optax.GradientTransformation
     critic: optax.GradientTransformation
 
 
 def make_optimizers(config: TrainConfig) -> Optimizers:
-    """The optimisers of a run; decays end with the run."""
+    """The optimizers of a run; decays end with the run."""
     updates = config.steps
     if config.stage == "distill":
         warmup = config.gan.warmup if config.objective == "gan" else 0

@@ -23,9 +23,9 @@ from sf_jax.weights import adapter_names, mapping, transformer
 from sf_jax.weights.adapter_config import Scaling, find_scaling
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.load import check, normalised
+from sf_jax.weights.load import check, normalized
 from sf_jax.weights.mapping import Entry
-from sf_jax.weights.recognise import recognise
+from sf_jax.weights.recognize import recognize
 from sf_jax.weights.tensors import TensorFile, is_float
 
 # Files of an adapter's folder, as peft and diffusers name them.
@@ -243,7 +243,7 @@ def _refuse_others(tensors: TensorFile) -> None:
         if title is not None:
             raise ValueError(f"is {title}, which cannot be merged ({name})")
     if not any(adapter_names.is_adapter_name(name) for name in tensors):
-        guess = recognise(tensors.shapes, tensors.metadata)
+        guess = recognize(tensors.shapes, tensors.metadata)
         raise ValueError(f"is no adapter: it seems to be: {guess.description}")
 
 
@@ -341,14 +341,14 @@ def merged(
     """
     if not loras:
         return tensors
-    guess = recognise(tensors.shapes)
+    guess = recognize(tensors.shapes)
     if guess.kind != "transformer":
         raise ValueError(
             f"lora: adapters are merged into a transformer, {tensors.path} seems to be: {guess.description}"
         )
     config = config or guess.config
     entries, official = transformer.entries(config, guess.naming), transformer.entries(config)
-    tensors, like = normalised(tensors, (entry.name for entry in entries)), param_shapes(config)
+    tensors, like = normalized(tensors, (entry.name for entry in entries)), param_shapes(config)
     check(entries, tensors, like, "transformer")
     shapes = mapping.file_shapes(official, like)
     with contextlib.ExitStack() as opening:

@@ -17,7 +17,7 @@ from sf_jax.weights.package import Package
 CARD = "README.md"
 PAPER = "2506.08009"
 # Figures of a log line that say how fast a machine was, or nothing of the weights.
-_NO_FIGURES = ("seconds_per_step", "frames_per_second", "model_flop_utilisation", "warnings", "step")
+_NO_FIGURES = ("seconds_per_step", "frames_per_second", "model_flop_utilization", "warnings", "step")
 _REPORTS = ("results.json", "evaluation/results.json")
 _WHOSE = {
     "official": "the official code's",

@@ -17,7 +17,7 @@ from sf_jax.models.wan import WanConfig
 from sf_jax.weights import load
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.package import Package, parse_header
-from sf_jax.weights.recognise import NAMINGS, entries_of, param_shapes_of, recognise
+from sf_jax.weights.recognize import NAMINGS, entries_of, param_shapes_of, recognize
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
@@ -78,10 +78,10 @@ def read_network(tensors: TensorFile, layout: str | None, config: WanConfig | No
     Raises:
       ValueError: if the file holds something else, or networks of its kind have no such names.
     """
-    guess, header = recognise(tensors.shapes, tensors.metadata), None
+    guess, header = recognize(tensors.shapes, tensors.metadata), None
     if guess.kind == "package":
         header = parse_header(tensors.path, tensors.metadata["sf_jax"])
-        guess = recognise(tensors.shapes)
+        guess = recognize(tensors.shapes)
     if guess.kind == "unknown":
         raise ValueError(f"{tensors.path}: this is a {guess.title}")
     naming = _naming(guess, layout)
@@ -97,7 +97,7 @@ def read_network(tensors: TensorFile, layout: str | None, config: WanConfig | No
     source, target = (entries_of(guess.kind, guess.config, name) for name in (guess.naming, naming))
     if guess.kind == "umt5":
         tensors = tensors.without(SPIECE)
-    tensors = load.normalised(tensors, [entry.name for entry in source])
+    tensors = load.normalized(tensors, [entry.name for entry in source])
     load.check(source, tensors, param_shapes_of(guess.kind, guess.config), guess.title)
     if config is not None:
         load.check(source, tensors, param_shapes_of(guess.kind, config), f"{guess.title} (sizes of config.json)")

@@ -10,7 +10,7 @@ import numpy as np
 from sf_jax.weights import mapping, vae
 from sf_jax.weights.mapping import Entry
 from sf_jax.weights.names import bare_names
-from sf_jax.weights.recognise import recognise
+from sf_jax.weights.recognize import recognize
 from sf_jax.weights.tensors import TensorFile, empty_aligned, is_float8
 
 # Rows and columns of the tiles in which matrices are transposed; 6 times as fast as numpy's way through the whole.
@@ -18,7 +18,7 @@ _TILE = 128
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
-def normalised(tensors: TensorFile, names: Iterable[str]) -> TensorFile:
+def normalized(tensors: TensorFile, names: Iterable[str]) -> TensorFile:
     """The same tensors without the wrappers in their names; a prefix goes only where all names have it.
 
     Where all of `names` are those of a decoder (the tiny VAE), the tensors of the file's encoder are left out.
@@ -41,7 +41,7 @@ def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) 
 
     Args:
       entries: the map.
-      tensors: the file, names normalised.
+      tensors: the file, names normalized.
       like: a tree of our structure and shapes.
       what: what the weights are wanted for, for the message.
 
@@ -71,7 +71,7 @@ def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) 
         some = ", ".join(f"{name} is {shapes[name]}, must be {expected[name]}" for name in wrong[:4])
         faults.append(f"{len(wrong)} of the wrong shape: {some}")
     if faults:
-        guess = recognise(shapes, tensors.metadata)
+        guess = recognize(shapes, tensors.metadata)
         seems = guess.description
         if unexpected and not missing and not wrong and guess.kind != "unknown":
             seems = f"another network, which has all that this {what} has and more"
@@ -102,7 +102,7 @@ def load_params(
     Raises:
       ValueError: naming the tensors that are missing, unexpected or misshaped, or because the file is damaged.
     """
-    tensors = normalised(tensors, (entry.name for entry in entries))
+    tensors = normalized(tensors, (entry.name for entry in entries))
     check(entries, tensors, like, what)
     leaves = mapping.by_leaf(entries, tensors)
 
@@ -194,7 +194,7 @@ def translated(source: Sequence[Entry], target: Sequence[Entry], tensors: Tensor
     Args:
       source: the map of `tensors`.
       target: the map to write.
-      tensors: the file, names normalised and checked.
+      tensors: the file, names normalized and checked.
     """
     there = {(entry.path, entry.layer): entry for entry in reversed(source) if entry.name in tensors}
     pairs = {entry.name: (entry, there[entry.path, entry.layer]) for entry in target}

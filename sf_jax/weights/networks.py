@@ -14,9 +14,9 @@ from sf_jax.weights import adapters, mapping
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import read_config
-from sf_jax.weights.load import check, load_params, normalised
+from sf_jax.weights.load import check, load_params, normalized
 from sf_jax.weights.names import networks_of
-from sf_jax.weights.recognise import HEAD_DIM, NAMINGS, Guess, entries_of, param_shapes_of, recognise
+from sf_jax.weights.recognize import HEAD_DIM, NAMINGS, Guess, entries_of, param_shapes_of, recognize
 from sf_jax.weights.tensors import TensorFile
 
 _SMALL = 1 << 14  # numbers
@@ -32,7 +32,7 @@ def check_network(
     """
     with open_tensors(path, part, scaled=scaled) as tensors:
         tensors, guess, (_, entries, like) = _mapped(tensors, kind, config)
-        check(entries, normalised(tensors, (entry.name for entry in entries)), like, kind)
+        check(entries, normalized(tensors, (entry.name for entry in entries)), like, kind)
     return guess
 
 
@@ -55,7 +55,7 @@ def describe_network(path: Path | str, kind: str, part: str | None = None, scale
       ValueError: if it cannot be opened, or is something that cannot be loaded.
     """
     with open_tensors(path, part, scaled=scaled) as tensors:
-        return _recognised(tensors, kind)[1]
+        return _recognized(tensors, kind)[1]
 
 
 def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> WanConfig:
@@ -93,7 +93,7 @@ def identify(path: Path | str, kind: str) -> tuple[Any, str]:
     digest = hashlib.sha256()
     with open_tensors(path, scaled=False) as tensors:
         tensors, _, (config, entries, like) = _mapped(tensors, kind, None)
-        tensors = normalised(tensors, (entry.name for entry in entries))
+        tensors = normalized(tensors, (entry.name for entry in entries))
         check(entries, tensors, like, kind)
         for _, found in sorted(mapping.by_leaf(entries, tensors).items()):
             for entry in found:
@@ -142,7 +142,7 @@ def load_network(
 
 def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Guess, tuple]:
     """The tensors of one network, what they are, and its sizes, name map and our shapes."""
-    tensors, guess = _recognised(tensors, kind)
+    tensors, guess = _recognized(tensors, kind)
     if config is None:
         if guess.kind != kind:
             raise ValueError(f"{tensors.path}: a {kind} is needed; this seems to be: {guess.description}")
@@ -151,13 +151,13 @@ def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Gu
     return tensors, guess, (config, entries_of(kind, config, naming), param_shapes_of(kind, config))
 
 
-def _recognised(tensors: TensorFile, kind: str) -> tuple[TensorFile, Guess]:
+def _recognized(tensors: TensorFile, kind: str) -> tuple[TensorFile, Guess]:
     """The tensors of one network, of an all-in-one file that of the kind, and what they are."""
     networks = networks_of(tensors)
     kind_there = "vae" if kind == "tiny_vae" else kind
     if kind_there in networks:
         tensors = tensors.renamed(networks[kind_there])
-    guess = recognise(tensors.shapes, tensors.metadata)
+    guess = recognize(tensors.shapes, tensors.metadata)
     if guess.is_other:
         raise ValueError(f"{tensors.path}: a {kind} is needed; this is a {guess.title}")
     return tensors, guess

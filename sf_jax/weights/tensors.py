@@ -122,7 +122,7 @@ def is_float8(dtype) -> bool:
 
 
 def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An uninitialised array that XLA's CPU backend can take over without a copy."""
+    """An uninitialized array that XLA's CPU backend can take over without a copy."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)

@@ -83,7 +83,7 @@ class Guess:
         return self.title if self.naming is None else f"{self.title}, {self.naming} names"
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> Guess:
+def recognize(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> Guess:
     """Tells what a file is.
 
     The number of heads of a transformer does not show in its shapes: it is taken to be dim / 128, which is so for every
