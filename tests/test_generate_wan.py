@@ -131,6 +131,7 @@ def trained(folder):
     return write
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_says_of_itself_sets_the_defaults(folder, trained, tmp_path):
     one = {"prompts": ("a cat in the snow",), "save_latents": True, "frames": None}
     path = trained("few.safetensors", {"first_frame_alone": True})

@@ -11,7 +11,7 @@ from tests.goldens.folder import Folder, Result
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "A"
 FILES = sorted(path.name for path in FOLDER.glob("*.npz"))
-SLOW = ("05", "06", "07", "08", "09", "10_causal")
+SLOW = ("05", "06", "07", "08", "09", "10_causal", "11")
 
 
 @pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow if f.startswith(SLOW) else ()) for f in FILES])

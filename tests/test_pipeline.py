@@ -50,6 +50,7 @@ def test_wan_videos_are_those_of_the_first_release(wan):
     close_to_recorded(wan("a dog runs", **WAN, first_index=1)[0, ::4], "wan")
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_whole_video(wan, digits):
     for pipe, options in ((wan, WAN), (digits, {"frames": 12})):
         prompts = ["a dog runs", "a cat"] if pipe is wan else PROMPTS

@@ -372,7 +372,7 @@ LONGEST = (pytest.mark.slow, pytest.mark.exhaustive)
 @pytest.mark.parametrize(
     ("name", "cache_gradient"),
     [
-        ("relative sink", "stop"),
+        pytest.param("relative sink", "stop", marks=LONG),
         pytest.param("relative sink", "write", marks=LONG),
         pytest.param("first frame alone", "straight_through", marks=LONG),
         *(pytest.param(name, gradient, marks=LONGEST) for name in TAILS for gradient in CACHE_GRADIENTS),

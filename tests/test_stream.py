@@ -73,7 +73,8 @@ def test_streams_are_the_videos_of_a_pipeline(changes):
         assert stream.frames(one) == frames
 
 
-@pytest.mark.parametrize("vae", [pytest.param("wan", marks=pytest.mark.slow), "tiny"])
+@pytest.mark.slow
+@pytest.mark.parametrize("vae", ["wan", "tiny"])
 def test_pixels_are_those_of_a_pipeline(folder, vae):
     rollout = RolloutConfig(window=6, positions="relative", context_noise="none")
     pipe = load_pipeline(folder, folder / "student.safetensors", vae=vae, rollout=rollout)
@@ -220,6 +221,7 @@ def test_prompts_change_in_every_mode(positions, sink):
         assert (np.asarray(after.held) >= 0).sum() == held_after == sum(stream._kept_sizes(stream._playing[one]))
 
 
+@pytest.mark.slow
 def test_what_is_kept_can_be_computed_again_with_noise():
     pipe = bare(context_noise="none")
     stream = sf_jax.Stream(pipe)

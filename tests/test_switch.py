@@ -30,7 +30,8 @@ def switched(config, text, examples):
 WINDOW = {"window": 9, "sink": 3, "positions": "relative"}
 
 
-@pytest.mark.parametrize("rollout", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["all", "window"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rollout", [{}, WINDOW], ids=["all", "window"])
 def test_prompts_change_before_the_frames_that_learn(rollout):
     config = make_config(**LONG, rollout=rollout)
     text, examples, params = make_batch(config)["text"], jnp.arange(4), random_params()

@@ -52,6 +52,7 @@ def test_traced_positions_equal_static_ones():
     np.testing.assert_array_equal(traced, rope.rotation(positions, (2, 3), 16))
 
 
+@pytest.mark.slow
 def test_recomputing_does_not_change_gradients():
     noise, text, _ = inputs(4)
     params, layout = random_params(), wan.Layout(frames=np.arange(4), pattern=attention.block_causal((2, 2)))
