@@ -20,7 +20,7 @@ from sf_jax.weights import hub
 
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
 LONGEST = 1000  # characters of an error message
-TERMINATED, INTERRUPTED = 143, 130  # exit codes of processes that SIGTERM and Ctrl-C end
+TERMINATED, INTERRUPTED, _BROKEN_PIPE = 143, 130, 141  # exit codes: SIGTERM, Ctrl-C, SIGPIPE
 _SECONDS_TO_UNWIND = 5
 
 flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
@@ -237,6 +237,9 @@ def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        sys.exit(_BROKEN_PIPE)
     except (ValueError, FloatingPointError, OSError) as error:
         fail(str(error) or type(error).__name__)
     except ImportError as error:

@@ -71,7 +71,11 @@ _LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
-GROUPS = {"Files": ("input", "from", "output"), "What is written": ("to", "part", "dtype")}
+GROUPS = {
+    "Files": ("input", "from", "output", "checkpoint"),
+    "What is written": ("to", "part", "dtype", "lora", "max_shard_size"),
+    "Model cards": ("license", "base_model"),
+}
 
 
 def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:

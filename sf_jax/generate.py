@@ -98,10 +98,13 @@ _JOB = {
 GROUPS = {
     "What to show": ("prompt", "prompts", "names", "schedule", "seed", "num_samples", "frames"),
     "Moving digits and Wan": (
-        *("checkpoint", "solver", "steps", "shift", "guidance", "negative_prompt", "denoising_steps"),
+        *("checkpoint", "lora", "solver", "steps", "shift", "guidance", "negative_prompt", "denoising_steps"),
         *("first_chunk_steps", "chunk", "window", "sink", "positions", "context"),
     ),
-    "Wan": ("model", "part", "height", "width", "image", "video", "vae", "dtype"),
+    "Wan": (
+        *("model", "part", "height", "width", "image", "video", "dtype"),
+        *("transformer", "vae", "text_encoder", "tokenizer"),
+    ),
     "Files": ("out", "if_exists", "vbench_names", "save_latents", "fps", "scale"),
 }
 _LISTS = ("denoising_steps", "first_chunk_steps")
