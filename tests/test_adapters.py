@@ -75,6 +75,9 @@ def test_the_command_line_names_files_and_scales(tmp_path, monkeypatch):
         ("v1:2", 1.0),
         ("v1:2", 3.0),
     ]
+    there = tmp_path / "there.safetensors"
+    there.touch()
+    assert parse_loras([f"{there}:0.8,{there},y:2"]) == (Lora(there, 0.8), Lora(there), Lora("y", 2.0))
     assert as_loras([("x", 0.5), "y:2", tmp_path / "z"]) == (Lora("x", 0.5), Lora("y", 2.0), Lora(tmp_path / "z"))
     for text, message in (
         ("x.safetensors:strong", "behind its last colon must be a number"),

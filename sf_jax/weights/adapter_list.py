@@ -35,8 +35,9 @@ def parse_loras(values: Iterable[str]) -> tuple[Lora, ...]:
     """
     loras = []
     for value in values:
+        path, _, scale = value.rpartition(":")
         # a name may have commas itself
-        parts = [value] if _is_path(value) or _is_path(value.rpartition(":")[0]) else value.split(",")
+        parts = [value] if _is_path(value) or (_is_path(path) and "," not in scale) else value.split(",")
         loras += [_parse(part.strip()) for part in parts]
     return tuple(loras)
 
