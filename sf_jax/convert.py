@@ -38,12 +38,12 @@ from sf_jax.inference.sentencepiece import read_tensor
 from sf_jax.weights import adapter_export, cards, export, export_folder, load, model_configs, transformer
 from sf_jax.weights.adapter_list import Lora, parse_loras
 from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
-from sf_jax.weights.export_folder import Source, Target
+from sf_jax.weights.export_folder import FLOAT8, Source, Target
 from sf_jax.weights.files import PART_NAMES, TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.names import NETWORK_PARTS
 from sf_jax.weights.package import Package, load_package, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
-from sf_jax.weights.tensors import TensorFile
+from sf_jax.weights.tensors import TensorFile, is_float8
 from sf_jax.weights.torch_io import write_torch
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -286,8 +286,10 @@ def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
     with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
         ours, adapters = "sf_jax" in tensors.metadata, describe(loras)
         added = "".join(f" + {text}" for text in adapters)
+        if loras and _DTYPE.value is None and any(is_float8(dtype) for dtype in tensors.dtypes.values()):
+            _tell([FLOAT8])
         if not ours or _TO.value is not None or to_torch:
-            with merged(tensors, loras) as changed:
+            with merged(tensors, loras, wide=_DTYPE.value is not None) as changed:
                 done, network = _convert(changed, output)
             if ours or _LICENSE.value or _BASE_MODEL.value:
                 run = cards.run_of(tensors.path, network.header)

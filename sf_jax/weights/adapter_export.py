@@ -14,7 +14,7 @@ from sf_jax.weights.adapter_config import METADATA
 from sf_jax.weights.adapter_names import layer_names
 from sf_jax.weights.adapters import Adapter
 from sf_jax.weights.safetensors_io import write_safetensors
-from sf_jax.weights.tensors import TensorFile
+from sf_jax.weights.tensors import TensorFile, cast
 
 NAMINGS = ("diffusers", "kohya")
 ORIGIN = "sf_jax_lora"  # entry of the header: what the adapters belong to
@@ -162,7 +162,9 @@ def _write(path: Path, pairs: Mapping[str, Pair], naming: str, dtype, metadata: 
         else:
             layer, down, up = f"transformer.{theirs}", "lora_A", "lora_B"
         for side, value in ((down, pair.down), (up, pair.up)):
-            tensors[f"{layer}.{side}.weight"] = np.ascontiguousarray(value, dtype or value.dtype)
+            tensors[f"{layer}.{side}.weight"] = np.ascontiguousarray(
+                cast(value, dtype or value.dtype, f"{name}, {side}")
+            )
     header = _kohya_header(pairs) if naming == "kohya" else {METADATA: json.dumps(_peft_config(pairs))}
     shapes = {name: value.shape for name, value in tensors.items()}
     dtypes = {name: value.dtype for name, value in tensors.items()}

@@ -26,7 +26,7 @@ from sf_jax.weights.files import open_tensors
 from sf_jax.weights.load import check, normalized
 from sf_jax.weights.mapping import Entry
 from sf_jax.weights.recognize import recognize
-from sf_jax.weights.tensors import TensorFile, is_float
+from sf_jax.weights.tensors import TensorFile, cast, is_float
 
 # Files of an adapter's folder, as peft and diffusers name them.
 _FILES = (
@@ -105,6 +105,11 @@ class Adapter:
         wrong = []
         for name, changes in self.changes.items():
             for change in changes:
+                if abs(change.scale * self.lora.scale) > float(np.finfo(np.float32).max):
+                    raise ValueError(
+                        f"lora {self.lora.path} has the scale {self.lora.scale:g}: it makes what is added to {name} "
+                        "larger than every float32, give a scale near 1"
+                    )
                 there = [self.tensors.shapes[part] for part in change.names]
                 if not _fits(there, shapes[name]):
                     wrong.append(f"{' and '.join(change.names)} {' and '.join(map(str, there))} for {shapes[name]}")
@@ -134,9 +139,15 @@ class Adapter:
             if change.rank is not None:
                 down, up = parts
                 value = up.reshape(-1, change.rank) @ down.reshape(change.rank, -1)
-            total += np.float32(change.scale * self.lora.scale) * value.reshape(shape)
+            if not np.isfinite(value).all():
+                raise ValueError(f"lora {self.lora.path}: what it adds to {name} is not finite, the file is damaged")
+            with np.errstate(over="ignore"):
+                total += np.float32(change.scale * self.lora.scale) * value.reshape(shape)
         if not np.isfinite(total).all():
-            raise ValueError(f"lora {self.lora.path}: what it adds to {name} is not finite, the file is damaged")
+            raise ValueError(
+                f"lora {self.lora.path} has the scale {self.lora.scale:g}: what it adds to {name} is above every "
+                "float32, give a scale near 1"
+            )
         return total
 
 
@@ -372,7 +383,7 @@ def merged(
         for adapter in adapters:
             if target.name in adapter.changes:
                 total += _turned(adapter.addition(target.name, shapes[target.name]), entry, target, total.shape)
-        return total.astype(dtypes[name], copy=False)
+        return cast(total, dtypes[name], f"lora: {name} with what is added to it")
 
     return TensorFile(tensors.path, tensors.shapes, dtypes, read, tensors.metadata, tensors.part, stack.close)
 

@@ -111,7 +111,8 @@ def _naming(guess, layout: str | None) -> str:
         return guess.naming
     naming = _COMFY_NAMINGS.get(guess.kind, layout) if layout == "comfy" else layout
     if naming not in NAMINGS[guess.kind]:
-        allowed = [*NAMINGS[guess.kind], *(["comfy"] if guess.kind in _COMFY_NAMINGS else [])]
+        allowed = [name for name in NAMINGS[guess.kind] if name in LAYOUTS]
+        allowed += ["comfy"] if guess.kind in _COMFY_NAMINGS else []
         raise ValueError(f"to is {layout!r}: for a {guess.title} it must be one of {', '.join(allowed)}")
     return naming
 

@@ -19,6 +19,7 @@ from sf_jax.weights.export import Network
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.folders import ModelFiles, find_model, read_config, read_solver
 from sf_jax.weights.safetensors_io import write_safetensors
+from sf_jax.weights.tensors import is_float8
 from sf_jax.weights.torch_io import write_torch
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -27,6 +28,7 @@ _FOLDERS = {"transformer": "transformer", "vae": "vae", "umt5": "text_encoder"}
 _OFFICIAL = {"vae": "Wan2.1_VAE", "umt5": "models_t5_umt5-xxl-enc-bf16", "tiny_vae": "taew2_1"}
 _COMFY_FOLDERS = {"transformer": "diffusion_models", "vae": "vae", "umt5": "text_encoders"}
 _SPIECE_FILE = "spiece.model"
+FLOAT8 = "the base is float8, and so are its sums with the adapters, of 3 bits: --dtype=bfloat16 keeps more of them"
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -153,7 +155,7 @@ def _open(source: Source, target: Target, files: ModelFiles | None, stack: conte
     def read(path, layout, config=None, part=None, loras=()):
         tensors = stack.enter_context(open_tensors(path, part))
         if loras:
-            tensors = stack.enter_context(merged(tensors, loras))
+            tensors = stack.enter_context(merged(tensors, loras, wide=target.dtype is not None))
         return export.read_network(tensors, layout, config)
 
     if files is None:
@@ -238,6 +240,8 @@ def _check(networks: list[Network], source: Source, target: Target, files: Model
         raise ValueError(
             f"{transformer.tensors.path}: nothing says how many heads it has; put the model's config.json beside it"
         )
+    if source.loras and target.dtype is None and any(map(is_float8, transformer.tensors.dtypes.values())):
+        notes.append(FLOAT8)
     if target.layout == "comfy":
         notes += [note for network in networks for note in export.comfy_notes(network)]
     if target.layout == "official" and files is not None:

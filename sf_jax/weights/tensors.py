@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 # XLA's CPU backend takes over an array without a copy if it is aligned so.
@@ -81,14 +82,14 @@ class TensorFile(Mapping):
         return self.renamed({name: name for name in self if not name.startswith(prefix)})
 
     def astype(self, dtype) -> "TensorFile":
-        """The same tensors with all floating numbers of one type."""
+        """The same tensors with all floating numbers of one type; those that it cannot hold are refused when read."""
         dtype = np.dtype(dtype)
         dtypes = {name: dtype if is_float(old) else old for name, old in self.dtypes.items()}
         return TensorFile(
             self.path,
             self.shapes,
             dtypes,
-            lambda name: self._read(name).astype(dtypes[name], copy=False),
+            lambda name: cast(self._read(name), dtypes[name], f"{self.path}: {name}"),
             self.metadata,
             self.part,
             self._close,
@@ -114,6 +115,34 @@ def is_float(dtype) -> bool:
     """Whether a numpy type is a floating type, those of `ml_dtypes` included."""
     dtype = np.dtype(dtype)
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
+def cast(value: np.ndarray, dtype, title: str) -> np.ndarray:
+    """An array in another floating type.
+
+    Args:
+      value: the array.
+      dtype: the type.
+      title: names the array in errors.
+
+    Raises:
+      ValueError: if a finite number is above what the type holds.
+    """
+    dtype = np.dtype(dtype)
+    if value.dtype == dtype or not is_float(dtype):
+        return value.astype(dtype, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = value.astype(dtype)
+    lost = ~np.isfinite(result)
+    if lost.any():
+        largest = np.abs(value[lost].astype(np.float64))
+        largest = largest[np.isfinite(largest)]
+        if largest.size:
+            limit = float(ml_dtypes.finfo(dtype).max)
+            raise ValueError(
+                f"{title} holds {largest.max():g}, {dtype} ends at {limit:g}: give another dtype, such as float32"
+            )
+    return result
 
 
 def is_float8(dtype) -> bool:

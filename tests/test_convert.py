@@ -1,0 +1,74 @@
+"""What sf_jax.convert refuses and tells of: numbers that a type cannot hold, and what a file has no place for."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sf_jax.weights import transformer
+from sf_jax.weights.files import open_tensors
+from sf_jax.weights.safetensors_io import write_safetensors
+from sf_jax.weights.tensors import TensorFile
+from tests.helpers import SMALL, random_params
+from tests.test_adapters import pair, run_convert, written
+
+FLOAT8 = ml_dtypes.float8_e4m3fn
+
+
+@pytest.fixture
+def tensors():
+    """A small transformer under the official names."""
+    return {name: np.array(value) for name, value in transformer.to_official(random_params(), SMALL).items()}
+
+
+def saved(path, tensors):
+    shapes, dtypes = ({name: getattr(value, field) for name, value in tensors.items()} for field in ("shape", "dtype"))
+    write_safetensors(path, TensorFile(path, shapes, dtypes, tensors.__getitem__))
+    return path
+
+
+def loaded(path, name):
+    with open_tensors(path) as stored:
+        return np.array(stored[name])
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused_by_name(tensors, tmp_path, capsys):
+    tensors["blocks.0.self_attn.q.weight"][1, 2] = -70_000
+    base, output = saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors"
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.weight holds 70000, float16 ends at 65504: give ano"):
+        run_convert(capsys, input=base, output=output, dtype="float16")
+    assert not output.exists()
+    run_convert(capsys, input=base, output=output, dtype="bfloat16")
+    assert loaded(output, "blocks.0.self_attn.q.weight")[1, 2] == ml_dtypes.bfloat16(-70_000)
+    tensors["blocks.0.self_attn.q.weight"][1, 2] = np.inf  # what is no number in the input stays so
+    run_convert(capsys, input=saved(base, tensors), output=output, dtype="float16")
+    assert np.isinf(loaded(output, "blocks.0.self_attn.q.weight")[1, 2])
+
+
+def test_sums_with_a_float8_base_are_told_of_and_rounded_once(tensors, tmp_path, capsys):
+    name = "blocks.0.self_attn.q.weight"
+    narrow = {key: value.astype(FLOAT8) if value.ndim == 2 else value for key, value in tensors.items()}
+    base, lora, output = (
+        saved(tmp_path / "a.safetensors", narrow),
+        written(tmp_path, pair()),
+        tmp_path / "b.safetensors",
+    )
+    assert "note: the base is float8" in run_convert(capsys, input=base, lora=lora.path, output=output)
+    down, up = pair().values()
+    expected = narrow[name].astype(np.float32) + up @ down
+    np.testing.assert_array_equal(loaded(output, name), expected.astype(FLOAT8))
+    assert "note:" not in run_convert(capsys, input=base, lora=lora.path, output=output, dtype="bfloat16")
+    np.testing.assert_array_equal(loaded(output, name), expected.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("scale", ["1e300", "-3e38"])
+def test_a_scale_beyond_all_numbers_is_not_the_files_fault(scale, tensors, tmp_path, capsys):
+    lora = written(tmp_path, {name: 100 * value for name, value in pair().items()})
+    base = saved(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match="has the scale .*give a scale near 1"):
+        run_convert(capsys, input=base, lora=f"{lora.path}:{scale}", output=tmp_path / "b.safetensors")
+
+
+def test_names_for_adapters_are_not_those_of_networks(tensors, tmp_path, capsys):
+    base = saved(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match="to is 'kohya': for a .* it must be one of official, diffusers, comfy$"):
+        run_convert(capsys, input=base, to="kohya", output=tmp_path / "b.safetensors")
