@@ -95,6 +95,7 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
                 spiece = export_folder.read_spiece(export_folder.spiece_folders(tensors.path))
             network = export.with_tokenizer(export.without_tied(network), spiece)
         _tell(export.comfy_notes(network))
+    _tell(export.lost_notes(network, to_torch))
     config = None if to_torch else _config_beside(network, output)
     with export.progress([network]) as (counted,):
         if to_torch:
@@ -160,14 +161,15 @@ def _export(output: Path | None) -> tuple[str, Path]:
     output = output or Path(_FROM.value) / f"{package.kind}_{step:06d}.safetensors"
     dtype = _DTYPE.value or "float32"
     tensors = load.file_tensors(transformer.entries(package.config), package.params).astype(_DTYPES[dtype])
+    title = f"{package.kind} of {package.config.num_layers} layers, dim {package.config.dim}"
+    network = export.Network("transformer", title, package.config, "official", "official", tensors, package)
     if output.suffix in TORCH_SUFFIXES:
         write_torch(
             output, tensors.renamed({f"model.{name}": name for name in tensors}), _PART.value or "generator_ema"
         )
+        _tell(export.lost_notes(network, to_torch=True))
     else:
         save_package(output, package, dtype)
-    title = f"{package.kind} of {package.config.num_layers} layers, dim {package.config.dim}"
-    network = export.Network("transformer", title, package.config, "official", "official", tensors, package)
     run = cards.read_run(Path(_FROM.value), step)
     _card(output.stem, [network], output.parent, output.stem, run)
     return f"{package.kind} of step {step}", output
@@ -227,6 +229,8 @@ def _check_flags(output: Path | None, folder: bool) -> None:
 
 def _convert_adapter(output: Path | None) -> str:
     """Writes an adapter file, of a training run or of the input; returns what it did."""
+    if _PART.value not in (None, "lora"):
+        raise ValueError(f"part is {_PART.value!r}: {_INPUT.value} is an adapter, leave part out")
     if output is None or output.suffix != ".safetensors":
         raise ValueError(f"output is {output}: adapters are written to a .safetensors file, give its name")
     naming = _TO.value or "diffusers"
@@ -238,10 +242,20 @@ def _convert_adapter(output: Path | None) -> str:
 
         trained = load_adapters(_FROM.value)
         adapter_export.write_trained(output, trained, naming, dtype)
+        run = cards.read_run(Path(_FROM.value), trained.step)
+        _adapter_card(output, f"LoRA adapters, {trained.describe()}", naming, run)
         return f"adapters of step {trained.step}, {trained.describe()} -> {naming}"
     with opened([Lora(_INPUT.value)]) as (adapter,):
         adapter_export.write_adapter(output, adapter, naming, dtype)
+        if _LICENSE.value or _BASE_MODEL.value:
+            _adapter_card(output, f"LoRA {adapter.describe()}", naming, None)
         return f"{adapter.describe()} -> {naming}"
+
+
+def _adapter_card(output: Path, content: str, naming: str, run: cards.Run | None) -> None:
+    """Writes the model card of an adapter file."""
+    card = cards.Card(output.stem, naming, [content], None, run, _LICENSE.value, _BASE_MODEL.value, is_adapter=True)
+    _tell([note for note in [cards.write_card(card, output.parent, output.stem)[1]] if note])
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sf_jax.weights import transformer
+from sf_jax.weights import adapter_export, transformer
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
 from tests.helpers import SMALL, random_params
 from tests.test_adapters import pair, run_convert, written
+from tests.test_cards import run_folder
+from tests.test_export import student
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 
@@ -72,3 +74,45 @@ def test_names_for_adapters_are_not_those_of_networks(tensors, tmp_path, capsys)
     base = saved(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match="to is 'kohya': for a .* it must be one of official, diffusers, comfy$"):
         run_convert(capsys, input=base, to="kohya", output=tmp_path / "b.safetensors")
+
+
+def test_a_pt_tells_what_it_has_no_place_for(tmp_path, capsys):
+    pytest.importorskip("torch", reason="a .pt needs torch")
+    base = student(tmp_path / "s.safetensors")
+    printed = run_convert(capsys, input=base, output=tmp_path / "s.pt")
+    expected = "(steps 1000,500, shift 3, chunk 2, window 6, sink 2, positions relative) is left out"
+    assert f"note: a .pt has no header: how this student generates {expected}" in printed
+    assert "no header" not in run_convert(capsys, input=base, to="diffusers", output=tmp_path / "d.safetensors")
+
+
+def test_rcm_under_other_names_is_told_of(tensors, tmp_path, capsys):
+    tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].reshape(32, -1)
+    base, output = (
+        saved(tmp_path / "a.safetensors", {f"net.{k}": v for k, v in tensors.items()}),
+        tmp_path / "b.safetensors",
+    )
+    assert "rcm -> official" in (printed := run_convert(capsys, input=base, to="official", output=output))
+    assert "note: under these names nothing says that the file is of NVlabs/rcm" in printed
+    assert "note:" not in run_convert(capsys, input=base, output=tmp_path / "c.safetensors")
+
+
+def test_options_of_networks_are_no_options_of_adapters(tmp_path, capsys):
+    lora, output = written(tmp_path, pair()).path, tmp_path / "out" / "b.safetensors"
+    with pytest.raises(ValueError, match="part is 'generator': .* is an adapter, leave part out"):
+        run_convert(capsys, input=lora, output=output, part="generator")
+    run_convert(capsys, input=lora, output=output)
+    assert not (tmp_path / "out" / "README.md").exists()
+    run_convert(capsys, input=lora, output=output, to="kohya", license="mit", base_model="Wan-AI/Wan2.1-T2V-1.3B")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(part in card for part in ('license: "mit"', 'base_model: "Wan-AI/', '- "lora"', "kohya's tensor names"))
+    assert "LoRA adapter adapter.safetensors (scale 1, rank 2" in card
+
+
+def test_adapters_of_a_run_have_its_card(tmp_path, capsys, monkeypatch):
+    pairs = {"blocks": {"attn": {"q": {part: np.zeros((2, 2, 32), np.float32) for part in ("down", "up")}}}}
+    made = adapter_export.TrainedAdapters(SMALL, 2, 4.0, adapter_export.Base("wan.safetensors", "d1"), 20, pairs)
+    monkeypatch.setattr("sf_jax.training.export.load_adapters", lambda folder: made)
+    monkeypatch.setattr(adapter_export, "write_trained", lambda path, *_: path.write_bytes(b""))
+    run_convert(capsys, **{"from": run_folder(tmp_path / "run")}, part="lora", output=tmp_path / "a.safetensors")
+    card = (tmp_path / "README.md").read_text()
+    assert "LoRA adapters, rank 2, alpha 4, of" in card and "| iterations | 20 of 40 |" in card

@@ -24,6 +24,7 @@ _WHOSE = {
     "diffusers": "diffusers'",
     "transformers": "transformers'",
     "comfy": "ComfyUI's",
+    "kohya": "kohya's",
 }
 _PROGRAMS = {"diffusers": "diffusers' WanPipeline", "comfy": "ComfyUI"}
 _KINDS = {
@@ -150,12 +151,13 @@ class Card:
 
     Attributes:
       title: its heading.
-      layout: whose names the weights have, see `export.LAYOUTS`.
+      layout: whose names the weights have, one of `export.LAYOUTS` or `adapter_export.NAMINGS`.
       contents: what the files hold, a phrase for each network.
       header: what the transformer says of itself; None of weights that sf_jax.train did not write.
       run: the run that they are from; None where its folder is not known.
       license: the hub's identifier of the weights' license; None where the user gave none.
       base_model: the hub's name of the model they derive from; None where the user gave none.
+      is_adapter: whether they are changes to a network (LoRA), not its weights.
     """
 
     title: str
@@ -165,6 +167,7 @@ class Card:
     run: Run | None = None
     license: str | None = None
     base_model: str | None = None
+    is_adapter: bool = False
 
     @property
     def text(self) -> str:
@@ -182,7 +185,11 @@ class Card:
             "base_model": self.base_model,
             "pipeline_tag": "text-to-video",
             "library_name": "diffusers" if self.layout in ("diffusers", "transformers") else "sf_jax",
-            "tags": [*tags, *(["comfyui"] if self.layout == "comfy" else [])],
+            "tags": [
+                *tags,
+                *(["comfyui"] if self.layout == "comfy" else []),
+                *(["lora"] if self.is_adapter else []),
+            ],
         }
         return {name: value for name, value in values.items() if value is not None}
 

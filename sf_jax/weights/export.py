@@ -174,6 +174,30 @@ def comfy_notes(network: Network) -> list[str]:
     )
 
 
+def lost_notes(network: Network, to_torch: bool = False) -> list[str]:
+    """What a file no longer says of how its transformer generates.
+
+    Args:
+      network: the network, as it is written.
+      to_torch: whether its file is a `.pt`, which has no place for the header of sf_jax.train.
+    """
+    if network.source == "rcm" and network.naming != "rcm":
+        return [
+            "under these names nothing says that the file is of NVlabs/rcm: generate with its own --chunk "
+            "and --steps, others are not refused"
+        ]
+    header = network.header if to_torch else None
+    if header is None:
+        return []
+    rollout, told = header.rollout, {"shift": f"{header.shift:g}"}
+    if header.kind == "student":
+        told = {"steps": ",".join(f"{step:g}" for step in rollout.steps)} | told
+    if header.kind != "teacher":
+        told |= {"chunk": rollout.chunk, "window": rollout.window, "sink": rollout.sink, "positions": rollout.positions}
+    values = ", ".join(f"{name} {value}" for name, value in told.items())
+    return [f"a .pt has no header: how this {header.kind} generates ({values}) is left out, .safetensors keeps it"]
+
+
 def parse_size(text: str, field: str = "max_shard_size") -> int:
     """Bytes of a size such as "5GB" or "200MiB".
 

@@ -242,6 +242,7 @@ def _check(networks: list[Network], source: Source, target: Target, files: Model
         )
     if source.loras and target.dtype is None and any(map(is_float8, transformer.tensors.dtypes.values())):
         notes.append(FLOAT8)
+    notes += [] if transformer is None else export.lost_notes(transformer)
     if target.layout == "comfy":
         notes += [note for network in networks for note in export.comfy_notes(network)]
     if target.layout == "official" and files is not None:
