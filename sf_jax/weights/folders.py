@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sf_jax import strict_json
 from sf_jax.messages import quoted
-from sf_jax.models import wan
+from sf_jax.models import vae, wan
 from sf_jax.weights import hub
 from sf_jax.weights.places import PARTS, TOKENIZERS, find_part, model_files, places
 
@@ -44,6 +47,20 @@ _OTHER_MODELS = {
     "image_encoder": "an image-to-video model",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "an image-to-video model",
 }
+# Keys of a VAE's config with the only values that it is built for.
+_VAE = {
+    "_class_name": ("AutoencoderKLWan",),
+    "scaling_factor": (1, None),
+    "shift_factor": (0, None),
+    "scale_factor_spatial": (8, None),
+    "scale_factor_temporal": (4, None),
+    "in_channels": (3, None),
+    "out_channels": (3, None),
+    "patch_size": (None, 1),
+    "is_residual": (False, None),
+}
+# Classes of other transformers, which have Wan2.1's tensors and more.
+_OTHER_CLASSES = re.compile(r"vace|animate|s2v|i2v|camera|control|skyreels|chronoedit|humo|inpaint", re.IGNORECASE)
 _ONLY = "Wan2.1's text-to-video models and what was distilled from them are supported"
 _PIPELINE = "WanPipeline"  # of diffusers, for text to video
 _SCHEDULERS = {  # of diffusers -> our solver, and the key of its shift
@@ -51,6 +68,31 @@ _SCHEDULERS = {  # of diffusers -> our solver, and the key of its shift
     "DPMSolverMultistepScheduler": ("dpm++", "flow_shift"),
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
 }
+# Fields of a scheduler that change what it computes -> the values that our solvers have.
+_FOLLOWED = {
+    "prediction_type": ("flow_prediction",),
+    "use_flow_sigmas": (True,),
+    "num_train_timesteps": (1000,),
+    "solver_order": (2,),
+    "shift_terminal": (None,),
+    "algorithm_type": ("dpmsolver++",),
+    "final_sigmas_type": ("zero",),
+    "lower_order_final": (True,),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    "thresholding": (False,),
+    "euler_at_final": (False,),
+    "variance_type": (None,),
+    "use_dynamic_shifting": (False,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "invert_sigmas": (False,),
+    "stochastic_sampling": (False,),
+}
+_SOLVER_TYPES = {"unipc": ("bh2",), "dpm++": ("midpoint",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +239,23 @@ def _refuse_other_models(folder: Path) -> None:
     experts = index.get("transformer_2") not in (None, [None, None])
     if experts or index.get("boundary_ratio") is not None:
         raise ValueError(f"model folder {folder} is Wan2.2-A14B, with two experts (model_index.json): {_ONLY}")
-    channels = _table(folder / "vae" / "config.json").get("z_dim", 16)
-    if channels != 16:
-        raise ValueError(f"model folder {folder} has a VAE of {channels} channels, Wan2.2's (vae/config.json): {_ONLY}")
+    _refuse_other_vaes(folder / "vae" / "config.json")
+
+
+def _refuse_other_vaes(path: Path) -> None:
+    """Refuses VAEs whose config says that their latents are others than Wan2.1's."""
+    stored = _table(path)
+    if (channels := stored.get("z_dim", 16)) != 16:
+        raise ValueError(f"{path}: it is a VAE of {quoted(channels)} channels (z_dim), Wan2.2's has 48: {_ONLY}")
+    for key, allowed in _VAE.items():
+        if key not in stored or stored[key] in allowed:
+            continue
+        raise ValueError(f"{path}: {key} is {quoted(stored[key])}, allowed: {allowed[0]!r}: {_ONLY}")
+    for key, ours in (("latents_mean", vae.WAN_MEAN), ("latents_std", vae.WAN_STD)):
+        values = stored.get(key, ours)
+        numbers = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+        if not numbers or len(values) != len(ours) or not np.allclose(values, ours, rtol=1e-3, atol=1e-6):
+            raise ValueError(f"{path}: {key} is {quoted(values)}, others than Wan2.1's: {_ONLY}")
 
 
 def read_solver(folder: Path | str) -> tuple[str, float] | None:
@@ -222,9 +278,11 @@ def read_solver(folder: Path | str) -> tuple[str, float] | None:
     shift = stored.get(key, 1.0)
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
         raise ValueError(f"{path}: {key} is {shift!r}, it must be a number above 0")
-    for flag in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-        if stored.get(flag):
-            warnings.warn(f"{path}: {flag} is not followed", stacklevel=2)
+    for field, allowed in (_FOLLOWED | {"solver_type": _SOLVER_TYPES.get(solver, ())}).items():
+        if allowed and field in stored and stored[field] not in allowed:
+            warnings.warn(
+                f"{path}: {field} {quoted(stored[field])} is not followed, it is taken for {allowed[0]!r}", stacklevel=2
+            )
     return solver, float(shift)
 
 
@@ -254,6 +312,8 @@ def read_config(path: Path | str) -> wan.WanConfig:
         raise ValueError(f"{path}: the sizes of the transformer cannot be read from it ({error})") from error
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds no table of sizes")
+    if isinstance(name := stored.get("_class_name"), str) and _OTHER_CLASSES.search(name):
+        raise ValueError(f"{path}: _class_name is {quoted(name)}, another network: {_ONLY}")
     for key, allowed in _FIXED.items():
         if key in stored and stored[key] not in allowed:
             kind = "; image-to-video and other variants are not supported" if allowed in (("t2v",), (None,)) else ""
