@@ -47,7 +47,7 @@ class _WeightsParser(_PathParser):
 
     def parse(self, argument: str) -> str:
         """The path or name."""
-        return argument if hub.is_address(argument) else local_path(argument)
+        return hub.weights_path(argument)
 
 
 def define_weights(

@@ -30,6 +30,7 @@ from sf_jax.options import (
 )
 from sf_jax.replay import CACHE_GRADIENTS
 from sf_jax.rollout import RolloutConfig
+from sf_jax.weights import hub
 
 STAGES = ("teacher", "causal", "init", "distill")
 OBJECTIVES = ("dmd", "sid", "gan")
@@ -399,7 +400,7 @@ def _convert(value, hint, where):
         try:
             if where.endswith(".dir"):
                 check_utf8(value, where)
-            return local_path(value)
+            return local_path(value) if where.endswith("dir") else hub.weights_path(value)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

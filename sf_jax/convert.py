@@ -35,7 +35,7 @@ from absl import flags
 from sf_jax import command
 from sf_jax.files import check_writable, remove_leftovers
 from sf_jax.inference.sentencepiece import read_tensor
-from sf_jax.weights import adapter_export, cards, export, export_folder, load, model_configs, transformer
+from sf_jax.weights import adapter_export, cards, export, export_folder, hub, load, model_configs, transformer
 from sf_jax.weights.adapter_list import Lora, parse_loras
 from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
 from sf_jax.weights.export_folder import FLOAT8, Source, Target
@@ -56,7 +56,7 @@ _OUTPUT = command.define_path(
     "File to write, .safetensors or .pt (which needs PyTorch), or a folder to make; --from has a default",
 )
 _TO = flags.DEFINE_enum("to", None, [*export.LAYOUTS, "kohya"], "Whose names to write; as they are. A folder needs it")
-_CHECKPOINT = command.define_path("checkpoint", None, "Folders: weights in place of the model folder's transformer")
+_CHECKPOINT = command.define_weights("checkpoint", None, "Folders: weights in place of the model folder's transformer")
 _SHARD_SIZE = flags.DEFINE_string("max_shard_size", None, "Folders: size of a weight file at most (5GB)")
 _LICENSE = flags.DEFINE_string("license", None, "Model card: the hub's identifier of the weights' license")
 _BASE_MODEL = flags.DEFINE_string("base_model", None, "Model card: the hub's name of the model that they derive from")
@@ -179,8 +179,9 @@ def _write_folder(output: Path, loras: Sequence[Lora]) -> str:
     """Writes a folder; returns what it did."""
     if _TO.value is None:
         raise ValueError(f"output is {output}, a folder: say whose with --to=official, diffusers or comfy")
-    checkpoint = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    source = Source(Path(_INPUT.value), checkpoint, _PART.value, tuple(loras))
+    checkpoint = Path(hub.local_file(_CHECKPOINT.value)) if _CHECKPOINT.value else None
+    path = export_folder.local_source(_INPUT.value, checkpoint is None)
+    source = Source(path, checkpoint, _PART.value, tuple(loras))
     dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
     target = Target(output, _TO.value, dtype, export.parse_size(_SHARD_SIZE.value or "5GB"))
     written = export_folder.write_folder(source, target)
@@ -272,7 +273,9 @@ def main() -> None:
     _check_flags(output, folder)
     if output is not None and not folder:
         remove_leftovers(check_writable(output.parent, "output"))
-    if (_FROM.value is not None and _PART.value == "lora") or (_INPUT.value and is_adapter(_INPUT.value)):
+    if (_FROM.value is not None and _PART.value == "lora") or (
+        _INPUT.value and _CHECKPOINT.value is None and is_adapter(_INPUT.value)
+    ):
         if loras:
             raise ValueError(
                 f"lora: {_INPUT.value} is an adapter itself, they are merged into the weights of a network"
@@ -302,7 +305,7 @@ def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
         added = "".join(f" + {text}" for text in adapters)
         if loras and _DTYPE.value is None and any(is_float8(dtype) for dtype in tensors.dtypes.values()):
             _tell([FLOAT8])
-        if not ours or _TO.value is not None or to_torch:
+        if not ours or _TO.value is not None or to_torch or tensors.path.suffix == ".json":
             with merged(tensors, loras, wide=_DTYPE.value is not None) as changed:
                 done, network = _convert(changed, output)
             if ours or _LICENSE.value or _BASE_MODEL.value:
@@ -314,7 +317,7 @@ def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
             raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
         if _LICENSE.value or _BASE_MODEL.value:
             raise ValueError("license and base_model are for a model card: one is written with --to, or with a folder")
-        package = load_package(_INPUT.value)
+        package = load_package(tensors.path)
         params = merge_params(package.params, package.config, loras)
         save_package(output, dataclasses.replace(package, params=params), dtype)
         return f"package of sf_jax{added}"

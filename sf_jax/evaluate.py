@@ -17,6 +17,7 @@ from absl import flags
 from sf_jax import command, files
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics, report
+from sf_jax.weights import hub
 
 REAL = "real clips"
 MAX_BATCH, MAX_FRAMES = 4096, 2**22  # videos made at once; frames of a model's videos, all of which are in memory
@@ -141,7 +142,7 @@ def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     """Loads the checkpoints of the command line, by name."""
     from sf_jax.inference.load import load_digits  # Training a judge needs no models.
 
-    paths = [files.local_path(path) for path in values.checkpoint] or ["student"]
+    paths = [hub.weights_path(path) for path in values.checkpoint] or ["student"]
     names = values.names or [Path(path).stem for path in paths]
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from sf_jax.weights import folders, hub
+from sf_jax import config
+from sf_jax.inference import load
+from sf_jax.options import LoraConfig
+from sf_jax.weights import adapters, export_folder, folders, hub
+from sf_jax.weights.adapter_list import parse_loras
 from sf_jax.weights.files import open_tensors
+from sf_jax.weights.package import shipped_path
+from tests.test_adapters import run_convert
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the [download] extra")
 
@@ -106,11 +112,29 @@ def server(tmp_path, monkeypatch):
     model = {path: path.encode() for path in (*NEEDED, "diffusion_pytorch_model.safetensors", "taew2_1.pth")}
     model["config.json"] = json.dumps(CONFIG).encode()
     decoys = ("assets/logo.png", "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin")
+    layer, narrow = "base_model.model.blocks.0.self_attn.q.lora_{}.weight", np.ones((2, 32), np.float32)
+    lora = save({layer.format("A"): narrow, layer.format("B"): np.ascontiguousarray(narrow.T)})
     server = Hub(
         {
             MODEL: model | {path: b"not needed" for path in (*decoys, "diffusion_pytorch_model.fp16.safetensors")},
             CHECKPOINTS: {"checkpoints/dmd.safetensors": student, "checkpoints/sid.safetensors": student},
             "org/single": {"student.safetensors": student, "README.md": b"-"},
+            "org/multi": {
+                "config.json": json.dumps(CONFIG).encode(),
+                "diffusion_pytorch_model.safetensors": b"root",
+                "Wan2.1_VAE.pth": b"root",
+                **{f"sub/{path}": b"sub " + content for path, content in model.items()},
+                "sub/config.json": json.dumps(CONFIG | {"dim": 512}).encode(),
+            },
+            "org/lora": {
+                "README.md": b"-",
+                "adapter_model.safetensors": lora,
+                "adapter_config.json": b'{"lora_alpha": 1}',
+            },
+            "org/diffusers": {
+                "vae/diffusion_pytorch_model.safetensors": b"vae",
+                "transformer/diffusion_pytorch_model.safetensors": b"transformer",
+            },
             "org/moe": {"high_noise_model/a.safetensors": b"", "config.json": b"{}"},
         }
     )
@@ -212,3 +236,52 @@ def test_files_that_the_hub_has_not(server, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"Self-Forcing is no file .* pip install 'sf_jax\[download\]'"):
         open_tensors(CHECKPOINTS)
+
+
+def test_a_folder_of_a_repository_is_a_model(server):
+    for value in ("org/multi/sub", "hf://org/multi/sub", "https://huggingface.co/org/multi/tree/main/sub"):
+        files = folders.find_model(value)
+        assert files.folder.name == "sub" and files.config.dim == 512
+        assert files.transformer.read_bytes() == b"sub diffusion_pytorch_model.safetensors"
+    assert all(path.startswith("sub/") for path in server.fetched)
+    with pytest.raises(ValueError, match="model folder org/multi/sub/config.json is a file of the hub: give a folder"):
+        folders.find_model("org/multi/sub/config.json")
+    with pytest.raises(ValueError, match="org/multi of the hub has no file other: it has"):
+        folders.find_model("org/multi/other")
+    assert load._is_wan("org/multi/sub", {}) and not load._is_wan("org/single/student.safetensors", {})
+
+
+@pytest.mark.parametrize("value", ["org/lora", "hf://org/lora", "org/lora/adapter_model.safetensors"])
+def test_an_adapter_comes_with_its_scale(server, value):
+    (lora,) = parse_loras([f"{value}:0.5"])
+    adapter = adapters.open_adapter(lora)
+    with adapter.tensors:
+        assert [change.scale for changes in adapter.changes.values() for change in changes] == [0.5]  # alpha / rank
+    assert adapters.is_adapter(value) and not adapters.is_adapter("org/single")
+    assert config.from_dict({"init": value}, LoraConfig, "lora.").init == value
+
+
+def test_a_part_is_taken_from_a_model_of_the_hub(server, tmp_path):
+    assert folders.find_weights("org/diffusers", "vae").read_bytes() == b"vae"
+    assert folders.find_weights("org/diffusers/vae", "vae").is_dir()
+    assert server.fetched == ["vae/diffusion_pytorch_model.safetensors"]
+    assert load.WanOptions(vae="org/diffusers").vae == "org/diffusers"
+    assert folders.find_weights(tmp_path, "vae") == tmp_path
+
+
+def test_convert_takes_a_whole_model_of_the_hub(server):
+    folder = export_folder.local_source(MODEL, transformer=True)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *NEEDED,
+        "diffusion_pytorch_model.safetensors",
+    }
+    assert export_folder.Source(folder).files == folders.find_model(folder, PARTS)
+    assert export_folder.local_source("org/multi/sub", transformer=False).name == "sub"
+    assert "sub/diffusion_pytorch_model.safetensors" not in server.fetched
+    assert (export_folder.local_source("org/single", transformer=True) / "student.safetensors").is_file()
+
+
+def test_convert_takes_a_student_of_the_hub(server, tmp_path, capsys):
+    server.repositories["org/ours"] = {"student.safetensors": shipped_path("student").read_bytes()}
+    for value in ("org/ours/student.safetensors", "org/ours"):
+        assert "package of sf_jax" in run_convert(capsys, input=value, output=tmp_path / "a.safetensors")

@@ -27,7 +27,7 @@ from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.folders import ModelFiles, find_model, find_tokenizer, read_solver
+from sf_jax.weights.folders import ModelFiles, find_model, find_tokenizer, find_weights, read_solver
 from sf_jax.weights.networks import check_network, load_network, network_kind, read_sizes
 from sf_jax.weights.package import SHIPPED, Package, load_package, parse_header, read_header, shipped_path
 
@@ -39,6 +39,7 @@ RCM = (
     "c1-1 of 1, with the steps 1000,750,500,250; those of 2 steps have them in the first chunk, then 1000,500. "
     "Bidirectional rCM students cannot be sampled in few steps"
 )
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 DIGITS_FRAMES, MANY_STEPS = 48, 24
 DEFAULT_LATENT_FRAMES = 21
 
@@ -84,7 +85,8 @@ class WanOptions:
         """Validates names."""
         if self.dtype not in (None, "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}: it must be one of bfloat16, float32")
-        if self.vae not in VAES and not Path(self.vae).suffix and not Path(self.vae).exists():
+        is_file = Path(self.vae).suffix or Path(self.vae).exists() or hub.parse(str(self.vae))
+        if self.vae not in VAES and not is_file:
             raise ValueError(f"vae is {self.vae!r}: it must be one of {', '.join(VAES)}, or a file")
         for name in ("checkpoint", *NAMED_PARTS):
             if getattr(self, name) == "":
@@ -152,7 +154,7 @@ def _is_wan(model: str | Path | None, options: dict) -> bool:
     if model is None:
         return any(name in options for name in NAMED_PARTS)
     place = hub.parse(str(model))
-    return Path(model).is_dir() if place is None else not place.path
+    return Path(model).is_dir() if place is None else Path(place.path).suffix not in _WEIGHTS
 
 
 def load_digits(checkpoint: str | Path | None = None, loras: Sequence[Lora] = ()) -> VideoPipeline:
@@ -270,11 +272,14 @@ def _named_files(options: WanOptions) -> dict[str, Path]:
     named = {name: getattr(options, name) for name in NAMED_PARTS if getattr(options, name) is not None}
     found = {}
     for name, value in named.items():
-        found[name] = find_tokenizer(value) if name == "tokenizer" else Path(hub.local_file(value))
+        if name == "tokenizer":
+            found[name] = find_tokenizer(value)
+        else:
+            found[name] = Path(hub.local_file(value)) if name == "transformer" else find_weights(value, name)
         if not found[name].exists():
             raise ValueError(f"{name} {value} does not exist: give its file")
     if options.vae not in VAES:
-        path = Path(hub.local_file(options.vae))
+        path = find_weights(options.vae, "vae")
         if not path.exists():
             raise ValueError(f"vae {path} does not exist: give one of {', '.join(VAES)}, or a file")
         found[network_kind(path, ("vae", "tiny_vae"))] = path

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sf_jax.files import local_path
+from sf_jax.weights import hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Lora:
     """An adapter to merge.
 
     Attributes:
-      path: its file, or a folder of peft's.
+      path: its file, or a folder of peft's; or their name on the hub, see `hub`.
       scale: factor of everything that it adds.
     """
 
@@ -58,7 +58,7 @@ def _parse(text: str) -> Lora:
     except ValueError as error:
         raise ValueError(f"lora is {text!r}: behind its last colon must be a number, such as {path}:0.8") from error
     try:
-        local = local_path(path)
+        local = hub.weights_path(path)
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error
     return Lora(Path(local), factor)

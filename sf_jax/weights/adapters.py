@@ -19,22 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from sf_jax.models.wan import WanConfig, param_shapes
-from sf_jax.weights import adapter_names, mapping, transformer
+from sf_jax.weights import adapter_names, hub, mapping, transformer
 from sf_jax.weights.adapter_config import Scaling, find_scaling
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.load import check, normalized
 from sf_jax.weights.mapping import Entry
+from sf_jax.weights.places import ADAPTER_FILES
 from sf_jax.weights.recognize import recognize
 from sf_jax.weights.tensors import TensorFile, cast, is_float
 
-# Files of an adapter's folder, as peft and diffusers name them.
-_FILES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
 # LongLive's checkpoints of adapters; its training sets alpha to the rank.
 _LONGLIVE = "generator_lora"
 
@@ -164,13 +158,16 @@ def _fits(there: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Whether a file, or a folder of peft's, is an adapter; False where it cannot be read.
+    """Whether a file, or a folder of peft's, is an adapter, also of the hub; False where it cannot be read.
 
     A checkpoint of several networks is none, but for one of adapters alone.
     """
-    path = Path(path)
+    try:
+        path = Path(hub.local_file(path))
+    except ValueError:
+        return False
     if path.is_dir():
-        return any((path / name).is_file() for name in _FILES)
+        return any((path / name).is_file() for name in ADAPTER_FILES)
     for part in (None, _LONGLIVE):
         try:
             with open_tensors(path, part, need_part=False) as tensors:
@@ -187,10 +184,10 @@ def open_adapter(lora: Lora | Path | str) -> Adapter:
       ValueError: if the file is missing, damaged, no adapter, or of a kind that cannot be applied.
     """
     lora = lora if isinstance(lora, Lora) else Lora(Path(lora))
-    path = lora.path
-    if path.is_dir():
-        path = next((path / name for name in _FILES if (path / name).is_file()), path)
     try:
+        path = Path(hub.local_file(lora.path))
+        if path.is_dir():
+            path = next((path / name for name in ADAPTER_FILES if (path / name).is_file()), path)
         tensors = open_tensors(path, _LONGLIVE, need_part=False)
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from sf_jax.files import check_writable, replacing
-from sf_jax.weights import export, model_configs
+from sf_jax.weights import export, hub, model_configs
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.adapters import merged
 from sf_jax.weights.export import Network
 from sf_jax.weights.files import TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.folders import ModelFiles, find_model, read_config, read_solver
+from sf_jax.weights.places import find_part
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import is_float8
 from sf_jax.weights.torch_io import write_torch
@@ -99,6 +100,36 @@ class Written:
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.files)
+
+
+def local_source(value: str, transformer: bool) -> Path:
+    """The folder or file that a folder is made from, on this machine.
+
+    Args:
+      value: a path, or a name of the hub. Of a repository with a VAE and a text encoder, the whole model is fetched.
+      transformer: whether the model's own transformer is needed.
+
+    Raises:
+      ValueError: see `hub.fetch` and `find_model`.
+    """
+    place = hub.parse(value)
+    if place is None:
+        return Path(value)
+    model = []
+
+    def choose(names):
+        inside = [] if place.path in names else hub.names_inside(place, names)
+        if any(find_part(inside, part) for part in ("vae", "text_encoder")):
+            model.append(place)
+            inside = [name for name in inside if re.fullmatch(r"LICENSE[^/]*", name)]
+            return [f"{place.path}/{name}".lstrip("/") for name in inside]
+        return []
+
+    hub.fetch(place, choose)
+    if not model:
+        return Path(hub.local_file(value))
+    needed = _PARTS if transformer else _PARTS[1:]
+    return find_model(value, needed).folder
 
 
 def write_folder(source: Source, target: Target) -> Written:

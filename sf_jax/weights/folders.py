@@ -13,7 +13,7 @@ from sf_jax import strict_json
 from sf_jax.messages import quoted
 from sf_jax.models import vae, wan
 from sf_jax.weights import hub
-from sf_jax.weights.places import PARTS, TOKENIZERS, find_part, model_files, places
+from sf_jax.weights.places import PARTS, TOKENIZERS, files_of, find_part, model_files, places
 
 _CONFIGS = ("config.json", "transformer/config.json")
 # Our field -> its official and its diffusers key. What is None there and absent has the default of Wan2.1.
@@ -135,7 +135,7 @@ def find_model(
     """Finds the files of a model in a folder as Wan2.1 was published (`Wan2.1-T2V-1.3B`) or as diffusers keeps it.
 
     Args:
-      folder: the folder, or the repository of the hub to fetch it from; see `hub`.
+      folder: the folder, or the repository of the hub (or a folder in it) to fetch it from; see `hub`.
       needed: fields of `ModelFiles` without which it is no use; of a repository only these are fetched.
 
     Raises:
@@ -143,7 +143,7 @@ def find_model(
     """
     repository, title = hub.parse(str(folder)), f"model folder {folder}"
     if repository is not None:
-        folder = hub.fetch(repository, lambda names: _chosen(names, needed, title))
+        folder = hub.fetch(repository, lambda names: _chosen(repository, names, needed, title)) / repository.path
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} {'is a file: give a folder' if folder.exists() else 'does not exist'}")
@@ -189,8 +189,36 @@ def find_tokenizer(value: Path | str) -> Path:
     return hub.fetch(place, choose) / place.path
 
 
-def _chosen(names: Sequence[str], needed: Sequence[str], title: str) -> list[str]:
-    """The files of a repository that are to be fetched."""
+def find_weights(value: Path | str, part: str) -> Path:
+    """The weights of a part that is named by itself.
+
+    Args:
+      value: its file; a folder of shards, or a model folder, of which the part is taken; or one of these of the hub.
+      part: "vae" or "text_encoder".
+
+    Raises:
+      ValueError: see `hub.fetch`; if there are several variants, of which none is plain.
+    """
+    place = hub.parse(str(value))
+    if place is None:
+        found = find_part(_names(Path(value)), part) if Path(value).is_dir() else None
+        return Path(value) if found is None else Path(value) / found
+
+    def choose(names):
+        inside = [] if place.path in names else hub.names_inside(place, names)
+        file = find_part(inside, part)
+        return [] if file is None else [f"{place.path}/{name}".lstrip("/") for name in files_of(inside, file)]
+
+    folder = hub.fetch(place, choose) / place.path
+    found = find_part(_names(folder), part) if folder.is_dir() else None
+    return Path(hub.local_file(value)) if found is None else folder / found
+
+
+def _chosen(place: hub.Place, names: Sequence[str], needed: Sequence[str], title: str) -> list[str]:
+    """The files of a repository, or of a folder in it, that are to be fetched."""
+    if place.path in names:
+        raise ValueError(f"{title} is a file of the hub: give a folder or a repository")
+    names, prefix = hub.names_inside(place, names), f"{place.path}/".lstrip("/")
     _refuse_names(names, title)
     try:
         files = model_files(names, needed)
@@ -202,7 +230,7 @@ def _chosen(names: Sequence[str], needed: Sequence[str], title: str) -> list[str
         weights = [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".bin", ".gguf"))]
         there = f"; its weight files are {', '.join(weights[:6])}" if weights else "; it has no weight files"
         raise ValueError(f"{title} of the hub lacks: {looked}{there}")
-    return files
+    return [prefix + name for name in files]
 
 
 def _names(folder: Path) -> list[str]:

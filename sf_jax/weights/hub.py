@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sf_jax.weights.places import DESCRIPTIONS, files_of, find_part
+from sf_jax.files import local_path
+from sf_jax.weights.places import ADAPTER_FILES, DESCRIPTIONS, files_of, find_part
 
 _SCHEME = re.compile(r"hf:/+(?:models/)?")
 _PAGE = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/")
@@ -47,6 +48,15 @@ class Place:
 def is_address(value: str) -> bool:
     """Whether a value says itself that it is of the hub: `hf://...`, or the address of a page."""
     return bool(_SCHEME.match(value) or _PAGE.match(value))
+
+
+def weights_path(value: str) -> str:
+    """What an option names as weights: an address of the hub as it is, else a path, see `files.local_path`.
+
+    Raises:
+      ValueError: It is an address of another kind, or no path.
+    """
+    return value if is_address(value) else local_path(value)
 
 
 def parse(value: str) -> Place | None:
@@ -109,7 +119,7 @@ def fetch(place: Place, choose: Callable[[Sequence[str]], Sequence[str]]) -> Pat
             )
         names = choose([sibling.rfilename for sibling in info.siblings or ()])
         return client.snapshot_download(
-            place.repository, revision=place.revision, allow_patterns=[glob.escape(name) for name in names]
+            place.repository, revision=place.revision, allow_patterns=[glob.escape(name) for name in names] or _NOTHING
         )
 
     return Path(_explained(place, download))
@@ -118,7 +128,7 @@ def fetch(place: Place, choose: Callable[[Sequence[str]], Sequence[str]]) -> Pat
 def local_file(value: str | Path) -> str:
     """The path of a file of weights: `value` itself, or where the hub's client put the file of that name.
 
-    A repository without a path gives its transformer, or its only file of weights.
+    A repository without a path, or a folder in it, gives its transformer, its adapter or its only file of weights.
 
     Args:
       value: A path of this machine, or a file of the hub.
@@ -132,18 +142,35 @@ def local_file(value: str | Path) -> str:
 
     def choose(names):
         if place.path in names:
-            return files_of(names, place.path)
+            return [*files_of(names, place.path), *_configs_beside(names, place.path)]
         folder = f"{place.path}/".lstrip("/")
-        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-        if not inside:
-            weights = [name for name in names if name.endswith(_SUFFIXES)]
-            raise ValueError(f"{place.repository} of the hub has no file {place.path}: it has {', '.join(weights[:8])}")
-        return [folder + name for name in _only_weights(place, inside)]
+        return [folder + name for name in _only_weights(place, names_inside(place, names))]
 
     path = fetch(place, choose) / place.path
     if not path.exists():
         raise ValueError(_unreachable(place, None))
     return str(path)
+
+
+def names_inside(place: Place, names: Sequence[str]) -> list[str]:
+    """The files of a repository that are in the place's folder, relative to it; all of them where it names none.
+
+    Raises:
+      ValueError: The repository has no such folder.
+    """
+    folder = f"{place.path}/".lstrip("/")
+    inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+    if not inside:
+        weights = [name for name in names if name.endswith(_SUFFIXES)]
+        raise ValueError(f"{place.repository} of the hub has no file {place.path}: it has {', '.join(weights[:8])}")
+    return inside
+
+
+def _configs_beside(names: Sequence[str], file: str) -> list[str]:
+    """The small files beside weights that say a transformer's heads, or an adapter's scale."""
+    folder = file.rpartition("/")[0]
+    configs = (f"{folder}/{name}".lstrip("/") for name in ("config.json", "adapter_config.json"))
+    return [config for config in configs if config in names]
 
 
 def _only_weights(place: Place, names: Sequence[str]) -> list[str]:
@@ -155,8 +182,10 @@ def _only_weights(place: Place, names: Sequence[str]) -> list[str]:
     if main is not None:
         return [*files_of(names, main), *(name for name in names if name in DESCRIPTIONS)]
     weights = [name for name in names if name.endswith(_SUFFIXES)]
-    if len(weights) == 1:
-        return weights
+    adapters = [name for name in ADAPTER_FILES if name in names]
+    if len(weights) == 1 or adapters:
+        file = adapters[0] if adapters else weights[0]
+        return [file, *_configs_beside(names, file)]
     there = f"give one of its files: {', '.join(weights[:6])}" if weights else f"it has {', '.join(names[:6])}"
     raise ValueError(f"{place} of the hub is no single file of weights: {there}")
 

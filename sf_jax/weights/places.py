@@ -27,6 +27,13 @@ DESCRIPTIONS = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
+# Files of an adapter's folder, as peft and diffusers name them; the first that is there is taken.
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
 STEM_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 # Variants that are the same numbers in another type, the best first.
 _PRECISIONS = ("bf16", "fp32", "fp16")
