@@ -1,5 +1,6 @@
 """Wan's parts named one by one: without a model folder, or in place of one of its parts."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -10,10 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
-from sf_jax.inference.load import WanOptions, find_wan, load_pipeline, wan_pipeline
+from sf_jax.inference.load import WanOptions, causal_header, find_wan, load_pipeline, wan_pipeline
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.rollout import RolloutConfig
+from sf_jax.training import stages
 from sf_jax.weights import transformer, umt5
+from sf_jax.weights.package import Package, read_header, save_package
 from tests.helpers import random_params
 from tests.wan_folder import MODEL, TEXT, make_folder
 
@@ -124,3 +127,23 @@ def test_files_of_rcm_must_be_told_how_they_generate(named, folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.warns(UserWarning, match="many steps are right for its teacher alone"):
         find_wan(folder, WanOptions(transformer=shutil.copy(path, tmp_path / "t.safetensors")))
+
+
+def package_file(path, kind="student", **sizes):
+    """A file of sf_jax.train, whatever its suffix."""
+    config = dataclasses.replace(MODEL, **sizes)
+    package = Package(kind, config, RolloutConfig(chunk=1), 9, (4, 6), 5.0, 1.0, random_params(config, 3))
+    save_package(path.with_suffix(".safetensors"), package)
+    return path.with_suffix(".safetensors").rename(path)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.SAFETENSORS", "0a1b2c"])
+def test_headers_are_read_whatever_the_suffix(name, folder, tmp_path):
+    path = package_file(tmp_path / name)
+    assert read_header(path).rollout.chunk == 1 and causal_header(path).kind == "student"
+    header, official = stages._header_of(path, "teacher_weights")
+    assert header.kind == "student" and official
+    with pytest.raises(ValueError, match="is a causal student .its header says so.: give it as checkpoint"):
+        find_wan(folder, WanOptions(transformer=path))
+    with pytest.raises(ValueError, match="is a bidirectional network .its header says so"):
+        causal_header(package_file(tmp_path / name, "teacher"))

@@ -207,6 +207,8 @@ def test_of_a_model_folder_the_transformer_is_taken(tmp_path):
     for place in (tmp_path / "diffusers" / "transformer").iterdir():
         if place.name.endswith("index.json"):
             place.rename(place.with_name("diffusion_pytorch_model.safetensors.index.json"))
+    # A lone file of another network is not taken for it.
+    write_safetensors(tmp_path / "diffusers" / "taew2_1.safetensors", in_memory({"decoder.1.weight": np.zeros(1)}))
     for kind in ("official", "diffusers"):
         with open_tensors(tmp_path / kind) as stored:
             assert set(stored) == set(tensors)

@@ -26,10 +26,9 @@ from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
-from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import ModelFiles, find_model, find_tokenizer, find_weights, read_solver
 from sf_jax.weights.networks import check_network, load_network, network_kind, read_sizes
-from sf_jax.weights.package import SHIPPED, Package, load_package, parse_header, read_header, shipped_path
+from sf_jax.weights.package import SHIPPED, Package, load_package, read_header, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
 NAMED_PARTS = ("transformer", "text_encoder", "tokenizer")  # that options name beside a model folder, or without one
@@ -137,9 +136,9 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
         loras = as_loras(options.pop("loras", ()))
         for name in ({"checkpoint": checkpoint} if checkpoint is not None else {}) | options:
             raise ValueError(f"{name} is given without a model folder: it is for Wan")
-        if model is not None and str(model) not in SHIPPED and Path(model).suffix != ".safetensors":
-            what = "is no .safetensors file" if Path(model).exists() else "does not exist"
-            raise ValueError(f"model {model} {what}: give a folder of Wan2.1, or weights of moving digits")
+        shipped_or_hub = model is None or str(model) in SHIPPED or hub.parse(str(model)) is not None
+        if not shipped_or_hub and not Path(model).exists():
+            raise ValueError(f"model {model} does not exist: give a folder of Wan2.1, or weights of moving digits")
         return load_digits(model, loras)
     fields = {field.name for field in dataclasses.fields(WanOptions)}
     if set(options) - fields:
@@ -256,10 +255,9 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
 
 def _refuse_causal(path: Path) -> None:
     """Refuses a folder's transformer that says of itself that it is not the bidirectional network of many steps."""
-    with open_tensors(path) as tensors:
-        header = tensors.metadata.get("sf_jax")
-    if header is not None and (kind := parse_header(path, header).kind) != "teacher":
-        kind = "causal student" if kind == "student" else "causal network"
+    header = read_header(path)
+    if header is not None and header.kind != "teacher":
+        kind = "causal student" if header.kind == "student" else "causal network"
         raise ValueError(f"{path} is a {kind} (its header says so): give it as checkpoint too")
 
 
@@ -309,10 +307,6 @@ def causal_header(checkpoint: str | Path) -> Package | None:
       ValueError: if the file is damaged, or its network is bidirectional.
     """
     header = read_header(checkpoint)
-    if Path(checkpoint).is_dir() or Path(checkpoint).suffix == ".json":
-        with open_tensors(checkpoint) as tensors:  # shards, each of which has the header
-            text = tensors.metadata.get("sf_jax")
-        header = None if text is None else parse_header(Path(checkpoint), text)
     if header is not None and header.kind == "teacher":
         raise ValueError(f"checkpoint {checkpoint} is a bidirectional network (its header says so): give a causal one")
     return header

@@ -23,7 +23,7 @@ from sf_jax.weights import hub
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.package import Package, load_package, parse_header, shipped_path
+from sf_jax.weights.package import Package, load_package, read_header, shipped_path
 from sf_jax.weights.transformer import naming_of
 
 RECORDS = "records"  # among the digests, what is read from `data.dir` and `ode.dir`
@@ -196,14 +196,14 @@ def _cast(params: dict, dtype: str) -> dict:
 
 def _header_of(path: Path, field: str) -> tuple[Package | None, bool]:
     """What a file or shards of sf_jax.train say of themselves, and whether their names are official."""
-    if not (path.is_dir() or (path.is_file() and path.suffix in (".safetensors", ".json"))):
+    header = read_header(path)
+    if header is None:
         return None, False
     try:
         with open_tensors(path) as tensors:
-            header, official = tensors.metadata.get("sf_jax"), naming_of(tensors) == "official"
+            return header, naming_of(tensors) == "official"
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    return None if header is None else parse_header(path, header), official
 
 
 def _load(
@@ -224,7 +224,7 @@ def _load(
         raise ValueError(f"{field}: {error}") from error
     header, official = _header_of(path, field)
     # In shards, and under the names of diffusers, it is read as others' files are.
-    if header is not None and official and path.suffix == ".safetensors":
+    if header is not None and official and path.is_file() and path.suffix != ".json":
         package = load_package(path)
         same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
         if dataclasses.replace(package.config, **same) != wanted:

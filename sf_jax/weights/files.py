@@ -110,6 +110,10 @@ def _file_of_folder(folder: Path) -> Path:
     indices = [name for name in names if ".index." in name and name.endswith(".json")]
     files = [name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES))]
     found = indices or files
+    # First, as a model folder may have a lone file of another network in it, such as taew2_1.safetensors.
+    transformer = find_transformer(folder)
+    if transformer is not None:
+        return transformer
     if len(found) == 1:
         return folder / found[0]
     try:
@@ -118,9 +122,6 @@ def _file_of_folder(folder: Path) -> Path:
         raise ValueError(f"{folder} {error}") from error
     if stems:
         return folder / stems[0]
-    transformer = find_transformer(folder)
-    if transformer is not None:
-        return transformer
     if not found:
         inside = sorted(child.parent.name for child in folder.glob("*/*.safetensors*"))
         hint = f"; its folders {', '.join(dict.fromkeys(inside))} have some: give one of them" if inside else ""

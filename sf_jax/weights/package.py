@@ -18,6 +18,7 @@ from sf_jax.models.wan import WanConfig, param_shapes
 from sf_jax.options import at_least, one_of
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import mapping, transformer
+from sf_jax.weights.files import open_tensors
 from sf_jax.weights.load import file_tensors
 from sf_jax.weights.names import bare_names
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
@@ -127,14 +128,15 @@ def load_package(path: pathlib.Path | str) -> Package:
 def read_header(path: pathlib.Path | str) -> Package | None:
     """What a file of sf_jax.train says of itself, without its parameters; None of all other files.
 
+    Args:
+      path: the file, whatever its suffix, or an index or folder of shards, each of which has the header.
+
     Raises:
       ValueError: if the header is damaged.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
     try:
-        with open_safetensors(path) as stored:
+        with open_tensors(path) if path.is_dir() or path.suffix == ".json" else open_safetensors(path) as stored:
             header = stored.metadata.get("sf_jax")
     except (ValueError, OSError):  # whoever reads the tensors says so
         return None
