@@ -152,6 +152,13 @@ def test_networks_of_an_all_in_one_file(tmp_path):
         assert_same(stored, network("umt5", "official")[2])
     with open_tensors(path) as stored:
         assert "all-in-one: transformer, vae, text_encoder): say which with part" in recognize(stored.shapes).title
+    # A scaled text encoder keeps nobody from the other networks.
+    name = next(name for name in whole if name.startswith(PREFIXES["umt5"]) and "attn.q.weight" in name)
+    scale = {f"{name.removesuffix('.weight')}.scale_weight": np.ones(1, np.float32)}
+    save_file(whole | scale | {name: whole[name].astype(E4M3)}, path)
+    assert describe_network(path, "vae").kind == "vae" and load_network(path, "transformer", CONFIGS["transformer"])
+    with pytest.raises(ValueError, match="holds scaled float8"):
+        describe_network(path, "umt5")
     without = {name: value for name, value in whole.items() if not name.startswith("vae.")}
     save_file(without, path)
     with pytest.raises(ValueError, match="part is 'vae': .* holds transformer, text_encoder"):

@@ -131,6 +131,7 @@ def test_files_of_rcm_must_be_told_how_they_generate(named, folder, tmp_path):
 
 def package_file(path, kind="student", **sizes):
     """A file of sf_jax.train, whatever its suffix."""
+    path.parent.mkdir(exist_ok=True)
     config = dataclasses.replace(MODEL, **sizes)
     package = Package(kind, config, RolloutConfig(chunk=1), 9, (4, 6), 5.0, 1.0, random_params(config, 3))
     save_package(path.with_suffix(".safetensors"), package)
@@ -147,3 +148,27 @@ def test_headers_are_read_whatever_the_suffix(name, folder, tmp_path):
         find_wan(folder, WanOptions(transformer=path))
     with pytest.raises(ValueError, match="is a bidirectional network .its header says so"):
         causal_header(package_file(tmp_path / name, "teacher"))
+
+
+def test_packages_are_transformers_with_their_own_sizes(folder, named, tmp_path):
+    teacher = package_file(tmp_path / "teacher.safetensors", "teacher")
+    parts = load_pipeline(**named | {"transformer": teacher})
+    assert parts.transformer.config.num_heads == MODEL.num_heads and parts.rollout is None
+    student = package_file(tmp_path / "student" / "a.safetensors")
+    files = {"transformer": student.parent}
+    with pytest.raises(ValueError, match="is a causal student .its header says so.: give it as checkpoint"):
+        find_wan(None, WanOptions(**{name: str(value) for name, value in (named | files).items()}))
+    rest = {name: named[name] for name in ("vae", "text_encoder", "tokenizer")}
+    assert find_wan(None, WanOptions(student.parent, **rest)).config.num_heads == MODEL.num_heads
+    # sizes that shapes do not show
+    for change in ({"num_heads": 4}, {"eps": 1e-5}):
+        other = package_file(tmp_path / "other.safetensors", **change)
+        (name,) = change
+        with pytest.raises(ValueError, match=f"other.safetensors: {name} is .* in its header, .* in the config.json"):
+            find_wan(folder, WanOptions(other))
+
+
+def test_sizes_are_in_the_folder_of_the_transformer(folder, named, tmp_path):
+    for name in ("diffusion_pytorch_model.safetensors", "config.json"):
+        shutil.copy(folder / name, tmp_path)
+    assert find_wan(folder, WanOptions(transformer=tmp_path)).config.num_heads == MODEL.num_heads

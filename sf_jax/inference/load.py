@@ -28,7 +28,7 @@ from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
 from sf_jax.weights.folders import ModelFiles, find_model, find_tokenizer, find_weights, read_solver
 from sf_jax.weights.networks import check_network, load_network, network_kind, read_sizes
-from sf_jax.weights.package import SHIPPED, Package, load_package, read_header, shipped_path
+from sf_jax.weights.package import SHIPPED, Package, check_told_sizes, load_package, read_header, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
 NAMED_PARTS = ("transformer", "text_encoder", "tokenizer")  # that options name beside a model folder, or without one
@@ -235,10 +235,10 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
     if "transformer" in named:
         files = dataclasses.replace(files, config=read_sizes(files.transformer, scaled=True))
     elif folder is None:
-        header = read_header(path)
-        files = dataclasses.replace(files, config=read_sizes(path, part) if header is None else header.config)
+        files = dataclasses.replace(files, config=read_sizes(path, part))
     if files.config is None:
         raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
+    _check_header(path, files.config)
     guess = check_network(path, "transformer", files.config, part, scaled=own and "transformer" in named)
     adapters.check_loras(options.loras, files.config)
     if options.checkpoint is None:
@@ -251,6 +251,13 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
     for kind in {decoder_kind(files, options), "vae" if options.encoder else None} - {None}:
         check_network(getattr(files, kind), kind)
     return files
+
+
+def _check_header(path: Path, config: WanConfig) -> None:
+    """Refuses a network whose header contradicts the sizes that its shapes do not show."""
+    header = read_header(path)
+    if header is not None:
+        check_told_sizes(path, header, config, "the config.json of the model")
 
 
 def _refuse_causal(path: Path) -> None:

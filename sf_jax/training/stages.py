@@ -23,7 +23,7 @@ from sf_jax.weights import hub
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.package import Package, load_package, read_header, shipped_path
+from sf_jax.weights.package import Package, check_told_sizes, load_package, read_header, shipped_path
 from sf_jax.weights.transformer import naming_of
 
 RECORDS = "records"  # among the digests, what is read from `data.dir` and `ode.dir`
@@ -231,6 +231,8 @@ def _load(
             raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
         typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
         return sharding.put(typed, places(typed)), package.kind
+    if header is not None:
+        check_told_sizes(path, header, wanted, f"the config, {field}")
     try:
         _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:

@@ -18,7 +18,13 @@ PART_NAMES = (*PARTS, *NETWORK_PARTS)
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def open_tensors(path: Path | str, part: str | None = None, need_part: bool = True, scaled: bool = True) -> TensorFile:
+def open_tensors(
+    path: Path | str,
+    part: str | None = None,
+    need_part: bool = True,
+    scaled: bool = True,
+    kind: str | None = None,
+) -> TensorFile:
     """Opens a weight file; what it is, is told from its content, not from its suffix.
 
     Args:
@@ -28,6 +34,7 @@ def open_tensors(path: Path | str, part: str | None = None, need_part: bool = Tr
         (`NETWORK_PARTS`). None takes generator_ema, else generator, else model; of an all-in-one file, everything.
       need_part: refuse `part` for a file that is a single state dict; otherwise it is ignored then.
       scaled: whether scaled float8 is read: multiplied by its scales, as float32. Otherwise it is refused.
+      kind: of an all-in-one file, the network that is to be read, such as "vae": others may be scaled all the same.
 
     Returns:
       The tensors, of which only names, shapes and types have been read. They are numpy arrays with the file's types
@@ -49,7 +56,9 @@ def open_tensors(path: Path | str, part: str | None = None, need_part: bool = Tr
         if inner is not None and tensors.part is None and need_part:
             raise ValueError(f"part is {part!r}: {path} is a single state dict, leave part out")
         refuse_quantized(tensors)
-        scales = scale_names(tensors)
+        scales, wanted = scale_names(tensors), networks_of(tensors).get("vae" if kind == "tiny_vae" else kind)
+        if wanted is not None:
+            scales = {weight: scale for weight, scale in scales.items() if weight in wanted.values()}
         if scales and not scaled:
             raise ValueError(
                 f"{path} holds scaled float8 (such as {min(scales.values())}), whose weights are known to 3 bits: "

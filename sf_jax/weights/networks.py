@@ -16,6 +16,7 @@ from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.load import check, load_params, normalized
 from sf_jax.weights.names import networks_of
+from sf_jax.weights.package import read_header
 from sf_jax.weights.recognize import HEAD_DIM, NAMINGS, Guess, entries_of, param_shapes_of, recognize
 from sf_jax.weights.tensors import TensorFile
 
@@ -30,7 +31,7 @@ def check_network(
     Returns:
       What the file is.
     """
-    with open_tensors(path, part, scaled=scaled) as tensors:
+    with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
         tensors, guess, (_, entries, like) = _mapped(tensors, kind, config)
         check(entries, normalized(tensors, (entry.name for entry in entries)), like, kind)
     return guess
@@ -54,27 +55,36 @@ def describe_network(path: Path | str, kind: str, part: str | None = None, scale
     Raises:
       ValueError: if it cannot be opened, or is something that cannot be loaded.
     """
-    with open_tensors(path, part, scaled=scaled) as tensors:
+    with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
         return _recognized(tensors, kind)[1]
 
 
 def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> WanConfig:
-    """Sizes of a transformer from its shapes, or from the `config.json` beside it where shapes do not tell the heads.
+    """Sizes of a transformer from its header or shapes, or from the `config.json` beside it where these lack the heads.
+
+    Args:
+      path: its file, or an index or folder of shards.
+      part: of a checkpoint with several networks, which.
+      scaled: whether scaled float8 is read; see `open_tensors`.
 
     Raises:
       ValueError: if it is no transformer, or the number of its heads is told nowhere.
     """
-    guess = describe_network(path, "transformer", part, scaled)
+    header = read_header(path)
+    if header is not None:
+        return header.config
+    with open_tensors(path, part, scaled=scaled, kind="transformer") as tensors:
+        guess, beside = _recognized(tensors, "transformer")[1], tensors.path.with_name("config.json")
     if guess.kind != "transformer":
         raise ValueError(f"{path}: a transformer is needed; this seems to be: {guess.description}")
     config = guess.config
     if config.dim % HEAD_DIM == 0:
         return config
-    if not path.with_name("config.json").is_file():
+    if not beside.is_file():
         raise ValueError(
             f"{path} has dim {config.dim}, no multiple of {HEAD_DIM}: its heads are told by a config.json beside it"
         )
-    return read_config(path.with_name("config.json"))
+    return read_config(beside)
 
 
 def identify(path: Path | str, kind: str) -> tuple[Any, str]:
@@ -91,7 +101,7 @@ def identify(path: Path | str, kind: str) -> tuple[Any, str]:
       ValueError: see `check_network`.
     """
     digest = hashlib.sha256()
-    with open_tensors(path, scaled=False) as tensors:
+    with open_tensors(path, scaled=False, kind=kind) as tensors:
         tensors, _, (config, entries, like) = _mapped(tensors, kind, None)
         tensors = normalized(tensors, (entry.name for entry in entries))
         check(entries, tensors, like, kind)
@@ -133,7 +143,7 @@ def load_network(
     Raises:
       ValueError: if the file is damaged or not that of such a network; the message says what it seems to be.
     """
-    with open_tensors(path, part, scaled=scaled) as tensors:
+    with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
         tensors, _, (config, entries, like) = _mapped(tensors, kind, config)
         shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
         with adapters.merged(tensors, loras, config, wide=dtype is not None) as tensors:

@@ -143,6 +143,24 @@ def read_header(path: pathlib.Path | str) -> Package | None:
     return None if header is None else _parse(path, header)
 
 
+def check_told_sizes(path: pathlib.Path, header: Package, config: WanConfig, source: str) -> None:
+    """Refuses sizes that shapes do not show and in which a header and a configuration differ.
+
+    Args:
+      path: the file with the header.
+      header: what it says.
+      config: sizes that it is to have.
+      source: whose they are, for the message.
+
+    Raises:
+      ValueError: with the values of both.
+    """
+    for name in ("num_heads", "eps", "text_len"):
+        ours, theirs = getattr(header.config, name), getattr(config, name)
+        if ours != theirs:
+            raise ValueError(f"{path}: {name} is {ours} in its header, {theirs} in {source}: it is of another model")
+
+
 def _parse(path: pathlib.Path, header: str) -> Package:
     if len(header) > _LONGEST_HEADER:
         raise _damaged(path, f"its header has {len(header)} characters, at most {_LONGEST_HEADER} are read")
