@@ -60,12 +60,11 @@ _CHECKPOINT = command.define_weights("checkpoint", None, "Folders: weights in pl
 _SHARD_SIZE = flags.DEFINE_string("max_shard_size", None, "Folders: size of a weight file at most (5GB)")
 _LICENSE = flags.DEFINE_string("license", None, "Model card: the hub's identifier of the weights' license")
 _BASE_MODEL = flags.DEFINE_string("base_model", None, "Model card: the hub's name of the model that they derive from")
-_PART = flags.DEFINE_enum(
+_PART = flags.DEFINE_string(
     "part",
     None,
-    [*PART_NAMES, "lora"],
-    "Network of a file that holds several; those of checkpoints are also its name in a .pt. With --from, lora: the "
-    "adapters alone",
+    f"Network of a file that holds several: {', '.join(PART_NAMES)}, or another name in it; those of checkpoints are "
+    "also its name in a .pt. With --from, lora: the adapters alone",
 )
 _LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input, FILE or FILE:SCALE; several too")
 _DTYPE = flags.DEFINE_enum(

@@ -75,6 +75,16 @@ def test_blocks_of_128_may_be_cut_and_other_scales_are_refused(tmp_path):
         tensors["a.weight"]
 
 
+def test_scaled_float8_without_its_scales_is_refused(tmp_path):
+    for prefix in ("", "text_encoders.umt5xxl.transformer."):
+        marker = {f"{prefix}scaled_fp8": np.zeros(0, E4M3)}
+        save_file({f"{prefix}a.weight": np.ones((2, 2), E4M3)} | marker, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match="marked as scaled float8 .*scaled_fp8. but has no scales"):
+            open_tensors(tmp_path / "a.safetensors")
+        save_file({f"{prefix}a.weight": np.ones((2, 2), np.float16)} | marker, tmp_path / "a.safetensors")
+        open_tensors(tmp_path / "a.safetensors").close()  # written out since, as the marker is no weight
+
+
 @pytest.mark.parametrize(
     ("names", "title"),
     [

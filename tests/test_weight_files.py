@@ -61,6 +61,46 @@ def test_torch_checkpoints_of_several_networks(tmp_path):
         number({"x": torch.ones(1), "y": 3})
 
 
+WRAPPERS = ("state_dict", "model_state_dict", "ema", "model_ema", "module", "params", "net", "student_weights")
+
+
+def test_torch_checkpoints_of_one_network_under_any_name(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    state, file = {"a.weight": torch.full((2,), 7.0)}, tmp_path / "a.pt"
+
+    def opened(held, part=None, **options):
+        torch.save(held, file)
+        with open_tensors(file, part, **options) as stored:
+            assert list(stored) == ["a.weight"] and stored["a.weight"][0] == 7
+            return stored.part
+
+    for name in WRAPPERS:
+        assert opened({name: state}) is None and opened({name: state}, name) == name
+        adam = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+        assert opened({"step": 3, name: {"state_dict": state}, "optimizer": adam}) is None
+        assert opened({name: state}, "generator_lora", need_part=False) is None
+        with pytest.raises(ValueError, match=f"part is 'generator': .*a.pt holds {name}"):
+            opened({name: state}, "generator")
+    for beside in ({"step": 3, "epoch": 1}, {"config": {"dim": 3}}, {"global_step": torch.tensor(4)}):
+        assert opened(state | beside) is None and opened({"generator": state | beside}) == "generator"
+    assert opened({"generator": {"state_dict": state}, "critic": {"state_dict": state}}) == "generator"
+    with pytest.raises(ValueError, match="a.pt holds critic: say which with part"):
+        opened({"critic": state})
+    with pytest.raises(ValueError, match="a.pt holds ema, params: say which with part"):
+        opened({"ema": state, "params": state})
+    # A network under its own name is not taken for another one.
+    with pytest.raises(ValueError, match="part is 'generator_lora': .*a.pt holds model"):
+        opened({"model": state}, "generator_lora", need_part=False)
+
+
+def test_torch_files_are_told_by_their_content(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    for name, zipped in itertools.product(("a.safetensors", "a", "a.ckpt"), (True, False)):
+        torch.save({"x": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        with open_tensors(tmp_path / name) as stored:
+            np.testing.assert_array_equal(stored["x"], np.ones(2))
+
+
 def test_without_torch_its_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "a.pth").write_bytes(b"PK\x03\x04" + bytes(60))

@@ -7,7 +7,7 @@ from sf_jax.weights import hub, places
 from sf_jax.weights.folders import find_transformer
 from sf_jax.weights.foreign import refuse_foreign, title_of_start
 from sf_jax.weights.names import NETWORK_PARTS, networks_of
-from sf_jax.weights.quantized import dequantized, refuse_quantized, scale_names
+from sf_jax.weights.quantized import dequantized, refuse_lost_scales, refuse_quantized, scale_names
 from sf_jax.weights.safetensors_io import open_safetensors
 from sf_jax.weights.tensors import MAX_NAME, TensorFile
 from sf_jax.weights.torch_io import PARTS, open_torch
@@ -31,8 +31,10 @@ def open_tensors(
       path: a safetensors file, an index (`*.index.json`) or folder of shards, a model folder (for its transformer), or
         a PyTorch pickle, of which no code is ever run; also a file of the hub, see `hub`.
       part: which state dict of a checkpoint that holds several (see `PARTS`), or which network of an all-in-one file
-        (`NETWORK_PARTS`). None takes generator_ema, else generator, else model; of an all-in-one file, everything.
-      need_part: refuse `part` for a file that is a single state dict; otherwise it is ignored then.
+        (`NETWORK_PARTS`). None takes generator_ema, else generator, else model, else the only one; of an all-in-one
+        file, everything.
+      need_part: refuse `part` for a file that is a single state dict, or has one under some name; otherwise it is
+        ignored then.
       scaled: whether scaled float8 is read: multiplied by its scales, as float32. Otherwise it is refused.
       kind: of an all-in-one file, the network that is to be read, such as "vae": others may be scaled all the same.
 
@@ -51,11 +53,12 @@ def open_tensors(
         raise ValueError(f"{path} does not exist: give a weight file or a folder of shards")
     refuse_foreign(path)
     inner = None if part in NETWORK_PARTS else part
-    tensors = _index(path) if path.suffix == ".json" else _by_content(path, inner)
+    tensors = _index(path) if path.suffix == ".json" else _by_content(path, inner, need_part)
     try:
         if inner is not None and tensors.part is None and need_part:
             raise ValueError(f"part is {part!r}: {path} is a single state dict, leave part out")
         refuse_quantized(tensors)
+        refuse_lost_scales(tensors)
         scales, wanted = scale_names(tensors), networks_of(tensors).get("vae" if kind == "tiny_vae" else kind)
         if wanted is not None:
             scales = {weight: scale for weight, scale in scales.items() if weight in wanted.values()}
@@ -83,7 +86,7 @@ def _network(tensors: TensorFile, part: str) -> TensorFile:
     return tensors.renamed(networks[NETWORK_PARTS[part]])
 
 
-def _by_content(path: Path, part: str | None) -> TensorFile:
+def _by_content(path: Path, part: str | None, need_part: bool = True) -> TensorFile:
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -93,7 +96,7 @@ def _by_content(path: Path, part: str | None) -> TensorFile:
     if start[4:9] == b"\0\0\0\0{":
         return open_safetensors(path)
     if start.startswith(_PICKLES):
-        return open_torch(path, part)
+        return open_torch(path, part, need_part)
     text, foreign = start.lstrip().lower(), title_of_start(start)
     if foreign is not None:
         fault = foreign

@@ -47,6 +47,22 @@ def refuse_quantized(tensors: TensorFile) -> None:
             raise ValueError(f"{tensors.path} is quantized ({name} is {dtype}), which is not read: {_ADVICE}")
 
 
+def refuse_lost_scales(tensors: TensorFile) -> None:
+    """Refuses float8 that is marked as scaled and whose scales are not there.
+
+    Raises:
+      ValueError: With the marker's name.
+    """
+    for marker in (name for name in tensors if re.search(r"(^|\.)scaled_fp8$", name)):
+        prefix = marker.removesuffix("scaled_fp8")
+        inside = [name for name in tensors if name.startswith(prefix) and name != marker]
+        if any(is_float8(tensors.dtypes[name]) for name in inside) and not any(n.endswith(_SCALES) for n in inside):
+            raise ValueError(
+                f"{tensors.path} is marked as scaled float8 ({marker}) but has no scales (such as "
+                f"{prefix}blocks.0.ffn.0.scale_weight): give the file that it was made from"
+            )
+
+
 def scale_names(names: Iterable[str]) -> dict[str, str]:
     """The scales of a scaled float8 file: name of the weight -> name of its scale."""
     found = {}

@@ -21,6 +21,11 @@ MAX_SHARING = 4
 _PROTOCOL = 2  # of the pickles of torch.save
 # State dicts that a checkpoint of this family may hold; of the first three the earliest is the one to generate with.
 PARTS = ("generator_ema", "generator", "model", "critic")
+# What trainers call the state dict itself, inside of a checkpoint or of one of its parts.
+_WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params", "net", "ema", "model_ema", "ema_model")
+# What they keep beside the tensors of a state dict.
+_BESIDE = ("step", "global_step", "iteration", "iter", "epoch", "config", "args", "cfg", "hparams", "hyper_parameters")
+_BESIDE += ("metadata", "version", "pytorch-lightning_version", "optimizer", "scheduler", "lr_scheduler")
 
 _SHARDED = (
     "holds DTensors, the sharded tensors of FSDP: write them whole where they are, torch.save({name: "
@@ -64,12 +69,12 @@ def _numpy_types(torch) -> dict:
     }
 
 
-def open_torch(path: Path, part: str | None) -> TensorFile:
-    """Opens what `torch.save` wrote: a state dict, or a checkpoint of several."""
+def open_torch(path: Path, part: str | None, need_part: bool = True) -> TensorFile:
+    """Opens what `torch.save` wrote: a state dict, or a checkpoint of one or several; see `open_tensors`."""
     torch = _import_torch(path)
     views, types = _torch_types(torch), _numpy_types(torch)
     protocol = check_container(path)
-    held, part = _state_dict(_load_pickle(torch, path, protocol), path, part)
+    held, part = _state_dict(torch, _load_pickle(torch, path, protocol), path, part, need_part)
     if any(type(value).__name__ in ("DTensor", "ShardedTensor") for value in held.values()):
         raise ValueError(f"{path} {_SHARDED}")
     faults = {name: fault for name, value in held.items() if (fault := _fault(torch, types, name, value))}
@@ -132,11 +137,14 @@ def _check_total(tensors: Iterable, size: int) -> None:
 
 
 def _load_pickle(torch, path: Path, protocol: int):
-    """What a pickle holds, memory-mapped where its format allows it."""
+    """What a pickle holds, memory-mapped where its format and its name allow it."""
     # PyTorch's own words tell users to load such files without any safety.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if path.name.endswith(".safetensors"):  # by which torch.load would take it for another format
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             try:
                 return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -168,20 +176,45 @@ def _reason(error: Exception) -> str:
     return text if text and not re.search(r"weights_only|torch\.load|trust", text) else type(error).__name__
 
 
-def _state_dict(held, path: Path, part: str | None) -> tuple[dict, str | None]:
-    """The state dict to read, and its name in the checkpoint."""
+def _state_dict(torch, held, path: Path, part: str | None, need_part: bool) -> tuple[dict, str | None]:
+    """The state dict to read, and its name in the checkpoint; None for the only one of it, whatever it is called."""
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds a {type(held).__name__}, not the tensors of a network by name")
     parts = [name for name, value in held.items() if isinstance(value, Mapping) and isinstance(name, str)]
+    inner = {name: _unwrapped(torch, held[name]) for name in parts if name not in _BESIDE}
+    networks = {name: value for name, value in inner.items() if value is not None}
+    flat = any(isinstance(value, torch.Tensor) for value in held.values())
+    if flat and not networks:
+        return {name: value for name, value in held.items() if not _is_beside(torch, name, value)}, None
     if not parts:
         return dict(held), None
+    names = shortened(", ".join(parts[:8]))
+    # A critic alone, and a network that has the name of another part, are not what is wanted.
+    alone = next(iter(networks)) if len(networks) == 1 and not set(networks) & set(PARTS) else None
+    wanted = part
     if part is None:
-        part = next((name for name in PARTS[:3] if name in parts), None)
-        if part is None:
-            raise ValueError(f"{path} holds {shortened(', '.join(parts[:8]))}: say which with part")
-    if part not in parts:
-        raise ValueError(f"part is {part!r}: {path} holds {shortened(', '.join(parts[:8]))}")
-    return dict(held[part]), part
+        wanted = next((name for name in PARTS[:3] if name in parts), alone)
+    elif part not in parts and not need_part:
+        wanted = alone
+    if wanted not in parts:
+        fault = f"{path} holds {names}"
+        raise ValueError(f"{fault}: say which with part" if part is None else f"part is {part!r}: {fault}")
+    held = networks.get(wanted, held[wanted])
+    held = {name: value for name, value in held.items() if not _is_beside(torch, name, value)}
+    return held, wanted if wanted in PARTS or wanted == part else None
+
+
+def _unwrapped(torch, held: Mapping, depth: int = 3) -> Mapping | None:
+    """The tensors by name in a part of a checkpoint, which may be in a wrapper of their own; None where it has none."""
+    if any(isinstance(value, torch.Tensor) for value in held.values()):
+        return held if all(isinstance(name, str) for name in held) else None
+    inner = [held[name] for name in _WRAPPERS if isinstance(held.get(name), Mapping)]
+    return _unwrapped(torch, inner[0], depth - 1) if len(inner) == 1 and depth else None
+
+
+def _is_beside(torch, name, value) -> bool:
+    """Whether an entry of a state dict is no weight, but what trainers keep beside the weights."""
+    return name in _BESIDE and not (isinstance(value, torch.Tensor) and value.ndim)
 
 
 def write_torch(path: Path | str, tensors: TensorFile, part: str | None = None) -> None:
