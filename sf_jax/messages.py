@@ -9,6 +9,11 @@ def shortened(text: str, limit: int = 160) -> str:
     return words if len(words) <= limit and len(text) <= 4 * limit else f"{words[: limit - 3]}..."
 
 
+def with_article(noun: str) -> str:
+    """A noun behind "a" or "an"."""
+    return f"{'an' if noun[:1].lower() in tuple('aeio') or noun.startswith('up') else 'a'} {noun}"
+
+
 def quoted(value: Any, limit: int = 80) -> str:
     """The `repr` of a value, cut to `limit` characters.
 

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from sf_jax.messages import with_article
 from sf_jax.models import wan
 from sf_jax.weights import folders, load, mapping, places, transformer
+from sf_jax.weights.export import read_network
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.networks import describe_network, load_network
 from sf_jax.weights.recognize import param_shapes_of, recognize
@@ -268,8 +270,9 @@ def test_checkpoints_of_other_tools_are_called_by_name(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x")
         if message is not None:
-            with pytest.raises(ValueError, match=message):
-                open_tensors(tmp_path / name.partition("/")[0])
+            for open_folder in (open_tensors, folders.find_model):
+                with pytest.raises(ValueError, match=message):
+                    open_folder(tmp_path / name.partition("/")[0])
             if file.suffix in (".distcp", ".pt"):
                 with pytest.raises(ValueError, match=message):
                     open_tensors(file)
@@ -297,3 +300,67 @@ def test_sizes_of_other_models_are_told_by_their_channels():
     for channels, outputs, title in ((48, 192, "Wan2.2-TI2V-5B"), (36, 64, "an image-to-video model")):
         other = shapes | {"patch_embedding.weight": (256, channels, 1, 2, 2), "head.head.weight": (outputs, 256)}
         assert title in recognize(other).title
+
+
+def test_folders_with_nothing_but_gguf_are_called_by_name(tmp_path):
+    (tmp_path / "wan2.1-t2v-14b-Q4_K_M.gguf").write_bytes(b"GGUF")
+    for open_folder in (open_tensors, folders.find_model):
+        with pytest.raises(ValueError, match="Q4_K_M.gguf is no weight file: it is a GGUF file .*dequantize"):
+            open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a-00001-of-00006.safetensors", "model.fp16-00003-of-00006.safetensors"])
+def test_single_shards_are_called_by_name(name, tmp_path):
+    save_file(network("transformer", "official")[2], tmp_path / name)
+    with pytest.raises(ValueError, match=r"is shard [13] of 6 of a network: give their folder, or their index"):
+        load_network(tmp_path / name, "transformer")
+    path = (tmp_path / name).rename(tmp_path / "a-00001-of-00001.safetensors")
+    assert load_network(path, "transformer", CONFIGS["transformer"])
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "message"),
+    [
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", {}, "two experts of Wan2.2-A14B"),
+        ("Wan2_2-T2V-A14B_LOW.safetensors", {}, "two experts of Wan2.2-A14B"),
+        (f"high_noise_model/{FILE}", {}, "by the name high_noise_model"),
+        (f"transformer_2/{FILE}", {}, "by the name transformer_2"),
+        (f"transformer/{FILE}", {"transformer_2/config.json": "{}"}, "transformer_2 is beside it"),
+        (f"transformer/{FILE}", {"model_index.json": '{"boundary_ratio": 0.875}'}, "model_index.json is beside it"),
+        (f"transformer/{FILE}", {"model_index.json": '{"_class_name": "WanImageToVideoPipeline"}'}, "is of a WanImage"),
+        (FILE, {"config.json": '{"model_type": "i2v"}'}, "has the model_type 'i2v'"),
+        (f"transformer/{FILE}", {"model_index.json": '{"_class_name": "WanCausalDMDPipeline"}'}, None),
+        ("Wan2.1-T2V-14B_student.safetensors", {"transformer_2/config.json": "{}"}, None),
+    ],
+)
+def test_experts_and_other_tasks_are_told_by_what_is_around_them(name, beside, message, tmp_path):
+    for file, content in beside.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    save_file(network("transformer", "official")[2], tmp_path / name)
+    for path in dict.fromkeys((tmp_path / name, (tmp_path / name).parent, tmp_path)):
+        if message is None:
+            load_network(path, "transformer", CONFIGS["transformer"])
+            continue
+        with pytest.raises(ValueError, match=message), open_tensors(path) as tensors:
+            read_network(tensors, "diffusers")
+        with pytest.raises(ValueError, match=message):
+            describe_network(path, "transformer")
+
+
+def test_articles(tmp_path):
+    assert [with_article(noun) for noun in ("adapter", "int", "VAE", "umt5", "upscaling transformer")] == [
+        "an adapter",
+        "an int",
+        "a VAE",
+        "a umt5",
+        "an upscaling transformer",
+    ]
+    with pytest.raises(
+        ValueError, match=r"config.json: the sizes .* cannot be read from it .No such file or directory.$"
+    ):
+        folders.read_config(tmp_path / "config.json")

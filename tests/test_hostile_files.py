@@ -140,7 +140,7 @@ def test_tensors_must_have_their_numbers_in_the_file(tmp_path):
     torch.save({"x" * 1000: base}, path)
     advice_free(path, "has 1000 characters")
     torch.save({3: base}, path)
-    advice_free(path, "its key is a int")
+    advice_free(path, "its key is an int")
 
 
 def test_quantized_and_nested_tensors_are_called_by_name(tmp_path):

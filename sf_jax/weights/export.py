@@ -13,8 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from sf_jax.files import replacing
+from sf_jax.messages import with_article
 from sf_jax.models.wan import WanConfig
 from sf_jax.weights import load
+from sf_jax.weights.experts import refuse_other_transformers
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.package import Package, parse_header
 from sf_jax.weights.recognize import NAMINGS, entries_of, param_shapes_of, recognize
@@ -83,7 +85,9 @@ def read_network(tensors: TensorFile, layout: str | None, config: WanConfig | No
         header = parse_header(tensors.path, tensors.metadata["sf_jax"])
         guess = recognize(tensors.shapes)
     if guess.kind == "unknown":
-        raise ValueError(f"{tensors.path}: this is a {guess.title}")
+        raise ValueError(f"{tensors.path}: this is {with_article(guess.title)}")
+    if guess.kind == "transformer":
+        refuse_other_transformers(tensors.path)
     naming = _naming(guess, layout)
     if guess.kind != "transformer":
         config = None
@@ -113,7 +117,7 @@ def _naming(guess, layout: str | None) -> str:
     if naming not in NAMINGS[guess.kind]:
         allowed = [name for name in NAMINGS[guess.kind] if name in LAYOUTS]
         allowed += ["comfy"] if guess.kind in _COMFY_NAMINGS else []
-        raise ValueError(f"to is {layout!r}: for a {guess.title} it must be one of {', '.join(allowed)}")
+        raise ValueError(f"to is {layout!r}: for {with_article(guess.title)} it must be one of {', '.join(allowed)}")
     return naming
 
 

@@ -1,11 +1,13 @@
 """Opens weight files of every kind: safetensors, shards of them, and PyTorch's pickles."""
 
+import re
 from pathlib import Path
 
 from sf_jax import strict_json
 from sf_jax.weights import hub, places
+from sf_jax.weights.experts import refuse_other_transformers
 from sf_jax.weights.folders import find_transformer
-from sf_jax.weights.foreign import refuse_foreign, title_of_start
+from sf_jax.weights.foreign import refuse_foreign, refuse_gguf, title_of_start
 from sf_jax.weights.names import NETWORK_PARTS, networks_of
 from sf_jax.weights.quantized import dequantized, refuse_lost_scales, refuse_quantized, scale_names
 from sf_jax.weights.safetensors_io import open_safetensors
@@ -52,6 +54,12 @@ def open_tensors(
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a weight file or a folder of shards")
     refuse_foreign(path)
+    shard = re.search(r"-(\d{1,9})-of-(\d{1,9})(\.[\w.]+)?$", path.name)
+    if shard and int(shard[2]) > 1:
+        raise ValueError(
+            f"{path} is shard {int(shard[1])} of {int(shard[2])} of a network: give their folder, or their index "
+            "(*.index.json)"
+        )
     inner = None if part in NETWORK_PARTS else part
     tensors = _index(path) if path.suffix == ".json" else _by_content(path, inner, need_part)
     try:
@@ -135,7 +143,10 @@ def _file_of_folder(folder: Path) -> Path:
     if stems:
         return folder / stems[0]
     if not found:
+        refuse_gguf(folder)
         inside = sorted(child.parent.name for child in folder.glob("*/*.safetensors*"))
+        for name in inside:
+            refuse_other_transformers(folder / name)
         hint = f"; its folders {', '.join(dict.fromkeys(inside))} have some: give one of them" if inside else ""
         raise ValueError(f"{folder} has no weight file (*.safetensors, its index, or .pt, .pth, .bin){hint}")
     if all("-of-" in name for name in found):

@@ -13,6 +13,7 @@ from sf_jax import strict_json
 from sf_jax.messages import quoted
 from sf_jax.models import vae, wan
 from sf_jax.weights import hub
+from sf_jax.weights.foreign import refuse_foreign, refuse_gguf
 from sf_jax.weights.places import PARTS, TOKENIZERS, files_of, find_part, model_files, places
 
 _CONFIGS = ("config.json", "transformer/config.json")
@@ -147,11 +148,14 @@ def find_model(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} {'is a file: give a folder' if folder.exists() else 'does not exist'}")
+    refuse_foreign(folder)
     names = _names(folder)
     _refuse_other_models(folder)
     found = {part: _find(folder, names, part) for part in PARTS}
     missing = [f"{part} (looked for {', '.join(places(part))})" for part in needed if found[part] is None]
     if missing:
+        if "transformer" in needed and found["transformer"] is None:
+            refuse_gguf(folder)
         fetched = "" if repository is None else f" ({repository}; without a network, only what was fetched is there)"
         raise ValueError(f"{title} lacks: {'; '.join(missing)}{fetched}")
     if found["transformer"] is not None:
@@ -337,7 +341,8 @@ def read_config(path: Path | str) -> wan.WanConfig:
     try:
         stored = strict_json.read(path, None, finite=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: the sizes of the transformer cannot be read from it ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: the sizes of the transformer cannot be read from it ({reason})") from error
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds no table of sizes")
     if isinstance(name := stored.get("_class_name"), str) and _OTHER_CLASSES.search(name):

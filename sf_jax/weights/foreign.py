@@ -51,6 +51,17 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
+def refuse_gguf(folder: Path) -> None:
+    """Refuses a folder, without weights that are read, that has a GGUF file.
+
+    Raises:
+      ValueError: With its name, and what to do.
+    """
+    file = next((path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".gguf"), None)
+    if file is not None:
+        raise ValueError(f"{file} is no weight file: {title_of_start(b'GGUF')}")
+
+
 def _distributed(path: Path, folder: Path) -> str:
     return (
         f"{path} is a distributed checkpoint of PyTorch (.distcp, as FSDP writes): convert it with python -m "

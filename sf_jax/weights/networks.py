@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from sf_jax.messages import with_article
 from sf_jax.models.wan import WanConfig
 from sf_jax.weights import adapters, mapping
 from sf_jax.weights.adapter_list import Lora
+from sf_jax.weights.experts import refuse_other_transformers
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import read_config
 from sf_jax.weights.load import check, load_params, normalized
@@ -155,7 +157,7 @@ def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Gu
     tensors, guess = _recognized(tensors, kind)
     if config is None:
         if guess.kind != kind:
-            raise ValueError(f"{tensors.path}: a {kind} is needed; this seems to be: {guess.description}")
+            raise ValueError(f"{tensors.path}: {with_article(kind)} is needed; this seems to be: {guess.description}")
         config = guess.config
     naming = guess.naming if guess.naming in NAMINGS[kind] else NAMINGS[kind][0]
     return tensors, guess, (config, entries_of(kind, config, naming), param_shapes_of(kind, config))
@@ -169,5 +171,7 @@ def _recognized(tensors: TensorFile, kind: str) -> tuple[TensorFile, Guess]:
         tensors = tensors.renamed(networks[kind_there])
     guess = recognize(tensors.shapes, tensors.metadata)
     if guess.is_other:
-        raise ValueError(f"{tensors.path}: a {kind} is needed; this is a {guess.title}")
+        raise ValueError(f"{tensors.path}: {with_article(kind)} is needed; this is {with_article(guess.title)}")
+    if guess.kind == "transformer":
+        refuse_other_transformers(tensors.path)
     return tensors, guess

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from sf_jax.files import replacing
-from sf_jax.messages import quoted, shortened
+from sf_jax.messages import quoted, shortened, with_article
 from sf_jax.weights.tensors import TensorFile, check_announced, checked_tensor, empty_aligned
 from sf_jax.weights.torch_archive import check_container
 
@@ -106,15 +106,15 @@ def open_torch(path: Path, part: str | None, need_part: bool = True) -> TensorFi
 def _fault(torch, types: dict, name, value) -> str | None:
     """Why an entry of a state dict is no plain tensor, or None."""
     if not isinstance(name, str):
-        return f"its key is a {type(name).__name__}"
+        return f"its key is {with_article(type(name).__name__)}"
     if not isinstance(value, torch.Tensor):
-        return f"it is a {type(value).__name__}"
+        return f"it is {with_article(type(value).__name__)}"
     if value.is_nested:
         return "it is a nested tensor"
     if value.layout != torch.strided:
         return f"it is a sparse tensor, {value.layout}"
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return f"it is a {type(value).__name__}"
+        return f"it is {with_article(type(value).__name__)}"
     if value.is_quantized:
         return f"it is quantized, {value.dtype}"
     if value.is_meta:
@@ -179,7 +179,7 @@ def _reason(error: Exception) -> str:
 def _state_dict(torch, held, path: Path, part: str | None, need_part: bool) -> tuple[dict, str | None]:
     """The state dict to read, and its name in the checkpoint; None for the only one of it, whatever it is called."""
     if not isinstance(held, Mapping):
-        raise ValueError(f"{path} holds a {type(held).__name__}, not the tensors of a network by name")
+        raise ValueError(f"{path} holds {with_article(type(held).__name__)}, not the tensors of a network by name")
     parts = [name for name, value in held.items() if isinstance(value, Mapping) and isinstance(name, str)]
     inner = {name: _unwrapped(torch, held[name]) for name in parts if name not in _BESIDE}
     networks = {name: value for name, value in inner.items() if value is not None}
