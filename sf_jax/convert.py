@@ -44,7 +44,7 @@ from sf_jax.weights.names import NETWORK_PARTS
 from sf_jax.weights.package import Package, load_package, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile, is_float8
-from sf_jax.weights.torch_io import write_torch
+from sf_jax.weights.torch_io import PARTS, write_torch
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
@@ -83,6 +83,8 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
     if _DTYPE.value:
         network = dataclasses.replace(network, tensors=network.tensors.astype(_DTYPES[_DTYPE.value]))
     to_torch = output.suffix in TORCH_SUFFIXES
+    if _PART.value not in (None, tensors.part, *PART_NAMES):
+        raise ValueError(f"part is {_PART.value!r}: {tensors.path} has none; in a .pt it is {', '.join(PARTS)}")
     part = tensors.part if _PART.value in NETWORK_PARTS else _PART.value or tensors.part
     if _TO.value == "comfy":
         if to_torch:
@@ -155,6 +157,8 @@ def _export(output: Path | None) -> tuple[str, Path]:
         raise ValueError(f"to is {_TO.value!r}: --from writes the official names, convert its output for others")
     if (output is None or output.suffix not in TORCH_SUFFIXES) and _PART.value is not None:
         raise ValueError(f"part is {_PART.value!r}: a .safetensors file holds one network, leave part out")
+    if _PART.value not in (None, *PARTS):
+        raise ValueError(f"part is {_PART.value!r}: with --from it must be one of {', '.join((*PARTS, 'lora'))}")
     step, package = load_run(_FROM.value)
     # Not the name of a finished run's file, which means that there is nothing left to train.
     output = output or Path(_FROM.value) / f"{package.kind}_{step:06d}.safetensors"
