@@ -263,7 +263,7 @@ def _read(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, int,
                         yield i, 0, f"it has {len(clip)} frames, a clip needs {length}"
                     break
                 yield i, k, np.stack(clip)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield i, k, str(error)
 
 
