@@ -1,9 +1,11 @@
 """What users give to `python -m sf_jax.prepare`: prompt files, folders of videos, command lines."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from sf_jax import generate
 from sf_jax.data import captions
 from sf_jax.inference.prepare_job import Job
 from tests.test_commands import command
@@ -17,6 +19,19 @@ from tests.test_commands import command
         ("p.jsonl", '{"text": "a"}\n{"text": 3}', "p.jsonl line 2: text is 3: it must be a text"),
         ("p.jsonl", '{"text": "a"}\n\n{"text"', "p.jsonl line 3 is no JSON"),
         ("p.jsonl", '["a"]', "p.jsonl line 1 is list: it must be an object"),
+        (
+            "p.txt",
+            "a cat".encode("utf-16-le"),
+            "p.txt has NUL characters: it must be a text file in UTF-8, not in UTF-16",
+        ),
+        ("p.json", '["a\\u0000b"]', "p.json entry 1 has a NUL character"),
+        ("p.json", '["a", 3]', "p.json entry 2 is int: it must be a text or an object"),
+        ("p.json", '["a",', "p.json is no JSON"),
+        ("p.json", '"a"', "p.json holds str: it must hold a list"),
+        ("p.json", '{"prompts": ["a"]}', "p.json has prompts: it must have prompt or caption or text"),
+        ("p.json", '[{"text": "a", "text": "b"}]', "the key text is there 2 times"),
+        ("p.csv", "text,text\na,b\n", "p.csv is no table .*the column text is there 2 times"),
+        ("p.yaml", "- a cat\n", "p.yaml is .yaml: give a text a line, or .csv"),
         ("p.csv", "id,name\n1,a\n", "p.csv row 1 has id, name: it must have prompt or caption or text"),
     ],
 )
@@ -30,6 +45,33 @@ def test_bad_prompt_files_are_refused(tmp_path, name, content, message):
 def test_prompts_are_lines_without_duplicates(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\r\n a\u2028dog \na cat\n", encoding="utf-8")
     assert captions.read_prompts(tmp_path / "p.txt") == (["a cat", "a\u2028dog"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", '[\n  "a cat",\n  "a, dog"\n]'),
+        ("p.json", '[{"text": "a cat", "id": 1}, {"id": 2, "text": "a, dog"}]'),
+        ("p.JSON", '{"prompt": "a cat"}\n{"prompt": "a, dog"}\n'),
+        ("p.ndjson", '{"caption": "a cat"}\n\n{"caption": "a, dog"}'),
+        ("p.tsv", "id\tprompt\n1\ta cat\n2\ta, dog\n"),
+        ("p.csv", 'id, prompt\n1,a cat\n2,"a, dog"\n'),
+    ],
+)
+def test_prompts_of_tables(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert captions.read_prompts(tmp_path / name) == (["a cat", "a, dog"], 0)
+
+
+def test_generate_reads_prompts_as_prepare_does(tmp_path, monkeypatch):
+    (tmp_path / "p.csv").write_text("name,prompt\na,a cat\nb,a cat\n")
+    jobs, flags = [], ("prompts", "names", "prompt")
+    for flag, value in zip(flags, (str(tmp_path / "p.csv"),) * 2 + (None,), strict=True):
+        monkeypatch.setattr(generate, f"_{flag.upper()}", SimpleNamespace(value=value))
+    monkeypatch.setattr(generate, "_JOB", {})
+    monkeypatch.setattr(generate.batch, "run", lambda job: jobs.append(job) or ["x.mp4"])
+    generate.main()
+    assert jobs[0].prompts == ("a cat", "a cat") and jobs[0].names == ("a", "b")
 
 
 def test_tables_as_spreadsheets_write_them(tmp_path):
@@ -53,6 +95,26 @@ def test_text_and_names_that_are_no_unicode(tmp_path):
     videos, _ = captions.find_videos(tmp_path)
     assert [video.name for video in videos] == ["good.mp4", "\u0469\\xb5\\xd8.mp4"]
     assert all(video.path.is_file() for video in videos)
+
+
+def test_frames_are_sorted_by_the_numbers_in_their_names(tmp_path):
+    names = [
+        "1.png",
+        "1\u00b22.png",
+        "02.png",
+        "2.png",
+        "10.png",
+        "9" * 200 + ".png",
+        "\u0663.png",
+        "a1.png",
+        "a.b.png",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    frames = [file.name for file in captions.Video("v", tmp_path, "a cat").frames()]
+    assert sorted(frames) == sorted(names)
+    order = ["1.png", "02.png", "2.png", "10.png", "9" * 200 + ".png"]
+    assert [name for name in frames if name in order] == order
 
 
 def test_bad_video_folders_are_refused(tmp_path):
