@@ -192,8 +192,8 @@ class _Fit:
             reason = getattr(error, "strerror", None) or shortened(str(error)) or type(error).__name__
             colors = f"format {frame.format.name}, color matrix {frame.colorspace}, range {frame.color_range}"
             raise ValueError(
-                f"video: cannot read {self._path} (ffmpeg cannot make RGB of its pixels, {colors}: {reason}); convert it "
-                "first, to the color matrix bt709"
+                f"video: cannot read {self._path} (ffmpeg cannot make RGB of its pixels, {colors}: {reason}); convert "
+                "it first, to the color matrix bt709"
             ) from error
 
 
