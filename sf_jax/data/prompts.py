@@ -147,7 +147,7 @@ def open_prompts(folder: Path | str, *, text_dim: int, text_len: int) -> PromptS
 
 
 def whole_number(value: Any, folder: Path, key: str) -> int:
-    """A number of the recipe of a dataset's folder, at least 1; raises ValueError, naming the file, where it is none."""
+    """A number of the recipe in a folder, at least 1; raises ValueError, naming the file, where it is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         where = f"{folder / shards.RECIPE} is damaged"
         raise ValueError(f"{where} ({key} is {quoted(value)}, not a whole number from 1){_AGAIN}")
