@@ -7,6 +7,7 @@ import pytest
 
 from sf_jax import generate
 from sf_jax.data import captions
+from sf_jax.inference import prepare_job
 from sf_jax.inference.prepare_job import Job
 from tests.test_commands import command
 
@@ -132,6 +133,55 @@ def test_bad_video_folders_are_refused(tmp_path):
         captions.find_videos(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\nsub/a.mp4, \n")
     with pytest.raises(ValueError, match="metadata.csv row 1 lacks a caption"):
+        captions.find_videos(tmp_path)
+
+
+def test_all_kinds_are_looked_for_and_others_are_named(tmp_path):
+    kinds = ("mp4", "ts", "mpg", "MPEG", "m2ts", "ogv", "flv", "y4m", "gif")
+    for name in [*(f"{kind}.{kind}" for kind in kinds), "a.wmv", "README.md"]:
+        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).with_suffix(".txt").write_text("a cat")
+    for kind in ("tif", "tiff", "avif", "png"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"1.{kind}").write_bytes(b"")
+        (tmp_path / kind / "1.txt").write_text("of a frame, not of a video")
+        (tmp_path / f"{kind}.txt").write_text("a dog")
+    videos, note = captions.find_videos(tmp_path)
+    assert {video.name for video in videos} == {f"{kind}.{kind}" for kind in kinds} | {"tif", "tiff", "avif", "png"}
+    assert note == "2 files beside the videos are no videos of a known kind (README.md, a.wmv)"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file_name,text\n/etc/passwd,a\n", "row 1: file_name is '/etc/passwd': it must be in the folder"),
+        ("file_name,text\na.mp4,a\n../b.mp4,a\n", "row 2: file_name is '../b.mp4': it must be in the folder"),
+        ("file_name,text\nsub/../../b.mp4,a\n", "it must be in the folder"),
+        ("file_name,text\n.,a\n", "it must be in the folder"),
+        ("file_name,text,text\na.mp4,a,b\n", "the column text is there 2 times"),
+        ("file_name,text\n" + "x" * 300 + ",a\n", "1 files that .*metadata.csv names are not there"),
+    ],
+)
+def test_metadata_of_other_places_is_refused(tmp_path, table, message):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in (folder / "a.mp4", tmp_path / "b.mp4"):
+        path.write_bytes(b"")
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        captions.find_videos(folder)
+    (folder / "metadata.csv").write_text(f"file_name,text\n{folder}/a.mp4,a\n./a.mp4,b\n")
+    videos, note = captions.find_videos(folder)
+    assert [video.name for video in videos] == ["a.mp4", "a.mp4"] and note == ""
+
+
+def test_names_do_not_steer_the_terminal(tmp_path, capsys):
+    video = captions.Video("a\x1b]0;x\x07.mp4", tmp_path / "a\x1b]0;x\x07.mp4", "a cat")
+    assert not list(prepare_job._clips(Job(model="m", output="o", videos="v"), [video]))
+    printed = capsys.readouterr()
+    assert "\\x1b]0;x\\x07.mp4" in printed.out + printed.err and "\x1b]0" not in printed.out + printed.err
+    video.path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"have no caption \(a\\x1b\]0;x\\x07.mp4\)"):
         captions.find_videos(tmp_path)
 
 

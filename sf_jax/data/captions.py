@@ -14,8 +14,12 @@ from sf_jax import strict_json
 from sf_jax.messages import quoted, shortened
 
 CAPTION_KEYS = ("prompt", "caption", "text")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# A GIF is a video here. What a table of metadata names is opened whatever it is called.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".qt", ".3gp", ".3g2", ".mpg", ".mpeg", ".m2v", ".vob"),
+    *(".ts", ".mts", ".m2ts", ".ogv", ".ogg", ".flv", ".y4m"),
+)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 _TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 _OTHER_SUFFIXES = (".yaml", ".yml", ".toml", ".xml", ".html", ".parquet", ".xlsx", ".xls", ".ods", ".docx", ".pdf")
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -90,7 +94,7 @@ def read_prompts(path: Path | str, field: str = "prompts") -> tuple[list[str], i
     return unique, len(texts) - len(unique)
 
 
-def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video], int]:
+def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video], str]:
     """Finds the videos of a folder and their captions.
 
     A `metadata.csv` or `metadata.jsonl` names them (`file_name`, and `text`, `caption` or `prompt`). Without one, they
@@ -102,10 +106,11 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
       field: what error messages call it.
 
     Returns:
-      The videos in the order of the metadata or else of their names, and how many the metadata does not name.
+      The videos in the order of the metadata or else of their names; and what is left out, in one line, or "": videos
+      that the metadata does not name, or texts that are captions of no video of these kinds.
 
     Raises:
-      ValueError: there are none, or a video has no caption, or a caption no video.
+      ValueError: there are none, or a video has no caption, or the metadata names what is not in the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -121,7 +126,7 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
         return _of_table(folder, tables[0], there, field)
     found, lost = [], []
     for path in there:
-        text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
+        text = _caption_file(path)
         caption = _text(text, field).strip() if text.is_file() else ""
         found.append(Video(_name(path.relative_to(folder)), path, " ".join(caption.split())))
         lost += [] if caption else [found[-1].name]
@@ -130,7 +135,23 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
             f"{field}: {len(lost)} of {len(found)} videos in {folder} have no caption ({_few(lost)}): give each a "
             f".txt of its name, or the folder a {METADATA[0]} with file_name and text"
         )
-    return found, 0
+    return found, _passed_over(folder, {_caption_file(path) for path in there})
+
+
+def _caption_file(path) -> Path:
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
+
+
+def _passed_over(folder, used) -> str:
+    """Names texts that are the caption of no video that was found, with the files of their names, if there are any."""
+    texts = [file for file in sorted(folder.rglob("*")) if _is_kind(file, (".txt",)) and file not in used]
+    frames = {file.parent for file in used}
+    texts = [file for file in texts if file.parent in frames]
+    names = []
+    for text in texts:
+        others = [file for file in sorted(text.parent.iterdir()) if file.stem == text.stem and file != text]
+        names += [_name(file.relative_to(folder)) for file in others or [text]]
+    return f"{len(names)} files beside the videos are no videos of a known kind ({_few(names)})" if names else ""
 
 
 def digest(texts: Iterable[str]) -> str:
@@ -138,20 +159,24 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
-def _of_table(folder, table, there, field) -> tuple[list[Video], int]:
+def _of_table(folder, table, there, field) -> tuple[list[Video], str]:
     """The videos that a table of metadata names."""
     found = []
     for where, row in _rows(table, field):
         name, caption = _value(row, ("file_name",), where).strip(), _value(row, CAPTION_KEYS, where).strip()
         if not name or not caption:
             raise ValueError(f"{where} lacks {'a caption' if name else 'file_name'}")
-        found.append(Video(Path(name).as_posix(), folder / name, caption))
-    lost = [video.name for video in found if not video.path.exists()]
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_relative_to(inside := os.path.normpath(folder)) or path == Path(inside):
+            raise ValueError(f"{where}: file_name is {quoted(name)}: it must be in the folder {folder}")
+        found.append(Video(_name(path.relative_to(inside)), path, caption))
+    lost = [video.name for video in found if not os.path.exists(video.path)]  # which takes names that are too long
     if lost:
         raise ValueError(f"{field}: {len(lost)} files that {table} names are not there ({_few(lost)})")
     if not found:
         raise ValueError(f"{field}: {table} names no video")
-    return found, len(set(there) - {video.path for video in found})
+    unnamed = {os.path.normpath(path) for path in there} - {str(video.path) for video in found}
+    return found, f"{len(unnamed)} videos that its metadata does not name are left out" if unnamed else ""
 
 
 def _videos_in(folder) -> list[Path]:
