@@ -4,7 +4,7 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    r"""A text for the terminal: what would steer it, such as ESC, is written as `\\x1b`."""
+    r"""A text for the terminal: what would steer it, such as ESC, is written as `\x1b`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

@@ -144,13 +144,15 @@ def _caption_file(path) -> Path:
 
 def _passed_over(folder, used) -> str:
     """Names texts that are the caption of no video that was found, with the files of their names, if there are any."""
-    texts = [file for file in sorted(folder.rglob("*")) if _is_kind(file, (".txt",)) and file not in used]
-    frames = {file.parent for file in used}
-    texts = [file for file in texts if file.parent in frames]
+    captioned, stems = {file.parent for file in used}, {}
+    for file in sorted(folder.rglob("*")):
+        if file.parent in captioned and not file.name.startswith("."):
+            stems.setdefault(file.with_suffix(""), []).append(file)
     names = []
-    for text in texts:
-        others = [file for file in sorted(text.parent.iterdir()) if file.stem == text.stem and file != text]
-        names += [_name(file.relative_to(folder)) for file in others or [text]]
+    for files in stems.values():
+        texts = [file for file in files if _is_kind(file, (".txt",))]
+        if texts and used.isdisjoint(texts):
+            names += [_name(file.relative_to(folder)) for file in files if file not in texts or files == texts]
     return f"{len(names)} files beside the videos are no videos of a known kind ({_few(names)})" if names else ""
 
 
