@@ -9,12 +9,10 @@ Face hub. Writes an mp4 per video and a contact sheet while later chunks are sti
 already are kept: the new video's name gets a number, unless --if_exists says otherwise.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from sf_jax import command
-from sf_jax.data.captions import valid_text
+from sf_jax.data import captions
 from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
@@ -26,7 +24,9 @@ from sf_jax.weights.adapter_list import parse_loras
 DEFAULT_PROMPT = "a 3 moving up and right, slowly"
 
 _PROMPT = flags.DEFINE_string("prompt", None, "What to show")
-_PROMPTS = command.define_path("prompts", None, "Text file with a prompt a line, instead of --prompt")
+_PROMPTS = command.define_path(
+    "prompts", None, "File of prompts, instead of --prompt: a line each, or a .csv, .tsv, .json or .jsonl"
+)
 _NAMES = command.define_path(
     "names", None, "Text file with a name a line for the files of extended prompts: VBench's own, short prompts"
 )
@@ -115,24 +115,10 @@ def _prompts() -> list[str]:
     if _PROMPTS.value is None:
         wan = any(_JOB[name].value for name in ("model", "transformer", "text_encoder", "tokenizer", "vae"))
         default = [] if wan or _JOB["schedule"].value else [DEFAULT_PROMPT]
-        return default if _PROMPT.value is None else [valid_text(_PROMPT.value)]
+        return default if _PROMPT.value is None else [captions.valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
-    return _lines("prompts", _PROMPTS.value)
-
-
-def _lines(field: str, path: str) -> list[str]:
-    """The texts of a file, one a line."""
-    try:
-        # at newlines alone: prompts that were pasted from a page may hold other separators
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{field}: cannot read {path} ({reason})") from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{field}: {path} holds no {field.removesuffix('s')}: give one a line")
-    return lines
+    return captions.read_texts(_PROMPTS.value)
 
 
 def _steps(name: str, values: list[str]) -> tuple[int, ...]:
@@ -150,7 +136,8 @@ def main() -> None:
         fields["lora"] = parse_loras(fields["lora"])
     if fields.get("checkpoint"):
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
-    prompts, names = _prompts(), [] if _NAMES.value is None else _lines("names", _NAMES.value)
+    prompts, keys = _prompts(), ("name", *captions.CAPTION_KEYS)
+    names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
     print("wrote", *batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields)), sep="\n  ")
 
 

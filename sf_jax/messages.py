@@ -3,9 +3,14 @@
 from typing import Any
 
 
+def printable(text: str) -> str:
+    r"""A text for the terminal: what would steer it, such as ESC, is written as `\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def shortened(text: str, limit: int = 160) -> str:
-    """A text in one line of at most `limit` characters."""
-    words = " ".join(text[: 4 * limit].split())
+    """A text in one printable line of at most `limit` characters."""
+    words = printable(" ".join(text[: 4 * limit].split()))
     return words if len(words) <= limit and len(text) <= 4 * limit else f"{words[: limit - 3]}..."
 
 

@@ -19,7 +19,7 @@ _OUTPUT = command.define_path("output", None, "Data folder, the config's data.di
 # Flags whose names are fields of `Job`; None means that the job's default stands.
 _FIELDS = {
     "prompts": command.define_path(
-        "prompts", None, "Prompts: a line each, or the column prompt, caption or text of a .csv or .jsonl file"
+        "prompts", None, "Prompts: a line each, or prompt, caption or text in a .csv, .tsv, .json or .jsonl"
     ),
     "videos": command.define_path(
         "videos", None, "Folder of videos or of folders of images, with NAME.txt beside each or a metadata.csv/.jsonl"

@@ -1,13 +1,16 @@
 """PyTorch's files and tokenizers that were made to do harm: refused in one line, and nothing of them is run."""
 
+import base64
 import json
 import os
 import pickle
+import struct
 import sys
 import time
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 
 from sf_jax.inference import tokenizer as tokenizers
@@ -185,6 +188,48 @@ def test_tokenizers_that_panic(changes, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     os.write(2, b"heard")
     assert capfd.readouterr().err == "heard"  # the terminal has its errors again
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(steps, key="normalizers"):
+    return {"type": "Sequence", key: steps}
+
+
+LONGER = replace({"String": "a"}, "a" * 100)
+# A table of characters: 4 bytes with the length of the search tree, the tree, and the replacements.
+CHARSMAP = base64.b64encode(struct.pack("<II", 4, 0) + b"a" * 5000 + b"\0").decode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": sequence([LONGER] * 6)},
+        {"normalizer": sequence([sequence([LONGER]), sequence([sequence([LONGER] * 2)])])},
+        {"normalizer": sequence([replace({"Regex": "a|"}, "a" * 30)] * 4)},
+        {"normalizer": sequence([{"type": "Prepend", "prepend": "a" * 9_000_000}, replace({"String": "a"}, "aa")])},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}},
+        {"normalizer": sequence([{"type": "NFKC"}] * 100)},
+        {"pre_tokenizer": sequence([{"type": "ByteLevel"}] * 30, "pretokenizers")},
+        {"normalizer": sequence([{"type": "ByteLevel"}] * 30)},
+        {
+            "post_processor": sequence(
+                [{"type": "TemplateProcessing", "single": [{"Sequence": {}}] * 2}] * 30, "processors"
+            )
+        },
+    ],
+)
+def test_tokenizers_that_make_texts_longer_and_longer(changes, tmp_path):
+    message = refused(tokenizers.load_tokenizer, tokenizer_with(tmp_path, **changes))
+    assert "times longer" in message or "has 102 steps" in message
+
+
+def test_tokenizers_that_make_texts_a_little_longer(tmp_path):
+    steps = [{"type": "NFKC"}, replace({"Regex": " {2,}"}, " "), replace({"String": "cat"}, "dog")]
+    tokenizer = tokenizers.load_tokenizer(tokenizer_with(tmp_path, normalizer=sequence(steps)))
+    assert np.array_equal(*(tokenizer.encode([text])[0] for text in ("a cat", "a dog")))
 
 
 def test_panics_are_caught_and_interrupts_are_not(tmp_path):

@@ -1,10 +1,13 @@
 """What users give to `python -m sf_jax.prepare`: prompt files, folders of videos, command lines."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from sf_jax import generate
 from sf_jax.data import captions
+from sf_jax.inference import prepare_job
 from sf_jax.inference.prepare_job import Job
 from tests.test_commands import command
 
@@ -17,6 +20,19 @@ from tests.test_commands import command
         ("p.jsonl", '{"text": "a"}\n{"text": 3}', "p.jsonl line 2: text is 3: it must be a text"),
         ("p.jsonl", '{"text": "a"}\n\n{"text"', "p.jsonl line 3 is no JSON"),
         ("p.jsonl", '["a"]', "p.jsonl line 1 is list: it must be an object"),
+        (
+            "p.txt",
+            "a cat".encode("utf-16-le"),
+            "p.txt has NUL characters: it must be a text file in UTF-8, not in UTF-16",
+        ),
+        ("p.json", '["a\\u0000b"]', "p.json entry 1 has a NUL character"),
+        ("p.json", '["a", 3]', "p.json entry 2 is int: it must be a text or an object"),
+        ("p.json", '["a",', "p.json is no JSON"),
+        ("p.json", '"a"', "p.json holds str: it must hold a list"),
+        ("p.json", '{"prompts": ["a"]}', "p.json has prompts: it must have prompt or caption or text"),
+        ("p.json", '[{"text": "a", "text": "b"}]', "the key text is there 2 times"),
+        ("p.csv", "text,text\na,b\n", "p.csv is no table .*the column text is there 2 times"),
+        ("p.yaml", "- a cat\n", "p.yaml is .yaml: give a text a line, or .csv"),
         ("p.csv", "id,name\n1,a\n", "p.csv row 1 has id, name: it must have prompt or caption or text"),
     ],
 )
@@ -30,6 +46,33 @@ def test_bad_prompt_files_are_refused(tmp_path, name, content, message):
 def test_prompts_are_lines_without_duplicates(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\r\n a\u2028dog \na cat\n", encoding="utf-8")
     assert captions.read_prompts(tmp_path / "p.txt") == (["a cat", "a\u2028dog"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", '[\n  "a cat",\n  "a, dog"\n]'),
+        ("p.json", '[{"text": "a cat", "id": 1}, {"id": 2, "text": "a, dog"}]'),
+        ("p.JSON", '{"prompt": "a cat"}\n{"prompt": "a, dog"}\n'),
+        ("p.ndjson", '{"caption": "a cat"}\n\n{"caption": "a, dog"}'),
+        ("p.tsv", "id\tprompt\n1\ta cat\n2\ta, dog\n"),
+        ("p.csv", 'id, prompt\n1,a cat\n2,"a, dog"\n'),
+    ],
+)
+def test_prompts_of_tables(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert captions.read_prompts(tmp_path / name) == (["a cat", "a, dog"], 0)
+
+
+def test_generate_reads_prompts_as_prepare_does(tmp_path, monkeypatch):
+    (tmp_path / "p.csv").write_text("name,prompt\na,a cat\nb,a cat\n")
+    jobs, flags = [], ("prompts", "names", "prompt")
+    for flag, value in zip(flags, (str(tmp_path / "p.csv"),) * 2 + (None,), strict=True):
+        monkeypatch.setattr(generate, f"_{flag.upper()}", SimpleNamespace(value=value))
+    monkeypatch.setattr(generate, "_JOB", {})
+    monkeypatch.setattr(generate.batch, "run", lambda job: jobs.append(job) or ["x.mp4"])
+    generate.main()
+    assert jobs[0].prompts == ("a cat", "a cat") and jobs[0].names == ("a", "b")
 
 
 def test_tables_as_spreadsheets_write_them(tmp_path):
@@ -55,6 +98,26 @@ def test_text_and_names_that_are_no_unicode(tmp_path):
     assert all(video.path.is_file() for video in videos)
 
 
+def test_frames_are_sorted_by_the_numbers_in_their_names(tmp_path):
+    names = [
+        "1.png",
+        "1\u00b22.png",
+        "02.png",
+        "2.png",
+        "10.png",
+        "9" * 200 + ".png",
+        "\u0663.png",
+        "a1.png",
+        "a.b.png",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    frames = [file.name for file in captions.Video("v", tmp_path, "a cat").frames()]
+    assert sorted(frames) == sorted(names)
+    order = ["1.png", "02.png", "2.png", "10.png", "9" * 200 + ".png"]
+    assert [name for name in frames if name in order] == order
+
+
 def test_bad_video_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="videos: .* is no folder"):
         captions.find_videos(tmp_path / "none")
@@ -70,6 +133,55 @@ def test_bad_video_folders_are_refused(tmp_path):
         captions.find_videos(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\nsub/a.mp4, \n")
     with pytest.raises(ValueError, match="metadata.csv row 1 lacks a caption"):
+        captions.find_videos(tmp_path)
+
+
+def test_all_kinds_are_looked_for_and_others_are_named(tmp_path):
+    kinds = ("mp4", "ts", "mpg", "MPEG", "m2ts", "ogv", "flv", "y4m", "gif")
+    for name in [*(f"{kind}.{kind}" for kind in kinds), "a.wmv", "README.md"]:
+        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).with_suffix(".txt").write_text("a cat")
+    for kind in ("tif", "tiff", "avif", "png"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"1.{kind}").write_bytes(b"")
+        (tmp_path / kind / "1.txt").write_text("of a frame, not of a video")
+        (tmp_path / f"{kind}.txt").write_text("a dog")
+    videos, note = captions.find_videos(tmp_path)
+    assert {video.name for video in videos} == {f"{kind}.{kind}" for kind in kinds} | {"tif", "tiff", "avif", "png"}
+    assert note == "2 files beside the videos are no videos of a known kind (README.md, a.wmv)"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file_name,text\n/etc/passwd,a\n", "row 1: file_name is '/etc/passwd': it must be in the folder"),
+        ("file_name,text\na.mp4,a\n../b.mp4,a\n", "row 2: file_name is '../b.mp4': it must be in the folder"),
+        ("file_name,text\nsub/../../b.mp4,a\n", "it must be in the folder"),
+        ("file_name,text\n.,a\n", "it must be in the folder"),
+        ("file_name,text,text\na.mp4,a,b\n", "the column text is there 2 times"),
+        ("file_name,text\n" + "x" * 300 + ",a\n", "1 files that .*metadata.csv names are not there"),
+    ],
+)
+def test_metadata_of_other_places_is_refused(tmp_path, table, message):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in (folder / "a.mp4", tmp_path / "b.mp4"):
+        path.write_bytes(b"")
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        captions.find_videos(folder)
+    (folder / "metadata.csv").write_text(f"file_name,text\n{folder}/a.mp4,a\n./a.mp4,b\n")
+    videos, note = captions.find_videos(folder)
+    assert [video.name for video in videos] == ["a.mp4", "a.mp4"] and note == ""
+
+
+def test_names_do_not_steer_the_terminal(tmp_path, capsys):
+    video = captions.Video("a\x1b]0;x\x07.mp4", tmp_path / "a\x1b]0;x\x07.mp4", "a cat")
+    assert not list(prepare_job._clips(Job(model="m", output="o", videos="v"), [video]))
+    printed = capsys.readouterr()
+    assert "\\x1b]0;x\\x07.mp4" in printed.out + printed.err and "\x1b]0" not in printed.out + printed.err
+    video.path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"have no caption \(a\\x1b\]0;x\\x07.mp4\)"):
         captions.find_videos(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The resumable writer of datasets: kills, several processes, other recipes, damaged files."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sf_jax.data import shards
+from sf_jax.data import prompts, shards, videos
+from tests.helpers import refused
 
 FEATURES = tfds.features.FeaturesDict(
     {
@@ -42,7 +44,8 @@ def whole(tmp_path):
 
 KILLED = """
 import os, pathlib, signal, sys
-from sf_jax.data import shards
+from sf_jax.data import prompts, shards, videos
+from tests.helpers import refused
 from tests.test_shards import make, plan
 
 def dies(shard):
@@ -133,3 +136,53 @@ def test_unwritable_folder_and_foreign_dataset(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(ValueError, match="not one of sf_jax: use another folder"):
         shards.write(plan(tmp_path), make)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data folder of one clip with its caption."""
+    folder = tmp_path_factory.mktemp("prepared")
+    made = {"text_dim": 3, "text_len": 4, "dtype": "float32", "made_with": {}}
+    prompts.write_prompts(folder / "captions", ["a"], "b", lambda texts: [(np.ones((4, 3)), 2)] * len(texts), **made)
+    latents = [(0, np.ones((2, 4, 4, 1), np.float32))]
+    videos.write_videos(folder / "videos", ["v"], ["a"], 1, (2, 4, 4, 1), lambda *_: latents, made_with={})
+    return folder
+
+
+def opened(folder):
+    sizes = {"frames": 1, "height": 4, "width": 4, "channels": 1}
+    return videos.open_videos(folder, **sizes, text_dim=3, text_len=4)[0]
+
+
+def refused_with(folder, file, key, value):
+    """The one line about a data folder in whose `file` a key has another value, or none where that is `...`."""
+    good = file.read_text()
+    changed = {name: entry for name, entry in (json.loads(good) | {key: value}).items() if entry is not ...}
+    file.write_text(json.dumps(changed))
+    text = refused(opened, folder)
+    file.write_text(good)
+    assert opened(folder)["latent"].shape == (1, 4, 4, 1)
+    return text
+
+
+@pytest.mark.parametrize("value", [None, 5, {}, ..., [], [2, 4, 4], [2, 4, 4, True], [2, 4, -4, 1], ["2", 4, 4, 1]])
+def test_sizes_of_latents_in_a_recipe(prepared, value):
+    file = prepared / "videos" / "recipe.json"
+    assert str(file) in refused_with(prepared, file, "latent", value)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], -1, 1.5, True, ...])
+@pytest.mark.parametrize("key", ["text_len", "text_dim"])
+def test_sizes_of_embeddings_in_a_recipe(prepared, key, value):
+    file = prepared / "captions" / "recipe.json"
+    assert f"{file} is damaged ({key} is" in refused_with(prepared, file, key, value)
+
+
+@pytest.mark.parametrize("part", ["captions", "videos"])
+@pytest.mark.parametrize("change", [{"fileFormat": "riegeli"}, {"fileFormat": "tfrecord"}, {"fileFormat": "x"}, None])
+def test_other_formats_and_empty_splits(prepared, part, change):
+    file = prepared / part / "dataset_info.json"
+    if change is None:
+        change = {"splits": [split | {"shardLengths": []} for split in json.loads(file.read_text())["splits"]]}
+    ((key, value),) = change.items()
+    assert f"{file} is damaged" in refused_with(prepared, file, key, value)

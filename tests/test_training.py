@@ -351,6 +351,12 @@ def test_progress_is_not_lost_to_a_line_cut_short(tmp_path):
     log.close()
 
 
+def test_a_folder_in_place_of_the_log_is_named(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"log\.jsonl is no file: .* move it or use another workdir"):
+        metrics.Log(tmp_path / "log.jsonl", 0, 4, 1, "test")
+
+
 @pytest.mark.slow
 def test_a_teacher_in_host_memory_gives_the_same_update():
     found, digests, devices = [], [], jax.device_count()

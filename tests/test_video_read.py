@@ -368,3 +368,20 @@ def test_images_of_other_programs_are_refused(tmp_path):
     for kind in ("JPEG", "WEBP", "BMP", "GIF", "TIFF"):
         pixels.save(tmp_path / "a.png", kind)
         assert video_io.read_image(tmp_path / "a.png", 16, 16).max() == 0
+
+
+@pytest.mark.parametrize("matrix", range(16))
+def test_color_matrices_are_converted_or_refused_in_one_line(tmp_path, matrix):
+    good = made(tmp_path / "good.mp4", *SOURCE, "-frames:v", "2", "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    flags = ("-c", "copy", "-bsf:v", f"h264_metadata=matrix_coefficients={matrix}")
+    path = made(tmp_path / "a.mp4", "-i", good, *flags)
+    if matrix in (1, 2, 4, 5, 6, 7, 9):
+        assert_like_ffmpeg(path)
+        return
+    try:
+        assert video_io.read_video(path, 32, 48).shape == (2, 32, 48, 3)
+    except ValueError as error:
+        assert str(error).startswith(f"video: cannot read {path} (") and "\n" not in str(error)
+        assert f"color matrix {matrix}" in str(error)
+    else:
+        assert matrix in (0, 3), matrix

@@ -7,15 +7,21 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sf_jax import strict_json
 from sf_jax.messages import quoted, shortened
 
 CAPTION_KEYS = ("prompt", "caption", "text")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# A GIF is a video here. What a table of metadata names is opened whatever it is called.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".qt", ".3gp", ".3g2", ".mpg", ".mpeg", ".m2v", ".vob"),
+    *(".ts", ".mts", ".m2ts", ".ogv", ".ogg", ".flv", ".y4m"),
+)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+_OTHER_SUFFIXES = (".yaml", ".yml", ".toml", ".xml", ".html", ".parquet", ".xlsx", ".xls", ".ods", ".docx", ".pdf")
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
@@ -38,35 +44,57 @@ class Video:
         if not self.path.is_dir():
             return []
         images = [file for file in self.path.iterdir() if _is_kind(file, IMAGE_SUFFIXES)]
-        return sorted(images, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.name)])
+        return sorted(images, key=lambda file: _by_number(file.name))
+
+
+def _by_number(name: str) -> list:
+    """What sorts names by the numbers in them; digits are 0 to 9, of any count."""
+    parts = re.split(r"([0-9]+)", name)  # numbers at odd places
+    return [(len(part.lstrip("0")), part.lstrip("0"), part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] = CAPTION_KEYS) -> list[str]:
+    """Reads texts: a line each, or those of a table, by the ending of the file's name.
+
+    A .csv or .tsv file has them in the first of the columns `keys`, a .jsonl file in objects with such a key; a .json
+    file holds a list of texts or of such objects.
+
+    Args:
+      path: the file; blank lines and cells are skipped.
+      field: what error messages call it.
+      keys: names of the column or key.
+
+    Raises:
+      ValueError: the file cannot be read, is of another kind, or holds no text.
+    """
+    path = Path(path)
+    if (suffix := path.suffix.lower()) in _OTHER_SUFFIXES:
+        raise ValueError(f"{field}: {path} is {suffix}: give a text a line, or {', '.join(_TABLE_SUFFIXES)}")
+    if suffix in _TABLE_SUFFIXES:
+        texts = [_value(row, keys, where) for where, row in _rows(path, field)]
+    else:
+        texts = _text(path, field).split("\n")  # not splitlines, for which U+2028 ends a line too
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{field}: {path} holds no {field.removesuffix('s')}: give one a line")
+    return texts
 
 
 def read_prompts(path: Path | str, field: str = "prompts") -> tuple[list[str], int]:
-    """Reads prompts: a line each, or the column `prompt`, `caption` or `text` of a .csv or .jsonl file.
-
-    Args:
-      path: the file; blank lines are skipped.
-      field: what error messages call it.
+    """Reads prompts, see `read_texts`.
 
     Returns:
       The prompts without duplicates, and how many duplicates there were.
 
     Raises:
-      ValueError: the file cannot be read, or holds no prompt.
+      ValueError: see `read_texts`.
     """
-    path = Path(path)
-    if path.suffix.lower() in (".csv", ".jsonl"):
-        found = [_value(row, CAPTION_KEYS, where) for where, row in _rows(path, field)]
-    else:
-        found = _text(path, field).split("\n")  # not splitlines, for which U+2028 ends a line too
-    found = [prompt.strip() for prompt in found if prompt.strip()]
-    if not found:
-        raise ValueError(f"{field}: {path} holds no prompt: give one a line")
-    unique = list(dict.fromkeys(found))
-    return unique, len(found) - len(unique)
+    texts = read_texts(path, field)
+    unique = list(dict.fromkeys(texts))
+    return unique, len(texts) - len(unique)
 
 
-def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video], int]:
+def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video], str]:
     """Finds the videos of a folder and their captions.
 
     A `metadata.csv` or `metadata.jsonl` names them (`file_name`, and `text`, `caption` or `prompt`). Without one, they
@@ -78,10 +106,11 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
       field: what error messages call it.
 
     Returns:
-      The videos in the order of the metadata or else of their names, and how many the metadata does not name.
+      The videos in the order of the metadata or else of their names; and what is left out, in one line, or "": videos
+      that the metadata does not name, or texts that are captions of no video of these kinds.
 
     Raises:
-      ValueError: there are none, or a video has no caption, or a caption no video.
+      ValueError: there are none, or a video has no caption, or the metadata names what is not in the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,7 +126,7 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
         return _of_table(folder, tables[0], there, field)
     found, lost = [], []
     for path in there:
-        text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
+        text = _caption_file(path)
         caption = _text(text, field).strip() if text.is_file() else ""
         found.append(Video(_name(path.relative_to(folder)), path, " ".join(caption.split())))
         lost += [] if caption else [found[-1].name]
@@ -106,7 +135,25 @@ def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video],
             f"{field}: {len(lost)} of {len(found)} videos in {folder} have no caption ({_few(lost)}): give each a "
             f".txt of its name, or the folder a {METADATA[0]} with file_name and text"
         )
-    return found, 0
+    return found, _passed_over(folder, {_caption_file(path) for path in there})
+
+
+def _caption_file(path) -> Path:
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
+
+
+def _passed_over(folder, used) -> str:
+    """Names texts that are the caption of no video that was found, with the files of their names, if there are any."""
+    captioned, stems = {file.parent for file in used}, {}
+    for file in sorted(folder.rglob("*")):
+        if file.parent in captioned and not file.name.startswith("."):
+            stems.setdefault(file.with_suffix(""), []).append(file)
+    names = []
+    for files in stems.values():
+        texts = [file for file in files if _is_kind(file, (".txt",))]
+        if texts and used.isdisjoint(texts):
+            names += [_name(file.relative_to(folder)) for file in files if file not in texts or files == texts]
+    return f"{len(names)} files beside the videos are no videos of a known kind ({_few(names)})" if names else ""
 
 
 def digest(texts: Iterable[str]) -> str:
@@ -114,20 +161,24 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
-def _of_table(folder, table, there, field) -> tuple[list[Video], int]:
+def _of_table(folder, table, there, field) -> tuple[list[Video], str]:
     """The videos that a table of metadata names."""
     found = []
     for where, row in _rows(table, field):
         name, caption = _value(row, ("file_name",), where).strip(), _value(row, CAPTION_KEYS, where).strip()
         if not name or not caption:
             raise ValueError(f"{where} lacks {'a caption' if name else 'file_name'}")
-        found.append(Video(Path(name).as_posix(), folder / name, caption))
-    lost = [video.name for video in found if not video.path.exists()]
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_relative_to(inside := os.path.normpath(folder)) or path == Path(inside):
+            raise ValueError(f"{where}: file_name is {quoted(name)}: it must be in the folder {folder}")
+        found.append(Video(_name(path.relative_to(inside)), path, caption))
+    lost = [video.name for video in found if not os.path.exists(video.path)]  # which takes names that are too long
     if lost:
         raise ValueError(f"{field}: {len(lost)} files that {table} names are not there ({_few(lost)})")
     if not found:
         raise ValueError(f"{field}: {table} names no video")
-    return found, len(set(there) - {video.path for video in found})
+    unnamed = {os.path.normpath(path) for path in there} - {str(video.path) for video in found}
+    return found, f"{len(unnamed)} videos that its metadata does not name are left out" if unnamed else ""
 
 
 def _videos_in(folder) -> list[Path]:
@@ -149,24 +200,29 @@ def _few(names) -> str:
 
 def _text(path, field) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{field}: cannot read {path} ({reason}): it must be a text file in UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{field}: {path} has NUL characters: it must be a text file in UTF-8, not in UTF-16")
+    return text
 
 
-def _rows(path, field) -> list[tuple[str, dict]]:
-    """The rows of a table, each with its place for messages."""
-    text = _text(path, field)
-    if path.suffix.lower() == ".csv":
+def _rows(path, field) -> list[tuple[str, Mapping | str]]:
+    """The rows of a table, each with its place for messages; those of a .json file may be texts."""
+    text, suffix = _text(path, field), path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
         return _csv_rows(path, text, field)
+    if suffix == ".json" and (rows := _json_rows(path, text, field)) is not None:
+        return rows
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{field}: {path} line {number}"
         try:
-            row = strict_json.parse(line, None, finite=False)
+            row = strict_json.parse(line, None, _unique, finite=False)
         except ValueError as error:
             raise ValueError(f"{where} is no JSON ({error})") from error
         if not isinstance(row, dict):
@@ -175,14 +231,51 @@ def _rows(path, field) -> list[tuple[str, dict]]:
     return rows
 
 
-def _csv_rows(path, text, field) -> list[tuple[str, dict]]:
-    """The rows of a .csv file, whose cells are separated as its header says: by commas, semicolons or tabs."""
-    header, known = text.split("\n", 1)[0].strip(), {*CAPTION_KEYS, "file_name"}
-    cells = {mark: {cell.strip().strip('"') for cell in header.split(mark)} for mark in ",;\t"}
-    separator = next((mark for mark, names in cells.items() if names & known), ",")
+def _json_rows(path, text, field) -> list[tuple[str, Mapping | str]] | None:
+    """The entries of a .json file's list, or its only object; None where it holds an object a line."""
+    lines = text.strip().split("\n")
     try:
-        table = list(csv.DictReader(io.StringIO(text), delimiter=separator, strict=True))
-    except csv.Error as error:
+        whole = strict_json.parse(text, None, _unique, finite=False)
+    except ValueError as error:
+        if len(lines) > 1 and lines[0].strip().startswith("{") and lines[0].strip().endswith("}"):
+            return None
+        raise ValueError(f"{field}: {path} is no JSON ({error})") from error
+    if not isinstance(whole, list):
+        if isinstance(whole, dict):
+            return [(f"{field}: {path}", whole)]
+        raise ValueError(f"{field}: {path} holds {type(whole).__name__}: it must hold a list of texts or of objects")
+    rows = [(f"{field}: {path} entry {number}", row) for number, row in enumerate(whole, 1)]
+    for where, row in rows:
+        if not isinstance(row, (dict, str)):
+            raise ValueError(f'{where} is {type(row).__name__}: it must be a text or an object as {{"text": "a cat"}}')
+    return rows
+
+
+def _unique(pairs: list) -> dict:
+    """An object of JSON; refuses two values for what is read."""
+    names = [name for name, _ in pairs]
+    _check_unique(names, "key")
+    return dict(pairs)
+
+
+def _check_unique(names: Sequence[str], what: str) -> None:
+    twice = next((name for name in (*CAPTION_KEYS, "file_name", "name") if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"the {what} {twice} is there {names.count(twice)} times, keep one")
+
+
+def _csv_rows(path, text, field) -> list[tuple[str, dict]]:
+    """The rows of a .tsv file, or of a .csv file, whose cells are separated by commas, semicolons or tabs."""
+    header, known = text.split("\n", 1)[0].strip(), {*CAPTION_KEYS, "file_name", "name"}
+    marks = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+    cells = {mark: {cell.strip().strip('"') for cell in header.split(mark)} for mark in marks}
+    separator = next((mark for mark, names in cells.items() if names & known), marks[0])
+    try:
+        reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _check_unique(reader.fieldnames, "column")
+        table = list(reader)
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"{field}: {path} is no table of separated values ({error})") from error
     rows = []
     for number, row in enumerate(table, 1):
@@ -204,11 +297,14 @@ def _name(path: Path) -> str:
 
 
 def _value(row, keys, where) -> str:
-    """The text under the first of the keys that a row has."""
-    key = next((key for key in keys if key in row), None)
-    if key is None:
+    """The text under the first of the keys that a row has; the row itself where it is a text."""
+    key = None if isinstance(row, str) else next((key for key in keys if key in row), None)
+    if key is None and not isinstance(row, str):
         has = shortened(", ".join(map(str, row))) or "nothing"
         raise ValueError(f"{where} has {has}: it must have {' or '.join(keys)}")
-    if not isinstance(row[key], str):
-        raise ValueError(f"{where}: {key} is {quoted(row[key])}: it must be a text")
-    return valid_text(row[key])
+    value = row if key is None else row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} is {quoted(value)}: it must be a text")
+    if "\0" in value:
+        raise ValueError(f"{where} has a NUL character: remove it")
+    return valid_text(value)

@@ -14,12 +14,14 @@ import tensorflow_datasets as tfds
 
 from sf_jax.data import shards
 from sf_jax.data.captions import digest
+from sf_jax.messages import quoted
 
 NAME = "wan_prompts"
 PROMPTS, CAPTIONS = "prompts", "captions"
 UNCONDITIONAL = "unconditional"  # the split of the negative prompt and the empty one
 PER_SHARD = 256
 MADE_BY = "`python -m sf_jax.prepare --prompts=...`"
+_AGAIN = ": remove the folder and make the dataset again"
 
 Embed = Callable[[Sequence[str]], Iterable[tuple[np.ndarray, int]]]
 
@@ -121,6 +123,8 @@ class PromptSource:
 
 
 def _padded(embedding: np.ndarray, length: int) -> np.ndarray:
+    if len(embedding) > length:
+        raise ValueError(f"an embedding of data.dir has {len(embedding)} tokens, at most {length} are expected{_AGAIN}")
     out = np.zeros((length, embedding.shape[1]), embedding.dtype)
     out[: len(embedding)] = embedding
     return out
@@ -142,12 +146,20 @@ def open_prompts(folder: Path | str, *, text_dim: int, text_len: int) -> PromptS
     return open_part(folder / part, text_dim=text_dim, text_len=text_len)
 
 
+def whole_number(value: Any, folder: Path, key: str) -> int:
+    """A number of the recipe in a folder, at least 1; raises ValueError, naming the file, where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        where = f"{folder / shards.RECIPE} is damaged"
+        raise ValueError(f"{where} ({key} is {quoted(value)}, not a whole number from 1){_AGAIN}")
+    return value
+
+
 def open_part(folder: Path, *, text_dim: int, text_len: int) -> PromptSource:
     """As `open_prompts`, of the folder of one dataset."""
     records, fixed = (
         shards.open_records(folder, NAME, split, "data.dir", MADE_BY) for split in ("train", UNCONDITIONAL)
     )
-    dim, length = (records.recipe.get(key) for key in ("text_dim", "text_len"))
+    dim, length = (whole_number(records.recipe.get(key), folder, key) for key in ("text_dim", "text_len"))
     if text_dim != dim:
         raise ValueError(f"model.text_dim is {text_dim}: the prompts of data.dir {folder} have {dim}, it must be {dim}")
     if text_len < length:
@@ -155,5 +167,7 @@ def open_part(folder: Path, *, text_dim: int, text_len: int) -> PromptSource:
             f"model.text_len is {text_len}: the prompts of data.dir {folder} have up to {length} tokens, it must be at "
             f"least {length}"
         )
+    if len(fixed) != 2:
+        raise ValueError(f"{folder} has {len(fixed)} unconditional embeddings, not 2{_AGAIN}")
     negative, empty = (_padded(fixed[i]["embedding"], text_len) for i in range(2))
     return PromptSource(records, text_len, negative, empty)

@@ -446,6 +446,8 @@ def open_split(
     try:
         builder = tfds.builder_from_directory(str(folder))
         lengths = builder.info.splits[split].shard_lengths
+        if not lengths:
+            raise ValueError(f"its split {split} has no shards")
     except Exception as error:  # of tfds, JSON and protobuf
         raise _damaged(folder / INFO, error, if_damaged) from error
     files = tuple(folder / _file_name(name, split, i, len(lengths)) for i in range(len(lengths)))
@@ -457,7 +459,11 @@ def open_split(
             raise _damaged(path, f"{seen} records, {told} expected", if_damaged)
     digests = _check_digests(folder, files, if_damaged)
     ends = tuple(itertools.accumulate(lengths))
-    return Records(builder.as_data_source(split), files, ends, if_damaged, digests=digests, **known)
+    try:
+        source = builder.as_data_source(split)
+    except Exception as error:  # another format of files among others
+        raise _damaged(folder / INFO, error, if_damaged) from error
+    return Records(source, files, ends, if_damaged, digests=digests, **known)
 
 
 def open_records(

@@ -18,6 +18,7 @@ NAME = "wan_videos"
 VIDEOS = "videos"
 PER_SHARD = 16  # clips, 8 MB each at 480x832
 MADE_BY = "`python -m sf_jax.prepare --videos=...`"
+_AGAIN = f"remove data.dir's {VIDEOS} and {prompts.CAPTIONS} and make them again"
 
 Encode = Callable[[int, int], Iterable[tuple[int, np.ndarray]]]
 
@@ -118,7 +119,10 @@ class VideoSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        return {"latent": record["latent"][: self.frames], **self.captions[int(record["caption"])]}
+        caption = int(record["caption"])
+        if not 0 <= caption < len(self.captions):
+            raise ValueError(f"record {index} of {VIDEOS} has caption {caption} of {len(self.captions)}: {_AGAIN}")
+        return {"latent": record["latent"][: self.frames], **self.captions[caption]}
 
 
 def open_videos(
@@ -140,7 +144,9 @@ def open_videos(
     """
     folder = Path(folder)
     records = shards.open_records(folder / VIDEOS, NAME, "train", "data.dir", MADE_BY)
-    stored = records.recipe.get("latent")
+    shape = records.recipe.get("latent")
+    shape = shape if isinstance(shape, list) and len(shape) == 4 else [None]  # one wrong number for a wrong shape
+    stored = [prompts.whole_number(size, folder / VIDEOS, "a size of latent") for size in shape]
     wanted = {"data.height": height, "data.width": width, "model.channels": channels}
     for (name, value), there in zip(wanted.items(), stored[1:], strict=True):
         if value != there:

@@ -23,6 +23,7 @@ from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.text_encoder import load_embedder
 from sf_jax.inference.tokenizer import find_file, load_tokenizer
 from sf_jax.io.video_read import MAX_FPS
+from sf_jax.messages import printable
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
@@ -124,9 +125,9 @@ def run(job: Job) -> bool:
             print(f"{job.prompts}: {duplicates} duplicates left out", flush=True)
         done = _write_texts(job, model, output / prompts.PROMPTS, texts)
         return _told(done, f"{len(texts)} prompts", output / prompts.PROMPTS)
-    found, unnamed = captions.find_videos(job.videos)
-    if unnamed:
-        print(f"{job.videos}: {unnamed} videos that its metadata does not name are left out", flush=True)
+    found, note = captions.find_videos(job.videos)
+    if note:
+        print(f"{job.videos}: {note}", flush=True)
     _check_folders_of_frames(job, found)
     texts = list(dict.fromkeys(video.caption for video in found))
     _write_texts(job, model, output / prompts.CAPTIONS, texts)
@@ -246,7 +247,7 @@ def _clips(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, np.
         if isinstance(pixels, np.ndarray):
             yield i * job.clips_per_video + k, pixels
         else:
-            tqdm.write(f"left out {f'what follows {k} clips of ' if k else ''}{found[i].name}: {pixels}")
+            tqdm.write(printable(f"left out {f'what follows {k} clips of ' if k else ''}{found[i].name}: {pixels}"))
 
 
 def _read(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, int, np.ndarray | str]]:
@@ -263,7 +264,7 @@ def _read(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, int,
                         yield i, 0, f"it has {len(clip)} frames, a clip needs {length}"
                     break
                 yield i, k, np.stack(clip)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield i, k, str(error)
 
 

@@ -4,6 +4,7 @@ Source: official `HuggingfaceTokenizer` with `clean='whitespace'` (wan/modules/t
 library alone.
 """
 
+import base64
 import contextlib
 import dataclasses
 import html
@@ -17,6 +18,7 @@ import ftfy
 import numpy as np
 import tokenizers
 
+from sf_jax import strict_json
 from sf_jax.inference import sentencepiece
 from sf_jax.messages import quoted, shortened
 
@@ -29,6 +31,8 @@ PAD, END = ("<pad>", 0), ("</s>", 1)
 # No token of UMT5 has more than 16 characters, so that what is cut off would be cut from the tokens, too.
 _CHARACTERS_PER_TOKEN = 128
 _MAX_BYTES = 256 << 20  # of tokenizer.json; UMT5's has 17 MB
+_MAX_GROWTH = 256  # how many times longer the steps of a tokenizer may make a text; UMT5's at most 66 times
+_MAX_STEPS = 64
 # Text of many kinds: a tokenizer that cannot take it is damaged.
 _TRIAL = ("", "a cat", "\u00e9\u732b \U0001f408\u200b\ufffd", "a" * 300 + "!", " a" * 300, "\t\x00 \n")
 
@@ -125,6 +129,8 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
     model = _read_model(path)
     with _in_one_line(f"{path} is no readable tokenizer", ": download the file again"), _without_panics():
         if model is None:
+            _check_growth(strict_json.read(path, max_bytes=_MAX_BYTES, finite=False))
+        if model is None:
             backend = tokenizers.Tokenizer.from_file(str(path))
         else:
             backend = sentencepiece.build_tokenizer(model)
@@ -161,6 +167,56 @@ def _read_model(path):
         return sentencepiece.parse_model(path.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _check_growth(stored: dict) -> None:
+    """Refuses a tokenizer.json that makes long texts of short ones: the library would end the process for its memory.
+
+    Raises:
+      ValueError: its steps could make a text more than `_MAX_GROWTH` times longer, or are too many.
+    """
+    steps = [step for part in ("normalizer", "pre_tokenizer", "post_processor") for step in _steps(stored.get(part))]
+    if len(steps) > _MAX_STEPS:
+        raise ValueError(f"it has {len(steps)} steps, at most {_MAX_STEPS} are taken")
+    start = length = _CHARACTERS_PER_TOKEN * 512
+    for step in steps:
+        length = _longest(step, length)
+        if length > _MAX_GROWTH * start:
+            raise ValueError(f"its steps make texts more than {_MAX_GROWTH} times longer, at {step.get('type')}")
+
+
+def _steps(part) -> Iterator[dict]:
+    """The steps of a part of a tokenizer, those of sequences within sequences too."""
+    if not isinstance(part, dict):
+        return
+    nested = [part[key] for key in ("normalizers", "pretokenizers", "processors") if isinstance(part.get(key), list)]
+    if not nested:
+        yield part
+    for steps in nested:
+        for step in steps:
+            yield from _steps(step)
+
+
+def _longest(step: dict, length: int) -> int:
+    """The most characters that a step makes of `length`; what is wrong with it is left to the library."""
+    kind = step.get("type")
+    if kind == "Replace":
+        pattern, content = step.get("pattern"), str(step.get("content"))
+        text = pattern.get("String") if isinstance(pattern, dict) else pattern
+        if isinstance(text, str) and text:
+            return max(length, -(-length // len(text)) * len(content))
+        return length * (1 + len(content))  # an expression may match between all characters
+    if kind == "Prepend":
+        return length + len(str(step.get("prepend")))
+    if kind == "ByteLevel":
+        return 4 * length  # a character for each byte
+    if kind == "Precompiled":
+        charsmap = base64.b64decode(str(step.get("precompiled_charsmap")))
+        texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]  # behind a search tree of so many bytes
+        return length * max(1, *map(len, texts.decode(errors="replace").split("\0")))
+    if kind == "TemplateProcessing" and isinstance(step.get("single"), list):
+        return length * max(1, sum("Sequence" in piece for piece in step["single"] if isinstance(piece, dict)))
+    return length
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def _told(path: Path) -> Iterator[None]:
     """What PyAV raises, and what is wrong with the video, as an error about this file."""
     try:
         yield
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, RuntimeError, ValueError) as error:  # PyAV's NotImplementedError is a RuntimeError
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, av.FFmpegError) and error.errno in (errno.EINVAL, errno.EBUSY):  # its word for refusals
             reason = f"its format is none of these, or its frames have more than {MAX_PIXELS} pixels"

@@ -11,6 +11,7 @@ import numpy as np
 
 from sf_jax.io import tone_map
 from sf_jax.io.video_file import ALLOWED, MAX_GAP, Decoded, decode, duration
+from sf_jax.messages import shortened
 
 MAX_BYTES = 2**32  # that `read_video` returns where neither `limit` nor `last` says how many frames are wanted
 MAX_FPS = 240
@@ -106,7 +107,7 @@ def stream_video(
       uint8 [height, width, 3].
 
     Raises:
-      ValueError: the file is missing, no video, damaged, or beyond a limit.
+      ValueError: the file is missing, no video, damaged, beyond a limit, or has colors that ffmpeg does not convert.
     """
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise ValueError(f"fps is {fps}: it must be above 0 and at most {MAX_FPS}")
@@ -180,12 +181,20 @@ class _Fit:
         source = {"video_size": f"{frame.width}x{frame.height}", "pix_fmt": frame.format.name, "time_base": "1/1000"}
         source |= {"colorspace": frame.colorspace, "range": frame.color_range}
         key = (*source.values(), filters)
-        if key not in self._graphs:
-            self._graphs = {} if len(self._graphs) > 4 else self._graphs
-            self._graphs[key] = _graph(source, filters)
-        frame.pts = None
-        self._graphs[key].push(frame)
-        return self._graphs[key].pull()
+        try:
+            if key not in self._graphs:
+                self._graphs = {} if len(self._graphs) > 4 else self._graphs
+                self._graphs[key] = _graph(source, filters)
+            frame.pts = None
+            self._graphs[key].push(frame)
+            return self._graphs[key].pull()
+        except (av.FFmpegError, OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or shortened(str(error)) or type(error).__name__
+            colors = f"format {frame.format.name}, color matrix {frame.colorspace}, range {frame.color_range}"
+            raise ValueError(
+                f"video: cannot read {self._path} (ffmpeg cannot make RGB of its pixels, {colors}: {reason}); convert "
+                "it first, to the color matrix bt709"
+            ) from error
 
 
 def _graph(source: dict, filters: tuple[str, ...]) -> av.filter.Graph:

@@ -267,6 +267,8 @@ def _read_lines(path: pathlib.Path) -> list[tuple[str, dict]]:
     """The lines of a log, as texts and as what they say; a file with others in it is moved aside, and this is told."""
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: the log is written there, move it or use another workdir")
     texts = path.read_bytes().split(b"\n")
     lines, damaged = [], 0
     for number, text in enumerate(texts, 1):
