@@ -21,7 +21,8 @@ from sf_jax.weights import hub
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
 LONGEST = 1000  # characters of an error message
 TERMINATED, INTERRUPTED, _BROKEN_PIPE = 143, 130, 141  # exit codes: SIGTERM, Ctrl-C, SIGPIPE
-_SECONDS_TO_UNWIND = 5
+_ENDS = {signal.SIGTERM: (TERMINATED, "SIGTERM"), signal.SIGINT: (INTERRUPTED, "Ctrl-C")}
+_SECONDS_TO_UNWIND, _SECONDS_TO_NEXT = 5, 0.1
 
 flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
 
@@ -199,33 +200,68 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack, so that temporary files go and child processes end; Ctrl-C has no traceback."""
+    """Lets SIGTERM and Ctrl-C unwind the stack, without a traceback, so that temporary files and child processes go."""
+    codes: list[int] = []
 
-    def terminate(number, frame):
-        del number, frame
-        print("error: ended by SIGTERM", file=sys.stderr, flush=True)
-        # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
-        end = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (TERMINATED,))
-        end.daemon = True
-        end.start()
-        raise SystemExit(TERMINATED)
+    def unwind(number, frame):
+        del frame
+        code, name = _ENDS[number]
+        if not codes:
+            codes.append(code)
+            print(f"error: ended by {name}", file=sys.stderr, flush=True)
+            # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
+            _start_timer(_SECONDS_TO_UNWIND, os._exit, code)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
+    hook = sys.unraisablehook
+
+    def unraisable(swallowed) -> None:
+        if not codes or not isinstance(swallowed.exc_value, (KeyboardInterrupt, SystemExit)):
+            hook(swallowed)
+            return
+        number = signal.SIGINT if isinstance(swallowed.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        _start_timer(_SECONDS_TO_NEXT, _raise_in_main_thread, number)  # outside of the callback
+
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main_thread = threading.current_thread() is threading.main_thread()
-    if main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, terminate)
+    ours = [number for number, default in defaults.items() if main_thread and signal.getsignal(number) == default]
+    for number in ours:
+        signal.signal(number, unwind)
+    sys.unraisablehook = unraisable
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, KeyboardInterrupt):
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not codes:
             print("error: ended by Ctrl-C", file=sys.stderr, flush=True)
-        code = INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
-        if code not in (TERMINATED, INTERRUPTED):
+            codes.append(INTERRUPTED)
+        if isinstance(error, SystemExit) and error.code in (TERMINATED, INTERRUPTED):
+            codes.append(error.code)
+        if not codes:
             raise
-        sys.stdout.flush()
-        os._exit(code)  # XLA's threads may be compiling, and Python's own end would crash under them
     finally:
-        if main_thread and signal.getsignal(signal.SIGTERM) == terminate:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = hook
+        for number in ours:
+            if signal.getsignal(number) == unwind:
+                signal.signal(number, defaults[number])
+    if codes:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(codes[0])  # XLA's threads may be compiling, and Python's own end would crash under them
+
+
+def _raise_in_main_thread(number: int) -> None:
+    """Sends this process a signal that ends what its main thread waits for, where the system can."""
+    if hasattr(signal, "pthread_kill"):  # not on Windows
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
+
+
+def _start_timer(seconds: float, function: Callable, *arguments) -> None:
+    """Calls a function later, unless the process ends before."""
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager

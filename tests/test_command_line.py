@@ -160,25 +160,45 @@ def test_signals_before_the_first_step_do_not_end_a_run_as_if_done(capsys):
         assert f"error: {number.name}: ended before there was anything new to save" in capsys.readouterr().err
 
 
+def test_a_run_ends_although_a_library_swallows_the_signal(monkeypatch):
+    codes = []
+    monkeypatch.setattr(stop, "_SECONDS_TO_UNWIND", 0.01)
+    monkeypatch.setattr(stop.os, "_exit", codes.append)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with stop.stop_on_signals():
+            with pytest.raises(stop.Stopped):
+                signal.raise_signal(number)
+            until = time.monotonic() + 10
+            while not codes:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        assert codes.pop() == code
+
+
 WAITS = """
-import time
+import sys, time
 from sf_jax import command, files
+class Waits:
+    def __del__(self):  # Python swallows what is raised here, as in JAX's callbacks
+        print("ready", flush=True)
+        time.sleep(60)
 def main():
     with files.replacing(sys.argv[1]) as path:
         path.write_bytes(b"half")
+        if sys.argv[2:]:
+            Waits()
         print("ready", flush=True)
         time.sleep(60)
-import sys
-path, sys.argv = sys.argv[1], sys.argv[:1]
-sys.argv.append(path)
 command.app.run = lambda guarded, flags_parser: guarded(None)
 command.run(main)
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_leave_no_half_written_file(number, code, tmp_path):
-    line = [sys.executable, "-c", WAITS, str(tmp_path / "file")]
+@pytest.mark.parametrize(
+    ("number", "code", "more"), [(signal.SIGTERM, 143, []), (signal.SIGINT, 130, []), (signal.SIGINT, 130, ["swallow"])]
+)
+def test_signals_leave_no_half_written_file(number, code, more, tmp_path):
+    line = [sys.executable, "-c", WAITS, str(tmp_path / "file"), *more]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
