@@ -1,6 +1,8 @@
 """How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
 
+import codecs
 import contextlib
+import io
 import math
 import os
 import platform
@@ -96,6 +98,7 @@ def run(
       groups: titles of --help and the flags under each; flags that are in none come under a title of their own.
       more_help: (arguments of the command line) -> what --help adds.
     """
+    escape_output()
 
     def help_text() -> str:
         text = usage.describe(main, flags.FLAGS, groups or {})
@@ -135,6 +138,16 @@ def run(
             main()
 
     app.run(guarded, flags_parser=parse)
+
+
+def escape_output() -> None:
+    """Lets stdout show what its encoding lacks with backslashes: names of files may hold any bytes."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    raw_bytes = stream.errors == "surrogateescape" and codecs.lookup(stream.encoding).name == "utf-8"
+    if stream.errors in ("strict", "surrogateescape") and not raw_bytes:
+        stream.reconfigure(errors="backslashreplace")
 
 
 def versions() -> str:

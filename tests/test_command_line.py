@@ -1,6 +1,7 @@
 """The command line as a whole: help, versions, console script, odd values, signals, machines that are not there."""
 
 import ast
+import io
 import json
 import os
 import signal
@@ -108,6 +109,24 @@ def test_messages_are_one_short_printable_line():
     with pytest.raises(SystemExit) as end:
         command.fail("é" * 5000)
     assert is_one_line(end.value.code)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "shown"),
+    [
+        ("utf-8", "strict", b"\xc3\xa9 \\udcff"),
+        ("utf-8", "surrogateescape", b"\xc3\xa9 \xff"),
+        ("ascii", "strict", b"\\xe9 \\udcff"),
+        ("ascii", "surrogateescape", b"\\xe9 \\udcff"),
+        ("ascii", "replace", b"? ?"),
+    ],
+)
+def test_any_path_can_be_printed(encoding, errors, shown, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    command.escape_output()
+    print("é \udcff", end="", flush=True)
+    assert stream.buffer.getvalue() == shown
 
 
 @pytest.mark.parametrize(
