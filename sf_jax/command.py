@@ -104,10 +104,17 @@ def run(
         text = usage.describe(main, flags.FLAGS, groups or {})
         return f"{text}\n\n{more_help(sys.argv[1:])}" if more_help else text
 
+    def help_xml() -> str:
+        text = io.StringIO()
+        flags.FLAGS.write_help_in_xml_format(text)
+        return text.getvalue()
+
     def parse(arguments):
         for flag in (
             _Printed("help", help_text, "Show the flags of this command", "h"),
             _Printed("helpshort", help_text, "The same"),
+            _Printed("helpfull", flags.FLAGS.get_help, "Show the flags of libraries, too"),
+            _Printed("helpxml", help_xml, "The same in XML"),
             _Printed("version", versions, "Show the versions of sf_jax and JAX"),
         ):
             flags.DEFINE_flag(flag)
@@ -311,3 +318,16 @@ def _of_jax(error: BaseException) -> bool:
     from jax.errors import JaxRuntimeError  # here, as not every command needs JAX
 
     return isinstance(error, JaxRuntimeError)
+
+
+def _check_jax_settings() -> None:
+    """Ends the process where the environment has a setting that JAX refuses, which it reads when it is imported."""
+    if not any(name.startswith("JAX_") for name in os.environ):
+        return
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        fail(f"JAX does not take a variable of the environment ({error}): correct or unset it")
+
+
+_check_jax_settings()  # here, as the commands import JAX after this module and before `run`

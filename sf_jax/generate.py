@@ -151,7 +151,9 @@ def main() -> None:
     if fields.get("checkpoint"):
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     prompts, names = _prompts(), [] if _NAMES.value is None else _lines("names", _NAMES.value)
-    print("wrote", *batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields)), sep="\n  ")
+    paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields))
+    if paths:
+        print("wrote", *paths, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,22 @@ def test_help_ends_without_an_error():
     assert "--run_with_pdb" not in done.stdout and "usage: sf-jax generate" in done.stdout
 
 
+def test_the_whole_help_ends_without_an_error(capsys):
+    def main():
+        """Not run."""
+
+    before = set(flags.FLAGS)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", ["generate", "--helpfull"])
+            patch.setattr(command.app, "run", lambda guarded, flags_parser: flags_parser(sys.argv))
+            command.run(main)
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    assert end.value.code == 0 and "--verbosity" in capsys.readouterr().out
+
+
 def test_help_of_a_configuration_has_all_variants_and_fields():
     text = config_help.of_arguments(["--workdir=x", "--config=configs/wan_distill.py:gan", "--help"])
     assert all(f"\n  {name}" in text for name in wan_distill.VARIANTS)
@@ -100,6 +116,36 @@ def test_help_of_a_configuration_has_all_variants_and_fields():
     assert "configs/digits.py has the variants teacher, causal," in config_help.of_arguments(["--help"])
     with pytest.raises(SystemExit, match="error: config is configs/none.py: configs/none.py does not exist"):
         config_help.of_arguments(["--config", "configs/none.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n  return 1 / 0", "c.py, line 2: ZeroDivisionError: division by zero"),
+        ("raise RuntimeError('no\\nway')", "c.py, line 1: RuntimeError: no way"),
+        ("x = 1", "c.py: it has no function get_config"),
+        ("def get_config():\n  return 3", "c.py: get_config returns int, it must return a ConfigDict"),
+        ("x = 1\0", "c.py: source code .*null bytes"),
+        ("def get_config(:", "c.py, line 1: invalid syntax"),
+        ("def get_config():\n  raise ValueError('steps is -1')", "c.py: steps is -1"),
+    ],
+)
+def test_configuration_files_that_fail_are_named(text, message, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config_help.ConfigParser().parse(str(path))
+    with pytest.raises(SystemExit, match=message):
+        config_help.of_arguments([f"--config={path}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JAX_ENABLE_X64", "maybe"), pytest.param("JAX_PGLE_PROFILING_RUNS", "x", marks=pytest.mark.slow)],
+)
+def test_settings_that_jax_refuses_are_one_line(name, value):
+    done = run("-m", "sf_jax.prepare", **{name: value})
+    assert done.returncode == 1 and is_one_line(done.stderr) and name.lower() in done.stderr.lower()
 
 
 def test_messages_are_one_short_printable_line():
