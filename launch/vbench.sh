@@ -12,7 +12,7 @@
 #                --prompts=FILE --names=FILE   other lists, a prompt and its name a line
 #                --dry-run         print the commands and run none
 #
-# What is there is kept: a run that was stopped goes on where it was. Prompts are those of docs/results/protocol.md.
+# What is there is kept: a run that was stopped goes on where it was; a folder of other FLAGS is refused. Prompts are those of docs/results/protocol.md.
 # VBENCH=/path/to/vbench names the program where VBench has an environment of its own (it needs an older PyTorch).
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 set -euo pipefail
@@ -28,6 +28,12 @@ case "$step" in
   lists | generate | score | all) shift ;;
   *) usage 2 ;;
 esac
+from="$PWD"
+
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+absolute() { case "$1" in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$from/$1" ;; esac; }
+
 folder="runs/vbench" limit="" samples=5 prompts="" names="" dry_run=0
 flags=()
 for argument in "$@"; do
@@ -38,24 +44,28 @@ for argument in "$@"; do
     --prompts=*) prompts="${argument#*=}" ;;
     --names=*) names="${argument#*=}" ;;
     --dry-run) dry_run=1 ;;
-    --out=* | --num_samples=* | --vbench_names* | --if_exists=*)
-      printf '[sf_jax] error: %s: the protocol sets it; see bash launch/vbench.sh --help\n' "$argument" >&2
-      exit 1
+    -*)
+      # as absl reads flags: with one dash or two, the value after "=" or in the next argument
+      name="${argument#-}" name="${name#-}" name="${name%%=*}"
+      case "$name" in
+        out | num_samples | vbench_names | novbench_names | if_exists | flagfile)
+          die "$argument: the protocol sets it; see bash launch/vbench.sh --help"
+          ;;
+        folder | limit | samples | prompts | names | dry-run | dry_run)
+          die "$argument: write --folder=, --limit=, --samples=, --prompts= and --names= with their value, or --dry-run"
+          ;;
+      esac
+      flags+=("$argument")
       ;;
     *) flags+=("$argument") ;;
   esac
 done
-from="$PWD"
-
-# shellcheck source=launch/common.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
-absolute() { case "$1" in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$from/$1" ;; esac; }
 
 [[ -z "$limit" || "$limit" =~ ^[1-9][0-9]*$ ]] || die "--limit=$limit: it must be a number, 1 or more"
 [[ "$samples" =~ ^[1-9][0-9]*$ ]] || die "--samples=$samples: it must be a number, 1 or more"
 [[ -z "$prompts" && -z "$names" || -n "$prompts" && -n "$names" ]] || die "--prompts and --names: give both or none"
 folder="$(absolute "$folder")"
-videos="$folder/videos"
+videos="$folder/videos" origin=""
 dimensions=(subject_consistency background_consistency temporal_flickering motion_smoothness dynamic_degree
   aesthetic_quality imaging_quality object_class multiple_objects human_action color spatial_relationship scene
   appearance_style temporal_style overall_consistency)
@@ -96,28 +106,84 @@ lists() {
     [[ -f "$prompts" && -f "$names" ]] || die "--prompts=$prompts --names=$names: one of them does not exist"
     run mkdir -p -- "$folder"
   fi
-  if [[ -n "$limit" ]] && ! ((dry_run)); then
-    head -n "$limit" -- "$prompts" >"$folder/first_prompts.txt"
-    head -n "$limit" -- "$names" >"$folder/first_names.txt"
+  if ! ((dry_run)); then origin="$(describe_origin)"; fi
+  if [[ -n "$limit" ]]; then
+    first "$prompts" "$folder/first_prompts.txt"
+    first "$names" "$folder/first_names.txt"
     prompts="$folder/first_prompts.txt" names="$folder/first_names.txt"
   fi
 }
 
+# first LIST FILE: the first lines of a list, in a file.
+first() {
+  if ((dry_run)); then
+    printf 'head -n %q -- %q >%q\n' "$limit" "$1" "$2"
+  else
+    head -n "$limit" -- "$1" >"$2"
+  fi
+}
+
+# What the videos depend on; not --limit, as the videos of a part of the list are the same.
+describe_origin() {
+  local argument
+  printf '%s\n' "--samples=$samples" "prompts: $(cksum <"$prompts")" "names: $(cksum <"$names")"
+  for argument in ${flags[@]+"${flags[@]}"}; do printf '%s\n' "$argument"; done | sort
+  for argument in ${flags[@]+"${flags[@]}"}; do
+    argument="${argument#-*=}"
+    if [[ "$argument" != [/-]* && -e "$from/$argument" ]]; then
+      printf 'in %s\n' "$from"
+      return
+    fi
+  done
+}
+
+# Refuses a folder whose videos another command made.
+check_origin() {
+  local record="$folder/generated_by.txt"
+  if [[ -f "$record" && "$(<"$record")" == "$origin" ]]; then return 0; fi
+  if compgen -G "$videos/*.mp4" >/dev/null; then
+    die "the videos in $videos are not of these flags ($record has theirs): give another --folder"
+  fi
+  printf '%s\n' "$origin" >"$record"
+}
+
 generate() {
   lists
-  if ! ((dry_run)); then setup_venv "convert$(accelerator_extra)"; fi
-  run "$VENV_PYTHON" -m sf_jax.generate --prompts="$prompts" --names="$names" --vbench_names --num_samples="$samples" \
-    --if_exists=skip --out="$videos" ${flags[@]+"${flags[@]}"}
+  if ! ((dry_run)); then
+    check_origin
+    setup_venv "convert$(accelerator_extra)"
+  fi
+  run cd -- "$from" # paths in flags are relative to it
+  run env PYTHONSAFEPATH=1 "$VENV_PYTHON" -m sf_jax.generate --prompts="$prompts" --names="$names" --vbench_names \
+    --num_samples="$samples" --if_exists=skip --out="$videos" ${flags[@]+"${flags[@]}"}
+  run cd -- "$REPO_ROOT"
+}
+
+# Refuses scores of other videos.
+check_scores() {
+  local record="$folder/scores/scored.txt" scored
+  scored="$({
+    ls -1 -- "$videos"
+    if [[ -f "$folder/generated_by.txt" ]]; then cat -- "$folder/generated_by.txt"; fi
+  } | cksum)"
+  if [[ -f "$record" && "$(<"$record")" == "$scored" ]]; then return 0; fi
+  if compgen -G "$folder/scores/*/*_eval_results.json" >/dev/null; then
+    die "the scores in $folder/scores are of other videos than there are now: remove that folder, or give another --folder"
+  fi
+  mkdir -p -- "$folder/scores"
+  printf '%s\n' "$scored" >"$record"
 }
 
 score() {
   local program="${VBENCH:-vbench}" dimension
   local -a info=()
+  case "$program" in */*) program="$(absolute "$program")" ;; esac
   if ! ((dry_run)); then
     [[ -d "$videos" ]] || die "there are no videos in $videos: bash launch/vbench.sh generate makes them"
     command -v "$program" >/dev/null 2>&1 || die "VBench is not installed: in an environment of its own, pip install torch
   torchvision --index-url https://download.pytorch.org/whl/cu121, pip install vbench==0.1.5 and
   pip install detectron2@git+https://github.com/facebookresearch/detectron2.git; then VBENCH=/path/to/its/bin/vbench"
+    check_scores
   fi
   if [[ -f "$folder/VBench_full_info.json" ]]; then info=(--full_json_dir "$folder/VBench_full_info.json"); fi
   for dimension in "${dimensions[@]}"; do

@@ -1,6 +1,8 @@
 """How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
 
+import codecs
 import contextlib
+import io
 import math
 import os
 import platform
@@ -21,7 +23,8 @@ from sf_jax.weights import hub
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
 LONGEST = 1000  # characters of an error message
 TERMINATED, INTERRUPTED, _BROKEN_PIPE = 143, 130, 141  # exit codes: SIGTERM, Ctrl-C, SIGPIPE
-_SECONDS_TO_UNWIND = 5
+_ENDS = {signal.SIGTERM: (TERMINATED, "SIGTERM"), signal.SIGINT: (INTERRUPTED, "Ctrl-C")}
+_SECONDS_TO_UNWIND, _SECONDS_TO_NEXT = 5, 0.1
 
 flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
 
@@ -95,15 +98,23 @@ def run(
       groups: titles of --help and the flags under each; flags that are in none come under a title of their own.
       more_help: (arguments of the command line) -> what --help adds.
     """
+    escape_output()
 
     def help_text() -> str:
         text = usage.describe(main, flags.FLAGS, groups or {})
         return f"{text}\n\n{more_help(sys.argv[1:])}" if more_help else text
 
+    def help_xml() -> str:
+        text = io.StringIO()
+        flags.FLAGS.write_help_in_xml_format(text)
+        return text.getvalue()
+
     def parse(arguments):
         for flag in (
             _Printed("help", help_text, "Show the flags of this command", "h"),
             _Printed("helpshort", help_text, "The same"),
+            _Printed("helpfull", flags.FLAGS.get_help, "Show the flags of libraries, too"),
+            _Printed("helpxml", help_xml, "The same in XML"),
             _Printed("version", versions, "Show the versions of sf_jax and JAX"),
         ):
             flags.DEFINE_flag(flag)
@@ -134,6 +145,16 @@ def run(
             main()
 
     app.run(guarded, flags_parser=parse)
+
+
+def escape_output() -> None:
+    """Lets stdout show what its encoding lacks with backslashes: names of files may hold any bytes."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    raw_bytes = stream.errors == "surrogateescape" and codecs.lookup(stream.encoding).name == "utf-8"
+    if stream.errors in ("strict", "surrogateescape") and not raw_bytes:
+        stream.reconfigure(errors="backslashreplace")
 
 
 def versions() -> str:
@@ -199,33 +220,68 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack, so that temporary files go and child processes end; Ctrl-C has no traceback."""
+    """Lets SIGTERM and Ctrl-C unwind the stack, without a traceback, so that temporary files and child processes go."""
+    codes: list[int] = []
 
-    def terminate(number, frame):
-        del number, frame
-        print("error: ended by SIGTERM", file=sys.stderr, flush=True)
-        # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
-        end = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (TERMINATED,))
-        end.daemon = True
-        end.start()
-        raise SystemExit(TERMINATED)
+    def unwind(number, frame):
+        del frame
+        code, name = _ENDS[number]
+        if not codes:
+            codes.append(code)
+            print(f"error: ended by {name}", file=sys.stderr, flush=True)
+            # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
+            _start_timer(_SECONDS_TO_UNWIND, os._exit, code)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
+    hook = sys.unraisablehook
+
+    def unraisable(swallowed) -> None:
+        if not codes or not isinstance(swallowed.exc_value, (KeyboardInterrupt, SystemExit)):
+            hook(swallowed)
+            return
+        number = signal.SIGINT if isinstance(swallowed.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        _start_timer(_SECONDS_TO_NEXT, _raise_in_main_thread, number)  # outside of the callback
+
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main_thread = threading.current_thread() is threading.main_thread()
-    if main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, terminate)
+    ours = [number for number, default in defaults.items() if main_thread and signal.getsignal(number) == default]
+    for number in ours:
+        signal.signal(number, unwind)
+    sys.unraisablehook = unraisable
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, KeyboardInterrupt):
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not codes:
             print("error: ended by Ctrl-C", file=sys.stderr, flush=True)
-        code = INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
-        if code not in (TERMINATED, INTERRUPTED):
+            codes.append(INTERRUPTED)
+        if isinstance(error, SystemExit) and error.code in (TERMINATED, INTERRUPTED):
+            codes.append(error.code)
+        if not codes:
             raise
-        sys.stdout.flush()
-        os._exit(code)  # XLA's threads may be compiling, and Python's own end would crash under them
     finally:
-        if main_thread and signal.getsignal(signal.SIGTERM) == terminate:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = hook
+        for number in ours:
+            if signal.getsignal(number) == unwind:
+                signal.signal(number, defaults[number])
+    if codes:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(codes[0])  # XLA's threads may be compiling, and Python's own end would crash under them
+
+
+def _raise_in_main_thread(number: int) -> None:
+    """Sends this process a signal that ends what its main thread waits for, where the system can."""
+    if hasattr(signal, "pthread_kill"):  # not on Windows
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
+
+
+def _start_timer(seconds: float, function: Callable, *arguments) -> None:
+    """Calls a function later, unless the process ends before."""
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager
@@ -262,3 +318,16 @@ def _of_jax(error: BaseException) -> bool:
     from jax.errors import JaxRuntimeError  # here, as not every command needs JAX
 
     return isinstance(error, JaxRuntimeError)
+
+
+def _check_jax_settings() -> None:
+    """Ends the process where the environment has a setting that JAX refuses, which it reads when it is imported."""
+    if not any(name.startswith("JAX_") for name in os.environ):
+        return
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        fail(f"JAX does not take a variable of the environment ({error}): correct or unset it")
+
+
+_check_jax_settings()  # here, as the commands import JAX after this module and before `run`

@@ -4,10 +4,14 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import ml_collections
+from absl import flags
 
 from sf_jax import usage
 from sf_jax.config import TrainConfig, from_dict
@@ -53,11 +57,64 @@ def load(path: str) -> types.ModuleType:
       OSError: it cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} is a folder" if path and Path(path).is_dir() else f"{path} does not exist")
     spec = importlib.util.spec_from_file_location("sf_jax_config", path)
+    if spec is None:
+        raise ValueError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def read(config: str) -> Mapping:
+    """What a configuration file returns; it is a program and may raise anything.
+
+    Args:
+      config: the file, with `:VARIANT` for what its `get_config` takes.
+
+    Raises:
+      ValueError: it cannot be read; the message is one line.
+    """
+    path, colon, variant = config.partition(":")
+    try:
+        module = load(path)
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError("it has no function get_config, which returns the configuration")
+        values = module.get_config(*([variant] if colon else []))
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"{error.filename or path}{line}: {error.msg}") from error
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        if not isinstance(error, (ValueError, OSError)):
+            text = f"{path}{_line(error, path)}: {type(error).__name__}: {text}"
+        raise ValueError(text if path in text else f"{path}: {text}") from error
+    if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
+        raise ValueError(f"{path}: get_config returns {type(values).__name__}, it must return a ConfigDict")
+    return values
+
+
+def _line(error: BaseException, path: str) -> str:
+    """Where in a file an error was raised; nothing where it was raised elsewhere."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f", line {lines[-1]}" if lines else ""
+
+
+class ConfigParser(flags.ArgumentParser):
+    """Reads the flag --config."""
+
+    syntactic_help = "a configuration file"
+
+    def parse(self, argument: str) -> Mapping:
+        """The configuration, without room for fields that it does not have."""
+        values = read(argument)
+        if hasattr(values, "lock"):
+            values.lock()
+        return values
+
+    def flag_type(self) -> str:
+        """What --help calls it."""
+        return "config object"
 
 
 def text_of(config: str) -> str:
@@ -68,9 +125,9 @@ def text_of(config: str) -> str:
     """
     path, _, variant = config.partition(".py:")
     path = f"{path}.py" if variant else path
+    values = read(config)  # says what is wrong with the file
     module = load(path)
     variants = _variants(module)
-    values = module.get_config(variant) if variant else module.get_config()
     lines = [inspect.getdoc(module) or "", ""] if module.__doc__ else []
     if variants:
         lines += [f"Variants, as --config={path}:VARIANT:"]

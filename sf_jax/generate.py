@@ -138,7 +138,9 @@ def main() -> None:
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     prompts, keys = _prompts(), ("name", *captions.CAPTION_KEYS)
     names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
-    print("wrote", *batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields)), sep="\n  ")
+    paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields))
+    if paths:
+        print("wrote", *paths, sep="\n  ")
 
 
 if __name__ == "__main__":

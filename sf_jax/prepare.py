@@ -7,7 +7,6 @@ A command that was stopped goes on where it was when it is given again. Several 
 --process_index of its own.
 """
 
-import jax
 from absl import flags
 
 from sf_jax import command, distributed
@@ -58,6 +57,8 @@ def job() -> Job:
                 raise ValueError(f"{name} changes nothing here: it is for --videos")
     if ("process_index" in given) != ("process_count" in given):
         raise ValueError("process_index and process_count: give both or none")
+    import jax  # `command` has checked its settings
+
     default = {"dtype": "float32" if jax.default_backend() == "cpu" else Job.dtype}
     default |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return Job(model=_MODEL.value, output=_OUTPUT.value, **default | given)

@@ -12,7 +12,6 @@ Several processes train as one when their environment says so, see `sf_jax.distr
 
 from collections.abc import Iterable
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -24,6 +23,7 @@ from sf_jax.training.loop import train
 from sf_jax.training.lora import resolved
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/digits.py:distill")
+flags.FLAGS["config"].parser = config_help.ConfigParser()
 _WORKDIR = command.define_path("workdir", None, "Folder of checkpoints, log and exported weights")
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Continue although fields of the config differ from the checkpoint's"
@@ -36,6 +36,8 @@ GROUPS = {"The run": ("config", "workdir", "allow_config_change"), "Instead of a
 
 def main() -> None:
     """Command line: see the module's docstring."""
+    import jax  # `command` has checked its settings
+
     config = resolved(from_dict(_CONFIG.value))
     if _COMPILE_ONLY.value is not None:
         # Compiled anew: a program from the cache of compiled ones says less of itself, and at once.

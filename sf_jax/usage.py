@@ -11,7 +11,7 @@ from absl import flags
 
 OTHERS = "Other flags"
 EVERYWHERE = "--help, --version, --helpfull (flags of libraries, too), --flagfile=FILE (flags from a file)"
-COMMON = ("help", "helpshort", "version")
+COMMON = ("help", "helpshort", "helpfull", "helpxml", "version")
 _COLUMN = 28  # where the texts of flags begin
 _TYPES = {"int": "NUMBER", "float": "NUMBER", "path": "PATH", "comma separated list of strings": "A,B,...", "": "TEXT"}
 

@@ -1,6 +1,7 @@
 """The command line as a whole: help, versions, console script, odd values, signals, machines that are not there."""
 
 import ast
+import io
 import json
 import os
 import signal
@@ -87,6 +88,22 @@ def test_help_ends_without_an_error():
     assert "--run_with_pdb" not in done.stdout and "usage: sf-jax generate" in done.stdout
 
 
+def test_the_whole_help_ends_without_an_error(capsys):
+    def main():
+        """Not run."""
+
+    before = set(flags.FLAGS)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", ["generate", "--helpfull"])
+            patch.setattr(command.app, "run", lambda guarded, flags_parser: flags_parser(sys.argv))
+            command.run(main)
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    assert end.value.code == 0 and "--verbosity" in capsys.readouterr().out
+
+
 def test_help_of_a_configuration_has_all_variants_and_fields():
     text = config_help.of_arguments(["--workdir=x", "--config=configs/wan_distill.py:gan", "--help"])
     assert all(f"\n  {name}" in text for name in wan_distill.VARIANTS)
@@ -101,6 +118,36 @@ def test_help_of_a_configuration_has_all_variants_and_fields():
         config_help.of_arguments(["--config", "configs/none.py"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n  return 1 / 0", "c.py, line 2: ZeroDivisionError: division by zero"),
+        ("raise RuntimeError('no\\nway')", "c.py, line 1: RuntimeError: no way"),
+        ("x = 1", "c.py: it has no function get_config"),
+        ("def get_config():\n  return 3", "c.py: get_config returns int, it must return a ConfigDict"),
+        ("x = 1\0", "c.py: source code .*null bytes"),
+        ("def get_config(:", "c.py, line 1: invalid syntax"),
+        ("def get_config():\n  raise ValueError('steps is -1')", "c.py: steps is -1"),
+    ],
+)
+def test_configuration_files_that_fail_are_named(text, message, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config_help.ConfigParser().parse(str(path))
+    with pytest.raises(SystemExit, match=message):
+        config_help.of_arguments([f"--config={path}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JAX_ENABLE_X64", "maybe"), pytest.param("JAX_PGLE_PROFILING_RUNS", "x", marks=pytest.mark.slow)],
+)
+def test_settings_that_jax_refuses_are_one_line(name, value):
+    done = run("-m", "sf_jax.prepare", **{name: value})
+    assert done.returncode == 1 and is_one_line(done.stderr) and name.lower() in done.stderr.lower()
+
+
 def test_messages_are_one_short_printable_line():
     assert command.one_line("a\n  b\x1b[31m \udcff") == "a b\\x1b[31m \\udcff"
     text = command.one_line("begin " + "x" * 10**7 + " end")
@@ -108,6 +155,24 @@ def test_messages_are_one_short_printable_line():
     with pytest.raises(SystemExit) as end:
         command.fail("é" * 5000)
     assert is_one_line(end.value.code)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "shown"),
+    [
+        ("utf-8", "strict", b"\xc3\xa9 \\udcff"),
+        ("utf-8", "surrogateescape", b"\xc3\xa9 \xff"),
+        ("ascii", "strict", b"\\xe9 \\udcff"),
+        ("ascii", "surrogateescape", b"\\xe9 \\udcff"),
+        ("ascii", "replace", b"? ?"),
+    ],
+)
+def test_any_path_can_be_printed(encoding, errors, shown, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    command.escape_output()
+    print("é \udcff", end="", flush=True)
+    assert stream.buffer.getvalue() == shown
 
 
 @pytest.mark.parametrize(
@@ -160,25 +225,45 @@ def test_signals_before_the_first_step_do_not_end_a_run_as_if_done(capsys):
         assert f"error: {number.name}: ended before there was anything new to save" in capsys.readouterr().err
 
 
+def test_a_run_ends_although_a_library_swallows_the_signal(monkeypatch):
+    codes = []
+    monkeypatch.setattr(stop, "_SECONDS_TO_UNWIND", 0.01)
+    monkeypatch.setattr(stop.os, "_exit", codes.append)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with stop.stop_on_signals():
+            with pytest.raises(stop.Stopped):
+                signal.raise_signal(number)
+            until = time.monotonic() + 10
+            while not codes:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        assert codes.pop() == code
+
+
 WAITS = """
-import time
+import sys, time
 from sf_jax import command, files
+class Waits:
+    def __del__(self):  # Python swallows what is raised here, as in JAX's callbacks
+        print("ready", flush=True)
+        time.sleep(60)
 def main():
     with files.replacing(sys.argv[1]) as path:
         path.write_bytes(b"half")
+        if sys.argv[2:]:
+            Waits()
         print("ready", flush=True)
         time.sleep(60)
-import sys
-path, sys.argv = sys.argv[1], sys.argv[:1]
-sys.argv.append(path)
 command.app.run = lambda guarded, flags_parser: guarded(None)
 command.run(main)
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_leave_no_half_written_file(number, code, tmp_path):
-    line = [sys.executable, "-c", WAITS, str(tmp_path / "file")]
+@pytest.mark.parametrize(
+    ("number", "code", "more"), [(signal.SIGTERM, 143, []), (signal.SIGINT, 130, []), (signal.SIGINT, 130, ["swallow"])]
+)
+def test_signals_leave_no_half_written_file(number, code, more, tmp_path):
+    line = [sys.executable, "-c", WAITS, str(tmp_path / "file"), *more]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)

@@ -55,6 +55,12 @@ def test_shipped_teacher_makes_its_own_length_only():
         pipe("a 0 moving down", frames=48)
 
 
+def test_generate_with_nothing_to_do_lists_no_files(tmp_path):
+    (tmp_path / "a_7_moving_left.mp4").touch()
+    done = command("--prompt=a 7 moving left", f"--out={tmp_path}", "--if_exists=skip")
+    assert done.returncode == 0 and done.stdout.endswith("kept\nevery video is there already\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -403,8 +403,38 @@ def test_vbench_generates_five_videos_of_each_prompt_and_scores_them(place, list
     assert "VBench: " not in finish(vbench(place, "score", *lists, VBENCH="vbench"))
 
 
+def test_vbench_refuses_a_folder_of_other_videos(place, lists):
+    videos = place / "vbench" / "videos"
+    videos.mkdir(parents=True)
+    finish(vbench(place, "generate", *lists, "--limit=1", "--checkpoint=setup.py", "--seed=3"))
+    (videos / "seven-0.mp4").touch()
+    finish(vbench(place, "generate", *lists, "--seed=3", "--checkpoint=setup.py"))
+    assert f"in {place}/repo\n" in (place / "vbench" / "generated_by.txt").read_text()
+    for other in (["--checkpoint=b"], ["--checkpoint=setup.py", "--seed=3", "--samples=2"]):
+        done = finish(vbench(place, "generate", *lists, *other), 1)
+        assert f"the videos in {videos} are not of these flags" in done
+    finish(vbench(place, "score", *lists, VBENCH="../bin/vbench"))
+    (videos / "two-0.mp4").touch()
+    assert "are of other videos than there are now" in finish(vbench(place, "score", *lists, VBENCH="vbench"), 1)
+
+
+def test_vbench_reads_paths_where_the_user_is(place, lists):
+    program(place / "repo" / ".venv" / "bin" / "python", 'echo "$PWD $*" >>"$NOTES/calls"')
+    done = subprocess.run(
+        ["bash", str(place / "repo" / "launch" / "vbench.sh"), "generate", *lists, "--model", "models/wan"],
+        env=os.environ | {"NOTES": str(place / "notes")},
+        cwd=place / "bin",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    call = notes(place, "calls").splitlines()[-1]
+    assert call.startswith(f"{place}/bin -m sf_jax.generate") and call.endswith(" --model models/wan")
+
+
 def test_vbench_says_what_it_would_do(place):
-    done = finish(vbench(place, "all", "--dry-run", "--model=m"))
+    done = finish(vbench(place, "all", "--dry-run", "--limit=4", "--model=m"))
+    assert "first_prompts.txt --names=" in done and f"\nhead -n 4 -- {place}/repo/runs/vbench/all_dimension.txt" in done
     assert "all_dimension_extended.txt" in done and "--num_samples=5" in done and done.count("evaluate") == 16
     assert not (place / "repo" / "runs").exists()
 
@@ -416,6 +446,10 @@ def test_vbench_says_what_it_would_do(place):
         (["generate", "--prompts=a"], "--prompts and --names: give both or none", 1),
         (["generate", "--prompts=a", "--names=b"], "one of them does not exist", 1),
         (["generate", "--out=x"], "--out=x: the protocol sets it", 1),
+        (["generate", "--out", "x"], "--out: the protocol sets it", 1),
+        (["generate", "-novbench_names"], "-novbench_names: the protocol sets it", 1),
+        (["generate", "--folder", "x"], "--folder: write --folder=", 1),
+        (["generate", "-prompts=x"], "-prompts=x: write --folder=", 1),
         (["score"], "there are no videos in", 1),
         (["other"], "bash launch/vbench.sh lists", 2),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import jax
 import ml_dtypes
@@ -56,6 +57,20 @@ def test_parts_one_by_one_are_the_model_of_the_folder(folder, named):
     # one part of a folder replaced
     other = find_wan(folder, WanOptions(transformer=folder / "student.safetensors"))
     assert other.transformer == folder / "student.safetensors" and other.vae == folder / "Wan2.1_VAE.safetensors"
+
+
+def test_parts_have_contact_sheets_of_their_own(named, folder, tmp_path, monkeypatch):
+    styles = []
+    sampling = types.SimpleNamespace(frames=9, height=32, width=32)
+    pipe = types.SimpleNamespace(sampling=sampling, describe=str, chunks=lambda *rest, **options: iter(()))
+    monkeypatch.setattr(batch, "_wan", lambda *rest: (pipe, None))
+    monkeypatch.setattr(
+        batch, "_write", lambda pipe, style, videos, *rest: styles.append((style.sheet, len(videos))) or []
+    )
+    monkeypatch.setattr(batch.jax, "local_devices", lambda: [0, 1])
+    flags = {name: str(value) for name, value in named.items()} | {"checkpoint": str(folder / "student.safetensors")}
+    batch.run(Job(PROMPT, **flags, num_samples=2, out=str(tmp_path)))
+    assert styles == [(None, 2)]
 
 
 def test_generate_takes_the_parts_of_a_model(named, folder, tmp_path):

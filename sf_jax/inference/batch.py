@@ -141,7 +141,7 @@ def run(job: Job) -> list[Path]:
             chunks = pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=start)
         label = f"videos {first + 1}-{first + len(batch)} of {len(numbers)}, " if size < len(numbers) else ""
         videos = [(out / names[i], prompts[i]) for i in batch]
-        if job.model is None and len(batch) > 1 and not style.only_videos:
+        if not job.is_wan and len(batch) > 1 and not style.only_videos:
             sheet = f"contact_sheet-{first // size + 1}" if first else "contact_sheet"
             policy = "replace" if if_exists == "replace" else "number"
             style = dataclasses.replace(style, sheet=free_names([sheet], out, policy, (".png",))[0])

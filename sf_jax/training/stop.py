@@ -85,19 +85,20 @@ def _pass_on(number: int, frame) -> None:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Catches SIGTERM and Ctrl-C while the block runs; only in a process's main thread, which Python demands."""
     request = StopRequest()
-    # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
-    end = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (UNSAVED_CODES[signal.SIGTERM],))
-    end.daemon = True
+    ends: list[threading.Timer] = []
 
     def take(number: int, frame) -> None:
-        if number == signal.SIGTERM and not request.busy and not end.ident:
-            end.start()
+        if not request.busy and not ends:
+            # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
+            ends.append(threading.Timer(_SECONDS_TO_UNWIND, os._exit, (UNSAVED_CODES[number],)))
+            ends[0].daemon = True
+            ends[0].start()
         request.take(number, frame)
 
     hook = sys.unraisablehook
 
     def unraisable(swallowed) -> None:
-        if not isinstance(swallowed.exc_value, Stopped):
+        if not isinstance(swallowed.exc_value, (Stopped, KeyboardInterrupt)):
             hook(swallowed)
 
     if threading.current_thread() is not threading.main_thread():
@@ -112,7 +113,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        end.cancel()
+        for end in ends:
+            end.cancel()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
