@@ -34,18 +34,20 @@ _SCALE = flags.DEFINE_integer("scale", None, "Enlargement of the pixels (digits:
 _SLOTS = flags.DEFINE_integer("slots", 4, "Streams at once; their memory is taken at the start", 1, 1024)
 _WAITING = flags.DEFINE_integer("waiting", 16, "Clients that may wait for a slot; more are refused", 0, 10_000)
 _AHEAD = flags.DEFINE_float("ahead", 2.0, "Chunks that are made before they are played", 0.5, 20.0)
-_MEMORY = flags.DEFINE_integer("memory", None, "Bytes that the streams of a device may take (default: what is free)", 1)
+_MEMORY = flags.DEFINE_integer(
+    "memory", None, "Bytes that the streams of a device may take (default: what is free)", 1, 2**50
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; all but this machine's own need a token")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 takes a free one", 0, 65535)
 _TOKEN_FILE = command.define_path("token_file", None, "File with the token (default: SF_JAX_TOKEN, or a new one)")
 _HOSTS = flags.DEFINE_list("hosts", [], "Names under which a proxy makes the server known; a token is needed then")
 _ORIGINS = flags.DEFINE_list("origins", [], "Origins of other pages that may use the server, such as https://a.org")
 _PROXIES = flags.DEFINE_list("proxies", [], "Addresses of proxies whose X-Forwarded-For is believed")
-_LIFETIME = flags.DEFINE_float("lifetime", 3600.0, "Seconds that a stream may play", 1.0)
+_LIFETIME = flags.DEFINE_float("lifetime", 3600.0, "Seconds that a stream may play", 1.0, 1e9)
 _RAY = flags.DEFINE_bool("ray", False, "Run on Ray Serve: replicas on all machines of its cluster, one address")
 _REPLICAS = flags.DEFINE_string("replicas", "1", "With --ray: how many, such as 2, or 1-8 to follow the load")
 _ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], "With --ray: what a replica has")
-_DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0)
+_DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0, 1e6)
 GROUPS = {
     "Model": ("model", "checkpoint", "part", "vae", "dtype", "height", "width", "window", "sink", "positions"),
     "Streams": ("fps", "scale", "slots", "waiting", "ahead", "memory", "lifetime", "drain"),

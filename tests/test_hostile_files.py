@@ -88,6 +88,18 @@ def repacked(path, **changes):
                 archive.writestr(f"a/{name}", content)
 
 
+def test_numbers_have_the_size_that_is_told(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    path = tmp_path / "a.pt"
+    for size in (4, 44):
+        torch.save({"v": torch.ones(10), "inner": {"w": torch.ones(1000)}}, path)
+        repacked(path, **{"data/0": bytes(size)})
+        advice_free(path, "no record of it has so many")
+    torch.save({"v": torch.ones(10), "w": torch.ones(1000)[3:]}, path)
+    with open_tensors(path) as tensors:
+        assert tensors["w"].shape == (997,)
+
+
 def test_archives_that_are_more_than_they_seem(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason=TORCH)
     path = tmp_path / "a.pt"

@@ -5,6 +5,7 @@ PyTorch 1.6 it wrote pickles one after the other, with the numbers behind them. 
 entries, and build whatever a pickle of any length describes. Nothing of a pickle is run here.
 """
 
+import collections
 import io
 import pickletools
 import zipfile
@@ -37,6 +38,15 @@ def check_container(path: Path) -> int:
         content = file.read(MAX_PICKLE)
     _check_pickles(path, content, _OLD_PICKLES)
     return content[1]
+
+
+def record_sizes(path: Path) -> collections.Counter | None:
+    """Sizes in bytes of the records of numbers in an archive, and how many there are of each; None for other files."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        sizes = [entry.file_size for entry in archive.infolist() if "/data/" in entry.filename]
+    return collections.Counter(sizes)
 
 
 def _check_zip(path: Path) -> int:

@@ -1,5 +1,6 @@
 """PyTorch's pickles, read and written; PyTorch is imported here, when it is needed, and nowhere else."""
 
+import collections
 import pickle
 import re
 import warnings
@@ -12,7 +13,7 @@ import numpy as np
 from sf_jax.files import replacing
 from sf_jax.messages import quoted, shortened, with_article
 from sf_jax.weights.tensors import TensorFile, check_announced, checked_tensor, empty_aligned
-from sf_jax.weights.torch_archive import check_container
+from sf_jax.weights.torch_archive import check_container, record_sizes
 
 # In older ones crafted files run code (CVE-2025-32434, before 2.6) or damage memory (CVE-2026-24747).
 OLDEST_TORCH = (2, 10)
@@ -74,7 +75,9 @@ def open_torch(path: Path, part: str | None, need_part: bool = True) -> TensorFi
     torch = _import_torch(path)
     views, types = _torch_types(torch), _numpy_types(torch)
     protocol = check_container(path)
-    held, part = _state_dict(torch, _load_pickle(torch, path, protocol), path, part, need_part)
+    content = _load_pickle(torch, path, protocol)
+    _check_records(torch, content, path)
+    held, part = _state_dict(torch, content, path, part, need_part)
     if any(type(value).__name__ in ("DTensor", "ShardedTensor") for value in held.values()):
         raise ValueError(f"{path} {_SHARDED}")
     faults = {name: fault for name, value in held.items() if (fault := _fault(torch, types, name, value))}
@@ -133,6 +136,28 @@ def _check_total(tensors: Iterable, size: int) -> None:
     if total > MAX_SHARING * size:
         raise ValueError(
             f"its tensors have {total} bytes, the file {size}, and share them more than {MAX_SHARING} times"
+        )
+
+
+def _check_records(torch, content, path: Path) -> None:
+    """Refuses tensors whose numbers have another size than any record: mapped memory would give the bytes behind it."""
+    sizes = record_sizes(path)
+    if sizes is None:
+        return
+    stack, storages, plain = [content], {}, (torch.Tensor, torch.nn.Parameter)
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += value.values()
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif type(value) in plain and value.layout == torch.strided and not (value.is_meta or value.is_nested):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    odd = collections.Counter(size for size in storages.values() if size) - sizes
+    if odd:
+        raise ValueError(
+            f"{path} is damaged: its pickle tells of {min(odd)} bytes of numbers, and no record of it has so many"
         )
 
 
