@@ -231,7 +231,7 @@ def write(path: Path, result: dict) -> None:
     """Appends a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write(json.dumps(result, separators=(",", ":")) + "\n")
 
 
 def figures_of(figures: metrics.Figures) -> dict:
@@ -239,7 +239,7 @@ def figures_of(figures: metrics.Figures) -> dict:
     kept = dataclasses.asdict(figures)
     for name in ("digit_per_frame", "direction_per_frame"):
         del kept[name]
-    rounded = {k: [round(x, 4) for x in v] if isinstance(v, tuple) else round(v, 4) for k, v in kept.items()}
+    rounded = {k: [round(x, 3) for x in v] if isinstance(v, tuple) else round(v, 4) for k, v in kept.items()}
     return {k: None if v != v else v for k, v in rounded.items()}  # NaN is no JSON
 
 

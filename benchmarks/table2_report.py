@@ -7,6 +7,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 TRAIN_FRAMES = 9
 BEHIND = {False: "", True: ", every chunk behind real frames", "first": ", behind one real chunk and its own frames"}
@@ -100,6 +101,8 @@ def draw(results: list[dict], path: Path) -> None:
             ax.grid(alpha=0.3)
             ax.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=100)
+    # a third of the bytes
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def write(results: list[dict], page: Path) -> list[Path]:
