@@ -1,11 +1,11 @@
 """What users give to `python -m sf_jax.prepare`: prompt files, folders of videos, command lines."""
 
 import os
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 
-from sf_jax import generate
 from sf_jax.data import captions
 from sf_jax.inference import prepare_job
 from sf_jax.inference.prepare_job import Job
@@ -64,15 +64,19 @@ def test_prompts_of_tables(tmp_path, name, content):
     assert captions.read_prompts(tmp_path / name) == (["a cat", "a, dog"], 0)
 
 
-def test_generate_reads_prompts_as_prepare_does(tmp_path, monkeypatch):
+def test_generate_reads_prompts_as_prepare_does(tmp_path):
     (tmp_path / "p.csv").write_text("name,prompt\na,a cat\nb,a cat\n")
-    jobs, flags = [], ("prompts", "names", "prompt")
-    for flag, value in zip(flags, (str(tmp_path / "p.csv"),) * 2 + (None,), strict=True):
-        monkeypatch.setattr(generate, f"_{flag.upper()}", SimpleNamespace(value=value))
-    monkeypatch.setattr(generate, "_JOB", {})
-    monkeypatch.setattr(generate.batch, "run", lambda job: jobs.append(job) or ["x.mp4"])
-    generate.main()
-    assert jobs[0].prompts == ("a cat", "a cat") and jobs[0].names == ("a", "b")
+    script = """
+import sys
+from absl import flags
+from sf_jax import generate
+flags.FLAGS(sys.argv)
+generate.batch.run = lambda job: [repr((job.prompts, job.names))]
+generate.main()
+"""
+    arguments = [f"--{name}={tmp_path / 'p.csv'}" for name in ("prompts", "names")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert "(('a cat', 'a cat'), ('a', 'b'))" in done.stdout, done.stderr
 
 
 def test_tables_as_spreadsheets_write_them(tmp_path):
