@@ -95,6 +95,7 @@ def test_every_stage_continues_from_the_files_of_the_others(teacher, data_dir, t
         pipe = load_pipeline(path)
         frames = 11 if config.image_to_video else 6
         assert pipe("a 3 moving left", frames=pipe.only_frames or frames).shape == (1, frames, 24, 24, 1)
+        assert path.with_name("README.md").read_text().startswith("---\n")  # its model card
         return str(path)
 
     causal = run("causal", init_weights=teacher)

@@ -26,7 +26,8 @@ from sf_jax.training.stages import RECORDS, Stage, open_stage, package_of, updat
 from sf_jax.training.state import TrainState
 from sf_jax.training.step import leaf_names, new_state, student_params, whole_params
 from sf_jax.training.stop import StopRequest, stop_on_signals
-from sf_jax.weights.package import save_package
+from sf_jax.weights import cards
+from sf_jax.weights.package import Package, save_package
 
 # Iterations of a run from which the seconds that it takes to count and measure are worth it.
 _WORTH_MEASURING = 100
@@ -70,8 +71,20 @@ def train(
         package = package_of(config, _host(params))
         path = workdir / f"{package.kind}.safetensors"
         # The others wait: their going would end the first process while it writes.
-        by_first(lambda: save_package(path, package))
+        by_first(lambda: _write_weights(path, package))
     return path
+
+
+def _write_weights(path: Path, package: Package) -> None:
+    """Writes the weights of a finished run, and their model card unless there is another README.md."""
+    save_package(path, package)
+    sizes = package.config
+    contents = [f"{package.kind} of {sizes.num_layers} layers, dim {sizes.dim}"]
+    try:
+        run = cards.read_run(path.parent)
+        cards.write_card(cards.Card(path.stem, "official", contents, package, run), path.parent, path.stem)
+    except OSError as error:  # the weights are there, and all that a run is for
+        print(f"no model card was written: {error}", flush=True)
 
 
 def _to_the_end(
