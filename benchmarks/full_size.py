@@ -20,10 +20,10 @@ import ml_dtypes
 import numpy as np
 
 from sf_jax import rollout as ro
-from sf_jax.inference import video_io
 from sf_jax.inference.decoders import VaeDecoder
 from sf_jax.inference.load import generation_network
 from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.io import video as video_io
 from sf_jax.models import vae as vae_model
 from sf_jax.models.wan import WanTransformer, param_shapes, wan_1_3b
 from sf_jax.weights import mapping, transformer

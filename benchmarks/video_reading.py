@@ -27,7 +27,7 @@ TONE_MAP = (
 
 def read_pyav(path: str) -> int:
     """Frames that PyAV reads."""
-    from sf_jax.inference.video_io import read_video
+    from sf_jax.io.video import read_video
 
     return len(read_video(path, HEIGHT, WIDTH, limit=FRAMES))
 
@@ -51,7 +51,7 @@ def measure(kind: str, path: str) -> None:
     import imageio_ffmpeg  # noqa: F401
     import numpy as np  # noqa: F401
 
-    import sf_jax.inference.video_io  # noqa: F401
+    import sf_jax.io.video  # noqa: F401
 
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     begin = sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, who))

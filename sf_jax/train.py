@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from sf_jax import command, config_help, distributed
 from sf_jax.config import from_dict
-from sf_jax.inference.video_io import check_encoder, write_samples
+from sf_jax.io.video import check_encoder, write_samples
 from sf_jax.training import ahead
 from sf_jax.training.loop import train
 from sf_jax.training.lora import resolved

@@ -298,8 +298,10 @@ def test_a_file_system_without_locks_is_used_without(error, tmp_path, monkeypatc
         raise error
 
     monkeypatch.setattr(files.FileLock, "acquire", acquire)
+    entered = False
     with files.locked(tmp_path, "workdir"):
-        pass
+        entered = True
+    assert entered and not list(tmp_path.iterdir())  # and no marker that would stay behind a killed process
 
 
 def test_names_never_take_those_of_files_that_are_there(tmp_path, capsys):

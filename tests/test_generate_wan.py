@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sf_jax import load_pipeline
-from sf_jax.inference import batch, lengths, video_io
+from sf_jax.inference import batch, lengths
 from sf_jax.inference.job import Job, video_names
+from sf_jax.io import video as video_io
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.package import Package, load_package, read_header, save_package
 from tests.helpers import random_params, read_frames

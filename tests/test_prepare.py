@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from sf_jax.data import captions, moving_digits, pipeline, prompts, videos
-from sf_jax.inference import prepare_job, video_io
+from sf_jax.inference import prepare_job
 from sf_jax.inference.decoders import VaeEncoder
 from sf_jax.inference.prepare_job import Job
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.text_encoder import Umt5TextEncoder
+from sf_jax.io import video as video_io
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import WanVae
 from sf_jax.options import OdeConfig

@@ -27,7 +27,7 @@ distributed.initialize()
 if jax.process_count() > 1:  # texts of any length, from any process
     assert distributed.first_told(None) is None
     assert distributed.first_told("x" * 2000 if jax.process_index() else None) == "x" * 2000
-from sf_jax.inference.video_io import write_samples
+from sf_jax.io.video import write_samples
 from sf_jax.training import loop
 from tests.test_training import small_config
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from sf_jax.config import from_dict, to_dict
 from sf_jax.inference import batch, prepare_job
 from sf_jax.inference.job import Job
-from sf_jax.inference.video_io import write_samples
+from sf_jax.io.video import write_samples
 from sf_jax.options import LogConfig
 from sf_jax.training import export, loop
 from tests.helpers import read_frames, tree_relative

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from sf_jax import files
-from sf_jax.inference import batch, video_io
+from sf_jax.inference import batch
 from sf_jax.inference.job import Job
+from sf_jax.io import video as video_io
 
 try:
     import resource
@@ -172,13 +173,13 @@ def test_contact_sheet_shows_the_right_frames(tmp_path):
         for column, frame in enumerate((0, 3, 6)):
             y, x = top + row * 25 + 1, column * 25 + 1
             assert (plain[y : y + 24, x : x + 24] == videos[row, frame]).all()
-    labelled = video_io.contact_sheet(videos, every=3, factor=1, labels=["an 8 moving up", "b", "c"])
-    margin = labelled.shape[1] - plain.shape[1]
-    assert margin > 40 and (labelled[:, margin:] == plain).all()
-    assert (labelled[top : top + 25, :margin] < 100).any()
-    video_io.write_png(tmp_path / "sheet.png", labelled)
+    labeled = video_io.contact_sheet(videos, every=3, factor=1, labels=["an 8 moving up", "b", "c"])
+    margin = labeled.shape[1] - plain.shape[1]
+    assert margin > 40 and (labeled[:, margin:] == plain).all()
+    assert (labeled[top : top + 25, :margin] < 100).any()
+    video_io.write_png(tmp_path / "sheet.png", labeled)
     with Image.open(tmp_path / "sheet.png") as image:
-        assert (np.asarray(image) == labelled).all()
+        assert (np.asarray(image) == labeled).all()
     with pytest.raises(ValueError, match="labels: got 1, allowed: one for each of the 3"):
         video_io.contact_sheet(videos, labels=["a"])
 

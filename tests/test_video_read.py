@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sf_jax.inference import video_io
 from sf_jax.inference.job import Job
 from sf_jax.io import images, tone_map, video_file, video_read
+from sf_jax.io import video as video_io
 
 RNG = np.random.Generator(np.random.Philox(0))
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

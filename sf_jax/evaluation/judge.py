@@ -65,7 +65,7 @@ class JudgeNet(nn.Module):
     @nn.compact
     def __call__(self, windows: jax.Array) -> Opinion:
         """Judges windows of consecutive frames, float32 [N, h, w, WINDOW] in [-1, 1], oldest first."""
-        x = (windows + 1) / 2  # Empty canvas should be zero: digits are learnt much faster.
+        x = (windows + 1) / 2  # Empty canvas should be zero: digits are learned much faster.
         for i, (side, stride, width) in enumerate(zip(self.kernels, self.strides, self.widths, strict=True)):
             x = jnp.pad(x, [(0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)], mode="wrap")
             x = nn.Conv(width, (side, side), (stride, stride), padding="VALID", name=f"conv{i}")(x)
@@ -163,7 +163,7 @@ def _init(seed: int):
 def warp_scans(scans: np.ndarray, variants: int, rng: np.random.Generator) -> np.ndarray:
     """Draws slightly turned, sheared, scaled and bent versions of scans.
 
-    The few hundred scans of one split alone would be learnt by heart.
+    The few hundred scans of one split alone would be learned by heart.
 
     Args:
       scans: uint8 [S, h, w].

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sf_jax import files
 from sf_jax.evaluation.judge import WINDOW
 from sf_jax.evaluation.metrics import QUARTERS, Figures
-from sf_jax.inference import video_io
+from sf_jax.io import video as video_io
 
 RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
 _SHEET_ROWS, _SHEET_FRAMES = 12, 16

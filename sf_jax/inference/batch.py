@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sf_jax import files
-from sf_jax.inference import lengths, video_io
+from sf_jax.inference import lengths
 from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
 from sf_jax.inference.names import SUFFIXES, check_folders, free_names
@@ -19,6 +19,7 @@ from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
+from sf_jax.io import video as video_io
 from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, WAN_FPS = 12.0, 16.0

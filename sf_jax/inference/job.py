@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from sf_jax.diffusion.solvers import Solver
-from sf_jax.inference import lengths, video_io
+from sf_jax.inference import lengths
 from sf_jax.inference.lengths import (
     MAX_PROMPT,
     MAX_SIDE,
@@ -23,6 +23,7 @@ from sf_jax.inference.names import IF_EXISTS, plain_name, vbench_name
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
+from sf_jax.io import video as video_io
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.package import Package

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from sf_jax.data import captions, prompts, shards, videos
 from sf_jax.files import check_utf8
-from sf_jax.inference import video_io
 from sf_jax.inference.decoders import VaeEncoder
 from sf_jax.inference.lengths import MAX_SIDE, MAX_VIDEOS, WAN_FACTOR, WAN_SIDE
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.text_encoder import load_embedder
 from sf_jax.inference.tokenizer import find_file, load_tokenizer
+from sf_jax.io import video as video_io
 from sf_jax.io.video_read import MAX_FPS
 from sf_jax.messages import printable
 from sf_jax.models.rope import MAX_FRAMES

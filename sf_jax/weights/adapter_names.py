@@ -10,6 +10,7 @@ import re
 
 from sf_jax.models.wan import wan_1_3b
 from sf_jax.weights import transformer
+from sf_jax.weights.names import WRAPPERS
 
 # A part of a name -> what the adapter is; the first match is named.
 _OTHER_KINDS = (
@@ -30,7 +31,7 @@ _OTHER_NETWORKS = (
     (r"vace", "an adapter of a VACE network"),
     (r"^transformer_2\.", "an adapter of two experts (Wan2.2-A14B)"),
 )
-_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+_WRAPPERS = re.compile("|".join(map(re.escape, WRAPPERS)))
 _PREFIXES = re.compile(
     r"^(?:(?:base_model|module|model|generator|pipe|dit|unet|net|transformer|diffusion_model)\.)+(?=.)"
 )
