@@ -342,10 +342,23 @@ def generation_network(
       scan_layers: True keeps the stacks, False takes them apart, None chooses.
     """
     if scan_layers is None:
-        scan_layers = not (_reads_in_place(config) and _window_fits_twice(config, params, rollout))
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        scan_layers = not layers_apart(config, params, rollout, limit)
     if scan_layers:
         return config, params
     return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
+
+
+def layers_apart(config: WanConfig, params: dict, rollout: RolloutConfig, memory: int | None) -> bool:
+    """Whether a device of so many bytes (None: any) generates fastest with the layers taken apart, and can hold that.
+
+    Args:
+      config: of the transformer.
+      params: arrays or shapes.
+      rollout: how it generates.
+      memory: bytes that a program can have.
+    """
+    return _reads_in_place(config) and _window_fits_twice(config, params, rollout, memory)
 
 
 def _reads_in_place(config: WanConfig) -> bool:
@@ -355,14 +368,14 @@ def _reads_in_place(config: WanConfig) -> bool:
     return attention.choose(config.attention, head, [counted]) == "cudnn"
 
 
-def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig) -> bool:
+def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig, limit: int | None) -> bool:
     """Whether weights, cache and slots of one video of 480x832 leave a quarter of the device's memory."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return True
     frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, 30 * 52
     cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2 * cache <= 0.75 * limit
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return weights + 2 * cache <= 0.75 * limit
 
 
 def wan_pipeline(
