@@ -15,6 +15,7 @@ from sf_jax import command
 from sf_jax.data import captions
 from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
+from sf_jax.inference.executables import executables
 from sf_jax.inference.job import Job
 from sf_jax.inference.names import IF_EXISTS
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
@@ -138,7 +139,7 @@ def main() -> None:
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     prompts, keys = _prompts(), ("name", *captions.CAPTION_KEYS)
     names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
-    paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields))
+    paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields), executables())
     if paths:
         print("wrote", *paths, sep="\n  ")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sf_jax import files
 from sf_jax.inference import lengths
+from sf_jax.inference.executables import Executables
 from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
 from sf_jax.inference.names import SUFFIXES, check_folders, free_names
@@ -88,8 +89,12 @@ class Times:
         )
 
 
-def run(job: Job) -> list[Path]:
+def run(job: Job, executables: Executables | None = None) -> list[Path]:
     """Does the job; prints a line per chunk and, at the end, the times. Returns the files.
+
+    Args:
+      job: what to generate.
+      executables: where compiled programs are kept, if they are.
 
     Raises:
       ValueError: if something given is wrong; the message says what to change.
@@ -116,8 +121,9 @@ def run(job: Job) -> list[Path]:
         style = Style(DIGITS_FPS, lengths.DIGITS_SCALE, gif=True, sheet="contact_sheet")
     else:
         devices = tuple(jax.local_devices()[: max(1, len(numbers))])
-        pipe, initial = _wan(job, devices)
+        pipe, initial = _wan(job, devices, executables)
         size, style = len(devices), Style(WAN_FPS)
+    pipe = dataclasses.replace(pipe, executables=executables)
     style = dataclasses.replace(
         style,
         fps=job.fps or style.fps,
@@ -151,7 +157,7 @@ def run(job: Job) -> list[Path]:
     return written
 
 
-def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
+def _wan(job: Job, devices: tuple, executables: Executables | None) -> tuple[VideoPipeline, np.ndarray | None]:
     """Wan's pipeline and the latents to go on from; one large network after the other is in memory."""
     pixels, options = job.initial_pixels(), job.wan_options(devices)
     print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
@@ -162,7 +168,7 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
         if model.vae is None:
             raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
-    text_encoder = Umt5TextEncoder(model, options.compute_dtype)
+    text_encoder = Umt5TextEncoder(model, options.compute_dtype, executables=executables)
     text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
     initial = None if pixels is None else np.asarray(encode_pixels(load_encoder(model), pixels[None]))
     return job.wan_sampling(wan_pipeline(job.model, options, model, text_encoder)), initial

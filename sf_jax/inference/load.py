@@ -195,7 +195,7 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
     return VideoPipeline(
         text_encoder=text,
         transformer=WanTransformer(config),
-        params=jax.tree.map(jnp.asarray, package.params),
+        params=jax.device_put(package.params),
         rollout=None if bidirectional else package.rollout,
         decoder=codec,
         encoder=codec,

@@ -13,12 +13,37 @@ from sf_jax.inference.decoders import Decoder, Encoder
 from sf_jax.many_step import guided_chunk
 from sf_jax.models.patch_codec import to_float, to_uint8
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
+from sf_jax.rng import Purpose, key_for
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_text(model: WanTransformer, params: dict, text: jax.Array):
     """Cross-attention keys and values of prompt embeddings [B, S, text_dim]."""
     return model.apply({"params": params}, text, method="encode_text")
+
+
+@jax.jit
+def sample_key(seed: jax.Array) -> jax.Array:
+    """The key of a pipeline's noise for a seed, uint32."""
+    return key_for(seed, 0, Purpose.SAMPLE)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def empty_decoder_cache(size: tuple[int, int, int], decoder: Decoder) -> Any:
+    """The state of a decoder before a video's first frame; `size` is (B, H, W)."""
+    return decoder.init_cache(*size)
+
+
+@jax.jit
+def latent_frame(latents: jax.Array, index: jax.Array) -> jax.Array:
+    """One frame [B, 1, H, W, C] of latents [B, n, H, W, C]."""
+    return jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
+
+
+@jax.jit
+def join_frames(parts: list[jax.Array]) -> jax.Array:
+    """Pixels [B, m, h, w, c] one behind the other."""
+    return jnp.concatenate(parts, axis=1)
 
 
 @jax.jit
@@ -84,3 +109,18 @@ def bidirectional_step(model, guidance, params, text, state, row):
         return guided(both[::2], both[1::2], guidance)
 
     return solvers.step(state, row, flow)
+
+
+# How many of a program's first arguments are static, for those that `executables` keeps.
+STATIC = {
+    sample_key: 0,
+    encode_text: 1,
+    empty_decoder_cache: 1,
+    latent_frame: 0,
+    join_frames: 0,
+    encode_pixels: 0,
+    decode: 0,
+    next_chunk: 4,
+    write_initial: 2,
+    bidirectional_step: 2,
+}
