@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -47,16 +46,17 @@ class Executables:
     folder: Path
     loaded: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    def call(self, program: Callable, static: int, *arguments, mesh: Mesh | None = None) -> Any:
+    def call(self, program: Callable, static: tuple[int, ...], *arguments, mesh: Mesh | None = None) -> Any:
         """Calls a program.
 
         Args:
           program: what `jax.jit` returned.
-          static: how many of its first arguments are static.
+          static: which of its arguments are static.
           *arguments: all of them.
           mesh: the mesh under which it is called.
         """
-        constants, rest = arguments[:static], arguments[static:]
+        constants = tuple(arguments[i] for i in static)
+        rest = tuple(value for i, value in enumerate(arguments) if i not in static)
         leaves, tree = jax.tree.flatten(rest)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return program(*arguments)
@@ -93,7 +93,9 @@ def _compile(program: Callable, arguments: tuple) -> tuple[jax.stages.Compiled, 
     """A compiled program, and whether it can be written: XLA loses parts of one that it has read itself."""
     lowered, hits = program.lower(*arguments), _cache_hits()
     before = len(hits)
-    if jax.default_backend() != "cpu":  # where compiling takes minutes, JAX's cache has what older code of ours compiled
+    if (
+        jax.default_backend() != "cpu"
+    ):  # where compiling takes minutes, JAX's cache has what older code of ours compiled
         return lowered.compile(), len(hits) == before
     name = "jax_persistent_cache_min_compile_time_secs"
     least = getattr(jax.config, name)

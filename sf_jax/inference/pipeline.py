@@ -396,7 +396,7 @@ class VideoPipeline:
 
     def _decoded(self, chunks: Iterator[Chunk], batch: int, size: tuple[int, ...]) -> Iterator[Chunk]:
         """Adds the pixels."""
-        cache = self.run(programs.empty_decoder_cache, (batch, *size[:2]), self.decoder)
+        cache = self.run(programs.empty_decoder_cache, self.decoder, batch, *size[:2])
         cache = jax.tree.map(self.place, cache)
         for chunk in chunks:
             # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.

@@ -28,10 +28,10 @@ def sample_key(seed: jax.Array) -> jax.Array:
     return key_for(seed, 0, Purpose.SAMPLE)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def empty_decoder_cache(size: tuple[int, int, int], decoder: Decoder) -> Any:
-    """The state of a decoder before a video's first frame; `size` is (B, H, W)."""
-    return decoder.init_cache(*size)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -> Any:
+    """The decoder's cache before a video's first frame."""
+    return decoder.init_cache(batch, height, width)
 
 
 @jax.jit
@@ -111,16 +111,15 @@ def bidirectional_step(model, guidance, params, text, state, row):
     return solvers.step(state, row, flow)
 
 
-# How many of a program's first arguments are static, for those that `executables` keeps.
+# Which arguments are static, of the programs that `executables` keeps.
 STATIC = {
-    sample_key: 0,
-    encode_text: 1,
-    empty_decoder_cache: 1,
-    latent_frame: 0,
-    join_frames: 0,
-    encode_pixels: 0,
-    decode: 0,
-    next_chunk: 4,
-    write_initial: 2,
-    bidirectional_step: 2,
+    sample_key: (),
+    encode_text: (0,),
+    empty_decoder_cache: (1, 2, 3),
+    latent_frame: (),
+    join_frames: (),
+    decode: (),
+    next_chunk: (0, 1, 2, 3),
+    write_initial: (0, 1),
+    bidirectional_step: (0, 1),
 }

@@ -56,7 +56,7 @@ class Embedder:
             # every device needs a prompt
             ids, mask = self.tokenizer.encode(part + part[:1] * (size - len(part)))
             arguments = (self.config, self.params, *jax.device_put((ids, mask), split))
-            embed = _embed if self.executables is None else functools.partial(self.executables.call, _embed, 1)
+            embed = _embed if self.executables is None else functools.partial(self.executables.call, _embed, (0,))
             found = np.asarray(embed(*arguments))
             yield from zip(found[: len(part)], mask.sum(axis=1).tolist(), strict=False)
 
@@ -66,13 +66,16 @@ def _embed(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Array) ->
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 
-def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None) -> Embedder:
+def load_embedder(
+    model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None, unread: bool = False
+) -> Embedder:
     """Loads tokenizer and text encoder.
 
     Args:
       model: the model folder's files.
       dtype: of computation and embeddings, "bfloat16" or "float32".
       devices: that share the prompts; None is the default device alone.
+      unread: see `load_network`.
 
     Raises:
       ValueError: if a file is damaged, or the two do not belong together.
@@ -86,6 +89,7 @@ def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] |
         dtype=dtype if named and dtype == "bfloat16" else None,  # scaled float8 would take twice the memory
         sharding=NamedSharding(mesh, PartitionSpec()),
         scaled=named,
+        unread=unread,
     )
     if tokenizer.vocab > config.vocab:
         raise ValueError(
@@ -102,7 +106,15 @@ class Umt5TextEncoder:
     `keep` is set. Embeddings are remembered, without the zeros behind each prompt's end.
     """
 
-    def __init__(self, files: ModelFiles, dtype: str, keep: bool = False, executables: Executables | None = None):
+    def __init__(
+        self,
+        files: ModelFiles,
+        dtype: str,
+        keep: bool = False,
+        *,
+        executables: Executables | None = None,
+        unread: bool = False,
+    ):
         """Nothing is loaded yet.
 
         Args:
@@ -110,8 +122,10 @@ class Umt5TextEncoder:
           dtype: of computation and embeddings, "bfloat16" or "float32".
           keep: whether to keep the weights in memory, for prompts that change while a video plays.
           executables: where compiled programs are kept, as the commands do.
+          unread: see `load_network`.
         """
-        self.files, self.dtype, self.keep, self.executables = files, dtype, keep, executables
+        self.files, self.dtype, self.keep = files, dtype, keep
+        self.executables, self.unread = executables, unread
         # with the weights at hand old embeddings can be computed again
         self._remembered = REMEMBERED if keep else None
         self._embedder: Embedder | None = None
@@ -131,7 +145,7 @@ class Umt5TextEncoder:
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
-            embedder = self._embedder or load_embedder(self.files, self.dtype)
+            embedder = self._embedder or load_embedder(self.files, self.dtype, unread=self.unread)
             embedder = dataclasses.replace(embedder, executables=self.executables)
             if self.keep:
                 self._embedder = embedder

@@ -167,7 +167,10 @@ class Conv(nn.Module):
             x = self._plane(x, kernel[-1])
         else:
             kernel = kernel[-x.shape[1] :]
-            x = jax.lax.platform_dependent(x, kernel, cpu=self._by_planes, default=self._volume)
+            if self.is_initializing():  # shapes are all that is asked for, and this is traced sooner
+                x = self._volume(x, kernel)
+            else:
+                x = jax.lax.platform_dependent(x, kernel, cpu=self._by_planes, default=self._volume)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return x
