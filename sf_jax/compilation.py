@@ -25,9 +25,9 @@ def cache_folder() -> Path | None:
     try:
         folder = Path(value).expanduser() if value else _user_caches() / "sf_jax"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if is_private(folder) and os.access(folder, os.W_OK | os.X_OK):
+        if is_private(folder) and _writable(folder):
             return folder.absolute()
-        problem = "others can write it" if os.access(folder, os.W_OK) else "it cannot be written"
+        problem = "it is another user's, or everybody can write it" if _writable(folder) else "it cannot be written"
     except (OSError, RuntimeError) as error:  # no home, or one that cannot be written
         problem = getattr(error, "strerror", None) or str(error)
     if value:
@@ -41,6 +41,10 @@ def is_private(path: Path) -> bool:
         return True
     status = path.stat()
     return status.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def keep_compiled(folder: str | Path | None = None) -> Path | None:
@@ -57,33 +61,43 @@ def keep_compiled(folder: str | Path | None = None) -> Path | None:
     """
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in _OFF:
         return None
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") and folder is None:
-        return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    caches = cache_folder() if folder is None else Path(folder).absolute()
+    # Programs of every size: a start needs dozens of small ones, each of which takes longer to compile than to read.
+    settings = {
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    compiled = Path(named) if named and folder is None else _compiled_folder(folder)
+    if compiled is None:
+        return None
+    if folder is not None or not named:
+        _set("jax_compilation_cache_dir", str(compiled))
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            _set(name, value)
+    for message in _WARNINGS:  # what cannot be read is compiled
+        warnings.filterwarnings("ignore", message=message)
+    return compiled
+
+
+def _compiled_folder(folder: str | Path | None) -> Path | None:
+    """The folder of JAX's cache in a folder of caches; programs for a CPU run on no other, and homes are shared."""
+    caches = cache_folder() if folder is None else Path(folder).expanduser().absolute()
     if caches is None:
         return None
     compiled = caches / f"compiled-{processor()}"
     try:
         compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_private(compiled):
-            return None
+        return compiled if is_private(compiled) else None
     except OSError:
         return None
-    # Programs of every size: a start needs dozens of small ones, each of which takes longer to compile than to read.
-    settings = {
-        "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        if name.upper() in os.environ and (folder is None or not name.endswith("cache_dir")):
-            continue
-        os.environ[name.upper()] = str(value)  # for a JAX that is not imported yet, and for child processes
-        if "jax" in sys.modules:
-            sys.modules["jax"].config.update(name, value)
-    for message in _WARNINGS:  # what cannot be read is compiled
-        warnings.filterwarnings("ignore", message=message)
-    return compiled
+
+
+def _set(name: str, value: str | float) -> None:
+    """Changes a setting of JAX, also one that is not imported yet, and for child processes."""
+    os.environ[name.upper()] = str(value)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(name, value)
 
 
 def processor() -> str:

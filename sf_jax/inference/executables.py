@@ -28,6 +28,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _HIT = "/jax/compilation_cache/cache_hits"
 # An option's default, which makes it another program for JAX's cache, and a time that no compilation takes.
 _APART, _NEVER = {"xla_embed_ir_in_executable": False}, 1e9
+_CHECK = 32  # bytes of a file's hash, with which it begins
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
@@ -40,7 +41,7 @@ class Executables:
 
     Attributes:
       folder: where the files are.
-      loaded: those that this process has read or made, None where JAX calls the program instead.
+      loaded: those that this process has read or made.
     """
 
     folder: Path
@@ -63,27 +64,27 @@ class Executables:
         call = (program, constants, tree, tuple(map(_described, leaves)), mesh)
         if call not in self.loaded:
             self.loaded[call] = self._load(call, arguments)
-        compiled = self.loaded[call]
-        return program(*arguments) if compiled is None else compiled(*rest)
+        return self.loaded[call](*rest)
 
-    def _load(self, call: tuple, arguments: tuple) -> jax.stages.Compiled | None:
+    def _load(self, call: tuple, arguments: tuple) -> jax.stages.Compiled:
         """Reads a program, or compiles and writes it."""
         path = self.folder / f"{call[0].__name__}-{_digest(call)}"
         devices = list(call[-1].devices.flat) if call[-1] is not None else jax.devices()[:1]
         try:
             if compilation.is_private(path):
-                return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()), None, devices)
-        except FileNotFoundError:
+                content = path.read_bytes()
+                check, content = content[:_CHECK], content[_CHECK:]
+                if hashlib.sha256(content).digest() == check:
+                    return serialize_executable.deserialize_and_load(*pickle.loads(content), None, devices)
+        except Exception:  # no file, or one of which pickle and XLA can say anything
             pass
-        except Exception:  # pickle and XLA raise nearly anything for a damaged file
-            path.unlink(missing_ok=True)
         compiled, is_new = _compile(call[0], arguments)
         if not is_new:
             return compiled
         try:
             content = pickle.dumps(serialize_executable.serialize(compiled))
             with files.replacing(path) as unfinished:
-                unfinished.write_bytes(content)
+                unfinished.write_bytes(hashlib.sha256(content).digest() + content)
         except Exception:  # not all programs can be written, and disks are full
             pass
         return compiled
@@ -93,9 +94,7 @@ def _compile(program: Callable, arguments: tuple) -> tuple[jax.stages.Compiled, 
     """A compiled program, and whether it can be written: XLA loses parts of one that it has read itself."""
     lowered, hits = program.lower(*arguments), _cache_hits()
     before = len(hits)
-    if (
-        jax.default_backend() != "cpu"
-    ):  # where compiling takes minutes, JAX's cache has what older code of ours compiled
+    if jax.default_backend() != "cpu":  # compiling takes minutes: JAX's cache may have it from older code of ours
         return lowered.compile(), len(hits) == before
     name = "jax_persistent_cache_min_compile_time_secs"
     least = getattr(jax.config, name)
