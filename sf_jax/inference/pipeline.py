@@ -50,7 +50,7 @@ class VideoPipeline:
       only_frames: the only length that a bidirectional network was trained for; None for any.
       many_steps: whether the network was trained for many steps; None where that is not known.
       noise_number: what the noise of the chunks is drawn behind (`programs.next_chunk`), part of a model's seeds.
-      progress: whether to show a bar where a whole video is generated in many steps.
+      progress: whether to show a bar, on a terminal, where a whole video is generated in many steps.
       adapters: what was merged into the parameters, a few words each.
       executables: where compiled programs are kept, as the commands do.
     """
@@ -461,7 +461,7 @@ class VideoPipeline:
         noise = jax.jit(ro.example_noise, static_argnums=2)(key, examples, (examples.shape[0], *size))
         state, table = jax.jit(solvers.start)(noise), solvers.rows(sampling.solver)
         steps = range(sampling.solver.steps)
-        for i in tqdm(steps, desc=sampling.solver.name, unit="step", disable=not self.progress):
+        for i in tqdm(steps, desc=sampling.solver.name, unit="step", disable=None if self.progress else True):
             row = tuple(column[i] for column in table)
             static = (self.transformer, sampling.guidance)
             state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)
