@@ -62,7 +62,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     most = ["--most=3"] if args.small else []
     table = ["-m", "benchmarks.gpu_table", *small, *few, *most, f"--jsonl={lines['table']}"]
     streaming = ["-m", "benchmarks.streaming", *small, *few, f"--json={lines['streaming']}"]
-    streaming += ["--rows=none,tiny"] if args.small else []
+    streaming += ["--rows=none"] if args.small else []
     tests = ["-m", "pytest", "-q", "-rs", "-m", "gpu", *files]
     kept = ["-m", "pytest", "-q", "-m", "not slow", "tests/test_compilation.py", "-k", "program or places or damaged"]
     official = ["-m", "benchmarks.official_speed", folder, *small, *few, f"--jsonl={lines['official']}"]
