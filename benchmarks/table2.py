@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks import table2_report as report
 from configs import digits
-from sf_jax import command
+from sf_jax import compilation
 from sf_jax.config import TrainConfig, from_dict
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
@@ -303,7 +303,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
     parser.add_argument("--ablations", action="store_true", help="rows that change one thing of SF+DMD each")
     args = parser.parse_args(arguments)
-    command.keep_compiled_programs()
+    compilation.keep_compiled()
     rows, results = list(ABLATIONS if args.ablations else ROWS), ABLATION_RESULTS if args.ablations else RESULTS
     known = {row.name: row for row in rows}
     if args.rows:

@@ -59,7 +59,7 @@ last_part() {
 part "set-up" setup_venv "$extras"
 part "ruff check" "$VENV_PYTHON" -m ruff check .
 part "ruff format" "$VENV_PYTHON" -m ruff format --check .
-part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch .ci/run
+part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch benchmarks/*.sh .ci/run
 
 # Two processes: most of a test is one-threaded compilation, so all take XLA's quick one. The rollout and DMD are
 # compared with the official code once more as users run them: fully optimized.

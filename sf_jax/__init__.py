@@ -5,6 +5,7 @@ Public names are imported when they are first used:
 - `load_pipeline`, `VideoPipeline`, `Sampling`, `Solver`, `Chunk`, `WanOptions`: video from a prompt; `TextEncoder`,
   `Decoder`, `Encoder`: what a pipeline needs of them;
 - `Stream`: video that never ends, several at once, with prompts that change;
+- `keep_compiled`: lets later runs find what this one compiles, as the commands do;
 - `train`, `TrainConfig`: training, as `python -m sf_jax.train` does (after `import sf_jax.train`, the name is that of
   the command's module, and the function is `sf_jax.train.train`);
 - `WanConfig`, `WanTransformer`, `RolloutConfig`: the network, and how it generates;
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sf_jax import replay, rollout
+    from sf_jax.compilation import keep_compiled
     from sf_jax.config import TrainConfig
     from sf_jax.diffusion.solvers import Solver
     from sf_jax.inference.decoders import Decoder, Encoder
@@ -52,6 +54,7 @@ _PUBLIC = {
     "Decoder": ("inference.decoders", "Decoder"),
     "Encoder": ("inference.decoders", "Encoder"),
     "TextEncoder": ("inference.text_encoder", "TextEncoder"),
+    "keep_compiled": ("compilation", "keep_compiled"),
     "train": ("training.loop", "train"),
     "TrainConfig": ("config", "TrainConfig"),
     "WanConfig": ("models.wan", "WanConfig"),
@@ -90,6 +93,7 @@ __all__ = [
     "flow_loss",
     "gan_critic_loss",
     "gan_loss",
+    "keep_compiled",
     "load_pipeline",
     "ode_loss",
     "replay",

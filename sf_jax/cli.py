@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "generate": "video from a prompt",
+    "warm": "compile what generate needs, before it is needed",
     "serve": "a page and a server for endless video",
     "train": "train a stage of a recipe, or continue a run",
     "prepare": "prompts and videos -> data for training at Wan's size",

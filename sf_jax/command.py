@@ -9,14 +9,12 @@ import platform
 import signal
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 
-from sf_jax import __version__, backend, usage
+from sf_jax import __version__, backend, compilation, usage
 from sf_jax.files import local_path
 from sf_jax.weights import hub
 
@@ -139,7 +137,7 @@ def run(
 
     def guarded(_):
         logging.set_verbosity(logging.WARNING)
-        keep_compiled_programs()
+        compilation.keep_compiled()
         with errors_in_one_line(smaller), ended_by_signals():
             backend.check_xla_flags()
             main()
@@ -178,44 +176,6 @@ def one_line(text: str) -> str:
 def fail(text: str) -> NoReturn:
     """Ends the process with an error message of one line."""
     sys.exit(f"error: {one_line(text)}")
-
-
-def keep_compiled_programs() -> None:
-    """Lets all commands share compiled programs on disk, unless `JAX_COMPILATION_CACHE_DIR` names another place.
-
-    The folder is one of the user's cache folder and of this kind of processor: programs compiled for a CPU run on no
-    other, and home folders are shared. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
-    """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = caches / "sf_jax" / f"compiled-{_processor()}"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
-        return
-    if not os.access(folder, os.W_OK):
-        return
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    for name, value in settings.items():
-        if name.upper() in os.environ:
-            continue
-        os.environ[name.upper()] = str(value)  # for a JAX that is not imported yet, and for child processes
-        if "jax" in sys.modules:
-            sys.modules["jax"].config.update(name, value)
-
-
-def _processor() -> str:
-    """A short name of this machine's processor and of what it can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")})
-    except OSError:  # no Linux
-        names = [platform.processor()]
-    return f"{platform.machine()}-{zlib.crc32(''.join(names).encode()):08x}"
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from sf_jax import command
 from sf_jax.data import captions
 from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
+from sf_jax.inference.executables import executables
 from sf_jax.inference.job import Job
 from sf_jax.inference.names import IF_EXISTS
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
@@ -121,11 +122,13 @@ GROUPS = {
 _LISTS = ("denoising_steps", "first_chunk_steps")
 
 
-def _prompts() -> list[str]:
-    """The prompts of the command line."""
+def _prompts(default: str | None) -> list[str]:
+    """The prompts of the command line; `default` is Wan's, which has none of its own."""
     if _PROMPTS.value is None:
         wan = any(_JOB[name].value for name in ("model", "transformer", "text_encoder", "tokenizer", "vae"))
-        default = [] if wan or _JOB["schedule"].value else [DEFAULT_PROMPT]
+        missing = [] if default is None else [default]
+        default = missing if wan else [DEFAULT_PROMPT]
+        default = [] if _JOB["schedule"].value else default
         return default if _PROMPT.value is None else [captions.valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
@@ -139,25 +142,36 @@ def _steps(name: str, values: list[str]) -> tuple[int, ...]:
         raise ValueError(f"{name} is {','.join(values)}: whole numbers only") from error
 
 
-def main() -> None:
-    """Command line: see the module's docstring."""
+def job(prompt: str | None = None) -> Job:
+    """What the command line asks for.
+
+    Args:
+      prompt: what to show with Wan where no flag says it.
+
+    Raises:
+      ValueError: if it contradicts itself or a file.
+    """
     fields = {name: flag.value for name, flag in _JOB.items() if flag.value is not None}
     fields |= {name: _steps(name, fields[name]) for name in _LISTS if name in fields}
     if "lora" in fields:
         fields["lora"] = parse_loras(fields["lora"])
     if fields.get("checkpoint"):
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
-    prompts, keys = _prompts(), ("name", *captions.CAPTION_KEYS)
+    prompts, keys = _prompts(prompt), ("name", *captions.CAPTION_KEYS)
     names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
+    return Job(prompts=tuple(prompts), names=tuple(names), abstract=_COMPILE_ONLY.value is not None, **fields)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
     if _COMPILE_ONLY.value is not None:
         from sf_jax.perf import compile, generation, report  # here, as no other run needs them
 
         compile.compile_anew()
-        job = Job(prompts=tuple(prompts), names=tuple(names), abstract=True, **fields)
-        for line in report.generation_report(generation.generation_of(job), _COMPILE_ONLY.value):
+        for line in report.generation_report(generation.generation_of(job()), _COMPILE_ONLY.value):
             print(line, flush=True)
         return
-    paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields))
+    paths = batch.run(job(), executables())
     if paths:
         print("wrote", *paths, sep="\n  ")
 

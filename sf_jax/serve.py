@@ -99,13 +99,6 @@ def _given(**named) -> dict:
     return {name: flag.value for name, flag in named.items() if flag.value is not None}
 
 
-def _cache_small_programs() -> None:
-    """Keeps all compiled programs, not the slow ones alone: a second start then compiles nothing."""
-    import jax
-
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def main() -> None:
     """Command line: see the module's docstring."""
     try:
@@ -134,7 +127,6 @@ def main() -> None:
     )
     options = {"slots": _SLOTS, "waiting": _WAITING, "ahead": _AHEAD, "lifetime": _LIFETIME}
     options = _given(**options, memory=_MEMORY, fps=_FPS, scale=_SCALE)
-    _cache_small_programs()
     if _RAY.value:
         return _serve_on_ray(model, launch, options)
     for name in ("replicas", "accelerator"):

@@ -21,6 +21,16 @@ def pytest_unconfigure(config):
         config.compiled.cleanup()
 
 
+@pytest.fixture(autouse=True)
+def needs_gpu(request):
+    """Skips what is marked `gpu` where there is none."""
+    if request.node.get_closest_marker("gpu") is not None:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(scope="module")
 def digits():
     """The shipped student."""

@@ -91,9 +91,8 @@ print(out.sharding.spec, float(jnp.abs(out - attention.attend(q, segments, "xla"
     assert "(('data', 'fsdp'), None, 'tensor'" in done.stdout and "True" in done.stdout, done
 
 
+@pytest.mark.gpu
 def test_cudnn_equals_the_plain_one():
-    if jax.default_backend() != "gpu":
-        pytest.skip("cuDNN needs an NVIDIA GPU")
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv(256, 512))
     segments = [(k[:, :256], v[:, :256], jnp.int32(100)), (k[:, 256:], v[:, 256:], None)]
     assert relative(attention.attend(q, segments, "cudnn"), attention.attend(q, segments, "xla")) < 1e-2

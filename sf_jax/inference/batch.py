@@ -11,6 +11,7 @@ import numpy as np
 
 from sf_jax import files
 from sf_jax.inference import lengths
+from sf_jax.inference.executables import Executables
 from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
 from sf_jax.inference.names import SUFFIXES, check_folders, free_names
@@ -24,6 +25,7 @@ from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, WAN_FPS = 12.0, 16.0
 DIGITS_FRAMES = 2**17  # of all digits' videos that are made together
+DIFFERENT_CHUNKS = 3  # of a video: a lone first frame, the first one of full size, and all later ones
 LABEL = 200  # characters of a prompt on a contact sheet
 
 
@@ -88,8 +90,12 @@ class Times:
         )
 
 
-def run(job: Job) -> list[Path]:
+def run(job: Job, executables: Executables | None = None) -> list[Path]:
     """Does the job; prints a line per chunk and, at the end, the times. Returns the files.
+
+    Args:
+      job: what to generate.
+      executables: where compiled programs are kept, if they are.
 
     Raises:
       ValueError: if something given is wrong; the message says what to change.
@@ -109,22 +115,8 @@ def run(job: Job) -> list[Path]:
     if free and not numbers:
         print("every video is there already", flush=True)
         return []
-    if not job.is_wan:
-        pipe, initial = job.digits_pipeline(), None
-        most = max(1, DIGITS_FRAMES // pipe.sampling.frames)
-        size = max(1, min(len(numbers), most))
-        style = Style(DIGITS_FPS, lengths.DIGITS_SCALE, gif=True, sheet="contact_sheet")
-    else:
-        devices = tuple(jax.local_devices()[: max(1, len(numbers))])
-        pipe, initial = _wan(job, devices)
-        size, style = len(devices), Style(WAN_FPS)
-    style = dataclasses.replace(
-        style,
-        fps=job.fps or style.fps,
-        scale=job.scale or style.scale,
-        latents=job.save_latents,
-        only_videos=job.vbench_names,  # VBench's folders hold videos alone
-    )
+    plan = _plan(job, len(numbers), executables)
+    pipe, size, style = plan.pipe, plan.size, plan.style
     sampling = pipe.sampling
     print(
         f"{pipe.describe()}\n{len(prompts)} x {sampling.frames} frames of {sampling.height}x{sampling.width}",
@@ -133,13 +125,7 @@ def run(job: Job) -> list[Path]:
     written, times = [], Times()
     for first in range(0, len(numbers), size):
         batch = numbers[first : first + size]
-        # every device needs a video; what is there twice is written once
-        padded = batch + batch[:1] * (size - len(batch))
-        start = None if initial is None else np.repeat(initial, len(padded), axis=0)
-        if job.scenes:
-            chunks = scheduled_chunks(pipe, job.scenes, padded, style.fps, start)
-        else:
-            chunks = pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=start)
+        chunks = _chunks(job, plan, batch)
         label = f"videos {first + 1}-{first + len(batch)} of {len(numbers)}, " if size < len(numbers) else ""
         videos = [(out / names[i], prompts[i]) for i in batch]
         if not job.is_wan and len(batch) > 1 and not style.only_videos:
@@ -151,10 +137,93 @@ def run(job: Job) -> list[Path]:
     return written
 
 
-def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
+def compile_programs(job: Job, executables: Executables | None = None) -> Iterator[str]:
+    """Compiles what `run` needs for the same job, by generating on weights that are zeros, until nothing new comes.
+
+    Every call is one of `run`'s own, with arrays of the same shapes, types and places, so that no program can be
+    forgotten. No file of Wan's weights is read and none is written.
+
+    Args:
+      job: what is to be generated later.
+      executables: where compiled programs are kept, if they are.
+
+    Yields:
+      What has been done, a few words each.
+
+    Raises:
+      ValueError: see `run`.
+    """
+    plan = _plan(job, len(job.video_prompts()), executables, unread=True)
+    pipe = plan.pipe
+    if pipe.rollout is None:  # all steps are one program
+        solver = dataclasses.replace(pipe.sampling.solver, steps=min(2, pipe.sampling.solver.steps))
+        plan = dataclasses.replace(plan, pipe=pipe.with_sampling(solver=solver))
+    yield "text encoder" if job.is_wan else "network"
+    numbers, generated = list(range(len(job.video_prompts()))), 0
+    for index, chunk in enumerate(_chunks(job, plan, numbers[: plan.size])):
+        jax.block_until_ready((chunk.latents, chunk.pixels))
+        generated += not chunk.initial
+        yield f"chunk {index + 1}"
+        if generated == DIFFERENT_CHUNKS and not job.scenes:  # a schedule has others where its prompts change
+            break
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a job is done.
+
+    Attributes:
+      pipe: what generates.
+      initial: latents [1, I, H, W, C] to go on from.
+      size: videos of a batch.
+      style: of the files.
+    """
+
+    pipe: VideoPipeline
+    initial: np.ndarray | None
+    size: int
+    style: Style
+
+
+def _plan(job: Job, count: int, executables: Executables | None, unread: bool = False) -> _Plan:
+    """Loads what a job with `count` videos for this process needs; see `WanOptions.unread`."""
+    if not job.is_wan:
+        pipe, initial = job.digits_pipeline(), None
+        most = max(1, DIGITS_FRAMES // pipe.sampling.frames)
+        size = max(1, min(count, most))
+        style = Style(DIGITS_FPS, lengths.DIGITS_SCALE, gif=True, sheet="contact_sheet")
+    else:
+        devices = tuple(jax.local_devices()[: max(1, count)])
+        pipe, initial = _wan(job, devices, executables, unread)
+        size, style = len(devices), Style(WAN_FPS)
+    style = dataclasses.replace(
+        style,
+        fps=job.fps or style.fps,
+        scale=job.scale or style.scale,
+        latents=job.save_latents,
+        only_videos=job.vbench_names,  # VBench's folders hold videos alone
+    )
+    return _Plan(dataclasses.replace(pipe, executables=executables), initial, size, style)
+
+
+def _chunks(job: Job, plan: _Plan, numbers: list[int]) -> Iterator[Chunk]:
+    """Generates the videos of a batch."""
+    # every device needs a video; what is there twice is written once
+    padded = numbers + numbers[:1] * (plan.size - len(numbers))
+    initial = None if plan.initial is None else np.repeat(plan.initial, len(padded), axis=0)
+    if job.scenes:
+        return scheduled_chunks(plan.pipe, job.scenes, padded, plan.style.fps, initial)
+    prompts = job.video_prompts()
+    return plan.pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=initial)
+
+
+def _wan(
+    job: Job, devices: tuple, executables: Executables | None, unread: bool
+) -> tuple[VideoPipeline, np.ndarray | None]:
     """Wan's pipeline and the latents to go on from; one large network after the other is in memory."""
-    pixels, options = job.initial_pixels(), job.wan_options(devices)
-    print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
+    pixels, options = job.initial_pixels(), job.wan_options(devices, unread)
+    if not unread:
+        print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
     model = find_wan(job.model, options)
     if job.checkpoint is not None:
         job.check_naming(describe_network(job.checkpoint, "transformer", job.part).naming)
@@ -162,7 +231,7 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
         if model.vae is None:
             raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
-    text_encoder = Umt5TextEncoder(model, options.compute_dtype)
+    text_encoder = Umt5TextEncoder(model, options.compute_dtype, executables=executables, unread=unread)
     text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
     initial = None if pixels is None else np.asarray(encode_pixels(load_encoder(model), pixels[None]))
     return job.wan_sampling(wan_pipeline(job.model, options, model, text_encoder)), initial

@@ -299,7 +299,7 @@ class Job:
         alone = {"first_frame_alone": self.image is not None}
         return RolloutConfig(**self.rollout_changes | shift | alone, context_noise="none")
 
-    def wan_options(self, devices: tuple | None = None) -> WanOptions:
+    def wan_options(self, devices: tuple | None = None, unread: bool = False) -> WanOptions:
         """What `load_pipeline` is told of Wan."""
         named = {name: getattr(self, name) for name in ("vae", *NAMED_PARTS)}
         named = {name: value for name, value in named.items() if value is not None}
@@ -310,6 +310,7 @@ class Job:
             rollout=self.wan_rollout,
             devices=devices,
             loras=self.lora,
+            unread=unread,
             **named,
         )
 

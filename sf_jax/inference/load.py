@@ -64,6 +64,7 @@ class WanOptions:
       text_encoder: file of the text encoder, instead of the folder's.
       tokenizer: its tokenizer.json, spiece.model or the folder of one, instead of the folder's; without either, what
         the file of the text encoder holds.
+      unread: whether zeros take the place of all weights: for `sf_jax.warm`, which compiles and shows nothing.
     """
 
     checkpoint: str | Path | None = None
@@ -79,6 +80,7 @@ class WanOptions:
     transformer: str | Path | None = None
     text_encoder: str | Path | None = None
     tokenizer: str | Path | None = None
+    unread: bool = False
 
     def __post_init__(self):
         """Validates names."""
@@ -195,7 +197,7 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
     return VideoPipeline(
         text_encoder=text,
         transformer=WanTransformer(config),
-        params=jax.tree.map(jnp.asarray, package.params),
+        params=jax.device_put(package.params),
         rollout=None if bidirectional else package.rollout,
         decoder=codec,
         encoder=codec,
@@ -400,10 +402,11 @@ def wan_pipeline(
     dtype, mesh = options.compute_dtype, wan_mesh(options.devices)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     path = _transformer_path(files, options)
-    _, params = load_network(path, "transformer", files.config, dtype, options.part, everywhere, options.loras, named)
+    where, unread = (options.part, everywhere), {"unread": options.unread}
+    _, params = load_network(path, "transformer", files.config, dtype, *where, options.loras, named, **unread)
     causal, kind, decoder = options.checkpoint is not None, decoder_kind(files, options), None
     if kind is not None:
-        config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere)
+        config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere, **unread)
         module = WanVae if kind == "vae" else TinyVaeDecoder
         decoder = VaeDecoder(module(dataclasses.replace(config, dtype=dtype)), vae_params)
     network = dataclasses.replace(files.config, dtype=dtype, remat="none")
@@ -419,7 +422,7 @@ def wan_pipeline(
     if causal:
         network, params = generation_network(network, params, rollout, options.scan_layers)
     return VideoPipeline(
-        text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder),
+        text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder, **unread),
         transformer=WanTransformer(network),
         params=params,
         rollout=rollout,

@@ -21,12 +21,12 @@ from sf_jax import rollout as ro
 from sf_jax.diffusion import solvers
 from sf_jax.inference import lengths, programs
 from sf_jax.inference.decoders import Decoder, Encoder
+from sf_jax.inference.executables import Executables
 from sf_jax.inference.sampling import Chunk, Sampling, example_numbers
 from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
-from sf_jax.rng import Purpose, key_for
 
 if TYPE_CHECKING:
     from sf_jax.inference.stream_memory import StreamBytes
@@ -50,8 +50,9 @@ class VideoPipeline:
       only_frames: the only length that a bidirectional network was trained for; None for any.
       many_steps: whether the network was trained for many steps; None where that is not known.
       noise_number: what the noise of the chunks is drawn behind (`programs.next_chunk`), part of a model's seeds.
-      progress: whether to show a bar where a whole video is generated in many steps.
+      progress: whether to show a bar, on a terminal, where a whole video is generated in many steps.
       adapters: what was merged into the parameters, a few words each.
+      executables: where compiled programs are kept, as the commands do.
     """
 
     text_encoder: TextEncoder | None
@@ -67,6 +68,7 @@ class VideoPipeline:
     noise_number: int | None = MAX_FRAMES
     progress: bool = True
     adapters: tuple[str, ...] = ()
+    executables: Executables | None = None
 
     @property
     def kind(self) -> str:
@@ -172,12 +174,14 @@ class VideoPipeline:
     def place(self, batch: jax.Array | np.ndarray) -> jax.Array:
         """Spreads an array over the devices along its first axis, that of the videos."""
         if self.mesh is None:
-            return jnp.asarray(batch)
+            return jax.device_put(batch)
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("data")))
 
     def run(self, program: Callable, *arguments):
         """Calls a program under the mesh, which the attention kernels look for."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            if self.executables is not None and program in programs.STATIC:
+                return self.executables.call(program, programs.STATIC[program], *arguments, mesh=self.mesh)
             return program(*arguments)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -392,19 +396,21 @@ class VideoPipeline:
 
     def _decoded(self, chunks: Iterator[Chunk], batch: int, size: tuple[int, ...]) -> Iterator[Chunk]:
         """Adds the pixels."""
-        cache = jax.tree.map(self.place, self.decoder.init_cache(batch, *size[:2]))
+        cache = self.run(programs.empty_decoder_cache, self.decoder, batch, *size[:2])
+        cache = jax.tree.map(self.place, cache)
         for chunk in chunks:
             # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.
             pixels = []
             for i in range(chunk.latents.shape[1]):
-                frame = jax.lax.dynamic_slice_in_dim(chunk.latents, i, 1, axis=1)
+                frame = self.run(programs.latent_frame, chunk.latents, np.int32(i))
                 cache, new = self.run(programs.decode, self.decoder, cache, frame)
                 pixels.append(new)
-            yield dataclasses.replace(chunk, pixels=jnp.concatenate(pixels, axis=1))
+            yield dataclasses.replace(chunk, pixels=self.run(programs.join_frames, pixels))
 
     def _latents(self, text, examples, sampling, size, initial) -> Iterator[Chunk]:
         """Chunks of latents; `size` is (H, W, C)."""
-        source = (key_for(sampling.seed, 0, Purpose.SAMPLE), self.place(examples), self.noise_number)
+        key = self.run(programs.sample_key, np.uint32(sampling.seed))
+        source = (key, self.place(examples), self.noise_number)
         frames = self.latent_frames(sampling.frames)
         if sampling.solver is not None:
             negative = np.broadcast_to(self._negative(sampling, text), text.shape)
@@ -455,7 +461,7 @@ class VideoPipeline:
         noise = jax.jit(ro.example_noise, static_argnums=2)(key, examples, (examples.shape[0], *size))
         state, table = jax.jit(solvers.start)(noise), solvers.rows(sampling.solver)
         steps = range(sampling.solver.steps)
-        for i in tqdm(steps, desc=sampling.solver.name, unit="step", disable=not self.progress):
+        for i in tqdm(steps, desc=sampling.solver.name, unit="step", disable=None if self.progress else True):
             row = tuple(column[i] for column in table)
             static = (self.transformer, sampling.guidance)
             state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)

@@ -13,12 +13,37 @@ from sf_jax.inference.decoders import Decoder, Encoder
 from sf_jax.many_step import guided_chunk
 from sf_jax.models.patch_codec import to_float, to_uint8
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
+from sf_jax.rng import Purpose, key_for
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_text(model: WanTransformer, params: dict, text: jax.Array):
     """Cross-attention keys and values of prompt embeddings [B, S, text_dim]."""
     return model.apply({"params": params}, text, method="encode_text")
+
+
+@jax.jit
+def sample_key(seed: jax.Array) -> jax.Array:
+    """The key of a pipeline's noise for a seed, uint32."""
+    return key_for(seed, 0, Purpose.SAMPLE)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -> Any:
+    """The decoder's cache before a video's first frame."""
+    return decoder.init_cache(batch, height, width)
+
+
+@jax.jit
+def latent_frame(latents: jax.Array, index: jax.Array) -> jax.Array:
+    """One frame [B, 1, H, W, C] of latents [B, n, H, W, C]."""
+    return jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
+
+
+@jax.jit
+def join_frames(parts: list[jax.Array]) -> jax.Array:
+    """Pixels [B, m, h, w, c] one behind the other."""
+    return jnp.concatenate(parts, axis=1)
 
 
 @jax.jit
@@ -84,3 +109,17 @@ def bidirectional_step(model, guidance, params, text, state, row):
         return guided(both[::2], both[1::2], guidance)
 
     return solvers.step(state, row, flow)
+
+
+# Which arguments are static, of the programs that `executables` keeps.
+STATIC = {
+    sample_key: (),
+    encode_text: (0,),
+    empty_decoder_cache: (1, 2, 3),
+    latent_frame: (),
+    join_frames: (),
+    decode: (),
+    next_chunk: (0, 1, 2, 3),
+    write_initial: (0, 1),
+    bidirectional_step: (0, 1),
+}

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sf_jax.inference.executables import Executables
 from sf_jax.inference.tokenizer import Tokenizer, load_tokenizer
 from sf_jax.models.umt5 import Umt5Config, Umt5Encoder
 from sf_jax.weights.folders import ModelFiles
@@ -33,12 +34,14 @@ class Embedder:
       config: sizes of the encoder; its `dtype` is that of computation and embeddings.
       params: the encoder's parameters, on every device of the mesh.
       mesh: devices, axis `data`.
+      executables: where its compiled program is kept, if it is.
     """
 
     tokenizer: Tokenizer
     config: Umt5Config
     params: dict
     mesh: Mesh
+    executables: Executables | None = None
 
     def embed(self, prompts: Sequence[str]) -> Iterator[tuple[np.ndarray, int]]:
         """Embeds prompts in order.
@@ -52,7 +55,9 @@ class Embedder:
             part = list(prompts[first : first + size])
             # every device needs a prompt
             ids, mask = self.tokenizer.encode(part + part[:1] * (size - len(part)))
-            found = np.asarray(embed_tokens(self.config, self.params, *jax.device_put((ids, mask), split)))
+            arguments = (self.config, self.params, *jax.device_put((ids, mask), split))
+            embed = embed_tokens if self.executables is None else functools.partial(self.executables.call, embed_tokens, (0,))
+            found = np.asarray(embed(*arguments))
             yield from zip(found[: len(part)], mask.sum(axis=1).tolist(), strict=False)
 
 
@@ -62,13 +67,16 @@ def embed_tokens(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Arr
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 
-def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None) -> Embedder:
+def load_embedder(
+    model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None, unread: bool = False
+) -> Embedder:
     """Loads tokenizer and text encoder.
 
     Args:
       model: the model folder's files.
       dtype: of computation and embeddings, "bfloat16" or "float32".
       devices: that share the prompts; None is the default device alone.
+      unread: see `load_network`.
 
     Raises:
       ValueError: if a file is damaged, or the two do not belong together.
@@ -82,6 +90,7 @@ def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] |
         dtype=dtype if named and dtype == "bfloat16" else None,  # scaled float8 would take twice the memory
         sharding=NamedSharding(mesh, PartitionSpec()),
         scaled=named,
+        unread=unread,
     )
     if tokenizer.vocab > config.vocab:
         raise ValueError(
@@ -98,15 +107,26 @@ class Umt5TextEncoder:
     `keep` is set. Embeddings are remembered, without the zeros behind each prompt's end.
     """
 
-    def __init__(self, files: ModelFiles, dtype: str, keep: bool = False):
+    def __init__(
+        self,
+        files: ModelFiles,
+        dtype: str,
+        keep: bool = False,
+        *,
+        executables: Executables | None = None,
+        unread: bool = False,
+    ):
         """Nothing is loaded yet.
 
         Args:
           files: the model folder's files.
           dtype: of computation and embeddings, "bfloat16" or "float32".
           keep: whether to keep the weights in memory, for prompts that change while a video plays.
+          executables: where compiled programs are kept, as the commands do.
+          unread: see `load_network`.
         """
         self.files, self.dtype, self.keep = files, dtype, keep
+        self.executables, self.unread = executables, unread
         # with the weights at hand old embeddings can be computed again
         self._remembered = REMEMBERED if keep else None
         self._embedder: Embedder | None = None
@@ -126,7 +146,8 @@ class Umt5TextEncoder:
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
-            embedder = self._embedder or load_embedder(self.files, self.dtype)
+            embedder = self._embedder or load_embedder(self.files, self.dtype, unread=self.unread)
+            embedder = dataclasses.replace(embedder, executables=self.executables)
             if self.keep:
                 self._embedder = embedder
             self._length = embedder.tokenizer.length

@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-import ftfy
 import numpy as np
 import tokenizers
 
@@ -39,6 +38,8 @@ _TRIAL = ("", "a cat", "\u00e9\u732b \U0001f408\u200b\ufffd", "a" * 300 + "!", "
 
 def clean_text(prompt: str) -> str:
     """A prompt as the tokenizer wants it: broken Unicode and HTML entities repaired, white space single."""
+    import ftfy  # here, as the moving digits' words need none
+
     # Twice, because entities are often escaped themselves: "&amp;lt;".
     unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", unescaped).strip()

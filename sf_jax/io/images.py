@@ -2,9 +2,12 @@
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+
+if TYPE_CHECKING:  # imported where an image is read, which few commands do
+    from PIL import Image
 
 # Pillow's names. PostScript, which a program of its own reads, and rare formats are not among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -26,6 +29,8 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     Raises:
       ValueError: the file is missing, no image, damaged, or has more than `MAX_PIXELS` pixels.
     """
+    from PIL import Image, ImageOps
+
     path = Path(path)
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
@@ -45,12 +50,14 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))
 
 
-def _rgb(image: Image.Image, kind: str) -> Image.Image:
+def _rgb(image: "Image.Image", kind: str) -> "Image.Image":
     """An image in RGB; 16 bits are scaled to 8, where Pillow would cut them off.
 
     Raises:
       ValueError: its numbers have no range that is known.
     """
+    from PIL import Image
+
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

@@ -7,11 +7,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from sf_jax.files import replacing
+
+if TYPE_CHECKING:  # imported where pictures are made, which is when the first frames have been shown
+    from PIL import Image
 
 GIF_MAX_FPS = 50
 _MARGIN = 4
@@ -82,6 +85,8 @@ def contact_sheet(
         raise ValueError(f"labels: got {len(labels)}, allowed: one for each of the {len(videos)} videos")
     tiles = np.stack([upscale(colored(video), factor) for video in videos[:, ::every]])
     rows, columns, height, width, _ = tiles.shape
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default()
     line = math.ceil(font.getbbox("Ag")[3]) + _MARGIN
     left = math.ceil(max(font.getlength(text) for text in labels)) + 2 * _MARGIN if any(labels) else 0
@@ -113,7 +118,9 @@ class _Grid:
     column: int
 
 
-def _image(frame: np.ndarray) -> Image.Image:
+def _image(frame: np.ndarray) -> "Image.Image":
+    from PIL import Image
+
     return Image.fromarray(np.ascontiguousarray(frame[..., 0] if frame.shape[-1] == 1 else frame))
 
 

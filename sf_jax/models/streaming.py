@@ -88,7 +88,14 @@ def run_stream(
             out = network(x, past)
             return tuple(past.new), out
 
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+        scan = nn.scan(
+            step,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+            check_constancy_invariants=network.is_initializing(),  # else every group would be traced twice
+        )
         frames, out = scan(network, frames, x.reshape(x.shape[0], -1, group, *x.shape[2:]))
         outputs.append(out.reshape(out.shape[0], -1, *out.shape[3:]))
     out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
@@ -160,7 +167,10 @@ class Conv(nn.Module):
             x = self._plane(x, kernel[-1])
         else:
             kernel = kernel[-x.shape[1] :]
-            x = jax.lax.platform_dependent(x, kernel, cpu=self._by_planes, default=self._volume)
+            if self.is_initializing():  # shapes are all that is asked for, and this is traced sooner
+                x = self._volume(x, kernel)
+            else:
+                x = jax.lax.platform_dependent(x, kernel, cpu=self._by_planes, default=self._volume)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return x

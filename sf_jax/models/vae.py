@@ -255,6 +255,12 @@ class WanVae(nn.Module):
         """Encodes and decodes again; shapes as in `encode`."""
         return self.decode(self.encode(pixels))
 
+    def declare(self) -> None:
+        """Makes all parameters with the least of tracing: as in a later frame, where every layer is at work."""
+        side, factor = self.config.spatial_factor, self.config.temporal_factor
+        self.encoder(jnp.zeros((1, factor, side, side, 3)), Past(None, first=False))
+        self.decoder(jnp.zeros((1, 1, 1, 1, self.config.z_dim)), Past(None, first=False))
+
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Encodes pixels to the mean of their latents (official `encode_to_latent`).
 
@@ -328,4 +334,4 @@ def init_params(config: VaeConfig, key: jax.Array) -> dict:
 
 def param_shapes(config: VaeConfig) -> dict:
     """Shapes and types of the parameters."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: WanVae(config).init(jax.random.key(0), method="declare"))["params"]

@@ -332,6 +332,7 @@ class WanTransformer(nn.Module):
             self.blocks = [block(config) for _ in range(config.num_layers)]
             return
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.num_layers}
+        layers["check_constancy_invariants"] = self.is_initializing()  # else the block would be traced twice
         self.blocks = nn.scan(
             block,
             methods={

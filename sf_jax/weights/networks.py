@@ -11,7 +11,7 @@ import numpy as np
 
 from sf_jax.messages import with_article
 from sf_jax.models.wan import WanConfig
-from sf_jax.weights import adapters, mapping
+from sf_jax.weights import adapters, mapping, reading
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.experts import refuse_other_transformers
 from sf_jax.weights.files import open_tensors
@@ -124,8 +124,9 @@ def load_network(
     sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
     loras: Sequence[Lora] = (),
     scaled: bool = False,
+    unread: bool = False,
 ) -> tuple[Any, dict]:
-    """Loads a network.
+    """Loads a network; a bar on a terminal shows how much of a large file has been read.
 
     Args:
       path: a safetensors file, an index or folder of shards, or a `.pt`/`.pth` file (which needs torch); of an
@@ -138,6 +139,7 @@ def load_network(
         default device.
       loras: adapters to merge into a transformer.
       scaled: whether scaled float8 is read; see `open_tensors`.
+      unread: whether zeros take the place of what the file holds, which is all that compiling needs.
 
     Returns:
       The sizes and the parameters.
@@ -148,7 +150,10 @@ def load_network(
     with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
         tensors, _, (config, entries, like) = _mapped(tensors, kind, config)
         shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
-        with adapters.merged(tensors, loras, config, wide=dtype is not None) as tensors:
+        with (
+            adapters.merged(tensors, loras, config, wide=dtype is not None) as tensors,
+            reading.zeros(tensors) if unread else reading.shown(tensors, kind) as tensors,
+        ):
             return config, load_params(entries, tensors, like, kind, dtype, shardings)
 
 

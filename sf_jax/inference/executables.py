@@ -1,0 +1,173 @@
+"""Compiled programs on disk as they run, so that a second start neither traces nor lowers them.
+
+JAX's own cache finds a program by its lowered form, and making that takes longer than reading the result. Here programs
+are found by what decides that form: this package's code, the versions and settings of JAX, the devices, and the shapes
+and constants of the call. Whatever goes wrong with a file, JAX compiles the program as if there were none.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+import sf_jax
+from sf_jax import compilation, files
+
+FOLDER = "executables"
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_HIT = "/jax/compilation_cache/cache_hits"
+# An option's default, which makes it another program for JAX's cache, and a time that no compilation takes.
+_APART, _NEVER = {"xla_embed_ir_in_executable": False}, 1e9
+_CHECK = 32  # bytes of a file's hash, with which it begins
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Executables:
+    """Compiled programs of a folder.
+
+    A program's file is machine code and a pickle of the structure of its arguments: like JAX's cache, it is read from
+    folders alone that nobody else can write.
+
+    Attributes:
+      folder: where the files are.
+      loaded: those that this process has read or made.
+    """
+
+    folder: Path
+    loaded: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    def call(self, program: Callable, static: tuple[int, ...], *arguments, mesh: Mesh | None = None) -> Any:
+        """Calls a program.
+
+        Args:
+          program: what `jax.jit` returned.
+          static: which of its arguments are static.
+          *arguments: all of them.
+          mesh: the mesh under which it is called.
+        """
+        constants = tuple(arguments[i] for i in static)
+        rest = tuple(value for i, value in enumerate(arguments) if i not in static)
+        leaves, tree = jax.tree.flatten(rest)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return program(*arguments)
+        call = (program, constants, tree, tuple(map(_described, leaves)), mesh)
+        if call not in self.loaded:
+            self.loaded[call] = self._load(call, arguments)
+        return self.loaded[call](*rest)
+
+    def _load(self, call: tuple, arguments: tuple) -> jax.stages.Compiled:
+        """Reads a program, or compiles and writes it."""
+        path = self.folder / f"{call[0].__name__}-{_digest(call)}"
+        devices = list(call[-1].devices.flat) if call[-1] is not None else jax.devices()[:1]
+        try:
+            if compilation.is_private(path):
+                content = path.read_bytes()
+                check, content = content[:_CHECK], content[_CHECK:]
+                if hashlib.sha256(content).digest() == check:
+                    return serialize_executable.deserialize_and_load(*pickle.loads(content), None, devices)
+        except Exception:  # no file, or one of which pickle and XLA can say anything
+            pass
+        compiled, is_new = _compile(call[0], arguments)
+        if not is_new:
+            return compiled
+        try:
+            content = pickle.dumps(serialize_executable.serialize(compiled))
+            with files.replacing(path) as unfinished:
+                unfinished.write_bytes(hashlib.sha256(content).digest() + content)
+        except Exception:  # not all programs can be written, and disks are full
+            pass
+        return compiled
+
+
+def _compile(program: Callable, arguments: tuple) -> tuple[jax.stages.Compiled, bool]:
+    """A compiled program, and whether it can be written: XLA loses parts of one that it has read itself."""
+    lowered, hits = program.lower(*arguments), _cache_hits()
+    before = len(hits)
+    if jax.default_backend() != "cpu":  # compiling takes minutes: JAX's cache may have it from older code of ours
+        return lowered.compile(), len(hits) == before
+    name = "jax_persistent_cache_min_compile_time_secs"
+    least = getattr(jax.config, name)
+    jax.config.update(name, _NEVER)
+    try:
+        return lowered.compile(_APART), len(hits) == before
+    finally:
+        jax.config.update(name, least)
+
+
+@functools.cache
+def _cache_hits() -> list[str]:
+    """Grows whenever JAX takes a program from its cache."""
+    hits = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == _HIT else None)
+    return hits
+
+
+def executables() -> Executables | None:
+    """Those beside JAX's cache of compiled programs; None where there is none (`compilation.keep_compiled`)."""
+    place = jax.config.jax_compilation_cache_dir
+    if not place or "://" in place or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
+        return None
+    folder = Path(place) / FOLDER
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return Executables(folder) if compilation.is_private(folder) and os.access(folder, os.W_OK) else None
+    except OSError:
+        return None
+
+
+def _described(leaf: Any) -> tuple:
+    """What of an argument decides how a program is compiled."""
+    aval = jax.typeof(leaf)
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+    return aval.shape, aval.dtype, aval.weak_type, sharding
+
+
+def _digest(call: tuple) -> str:
+    """A hash of a call and of all that its program is made of."""
+    program, constants, tree, leaves, mesh = call
+    leaves = [(shape, str(dtype), weak, _place(sharding)) for shape, dtype, weak, sharding in leaves]
+    parts = (program.__module__, program.__name__, constants, tree, leaves, _place(mesh), _surroundings())
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:40]
+
+
+def _place(where: Any) -> tuple:
+    """A mesh or sharding, with its devices."""
+    mesh = where if isinstance(where, Mesh) else getattr(where, "mesh", None)
+    devices = [] if where is None else mesh.devices.flat if mesh is not None else where.device_set
+    return repr(where), [(device.id, device.device_kind) for device in devices]
+
+
+@functools.cache
+def _surroundings() -> tuple:
+    """The code, the versions, the settings and the machine."""
+    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    device = jax.devices()[0]
+    return (
+        _code(),
+        [importlib.metadata.version(name) for name in _PACKAGES],
+        sys.version,
+        sorted(settings.items()),
+        [os.environ.get(name) for name in _VARIABLES],
+        (device.platform, device.device_kind, device.client.platform_version, jax.device_count()),
+        compilation.processor(),
+    )
+
+
+def _code() -> str:
+    """A hash of this package's code."""
+    digest = hashlib.sha256()
+    root = Path(sf_jax.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

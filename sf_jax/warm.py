@@ -1,0 +1,44 @@
+"""Compiles what `sf_jax.generate` needs, before it is needed: its first start then compiles nothing.
+
+    python -m sf_jax.warm
+    python -m sf_jax.warm --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --window=21
+
+The flags are those of `sf_jax.generate`: programs depend on the sizes, the chunks and the window, the steps, the number
+of videos, and on whether there is an image, a video or a schedule, not on the prompt or the seed. Files of Wan's
+weights are looked at and not read. docs/launching.md says where compiled programs are kept.
+"""
+
+import time
+
+import jax
+from tqdm import tqdm
+
+from sf_jax import command, compilation, generate
+from sf_jax.inference import batch
+from sf_jax.inference.executables import executables
+
+PROMPT = "a 3 moving left"  # for Wan as good as any other
+_DONE = "{desc}: {elapsed}{postfix}"
+
+
+def main() -> None:
+    """Command line: see the module's docstring.
+
+    Raises:
+      ValueError: if nothing would be kept, or as `sf_jax.generate` does.
+    """
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or not jax.config.jax_enable_compilation_cache:
+        raise ValueError(
+            f"no folder for compiled programs: set {compilation.VARIABLE} to one that can be written, and let "
+            "JAX_ENABLE_COMPILATION_CACHE be"
+        )
+    began = time.perf_counter()
+    with tqdm(desc="compiling", bar_format=_DONE, disable=None) as bar:
+        for done in batch.compile_programs(generate.job(PROMPT), executables()):
+            bar.set_postfix_str(f"{done} is ready")
+    print(f"compiled in {time.perf_counter() - began:.1f} s; kept in {folder}")
+
+
+if __name__ == "__main__":
+    command.run(main, groups=generate.GROUPS)
