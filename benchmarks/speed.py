@@ -1,4 +1,4 @@
-"""The table of docs/speed.md: what a chunk of Wan2.1-1.3B needs of GPUs and TPUs, by their compilers; none need be here.
+"""The table of docs/speed.md: what a chunk of Wan2.1-1.3B needs of GPUs and TPUs that need not be here.
 
   pip install -e '.[aot,gpu_aot]'
   JAX_PLATFORMS=cpu python -m benchmarks.speed                       # compiles what is missing, writes docs/speed.md
