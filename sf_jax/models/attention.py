@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.models import attention_kernels
+from sf_jax.models import attention_kernels, partition
 from sf_jax.models.tiled_attention import HIDDEN, tiled_attention
 
 Range = tuple[int, int]
@@ -187,14 +187,10 @@ def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> str:
-    """The implementation that "auto" stands for: the backend's own where it takes this call, else "xla".
-
-    What is compiled for devices that are not there must name theirs: "cudnn" asks the mesh, "auto" the backend.
-    """
+    """The implementation that "auto" stands for: the platform's own where it takes this call, else "xla"."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
-    backend = jax.default_backend()
-    platform = getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
+    platform = partition.platform()
     if implementation == "cudnn" and (platform != "gpu" or not attention_kernels.can_cudnn(q, segments)):
         raise ValueError(
             f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {platform}: it needs an NVIDIA GPU, "
@@ -202,9 +198,9 @@ def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> st
         )
     if implementation != "auto":
         return implementation
-    if backend == "gpu" and attention_kernels.can_cudnn(q, segments):
+    if platform == "gpu" and attention_kernels.can_cudnn(q, segments):
         return "cudnn"
-    return "splash" if backend == "tpu" and q.shape[-1] % attention_kernels.LANES == 0 else "xla"
+    return "splash" if platform == "tpu" and q.shape[-1] % attention_kernels.LANES == 0 else "xla"
 
 
 def attend(
@@ -226,19 +222,20 @@ def attend(
       implementation: "xla" (any device), "whole" ("xla" without tiles: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
       max_logits: how many logits "xla" computes at once, and how many a tile may have; None are the backend's numbers.
-      split: which axis of the queries the `context` of a mesh splits, "heads" or "tokens".
+      split: which axis the `context` of a mesh splits beside the batch: "heads", of the queries "tokens", or "none":
+        the heads are whole on every device, too.
 
     Returns:
       [B, T, N, D], dtype of `q`.
     """
     chosen = choose(implementation, q, segments)
     if chosen == "cudnn":
-        return attention_kernels.cudnn(q, segments)
+        return attention_kernels.cudnn(q, segments, split)
     if chosen == "splash":
         return attention_kernels.splash_attention(q, segments, split)
     batch, length, heads, dim = q.shape
     keys = sum(k.shape[1] for k, _, _ in segments)
-    q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(jax.default_backend(), MAX_LOGITS_ELSEWHERE)
+    q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(partition.platform(), MAX_LOGITS_ELSEWHERE)
     if chosen == "whole" or batch * heads * length * keys <= whole:
         return _attend_whole(q, segments)
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
