@@ -22,7 +22,7 @@ COMPILERS = {"h100:4": "jax_plugins.xla_cuda12", "v6e:2x2": "libtpu"}
 # what the compiled program calls the kernels
 KERNELS = {"h100:4": ("__cudnn$fmhaSoftmax",), "v6e:2x2": ("tpu_custom_call", "splash_mha")}
 WIDE = wan.WanConfig(
-    dim=512, ffn_dim=512, num_heads=4, num_layers=1, text_dim=64, text_len=128, freq_dim=64, channels=4, dtype="bfloat16"
+    dim=512, ffn_dim=512, num_heads=4, num_layers=1, text_dim=64, text_len=128, channels=4, dtype="bfloat16"
 )
 FRAMES, SIZE = 4, (16, 16)
 
@@ -36,7 +36,7 @@ def _has(module: str) -> bool:
 
 def _targets():
     for target, module in COMPILERS.items():
-        missing = pytest.mark.skipif(not _has(module), reason=f"{module}, which compiles for {target}, is not installed")
+        missing = pytest.mark.skipif(not _has(module), reason=f"{module}, the compiler for {target}, is not installed")
         yield pytest.param(target, marks=(pytest.mark.aot, missing))
 
 

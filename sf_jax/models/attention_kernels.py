@@ -21,9 +21,7 @@ def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
     return half and q.shape[-1] <= LANES and q.shape[-1] % 8 == 0 and counted <= 1 and not masked
 
 
-def cudnn(
-    q: jax.Array, segments: Sequence[tuple], split: str = "heads", implementation: str = "cudnn"
-) -> jax.Array:
+def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", implementation: str = "cudnn") -> jax.Array:
     """Attention by `jax.nn.dot_product_attention`; arguments as in `attention.attend`.
 
     Only the counted keys are read: they come last, and the kernel is given the number of keys as a length.
