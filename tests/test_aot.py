@@ -1,0 +1,182 @@
+"""Networks compiled for several GPUs and for a TPU slice that are absent: the fused kernels on a mesh."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sf_jax import rollout as ro
+from sf_jax.config import MeshConfig
+from sf_jax.inference import programs
+from sf_jax.models import attention, discriminator, vae, wan
+from sf_jax.models.kv_cache import KeysValues
+from sf_jax.models.slots import unstack_layers
+from sf_jax.perf.devices import devices_of
+from sf_jax.training import sharding
+
+COMPILERS = {"h100:4": "jax_plugins.xla_cuda12", "v6e:2x2": "libtpu"}
+# what the compiled program calls the kernels
+KERNELS = {"h100:4": ("__cudnn$fmhaSoftmax",), "v6e:2x2": ("tpu_custom_call", "splash_mha")}
+WIDE = wan.WanConfig(
+    dim=512, ffn_dim=512, num_heads=4, num_layers=1, text_dim=64, text_len=128, channels=4, dtype="bfloat16"
+)
+FRAMES, SIZE = 4, (16, 16)
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _targets():
+    for target, module in COMPILERS.items():
+        missing = pytest.mark.skipif(not _has(module), reason=f"{module}, the compiler for {target}, is not installed")
+        yield pytest.param(target, marks=(pytest.mark.aot, pytest.mark.slow, missing))
+
+
+on_targets = pytest.mark.parametrize("target", list(_targets()))
+SPLIT = {"context": 2, "tensor": 2}
+
+
+def compiled(target: str, function, *arguments) -> str:
+    """The program of `function` on a mesh of absent devices; leaves are shapes, or have a sharding already."""
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, **SPLIT), list(devices_of(target)))
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
+
+    def place(tree):
+        if isinstance(tree, dict):  # parameters
+            splits = sharding.tree_shardings(tree, mesh)
+            return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, splits)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), tree)
+
+    with jax.set_mesh(mesh):
+        # products by cuBLAS compile in half the time that XLA's own kernels take
+        options = {"xla_gpu_enable_triton_gemm": False} if "h100" in target else None
+        return jax.jit(function).lower(*map(place, arguments)).compile(options).as_text()
+
+
+def has_kernel(target: str, text: str) -> bool:
+    return any(name in text for name in KERNELS[target])
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+LATENTS, TEXT = shape(2, FRAMES, *SIZE, WIDE.channels), shape(2, WIDE.text_len, WIDE.text_dim)
+PATTERNS = {
+    "bidirectional": wan.bidirectional_layout(FRAMES),
+    "teacher forcing": wan.Layout(np.tile(np.arange(2), 2), pattern=attention.teacher_forcing((1, 1))),
+    "replay": wan.Layout(np.arange(FRAMES), np.arange(FRAMES), pattern=attention.replay((2, 2))),
+}
+
+
+@on_targets
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_attention_and_its_gradient_run_on_every_devices_share(target, kind):
+    model, layout = wan.WanTransformer(WIDE), PATTERNS[kind]
+    past = shape(2, FRAMES * SIZE[0] * SIZE[1] // 4, WIDE.num_heads, WIDE.head_dim, dtype=jnp.bfloat16)
+
+    def loss(params, latents, text, k, v):
+        context = KeysValues(k[None], v[None]) if kind == "replay" else None
+        return (model.apply({"params": params}, latents, jnp.ones((2, 1)), text, layout, context) ** 2).mean()
+
+    arguments = (wan.param_shapes(WIDE), LATENTS, TEXT, past, past)
+    assert has_kernel(target, compiled(target, jax.grad(loss), *arguments))
+
+
+@on_targets
+def test_registers_of_the_discriminator_run_on_every_devices_share(target):
+    config = discriminator.DiscriminatorConfig(taps=(0,), ffn_dim=512)
+    critic, head = wan.WanTransformer(WIDE), discriminator.Discriminator(WIDE, config)
+    head_shapes = jax.eval_shape(lambda: discriminator.init_discriminator(WIDE, config, jax.random.key(0)))
+
+    def loss(params, head_params, latents, text):
+        layout, t = wan.bidirectional_layout(FRAMES), jnp.ones((2, 1))
+        features, time = critic.apply({"params": params}, latents, t, text, layout, (0,), method="features")
+        return head.apply({"params": head_params}, features, time).mean()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    assert has_kernel(target, compiled(target, gradient, wan.param_shapes(WIDE), head_shapes, LATENTS, TEXT))
+
+
+@on_targets
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_streaming_with_a_cache_runs_on_every_devices_share(target, scan_layers):
+    config = dataclasses.replace(WIDE, scan_layers=scan_layers)
+    model, rollout = wan.WanTransformer(config), ro.RolloutConfig(chunk=2, window=6, sink=2, positions="relative")
+    params = wan.param_shapes(WIDE)
+
+    def chunk(params, noise, text):
+        params = params if scan_layers else unstack_layers(params)
+        cache = ro.empty_cache(model, rollout, 2, 8, *SIZE)
+        text = model.apply({"params": params}, text, method="encode_text")
+        draw = ro.key_draw(jax.random.key(0), jnp.arange(2))
+        cache, clean, _ = ro.generate_chunk(model, rollout, params, text, cache, noise, jnp.int32(2), 1, 1, draw)
+        return clean, cache.k
+
+    noise = shape(2, 2, *SIZE, WIDE.channels)
+    assert has_kernel(target, compiled(target, chunk, params, noise, TEXT))
+
+
+@on_targets
+def test_the_vae_compiles_where_its_one_head_cannot_be_split(target):
+    """Wan's head of 384 channels: Splash takes it, cuDNN does not."""
+    layer = vae.FrameAttention("bfloat16")
+    frames = shape(2, 1, 30, 52, 384, dtype=jnp.bfloat16)
+    params = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x)["params"], frames)
+    call = functools.partial(_loss, layer)
+    text = compiled(target, jax.grad(call, 1), {"vae": params}, frames)
+    assert has_kernel(target, text) == (target == "v6e:2x2")
+
+
+@on_targets
+def test_a_small_vae_decodes_on_a_mesh(target):
+    config = vae.VaeConfig(dim=32, num_res_blocks=1)
+    model, latents = vae.WanVae(config), shape(2, 2, 8, 8, config.z_dim)
+
+    def decode(params, latents):
+        return model.apply({"params": params["vae"]}, latents, method="decode")
+
+    compiled(target, decode, {"vae": vae.param_shapes(config)}, latents)
+
+
+@on_targets
+def test_products_of_a_chunk_have_epilogues(target):
+    """GELU, biases and the residual of cross-attention cost no pass of their own on GPUs."""
+    if target != "h100:4":
+        pytest.skip("options of GPUs' compiler")
+    config = dataclasses.replace(WIDE, scan_layers=False, num_layers=2)
+    model, rollout = wan.WanTransformer(config), ro.RolloutConfig(chunk=2)
+    mesh = jax.sharding.Mesh(np.asarray(devices_of("h100:1")), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+
+        def put(tree):
+            narrow = {jnp.dtype(jnp.float32): jnp.bfloat16}
+            whole = NamedSharding(mesh, PartitionSpec())
+            return jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, narrow.get(a.dtype, a.dtype), sharding=whole), tree
+            )
+
+        params = put(wan.param_shapes(config))
+        prompt = shape(1, config.text_len, config.text_dim)
+        text = put(jax.eval_shape(lambda p, t: programs.encode_text(model, p, t), params, prompt))
+        cache = put(jax.eval_shape(lambda: ro.empty_cache(model, rollout, 1, 6, *SIZE)))
+        key, number = jax.eval_shape(lambda: jax.random.key(0)), shape(dtype=jnp.int32)
+        source, place = (key, shape(1, dtype=jnp.int32), number), (number, number, shape(dtype=jnp.bool_))
+        static = (model, rollout, None, (2, *SIZE, config.channels))
+        text = programs.next_chunk.lower(*static, params, text, cache, source, place).compile().as_text()
+    layers = config.num_layers
+    assert text.count('"epilogue":"BIAS_GELU"') == layers and text.count("__cudnn$fmhaSoftmax") == 2 * layers
+    assert text.count('"epilogue":"BIAS"') >= 6 * layers and "gemm_fusion" not in text
+
+
+def _loss(layer, params, x):
+    return (layer.apply({"params": params["vae"]}, x).astype(jnp.float32) ** 2).mean()
