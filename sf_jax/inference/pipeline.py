@@ -27,6 +27,8 @@ from sf_jax.models import attention
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
 from sf_jax.rng import Purpose, key_for
+from sf_jax.weights import eight_bit
+from sf_jax.weights.eight_bit import Quantization
 
 if TYPE_CHECKING:
     from sf_jax.inference.stream_memory import StreamBytes
@@ -52,6 +54,8 @@ class VideoPipeline:
       noise_number: what the noise of the chunks is drawn behind (`programs.next_chunk`), part of a model's seeds.
       progress: whether to show a bar where a whole video is generated in many steps.
       adapters: what was merged into the parameters, a few words each.
+      quantization: how the parameters were quantized to 8 bits; None where they were not.
+      cache_dtype: in what cached keys and values are kept, one of `kv_cache.DTYPES`; None is the network's type.
     """
 
     text_encoder: TextEncoder | None
@@ -67,6 +71,8 @@ class VideoPipeline:
     noise_number: int | None = MAX_FRAMES
     progress: bool = True
     adapters: tuple[str, ...] = ()
+    quantization: Quantization | None = None
+    cache_dtype: str | None = None
 
     @property
     def kind(self) -> str:
@@ -89,8 +95,10 @@ class VideoPipeline:
         """One line on what runs: network, sizes, adapters, devices, attention, window and decoder."""
         config = self.transformer.config
         devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        count = eight_bit.count(self.params)
         parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", *self.adapters, f"{config.dtype}"]
+        parts += [] if self.quantization is None else [self.quantization.describe()]
+        parts += [] if self.cache_dtype is None else [f"cache {self.cache_dtype}"]
         layers = "" if config.scan_layers else ", layers apart"
         parts += [f"attention {self._attention()}{layers}", f"{len(devices)} x {devices[0].device_kind}"]
         if self.rollout is not None:
@@ -442,7 +450,9 @@ class VideoPipeline:
 
     def _empty_cache(self, batch: int, frames: int, size: tuple[int, ...]):
         """An empty cache, made on its devices; `frames` latent frames are what it must hold."""
-        make = functools.partial(ro.empty_cache, self.transformer, self.rollout, batch, frames, *size[:2])
+        make = functools.partial(
+            ro.empty_cache, self.transformer, self.rollout, batch, frames, *size[:2], dtype=self.cache_dtype
+        )
         if self.mesh is None:
             return jax.jit(make)()
         spread, whole = (NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))
