@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.diffusion.solvers import Solver
-from sf_jax.inference import sentencepiece
+from sf_jax.inference import quantization, sentencepiece
 from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
@@ -201,7 +201,7 @@ def load_digits(
     quantizer = quantizer_for(quantize)
     package = dataclasses.replace(package, params=quantize_params(package.params, quantizer))
     pipe = digits_pipeline(package, f"checkpoint {checkpoint}")
-    report = None if quantizer is None else quantizer.report()
+    report = quantization.report(quantizer, package.config, pipe.params)
     return dataclasses.replace(pipe, adapters=adapters.describe(loras), quantization=report, cache_dtype=cache_dtype)
 
 
@@ -441,6 +441,7 @@ def wan_pipeline(
         solver = Solver(name, shift, 50)
     if header is not None and header.kind == "causal":
         solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}
+    report = quantization.report(quantizer, network, params)
     if causal:
         network, params = generation_network(network, params, rollout, options.scan_layers)
     return VideoPipeline(
@@ -454,6 +455,6 @@ def wan_pipeline(
         sampling=Sampling(solver=solver, **guidance),
         many_steps=None if header is None else header.kind == "causal",
         adapters=adapters.describe(options.loras),
-        quantization=None if quantizer is None else quantizer.report(),
+        quantization=report,
         cache_dtype=options.cache_dtype,
     )

@@ -104,13 +104,13 @@ def linear(x: jax.Array, kernel: Scaled, bias: jax.Array, axes: tuple[str | None
     bias = partition.gather(bias, axes[1:]).astype(jnp.float32)
     dimensions, wide = (((x.ndim - 1,), (0,)), ((), ())), jnp.float32
     if not kernel.products:
-        y = jax.lax.dot_general(x, values.astype(x.dtype), dimensions, preferred_element_type=wide)
-        return (y * scale[0] + bias).astype(x.dtype)
+        y = jax.lax.dot_general(x, values.astype(x.dtype), dimensions)
+        return (y.astype(wide) * scale[0] + bias).astype(x.dtype)
     qwix = library()
     tokens = qwix.quantize(x.astype(wide), values.dtype, channelwise_axes=range(x.ndim - 1))
-    y = qwix.dot_general(tokens.qvalue, qwix.QArray(values, scale), dimensions, preferred_element_type=wide)
     # Rounded between the two scales: GPUs then write 16 bits, as both at once do not fit into the product's kernel.
-    return (y.astype(x.dtype).astype(wide) * tokens.scale + bias).astype(x.dtype)
+    y = qwix.dot_general(tokens.qvalue, qwix.QArray(values, scale), dimensions, preferred_element_type=x.dtype)
+    return (y.astype(wide) * tokens.scale + bias).astype(x.dtype)
 
 
 def multiplies(name: str, device: jax.Device) -> bool:
