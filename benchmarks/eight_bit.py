@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import pathlib
 import platform
 import subprocess
@@ -20,6 +21,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,12 +33,14 @@ from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.quantization import products_error
 from sf_jax.models import wan
+from sf_jax.models.eight_bit import LAYERS
 from sf_jax.models.slots import unstack_layers
 from sf_jax.weights import eight_bit
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "goldens" / "A"
 SHORT, LONG = 21, 84  # latent frames
-LED = (SHORT - 3, LONG - 3)
+LED = LONG - 3
+OUTLIERS = (1, 10, 30, 100)
 FULL = (60, 104, 16)  # latents of 480x832
 
 
@@ -98,13 +102,27 @@ def errors(ours: np.ndarray, reference: np.ndarray, chunk: int) -> np.ndarray:
     return np.array([np.linalg.norm(ours[p] - reference[p]) / np.linalg.norm(reference[p]) for p in parts])
 
 
-def led_error(pipe: VideoPipeline, reference: VideoPipeline, prompts, latents: np.ndarray, start: int) -> float:
-    """Relative error of the chunk at `start` behind the reference's latents."""
-    known = latents[:, :start]
-    frames = start + pipe.rollout.chunk
-    make = functools.partial(VideoPipeline.__call__, prompts=prompts, output="latent", frames=frames, initial=known)
-    ours, theirs = (make(each)[:, start:] for each in (pipe, reference))
+def led_error(pipe: VideoPipeline, reference: VideoPipeline, prompts, latents: np.ndarray) -> float:
+    """Relative error of the last chunk behind the reference's latents."""
+    options = {"output": "latent", "frames": LONG, "initial": latents[:, :LED]}
+    ours, theirs = (each(prompts, **options)[:, LED:] for each in (pipe, reference))
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def outliers(pipe: VideoPipeline, prompts) -> None:
+    """Prints what outliers do to a network's first chunk: weights of an input channel, and a channel of activations."""
+    print("\n| outlier | 8 bit | weights | products | first chunk |\n|---|---|---|---|---|")
+    for kind, factor, name in itertools.product(("weights", "activations"), OUTLIERS, eight_bit.GATE):
+        flat = flatten_dict(pipe.params)
+        if kind == "weights":
+            places = [("blocks", *layer.split("."), "kernel") for layer in LAYERS]
+            flat |= {place: flat[place].at[:, 5].multiply(factor) for place in places}
+        else:
+            flat["blocks", "modulation"] = flat["blocks", "modulation"].at[:, :, 1, 7].add(factor - 1)
+        wide = dataclasses.replace(pipe, params=unflatten_dict(flat))
+        narrow, figures = changed(wide, Variant("", quantize=name, products=True))
+        error = errors(*(each(prompts, output="latent", frames=3) for each in (narrow, wide)), 3)[0]
+        print(f"| {kind} x {factor} | {name} | {figures}{error:.4f} |", flush=True)
 
 
 def quality(name: str, pipe: VideoPipeline, prompts, judged: int) -> None:
@@ -113,29 +131,26 @@ def quality(name: str, pipe: VideoPipeline, prompts, judged: int) -> None:
     chunk = pipe.rollout.chunk
     ends = (1, SHORT // chunk, LONG // chunk)
     head = ["8 bit", "weights", "products", *(f"free, chunk {i}" for i in ends)]
-    head += [f"free, mean of {frames}" for frames in (SHORT, LONG)] + [
-        f"led, chunk {start // chunk + 1}" for start in LED
-    ]
-    head += [f"joint, {SHORT}", f"joint, {LONG}"] if judged else []
+    head += [*(f"free, mean of {frames}" for frames in (SHORT, LONG)), f"led, chunk {ends[2]}"]
+    head += [f"joint of {LONG}"] if judged else []
     print(f"\n{name}\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     if judged:
         judge, (texts, _, targets) = judging.load(), metrics.choose_prompts(judged)
-        scores = [f"{joint(pipe, judge, texts, targets, frames):.3f}" for frames in (SHORT, LONG)]
-        print(f"| none (float32) |{' |' * (len(head) - 3)} {' | '.join(scores)} |", flush=True)
+        print(f"| none (float32) |{' |' * (len(head) - 2)} {joint(pipe, judge, texts, targets):.3f} |", flush=True)
     for variant in VARIANTS:
         ours, figures = changed(pipe, variant)
         each = errors(ours(prompts, output="latent", frames=LONG), reference, chunk)
         row = [each[i - 1] for i in ends] + [each[: ends[1]].mean(), each.mean()]
-        row += [led_error(ours, pipe, prompts, reference, start) for start in LED]
+        row += [led_error(ours, pipe, prompts, reference)]
         row = [f"{x:.4f}" for x in row]
-        row += [f"{joint(ours, judge, texts, targets, n):.3f}" for n in (SHORT, LONG)] if judged else []
+        row += [f"{joint(ours, judge, texts, targets):.3f}"] if judged else []
         print(f"| {variant.title} | {figures}{' | '.join(row)} |", flush=True)
 
 
-def joint(pipe: VideoPipeline, judge, texts: list[str], targets: metrics.Targets, frames: int) -> float:
+def joint(pipe: VideoPipeline, judge, texts: list[str], targets: metrics.Targets) -> float:
     """The share of windows in which the judge sees the digit and the direction that were asked for."""
     starts = range(0, len(texts), 64)
-    videos = np.concatenate([pipe(texts[i : i + 64], frames=frames, first_index=i) for i in starts])
+    videos = np.concatenate([pipe(texts[i : i + 64], frames=LONG, first_index=i) for i in starts])
     return float(metrics.correctness(judge(videos), targets)["joint"].mean())
 
 
@@ -204,7 +219,7 @@ def main() -> None:
     parser.add_argument("--memory", choices=["h100"], help="bytes of the compiled programs, instead of quality")
     parser.add_argument("--layers", type=int, default=30, help="of the compiled network")
     parser.add_argument("--scan_layers", action="store_true", help="one block scanned over stacked layers")
-    parser.add_argument("--judged", type=int, default=160, help="videos of digits that are judged")
+    parser.add_argument("--judged", type=int, default=64, help="videos of digits that are judged")
     args = parser.parse_args()
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     versions = f"JAX {jax.__version__}, Python {platform.python_version()}, qwix {importlib.metadata.version('qwix')}"
@@ -212,8 +227,10 @@ def main() -> None:
     if args.memory:
         memory(args.scan_layers, args.layers)
         return
-    prompts, _, _ = metrics.choose_prompts(160)
-    quality("Moving digits, the shipped student", load_pipeline(), prompts[:160:10], args.judged)
+    prompts = metrics.choose_prompts(160)[0][::10]
+    pipe = load_pipeline()
+    outliers(pipe, prompts)
+    quality("Moving digits, the shipped student", pipe, prompts, args.judged)
     pipe = golden_pipeline()
     config = pipe.transformer.config
     embeddings = np.asarray(jax.random.normal(jax.random.key(3), (4, config.text_len, config.text_dim)))
