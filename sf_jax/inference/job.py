@@ -73,6 +73,8 @@ class Job:
       schedule: file of prompts that change while the video plays (`scenes.read_schedule`), in place of `prompts`.
       vae: "wan" or "tiny", or the file of a VAE.
       dtype: of parameters and computation.
+      quantize: "int8" or "fp8", for the network's weights.
+      cache_dtype: of a causal network's cached keys and values, one of `kv_cache.DTYPES`.
       save_latents: whether to write the latents beside the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
       names: what videos are named after, one for each prompt; empty is the prompts themselves.
@@ -115,6 +117,8 @@ class Job:
     schedule: str | None = None
     vae: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
+    cache_dtype: str | None = None
     save_latents: bool = False
     vbench_names: bool = False
     names: tuple[str, ...] = ()
@@ -206,7 +210,7 @@ class Job:
             "a few-step student has none: choose a --solver": self.few_steps * ("steps", "guidance", "negative_prompt"),
             "it is for few steps, without --solver": (not self.few_steps) * steps,
             "it is for a causal network: give --checkpoint": (not self.is_causal)
-            * ("part", "chunk", "window", "sink", "positions", "context"),
+            * ("part", "chunk", "window", "sink", "positions", "context", "cache_dtype"),
         }
         for reason, fields in no_effect.items():
             for field in fields:
@@ -311,6 +315,8 @@ class Job:
             devices=devices,
             loras=self.lora,
             unread=unread,
+            quantize=self.quantize,
+            cache_dtype=self.cache_dtype,
             **named,
         )
 
@@ -343,7 +349,10 @@ class Job:
 
     def digits_pipeline(self) -> VideoPipeline:
         """The pipeline of moving digits that the job asks for."""
-        pipe, changes = load_digits(self.checkpoint, self.lora), self.rollout_changes
+        pipe, changes = (
+            load_digits(self.checkpoint, self.lora, self.quantize, self.cache_dtype),
+            self.rollout_changes,
+        )
         solver, asked = pipe.sampling.solver, {"name": self.solver, "steps": self.steps, "shift": self.shift}
         asked = {name: value for name, value in asked.items() if value is not None}
         if solver is None:

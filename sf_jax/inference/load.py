@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.diffusion.solvers import Solver
-from sf_jax.inference import sentencepiece
+from sf_jax.inference import quantization, sentencepiece
 from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.text_encoder import Umt5TextEncoder
-from sf_jax.models import attention
+from sf_jax.models import attention, eight_bit
+from sf_jax.models.kv_cache import DTYPES as CACHE_DTYPES
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.slots import unstack_layers
 from sf_jax.models.text import WordEmbedding
@@ -26,6 +27,7 @@ from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
+from sf_jax.weights.eight_bit import quantize_params, quantizer_for
 from sf_jax.weights.folders import ModelFiles, find_model, find_tokenizer, find_weights, read_solver
 from sf_jax.weights.networks import check_network, load_network, network_kind, read_sizes
 from sf_jax.weights.package import SHIPPED, Package, check_told_sizes, load_package, read_header, shipped_path
@@ -65,6 +67,8 @@ class WanOptions:
       tokenizer: its tokenizer.json, spiece.model or the folder of one, instead of the folder's; without either, what
         the file of the text encoder holds.
       unread: whether zeros take the place of all weights: for `sf_jax.warm`, which compiles and shows nothing.
+      quantize: "int8" or "fp8" for the transformer's weights (`eight_bit.LAYERS`); None keeps `dtype`.
+      cache_dtype: of a causal network's cached keys and values, one of `kv_cache.DTYPES`; None is `dtype`.
     """
 
     checkpoint: str | Path | None = None
@@ -81,9 +85,12 @@ class WanOptions:
     text_encoder: str | Path | None = None
     tokenizer: str | Path | None = None
     unread: bool = False
+    quantize: str | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self):
         """Validates names."""
+        check_eight_bit(self.quantize, self.cache_dtype)
         if self.dtype not in (None, "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}: it must be one of bfloat16, float32")
         is_file = Path(self.vae).suffix or Path(self.vae).exists() or hub.parse(str(self.vae))
@@ -98,7 +105,7 @@ class WanOptions:
         if self.devices is not None and not (isinstance(self.devices, Sequence) and len(self.devices)):
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if self.checkpoint is None:
-            for name in ("part", "rollout", "scan_layers"):
+            for name in ("part", "rollout", "scan_layers", "cache_dtype"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no effect without checkpoint: it is for causal networks")
             if self.encoder:
@@ -127,7 +134,8 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
         .safetensors file of moving digits that training wrote; "student" or "teacher" for the shipped ones. None is
         the shipped student, or, where `transformer` or `text_encoder` is given, no folder.
       checkpoint: with a folder, weights of a causal transformer; None is the folder's own bidirectional one.
-      **options: with a folder, other fields of `WanOptions`; `loras`, adapters to merge, also without.
+      **options: with a folder, other fields of `WanOptions`; `loras`, adapters to merge, `quantize` and `cache_dtype`
+        also without.
 
     Raises:
       ValueError: if a file is missing, damaged, or something else.
@@ -136,12 +144,13 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
         raise ValueError(f"model is {model!r}: give a folder of Wan2.1 or a .safetensors file of moving digits")
     if not _is_wan(model, options):
         loras = as_loras(options.pop("loras", ()))
+        narrow = {name: options.pop(name, None) for name in ("quantize", "cache_dtype")}
         for name in ({"checkpoint": checkpoint} if checkpoint is not None else {}) | options:
             raise ValueError(f"{name} is given without a model folder: it is for Wan")
         shipped_or_hub = model is None or str(model) in SHIPPED or hub.parse(str(model)) is not None
         if not shipped_or_hub and not Path(model).exists():
             raise ValueError(f"model {model} does not exist: give a folder of Wan2.1, or weights of moving digits")
-        return load_digits(model, loras)
+        return load_digits(model, loras, **narrow)
     fields = {field.name for field in dataclasses.fields(WanOptions)}
     if set(options) - fields:
         raise ValueError(f"{sorted(set(options) - fields)[0]} is no option: options are {', '.join(sorted(fields))}")
@@ -158,22 +167,44 @@ def _is_wan(model: str | Path | None, options: dict) -> bool:
     return Path(model).is_dir() if place is None else Path(place.path).suffix not in _WEIGHTS
 
 
-def load_digits(checkpoint: str | Path | None = None, loras: Sequence[Lora] = ()) -> VideoPipeline:
+def check_eight_bit(quantize: str | None, cache_dtype: str | None) -> None:
+    """Refuses types that weights or caches cannot have."""
+    for name, value, allowed in (("quantize", quantize, eight_bit.DTYPES), ("cache_dtype", cache_dtype, CACHE_DTYPES)):
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+    if cache_dtype in eight_bit.DTYPES:
+        eight_bit.library()
+
+
+def load_digits(
+    checkpoint: str | Path | None = None,
+    loras: Sequence[Lora] = (),
+    quantize: str | None = None,
+    cache_dtype: str | None = None,
+) -> VideoPipeline:
     """Loads a network of moving digits: a .safetensors file that training wrote, "student" or "teacher" (shipped ones).
 
     Args:
       checkpoint: the file; None is the shipped student.
       loras: adapters to merge into it.
+      quantize: see `WanOptions`.
+      cache_dtype: see `WanOptions`.
 
     Raises:
       ValueError: if the file is missing, damaged, or something else.
     """
+    check_eight_bit(quantize, cache_dtype)
     checkpoint = "student" if checkpoint is None else checkpoint
     path = shipped_path(str(checkpoint)) if str(checkpoint) in SHIPPED else hub.local_file(checkpoint)
     package = load_package(path)
     package = dataclasses.replace(package, params=adapters.merge_params(package.params, package.config, loras))
+    if cache_dtype is not None and package.kind == "teacher":
+        raise ValueError(f"cache_dtype is {cache_dtype!r}: {checkpoint} is a bidirectional network and has no cache")
+    quantizer = quantizer_for(quantize)
+    package = dataclasses.replace(package, params=quantize_params(package.params, quantizer))
     pipe = digits_pipeline(package, f"checkpoint {checkpoint}")
-    return dataclasses.replace(pipe, adapters=adapters.describe(loras))
+    report = quantization.report(quantizer, package.config, pipe.params)
+    return dataclasses.replace(pipe, adapters=adapters.describe(loras), quantization=report, cache_dtype=cache_dtype)
 
 
 def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
@@ -241,7 +272,7 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
     if files.config is None:
         raise ValueError(f"model folder {folder} has no config.json of a transformer, nor transformer/config.json")
     _check_header(path, files.config)
-    guess = check_network(path, "transformer", files.config, part, scaled=own and "transformer" in named)
+    guess = check_network(path, "transformer", files.config, part, scaled=_reads_scaled(files, options))
     adapters.check_loras(options.loras, files.config)
     if options.checkpoint is None:
         _refuse_causal(files.transformer)
@@ -253,6 +284,12 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
     for kind in {decoder_kind(files, options), "vae" if options.encoder else None} - {None}:
         check_network(getattr(files, kind), kind)
     return files
+
+
+def _reads_scaled(files: ModelFiles, options: WanOptions) -> bool:
+    """Whether scaled float8 is read: of a transformer that is named for it, or where float8 is asked for anyway."""
+    named = "transformer" in files.named and options.checkpoint is None
+    return named or options.quantize == "fp8"
 
 
 def _check_header(path: Path, config: WanConfig) -> None:
@@ -398,12 +435,14 @@ def wan_pipeline(
       ValueError: see `find_wan`.
     """
     files = files or find_wan(folder, options)
-    named = "transformer" in files.named and options.checkpoint is None
     dtype, mesh = options.compute_dtype, wan_mesh(options.devices)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     path = _transformer_path(files, options)
-    where, unread = (options.part, everywhere), {"unread": options.unread}
-    _, params = load_network(path, "transformer", files.config, dtype, *where, options.loras, named, **unread)
+    scaled, device = _reads_scaled(files, options), None if mesh is None else mesh.devices.flat[0]
+    quantizer, where = quantizer_for(options.quantize, device), (options.part, everywhere)
+    unread = {"unread": options.unread}
+    how = (options.loras, scaled, quantizer)
+    _, params = load_network(path, "transformer", files.config, dtype, *where, *how, **unread)
     causal, kind, decoder = options.checkpoint is not None, decoder_kind(files, options), None
     if kind is not None:
         config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere, **unread)
@@ -419,6 +458,7 @@ def wan_pipeline(
         solver = Solver(name, shift, 50)
     if header is not None and header.kind == "causal":
         solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}
+    report = quantization.report(quantizer, network, params)
     if causal:
         network, params = generation_network(network, params, rollout, options.scan_layers)
     return VideoPipeline(
@@ -432,4 +472,6 @@ def wan_pipeline(
         sampling=Sampling(solver=solver, **guidance),
         many_steps=None if header is None else header.kind == "causal",
         adapters=adapters.describe(options.loras),
+        quantization=report,
+        cache_dtype=options.cache_dtype,
     )

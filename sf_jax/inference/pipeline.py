@@ -27,6 +27,8 @@ from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
+from sf_jax.weights import eight_bit
+from sf_jax.weights.eight_bit import Quantization
 
 if TYPE_CHECKING:
     from sf_jax.inference.stream_memory import StreamBytes
@@ -53,6 +55,8 @@ class VideoPipeline:
       progress: whether to show a bar, on a terminal, where a whole video is generated in many steps.
       adapters: what was merged into the parameters, a few words each.
       executables: where compiled programs are kept, as the commands do.
+      quantization: how the parameters were quantized to 8 bits; None where they were not.
+      cache_dtype: in what cached keys and values are kept, one of `kv_cache.DTYPES`; None is the network's type.
     """
 
     text_encoder: TextEncoder | None
@@ -69,6 +73,8 @@ class VideoPipeline:
     progress: bool = True
     adapters: tuple[str, ...] = ()
     executables: Executables | None = None
+    quantization: Quantization | None = None
+    cache_dtype: str | None = None
 
     @property
     def kind(self) -> str:
@@ -91,8 +97,10 @@ class VideoPipeline:
         """One line on what runs: network, sizes, adapters, devices, attention, window and decoder."""
         config = self.transformer.config
         devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        count = eight_bit.count(self.params)
         parts = [f"{self.kind} network, {count / 1e6:.4g} M parameters", *self.adapters, f"{config.dtype}"]
+        parts += [] if self.quantization is None else [self.quantization.describe()]
+        parts += [] if self.cache_dtype is None else [f"cache {self.cache_dtype}"]
         layers = "" if config.scan_layers else ", layers apart"
         parts += [f"attention {self._attention()}{layers}", f"{len(devices)} x {devices[0].device_kind}"]
         if self.rollout is not None:
@@ -448,7 +456,9 @@ class VideoPipeline:
 
     def _empty_cache(self, batch: int, frames: int, size: tuple[int, ...]):
         """An empty cache, made on its devices; `frames` latent frames are what it must hold."""
-        make = functools.partial(ro.empty_cache, self.transformer, self.rollout, batch, frames, *size[:2])
+        make = functools.partial(
+            ro.empty_cache, self.transformer, self.rollout, batch, frames, *size[:2], dtype=self.cache_dtype
+        )
         if self.mesh is None:
             return jax.jit(make)()
         spread, whole = (NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))

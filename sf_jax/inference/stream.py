@@ -448,4 +448,5 @@ def stream_spec(pipe: VideoPipeline) -> StreamSpec:
         raise ValueError(
             "window is None: an endless stream needs one, such as 21 latent frames (pipe.with_rollout(window=21))"
         )
-    return StreamSpec(pipe.transformer, pipe.rollout, pipe.latent_size(pipe.sampling), pipe.noise_number)
+    size = pipe.latent_size(pipe.sampling)
+    return StreamSpec(pipe.transformer, pipe.rollout, size, pipe.noise_number, pipe.cache_dtype)

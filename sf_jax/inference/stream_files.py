@@ -46,7 +46,7 @@ def write(
       ValueError: if the path cannot be written.
     """
     arrays = {name: np.asarray(value) for name, value in _flat(one).items()}
-    arrays = {name: value for name, value in arrays.items() if not (compact and name in KEYS_VALUES)}
+    arrays = {name: value for name, value in arrays.items() if not (compact and _is_cache(name))}
     arrays["embeddings"] = embeddings
     tensors = TensorFile(
         path,
@@ -95,9 +95,9 @@ def read(
                 raise ValueError(f"path: {path} was saved with {name} {quoted(described.get(name))}: here it is {here}")
         if there != _digest(weights):
             raise ValueError(f"path: {path} was saved with other weights: load the same checkpoint and decoder")
-        compact, arrays = not set(KEYS_VALUES) & set(file), {}
+        compact, arrays = not any(map(_is_cache, file)), {}
         for name, shape in _flat(like).items():
-            if compact and name in KEYS_VALUES:
+            if compact and _is_cache(name):
                 arrays[name] = np.zeros(shape.shape, shape.dtype)
             elif name not in file:
                 raise ValueError(f"path: {path} is damaged ({name} is missing)")
@@ -112,6 +112,11 @@ def read(
     _check_host(path, host, leaves, embeddings)
     text = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.text)
     return leaves.replace(text=text), host, embeddings, compact
+
+
+def _is_cache(name: str) -> bool:
+    """Whether an array is one of the keys and values, or of their scales."""
+    return name.partition(".")[0] in KEYS_VALUES
 
 
 def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray) -> None:
@@ -151,7 +156,7 @@ def _described(spec: StreamSpec) -> dict[str, Any]:
     for name in ("remat", "attention", "scan_layers"):  # the same numbers, computed in another way
         del fields[f"model.{name}"]
     fields |= {f"rollout.{name}": value for name, value in dataclasses.asdict(spec.rollout).items()}
-    fields |= {"size": spec.size, "noise_number": spec.noise_number}
+    fields |= {"size": spec.size, "noise_number": spec.noise_number, "cache_dtype": spec.cache_dtype}
     return json.loads(json.dumps(fields))
 
 

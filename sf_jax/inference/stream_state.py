@@ -19,6 +19,7 @@ from sf_jax import rollout as ro
 from sf_jax.inference.decoders import Decoder
 from sf_jax.inference.programs import COMPILER_OPTIONS
 from sf_jax.models import kv_cache
+from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.patch_codec import to_uint8
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
@@ -37,12 +38,14 @@ class StreamSpec:
       rollout: how it generates; it has a window.
       size: (H, W, C) of a latent frame.
       noise_number: see `VideoPipeline`.
+      cache_dtype: see `VideoPipeline`.
     """
 
     model: WanTransformer
     rollout: ro.RolloutConfig
     size: tuple[int, int, int]
     noise_number: int | None
+    cache_dtype: str | None = None
 
     @property
     def capacity(self) -> int:
@@ -55,7 +58,7 @@ class StreamState:
     """S streams.
 
     Attributes:
-      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding.
+      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding; scaled where of 8 bits.
       v: [L, S, capacity*tokens, N, D].
       held: int32 [S, capacity], number of the frame that each slot of the cache holds; -1 where it is empty.
       latents: float32 [S, capacity, H, W, C], the clean latents of the same frames.
@@ -70,8 +73,8 @@ class StreamState:
       number: int32 [S], of the video, as `first_index` of a pipeline.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Scaled
+    v: jax.Array | Scaled
     held: jax.Array
     latents: jax.Array
     text: KeysValues
@@ -88,7 +91,7 @@ class StreamState:
 def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
     """`slots` streams that have not begun."""
     config, (height, width, channels) = spec.model.config, spec.size
-    cache = ro.empty_cache(spec.model, spec.rollout, slots, spec.rollout.window, height, width)
+    cache = ro.empty_cache(spec.model, spec.rollout, slots, spec.rollout.window, height, width, dtype=spec.cache_dtype)
     shape = (config.num_layers, slots, config.text_len, config.num_heads, config.head_dim)
     text = KeysValues(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
     whole = jnp.zeros(slots, jnp.int32)
@@ -323,7 +326,8 @@ def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
             last = jax.lax.dynamic_slice_in_dim(a, newest * width, width, axis)
             return jnp.where(fewer, jax.lax.dynamic_update_slice_in_dim(a, last, sink * width, axis), a)
 
-        one = one.replace(k=moved(one.k, 2, tokens), v=moved(one.v, 2, tokens), latents=moved(one.latents, 1, 1))
+        k, v = jax.tree.map(lambda a: moved(a, 2, tokens), (one.k, one.v))
+        one = one.replace(k=k, v=v, latents=moved(one.latents, 1, 1))
     places = jnp.arange(spec.capacity)
     held = jnp.where(fewer, jnp.where(places < kept, places, -1), one.held)
     age = jnp.where(fewer, kept, one.age)

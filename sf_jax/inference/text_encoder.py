@@ -56,8 +56,8 @@ class Embedder:
             # every device needs a prompt
             ids, mask = self.tokenizer.encode(part + part[:1] * (size - len(part)))
             arguments = (self.config, self.params, *jax.device_put((ids, mask), split))
-            embed = embed_tokens if self.executables is None else functools.partial(self.executables.call, embed_tokens, (0,))
-            found = np.asarray(embed(*arguments))
+            keep = self.executables
+            found = np.asarray(embed_tokens(*arguments) if keep is None else keep.call(embed_tokens, (0,), *arguments))
             yield from zip(found[: len(part)], mask.sum(axis=1).tolist(), strict=False)
 
 

@@ -1,22 +1,27 @@
 """The key/value cache of a causal video transformer: an explicit pytree of fixed shape.
 
 Keys are stored without rotary embedding and rotated when they are read. With a window the cache is a ring: the first
-`sink` frames stay for ever, and a new frame overwrites the oldest of the others; nothing is ever shifted.
+`sink` frames stay for ever, and a new frame overwrites the oldest of the others; nothing is ever shifted. Keys and
+values may be kept in 8 bits (`eight_bit.Scaled`); their readers cast them with `astype`.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from sf_jax.models import eight_bit
+from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.partition import constrain
+
+DTYPES = ("bfloat16", "float32", *eight_bit.DTYPES)
 
 
 @flax.struct.dataclass
 class KeysValues:
     """Keys (without rotary embedding) and values [L, B, T, N, D] of all layers."""
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Scaled
+    v: jax.Array | Scaled
 
 
 @flax.struct.dataclass
@@ -30,8 +35,8 @@ class KVCache:
       sink: number of first frames that are never overwritten (static).
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Scaled
+    v: jax.Array | Scaled
     frames: jax.Array
     sink: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -53,14 +58,15 @@ def init_cache(
     tokens_per_frame: int,
     heads: int,
     head_dim: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype | str = jnp.float32,
     sink: int = 0,
 ) -> KVCache:
-    """An empty cache of `capacity` frames (see `KVCache` for the shapes)."""
+    """An empty cache of `capacity` frames (see `KVCache` for the shapes); `dtype` may be "int8" or "fp8"."""
     if not 0 <= sink <= capacity:
         raise ValueError(f"sink is {sink} frames: it must be between 0 and the cache's capacity of {capacity} frames")
     shape = (layers, batch, capacity * tokens_per_frame, heads, head_dim)
-    k, v = (constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None) for _ in range(2))
+    k, v = (eight_bit.zeros(shape, dtype) for _ in range(2))
+    k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (k, v))
     return KVCache(
         k=k,
         v=v,
@@ -98,7 +104,8 @@ def write(
     tokens = cache.tokens_per_frame
     if not cache.capacity:
         return cache
-    keys, values, frames = cache.k, cache.v, cache.frames
+    stored, frames = (cache.k, cache.v), cache.frames
+    new = tuple(eight_bit.like(old, a) for old, a in zip(stored, (k, v), strict=True))
     for i in range(k.shape[2] // tokens):
         frame = jnp.asarray(start, jnp.int32) + i
         slot, dropped = slot_of(cache, frame)
@@ -109,11 +116,11 @@ def write(
             if dropped is not False:
                 kept = jax.lax.dynamic_slice(old, at, (*old.shape[:2], tokens, *old.shape[3:]))
                 new = jnp.where(dropped, kept, new)
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            return jax.lax.dynamic_update_slice(old, new, at)
 
-        keys, values = put(keys, k[:, :, part]), put(values, v[:, :, part])
+        stored = jax.tree.map(lambda old, a, part=part, put=put: put(old, a[:, :, part]), stored, new)
         frames = frames.at[slot].set(frame if dropped is False else jnp.where(dropped, frames[slot], frame))
-    return cache.replace(k=keys, v=values, frames=frames)
+    return cache.replace(k=stored[0], v=stored[1], frames=frames)
 
 
 def slot_of(cache: KVCache, frame: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -140,7 +147,8 @@ def within(cache: KVCache, start: jax.Array | int, capacity: int) -> KVCache:
         by_frame = x.reshape(*x.shape[:2], cache.capacity, tokens, *x.shape[3:])
         return jnp.take(by_frame, slots, axis=2, mode="clip").reshape(*x.shape[:2], capacity * tokens, *x.shape[3:])
 
-    return KVCache(part(cache.k), part(cache.v), cache.frames[slots], sink)
+    k, v = jax.tree.map(part, (cache.k, cache.v))
+    return KVCache(k, v, cache.frames[slots], sink)
 
 
 def in_order(cache: KVCache, total: int) -> KVCache:
@@ -158,7 +166,8 @@ def in_order(cache: KVCache, total: int) -> KVCache:
         return jnp.concatenate([sink, older, newer], axis)
 
     tokens = cache.tokens_per_frame
-    k, v, frames = turned(cache.k, 2, tokens), turned(cache.v, 2, tokens), turned(cache.frames, 0, 1)
+    frames = turned(cache.frames, 0, 1)
+    k, v = jax.tree.map(lambda a: turned(a, 2, tokens), (cache.k, cache.v))
     return cache.replace(k=k, v=v, frames=frames)
 
 

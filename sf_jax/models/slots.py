@@ -56,7 +56,7 @@ def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, 
     tokens = seen * cache.tokens_per_frame
 
     def slots(layer):
-        k, v = cache.k[layer, :, :tokens], cache.v[layer, :, :tokens]
+        k, v = (a[layer, :, :tokens].astype(text.k.dtype) for a in (cache.k, cache.v))
         room = jnp.zeros((k.shape[0], own, *k.shape[2:]), k.dtype)
         k, v = (
             constrain(jnp.concatenate([room, a], axis=1), "batch", None, "heads", None)
@@ -83,13 +83,13 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
 def unstack_layers(params: dict, delete: bool = False) -> dict:
     """Parameters for `scan_layers=False` from stacked ones; with `delete`, each stack is freed once it is copied."""
     blocks = flatten_dict(params["blocks"])
-    layers = len(next(iter(blocks.values())))
+    layers = len(jax.tree.leaves(blocks)[0])
     parts = [{} for _ in range(layers)]
     for path, stack in blocks.items():
         for layer, part in enumerate(parts):
-            part[path] = stack[layer]
+            part[path] = jax.tree.map(lambda a, layer=layer: a[layer], stack)
         if delete:
-            stack.delete()
+            jax.tree.map(lambda a: a.delete(), stack)
     rest = {name: value for name, value in params.items() if name != "blocks"}
     return rest | {f"blocks_{layer}": unflatten_dict(part) for layer, part in enumerate(parts)}
 

@@ -76,6 +76,7 @@ class Model:
       options: of `load_pipeline`, for Wan.
       rollout: fields of `RolloutConfig` that differ from the model's.
       size: `height` and `width`, where they differ.
+      narrow: `quantize` and `cache_dtype` of `load_pipeline`.
     """
 
     folder: str | None = None
@@ -83,6 +84,7 @@ class Model:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     rollout: dict[str, Any] = dataclasses.field(default_factory=dict)
     size: dict[str, int] = dataclasses.field(default_factory=dict)
+    narrow: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         """Checks what needs no file."""
@@ -94,8 +96,10 @@ class Model:
     def load(self) -> VideoPipeline:
         """Loads the pipeline."""
         if self.folder is None:
-            return load_pipeline(self.checkpoint).with_rollout(**self.rollout).with_sampling(**self.size)
-        pipe = load_pipeline(self.folder, checkpoint=self.checkpoint, keep_text_encoder=True, **self.options)
+            pipe = load_pipeline(self.checkpoint, **self.narrow)
+            return pipe.with_rollout(**self.rollout).with_sampling(**self.size)
+        options = self.options | self.narrow
+        pipe = load_pipeline(self.folder, checkpoint=self.checkpoint, keep_text_encoder=True, **options)
         window = WAN_WINDOW if pipe.rollout.window is None else {}
         return pipe.with_rollout(**window | self.rollout).with_sampling(**self.size)
 

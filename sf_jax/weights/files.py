@@ -26,6 +26,7 @@ def open_tensors(
     need_part: bool = True,
     scaled: bool = True,
     kind: str | None = None,
+    dtype: str | None = None,
 ) -> TensorFile:
     """Opens a weight file; what it is, is told from its content, not from its suffix.
 
@@ -37,8 +38,9 @@ def open_tensors(
         file, everything.
       need_part: refuse `part` for a file that is a single state dict, or has one under some name; otherwise it is
         ignored then.
-      scaled: whether scaled float8 is read: multiplied by its scales, as float32. Otherwise it is refused.
+      scaled: whether scaled float8 is read: multiplied by its scales. Otherwise it is refused.
       kind: of an all-in-one file, the network that is to be read, such as "vae": others may be scaled all the same.
+      dtype: type of scaled float8 when it is read; None is float32.
 
     Returns:
       The tensors, of which only names, shapes and types have been read. They are numpy arrays with the file's types
@@ -76,7 +78,7 @@ def open_tensors(
                 f"write them out with python -m sf_jax.convert --input={path} --output=FILE.safetensors "
                 "--dtype=bfloat16, or name the file by --transformer or --text_encoder of sf_jax.generate"
             )
-        tensors = dequantized(tensors)
+        tensors = dequantized(tensors, dtype or "float32")
         return tensors if part not in NETWORK_PARTS else _network(tensors, part)
     except ValueError:
         tensors.close()

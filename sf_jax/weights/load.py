@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from sf_jax.models.eight_bit import DTYPES
 from sf_jax.weights import mapping, vae
+from sf_jax.weights.eight_bit import Quantizer
 from sf_jax.weights.mapping import Entry
 from sf_jax.weights.names import bare_names
 from sf_jax.weights.recognize import recognize
@@ -81,7 +84,13 @@ def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) 
 
 
 def load_params(
-    entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str, dtype=None, shardings: dict | None = None
+    entries: Sequence[Entry],
+    tensors: TensorFile,
+    like: dict,
+    what: str,
+    dtype=None,
+    shardings: dict | None = None,
+    quantizer: Quantizer | None = None,
 ) -> dict:
     """Loads a file into device arrays; of every leaf only this process's shards are in host memory, one leaf at a time.
 
@@ -95,9 +104,11 @@ def load_params(
       dtype: type of the numbers; None keeps the file's (where the layers of a leaf differ, one that holds all; of
         float8, bfloat16).
       shardings: a tree like `like` of shardings; None puts all on the default device.
+      quantizer: of kernels: each is quantized before the next one is loaded. Those that the file has in the same
+        float8, plain or with a scale for each output channel, are taken over with their scales.
 
     Returns:
-      A tree like `like` of `jax.Array`.
+      A tree like `like` of `jax.Array`, and of `eight_bit.Scaled` where kernels are quantized.
 
     Raises:
       ValueError: naming the tensors that are missing, unexpected or misshaped, or because the file is damaged.
@@ -107,13 +118,53 @@ def load_params(
     leaves = mapping.by_leaf(entries, tensors)
 
     def leaf(path, shape, sharding=None):
-        found = leaves[tuple(part.key for part in path)]
+        path = tuple(part.key for part in path)
+        found = leaves[path]
+        quantized = quantizer is not None and quantizer.wants(path)
+        narrow = DTYPES[quantizer.name] if quantized else None
+        if quantized and all(_is_stored(tensors, entry.name, narrow) for entry in found):
+            values, scale = _stored(tensors, found, narrow)
+            values = _load_leaf(found, values, tuple(shape.shape), narrow, sharding)
+            one_row, placed = (*shape.shape[:-2], 1, shape.shape[-1]), _of_scales(sharding, len(shape.shape))
+            return quantizer.keep(path, values, _load_leaf(found, scale, one_row, np.dtype(np.float32), placed))
         # bfloat16 has all numbers of float8, with which nothing computes.
         kept = [BFLOAT16 if is_float8(tensors.dtypes[entry.name]) else tensors.dtypes[entry.name] for entry in found]
         kept = functools.reduce(jnp.promote_types, kept)
-        return _load_leaf(found, tensors, tuple(shape.shape), np.dtype(dtype or kept), sharding)
+        loaded = _load_leaf(found, tensors, tuple(shape.shape), np.dtype(dtype or kept), sharding)
+        return quantizer.quantize(path, loaded) if quantized else loaded
 
     return jax.tree_util.tree_map_with_path(leaf, like, *(() if shardings is None else (shardings,)))
+
+
+def _is_stored(tensors: TensorFile, name: str, dtype: np.dtype) -> bool:
+    """Whether a file has a matrix in an 8-bit type as it is used."""
+    if name in tensors.float8:
+        return tensors.float8[name].dtype == dtype
+    return tensors.dtypes[name] == dtype
+
+
+def _stored(tensors: TensorFile, found: Sequence[Entry], dtype: np.dtype) -> tuple[TensorFile, TensorFile]:
+    """The 8-bit numbers and the scales [out, 1] of a leaf's tensors."""
+    names = [entry.name for entry in found]
+
+    def scale(name):
+        return tensors.float8[name].scale() if name in tensors.float8 else np.ones(rows[name], np.float32)
+
+    def values(name):
+        return tensors.float8[name].read() if name in tensors.float8 else tensors[name]
+
+    shapes = {name: tensors.shapes[name] for name in names}
+    rows = {name: (shape[0], 1) for name, shape in shapes.items()}
+    numbers = TensorFile(tensors.path, shapes, dict.fromkeys(names, dtype), values)
+    return numbers, TensorFile(tensors.path, rows, dict.fromkeys(names, np.float32), scale)
+
+
+def _of_scales(sharding: jax.sharding.Sharding | None, axes: int) -> jax.sharding.Sharding | None:
+    """Where the scales [..., 1, out] of a kernel [..., in, out] go that is split so."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [*sharding.spec, *[None] * (axes - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], None, spec[-1]))
 
 
 def _load_leaf(found, tensors, shape, dtype, sharding) -> jax.Array:

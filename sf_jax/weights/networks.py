@@ -13,6 +13,7 @@ from sf_jax.messages import with_article
 from sf_jax.models.wan import WanConfig
 from sf_jax.weights import adapters, mapping, reading
 from sf_jax.weights.adapter_list import Lora
+from sf_jax.weights.eight_bit import Quantizer
 from sf_jax.weights.experts import refuse_other_transformers
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import read_config
@@ -124,6 +125,7 @@ def load_network(
     sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
     loras: Sequence[Lora] = (),
     scaled: bool = False,
+    quantizer: Quantizer | None = None,
     unread: bool = False,
 ) -> tuple[Any, dict]:
     """Loads a network; a bar on a terminal shows how much of a large file has been read.
@@ -139,6 +141,7 @@ def load_network(
         default device.
       loras: adapters to merge into a transformer.
       scaled: whether scaled float8 is read; see `open_tensors`.
+      quantizer: of a transformer's kernels; None leaves them as they are.
       unread: whether zeros take the place of what the file holds, which is all that compiling needs.
 
     Returns:
@@ -147,14 +150,15 @@ def load_network(
     Raises:
       ValueError: if the file is damaged or not that of such a network; the message says what it seems to be.
     """
-    with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
+    # What adapters are added to is rounded afterwards.
+    with open_tensors(path, part, scaled=scaled, kind=kind, dtype=None if loras else dtype) as tensors:
         tensors, _, (config, entries, like) = _mapped(tensors, kind, config)
         shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
         with (
             adapters.merged(tensors, loras, config, wide=dtype is not None) as tensors,
             reading.zeros(tensors) if unread else reading.shown(tensors, kind) as tensors,
         ):
-            return config, load_params(entries, tensors, like, kind, dtype, shardings)
+            return config, load_params(entries, tensors, like, kind, dtype, shardings, quantizer)
 
 
 def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Guess, tuple]:

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sf_jax.weights.tensors import TensorFile, empty_aligned, is_float8
+from sf_jax.weights.tensors import Float8, TensorFile, cast, empty_aligned, is_float8
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 # Scales of activations, and ComfyUI's notes: they do not change the weights.
 _NOTES = (".scale_input", ".input_scale", ".comfy_quant")
 _BLOCK = 128  # side of the usual blocks, whose last ones may be cut
+_STEP = 1 << 20  # numbers that are in float32 at a time
 _OTHERS = (
     (r"\.SCB$", "bitsandbytes' int8"),
     (r"\.quant_state\.|\.(nested_)?(absmax|quant_map)$", "bitsandbytes' 4 bits"),
@@ -73,13 +74,14 @@ def scale_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def dequantized(tensors: TensorFile) -> TensorFile:
-    """The weights of a scaled float8 file: float32, exactly the stored number times its scale.
+def dequantized(tensors: TensorFile, dtype=np.float32) -> TensorFile:
+    """The weights of a scaled float8 file: the stored number times its scale, exact in float32 and then rounded.
 
-    A scale is one number, one for each row, or one for each block of the weight.
+    A scale is one number, one for each row, or one for each block of the weight. Few numbers are in float32 at a time.
 
     Args:
       tensors: The file; others are returned as they are.
+      dtype: Type of the weights.
 
     Raises:
       ValueError: If a scale does not fit its weight; when it is read, if it is no number.
@@ -95,27 +97,53 @@ def dequantized(tensors: TensorFile) -> TensorFile:
             kind = "MXFP8" if tensors.dtypes[scale].kind == "u" else "a quantization that is not known"
             raise ValueError(f"{tensors.path} is quantized with {kind} ({scale} is {tensors.dtypes[scale]}): {_ADVICE}")
         _spread(np.ones(tensors.shapes[scale], np.float32), tensors.shapes[weight], f"{tensors.path}: {scale}")
+    dtype = np.dtype(dtype)
+
+    def scale_of(name):
+        scale = tensors[scales[name]].astype(np.float32)
+        if not np.isfinite(scale).all():
+            raise ValueError(f"{tensors.path}: {scales[name]} is not finite; the file is damaged")
+        return scale
 
     def read(name):
         if name not in scales:
             return tensors[name]
-        value, scale = tensors[name], tensors[scales[name]].astype(np.float32)
-        if not np.isfinite(scale).all():
-            raise ValueError(f"{tensors.path}: {scales[name]} is not finite; the file is damaged")
-        out = empty_aligned(value.shape, np.float32)
-        np.multiply(_widened(value), _spread(scale, value.shape, scales[name]), out=out)
+        value, scale, title = tensors[name], scale_of(name), f"{tensors.path}: {name}"
+        out, rows = empty_aligned(value.shape, dtype), max(1, _STEP // max(1, math.prod(value.shape[1:])))
+        if not value.ndim:
+            return cast(_widened(value) * _spread(scale, (), scales[name]), dtype, title)
+        for start in range(0, len(value), rows):
+            part = slice(start, start + rows)
+            out[part] = cast(_widened(value[part]) * _spread(scale, value.shape, scales[name], part), dtype, title)
         return out
 
+    def stored(name):
+        rows = tensors.shapes[name][0]
+
+        def scale():
+            return np.broadcast_to(scale_of(name).reshape(-1, 1), (rows, 1))
+
+        return Float8(tensors.dtypes[name], lambda: tensors[name], scale)
+
     kept = [name for name in tensors if name not in dropped]
+    whole = [name for name in scales if name in kept and _has_row_scales(tensors, name, scales[name])]
     return TensorFile(
         tensors.path,
         {name: tensors.shapes[name] for name in kept},
-        {name: np.dtype(np.float32) if name in scales else tensors.dtypes[name] for name in kept},
+        {name: dtype if name in scales else tensors.dtypes[name] for name in kept},
         read,
         tensors.metadata,
         tensors.part,
         tensors.close,
+        {name: stored(name) for name in whole},
     )
+
+
+def _has_row_scales(tensors: TensorFile, name: str, scale: str) -> bool:
+    """Whether a matrix of float8 has one scale, or one for each row."""
+    shape, scales = tensors.shapes[name], tensors.shapes[scale]
+    rows = math.prod(scales) == 1 or scales in ((shape[0],), (shape[0], 1), (shape[0], 1, 1)) if shape else False
+    return len(shape) == 2 and is_float8(tensors.dtypes[name]) and rows
 
 
 def _widened(value: np.ndarray) -> np.ndarray:
@@ -127,21 +155,20 @@ def _widened(value: np.ndarray) -> np.ndarray:
     return table[value.view(np.uint8)]
 
 
-def _spread(scale: np.ndarray, shape: tuple[int, ...], title: str) -> np.ndarray:
-    """A scale in a shape that multiplies a weight of `shape`."""
+def _spread(scale: np.ndarray, shape: tuple[int, ...], title: str, rows: slice = slice(None)) -> np.ndarray:
+    """A scale in a shape that multiplies some rows of a weight of `shape`."""
     if scale.size == 1:
         return scale.reshape(())
     if scale.ndim == 1 and shape and scale.size == shape[0]:
-        return scale.reshape(-1, *(1,) * (len(shape) - 1))
+        return scale[rows].reshape(-1, *(1,) * (len(shape) - 1))
     if scale.ndim == len(shape) == 2:
         blocks = [_block(parts, size) for parts, size in zip(scale.shape, shape, strict=True)]
         if None not in blocks:
-            for axis, (block, size) in enumerate(zip(blocks, shape, strict=True)):
-                if scale.shape[axis] > 1:
-                    scale = np.repeat(scale, block, axis)[(slice(None),) * axis + (slice(size),)]
-            return scale
+            if scale.shape[0] > 1:
+                scale = scale[np.arange(*rows.indices(shape[0])) // blocks[0]]
+            return np.repeat(scale, blocks[1], 1)[:, : shape[1]] if scale.shape[1] > 1 else scale
     if scale.ndim == 3 and len(shape) == 2 and scale.shape[0] == shape[0] and scale.shape[2] == 1:
-        return _spread(scale[..., 0], shape, title)
+        return _spread(scale[..., 0], shape, title, rows)
     raise ValueError(f"{title} is {scale.shape}: no scale of a weight {shape}, by row or by block")
 
 

@@ -1,5 +1,6 @@
 """Named tensors that are read when they are asked for: what every reader gives and every writer takes."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,21 @@ _ALIGNMENT = 64
 MAX_TENSORS, MAX_NAME, MAX_AXES = 100_000, 250, 32
 
 
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """A scaled matrix as a file has it.
+
+    Attributes:
+      dtype: its float8 type.
+      read: gives the stored numbers [out, in].
+      scale: gives their scales, float32 [out, 1].
+    """
+
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    scale: Callable[[], np.ndarray]
+
+
 class TensorFile(Mapping):
     """Tensors by name, each of which is read when it is asked for (and read again when asked for again).
 
@@ -22,6 +38,7 @@ class TensorFile(Mapping):
       dtypes: name -> numpy type.
       metadata: the strings of a safetensors header.
       part: which of a checkpoint's state dicts these are, None for a file that is one.
+      float8: of scaled float8, the matrices by name as they are stored.
     """
 
     def __init__(
@@ -33,12 +50,14 @@ class TensorFile(Mapping):
         metadata: Mapping[str, str] | None = None,
         part: str | None = None,
         close: Callable[[], None] = lambda: None,
+        float8: Mapping[str, Float8] | None = None,
     ):
         self.path = Path(path)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.dtypes = {name: np.dtype(dtypes[name]) for name in shapes}
         self.metadata = dict(metadata or {})
         self.part = part
+        self.float8 = dict(float8 or {})
         self._read, self._close = read, close
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -75,6 +94,7 @@ class TensorFile(Mapping):
             self.metadata,
             self.part,
             self._close,
+            {new: self.float8[old] for new, old in names.items() if old in self.float8},
         )
 
     def without(self, prefix: str) -> "TensorFile":

@@ -1,0 +1,151 @@
+"""Quantizes a transformer's kernels to 8 bits, kernel by kernel while they are loaded, and measures what that costs."""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sf_jax.models import eight_bit
+from sf_jax.models.eight_bit import DTYPES, LAYERS, Scaled
+
+# Largest error of a layer's weights, and of the flow by activations, up to which 8 bits are known to keep the video
+# (docs/eight_bit.md has the tables). Any weights within the range of float8 have 0.026 there; in int8 normally
+# distributed ones have 0.009, and those of digits, which use few channels of the prompt, 0.06.
+GATE = {"int8": 0.1, "fp8": 0.04}
+PRODUCTS_GATE = {"int8": 0.05, "fp8": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a network was quantized, and what that costs.
+
+    Attributes:
+      name: "int8" or "fp8".
+      error: the largest error of a layer's weights, of which that of the median input channel counts (L2, relative);
+        0 where the file has them in 8 bits.
+      layer: which layer has it.
+      products_error: relative error of the flow by quantized activations; None where they are not quantized.
+    """
+
+    name: str
+    error: float
+    layer: str
+    products_error: float | None = None
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is outside the gate, a few words each."""
+        faults, gate = [], PRODUCTS_GATE[self.name]
+        if not self.error <= GATE[self.name]:
+            faults.append(f"the weights of {self.layer} are off by {self.error:.2%} (gate {GATE[self.name]:.2%})")
+        if self.products_error is not None and not self.products_error <= gate:
+            faults.append(f"activations in 8 bits put the flow off by {self.products_error:.2%} (gate {gate:.2%})")
+        return tuple(faults)
+
+    def describe(self) -> str:
+        """A few words."""
+        parts = [f"weights {self.error:.2%} off at most"]
+        parts += [] if self.products_error is None else [f"activations {self.products_error:.2%}"]
+        return f"{self.name} {'weights' if self.products_error is None else 'products'} ({', '.join(parts)})"
+
+    def warn(self) -> None:
+        """Warns, in a line, of a network outside the gate."""
+        if self.faults:
+            other = next(name for name in DTYPES if name != self.name)
+            warnings.warn(
+                f"quantize is {self.name}, outside its quality gate: {' and '.join(self.faults)}; the video may "
+                f"suffer, compare it with quantize={other} or without",
+                stacklevel=3,
+            )
+
+
+class Quantizer:
+    """Quantizes the kernels that it is given, and keeps the error of each."""
+
+    def __init__(self, name: str, products: bool):
+        """Chooses the type: "int8" or "fp8", and whether products are to be of 8 bits, too.
+
+        Raises:
+          ValueError: if qwix is not installed.
+        """
+        eight_bit.library()
+        self.name, self.products = name, products
+        self.errors: dict[str, float] = {}
+
+    def wants(self, path: tuple[str, ...]) -> bool:
+        """Whether the parameter at a path is a kernel that is quantized."""
+        block = path[0] == "blocks" or path[0].startswith("blocks_")
+        return block and path[-1] == "kernel" and ".".join(path[1:-1]) in LAYERS
+
+    def quantize(self, path: tuple[str, ...], kernel: jax.Array) -> Scaled:
+        """Quantizes a kernel [C_in, C_out] or a stack of them [L, C_in, C_out]."""
+        scaled, errors = _quantized(kernel, self.name, self.products)
+        errors, title = np.atleast_1d(np.asarray(errors)), ".".join(path[:-1])
+        worst = int(errors.argmax())
+        title = title.replace("blocks.", f"blocks.{worst}.", 1) if errors.size > 1 else title
+        self.errors[title] = float(errors[worst])
+        return scaled
+
+    def keep(self, path: tuple[str, ...], values: jax.Array, scale: jax.Array) -> Scaled:
+        """Takes over a float8 kernel of a file with its scales."""
+        self.errors[".".join(path[:-1])] = 0.0
+        return Scaled(values, scale, self.products)
+
+    def report(self, products_error: float | None = None) -> Quantization:
+        """What has been done."""
+        layer = max(self.errors, key=self.errors.__getitem__)
+        return Quantization(self.name, self.errors[layer], layer, products_error)
+
+
+def quantizer_for(name: str | None, device: jax.Device | None = None) -> Quantizer | None:
+    """A quantizer for a device (None: the default one); None without a name."""
+    if name is None:
+        return None
+    return Quantizer(name, eight_bit.multiplies(name, device or jax.devices()[0]))
+
+
+def quantize_params(params: dict, quantizer: Quantizer | None) -> dict:
+    """A transformer's parameters with the kernels of its blocks quantized; the same without a quantizer."""
+    if quantizer is None:
+        return params
+    flat = flatten_dict(params)
+    for path, leaf in flat.items():
+        if quantizer.wants(path):
+            flat[path] = quantizer.quantize(path, jnp.asarray(leaf))
+    return unflatten_dict(flat)
+
+
+def quantized_shapes(name: str | None, products: bool, params: dict) -> dict:
+    """As `quantize_params`, for shapes alone: to be called inside `jax.eval_shape`, where nothing is measured."""
+    if name is None:
+        return params
+    quantizer, flat = Quantizer(name, products), flatten_dict(params)
+    for path, leaf in flat.items():
+        if quantizer.wants(path):
+            flat[path] = eight_bit.quantize(leaf, name, (-2,), products)
+    return unflatten_dict(flat)
+
+
+def count(params: dict) -> int:
+    """How many parameters there are, scales apart."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Scaled))
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantized(kernel: jax.Array, name: str, products: bool) -> tuple[Scaled, jax.Array]:
+    """The kernel in 8 bits, and its error, of each of a stack; one at a time, to save memory.
+
+    Not the error of the kernel as a whole: an input channel with large weights would hide that all others are lost.
+    """
+
+    def one(kernel):
+        wide, scaled = kernel.astype(jnp.float32), eight_bit.quantize(kernel, name, (-2,), products)
+        lost, norms = (jnp.linalg.norm(a, axis=-1) for a in (scaled.astype(jnp.float32) - wide, wide))
+        return scaled, jnp.median(lost / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
+
+    return jax.lax.map(one, kernel) if kernel.ndim == 3 else one(kernel)
