@@ -83,6 +83,9 @@ _JOB = {
     ),
     "vae": command.define_weights("vae", None, "Wan: decoder of --model, wan (default) or tiny; or the file of a VAE"),
     "dtype": flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)"),
+    "mesh": flags.DEFINE_string(
+        "mesh", None, "Wan: devices that share a video, such as tensor:2,context:2 (a video has a device of its own)"
+    ),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
     "vbench_names": flags.DEFINE_bool(
         "vbench_names", False, "Name the files prompt-index.mp4 (or NAME-index.mp4 by --names), write nothing else"
@@ -102,7 +105,7 @@ GROUPS = {
         *("first_chunk_steps", "chunk", "window", "sink", "positions", "context"),
     ),
     "Wan": (
-        *("model", "part", "height", "width", "image", "video", "dtype"),
+        *("model", "part", "height", "width", "image", "video", "dtype", "mesh"),
         *("transformer", "vae", "text_encoder", "tokenizer"),
     ),
     "Files": ("out", "if_exists", "vbench_names", "save_latents", "fps", "scale"),

@@ -22,6 +22,7 @@ _CHECKPOINT = command.define_weights("checkpoint", None, "Weights of a few-step 
 _PART = flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model")
 _VAE = flags.DEFINE_enum("vae", None, ["wan", "tiny"], "Wan: decoder (wan)")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Wan: numbers (bfloat16; float32 on a CPU)")
+_MESH = flags.DEFINE_string("mesh", None, "Wan: devices that share a stream, such as tensor:2,context:2 (one device)")
 _HEIGHT = flags.DEFINE_integer("height", None, "Rows of pixels (Wan: 480, a multiple of 16)")
 _WIDTH = flags.DEFINE_integer("width", None, "Columns of pixels (Wan: 832, a multiple of 16)")
 _WINDOW = flags.DEFINE_integer("window", None, "Latent frames that a chunk sees, itself included (Wan: 21)")
@@ -49,7 +50,10 @@ _REPLICAS = flags.DEFINE_string("replicas", "1", "With --ray: how many, such as 
 _ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], "With --ray: what a replica has")
 _DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0, 1e6)
 GROUPS = {
-    "Model": ("model", "checkpoint", "part", "vae", "dtype", "height", "width", "window", "sink", "positions"),
+    "Model": (
+        *("model", "checkpoint", "part", "vae", "dtype", "mesh"),
+        *("height", "width", "window", "sink", "positions"),
+    ),
     "Streams": ("fps", "scale", "slots", "waiting", "ahead", "memory", "lifetime", "drain"),
     "Network": ("host", "port", "token_file", "hosts", "origins", "proxies"),
     "Ray": ("ray", "replicas", "accelerator"),
@@ -128,7 +132,7 @@ def main() -> None:
     model = Model(
         folder=_MODEL.value,
         checkpoint=_CHECKPOINT.value,
-        options=_given(part=_PART, vae=_VAE, dtype=_DTYPE),
+        options=_given(part=_PART, vae=_VAE, dtype=_DTYPE, mesh=_MESH),
         rollout=_given(window=_WINDOW, sink=_SINK, positions=_POSITIONS),
         size=_given(height=_HEIGHT, width=_WIDTH),
     )

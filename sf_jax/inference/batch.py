@@ -20,6 +20,7 @@ from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.io import video as video_io
+from sf_jax.parallel.mesh import video_devices
 from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, WAN_FPS = 12.0, 16.0
@@ -115,9 +116,9 @@ def run(job: Job) -> list[Path]:
         size = max(1, min(len(numbers), most))
         style = Style(DIGITS_FPS, lengths.DIGITS_SCALE, gif=True, sheet="contact_sheet")
     else:
-        devices = tuple(jax.local_devices()[: max(1, len(numbers))])
+        devices = _devices(job, len(numbers))
         pipe, initial = _wan(job, devices)
-        size, style = len(devices), Style(WAN_FPS)
+        size, style = len(devices) // video_devices(job.mesh_sizes), Style(WAN_FPS)
     style = dataclasses.replace(
         style,
         fps=job.fps or style.fps,
@@ -133,7 +134,7 @@ def run(job: Job) -> list[Path]:
     written, times = [], Times()
     for first in range(0, len(numbers), size):
         batch = numbers[first : first + size]
-        # every device needs a video; what is there twice is written once
+        # every part of the mesh needs a video; what is there twice is written once
         padded = batch + batch[:1] * (size - len(batch))
         start = None if initial is None else np.repeat(initial, len(padded), axis=0)
         if job.scenes:
@@ -151,6 +152,13 @@ def run(job: Job) -> list[Path]:
     return written
 
 
+def _devices(job: Job, videos: int) -> tuple:
+    """This process's devices that have a video, or a part of one; fewer where there are not as many."""
+    here, shared = jax.local_devices(), video_devices(job.mesh_sizes)
+    data = job.mesh_sizes.get("data", max(1, min(len(here) // shared, videos)))
+    return tuple(here[: data * shared])
+
+
 def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
     """Wan's pipeline and the latents to go on from; one large network after the other is in memory."""
     pixels, options = job.initial_pixels(), job.wan_options(devices)
@@ -162,7 +170,7 @@ def _wan(job: Job, devices: tuple) -> tuple[VideoPipeline, np.ndarray | None]:
         if model.vae is None:
             raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
-    text_encoder = Umt5TextEncoder(model, options.compute_dtype)
+    text_encoder = Umt5TextEncoder(model, options.compute_dtype, mesh=options.device_mesh)
     text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
     initial = None if pixels is None else np.asarray(encode_pixels(load_encoder(model), pixels[None]))
     return job.wan_sampling(wan_pipeline(job.model, options, model, text_encoder)), initial

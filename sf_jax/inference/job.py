@@ -24,6 +24,7 @@ from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.io import video as video_io
+from sf_jax.parallel.mesh import check_tokens, mesh_sizes
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.package import Package
@@ -31,7 +32,7 @@ from sf_jax.weights.package import Package
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index and the suffix
 # VBench's own names are whole; VBench 2.0 cuts those that no file name holds at 180 characters.
 VBENCH_BYTES, VBENCH_CHARACTERS = 240, 180
-WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype")
+WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Job:
       schedule: file of prompts that change while the video plays (`scenes.read_schedule`), in place of `prompts`.
       vae: "wan" or "tiny", or the file of a VAE.
       dtype: of parameters and computation.
+      mesh: how devices share a video, such as "tensor:2,context:2".
       save_latents: whether to write the latents beside the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
       names: what videos are named after, one for each prompt; empty is the prompts themselves.
@@ -113,6 +115,7 @@ class Job:
     schedule: str | None = None
     vae: str | None = None
     dtype: str | None = None
+    mesh: str | None = None
     save_latents: bool = False
     vbench_names: bool = False
     names: tuple[str, ...] = ()
@@ -185,6 +188,8 @@ class Job:
             if size is not None and (size < WAN_SIDE or size % WAN_SIDE):
                 near = max(WAN_SIDE, round(size / WAN_SIDE) * WAN_SIDE)
                 raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
+        rows, columns = (self.height or Sampling().height), (self.width or Sampling().width)
+        check_tokens(self.mesh_sizes, rows // WAN_SIDE, columns // WAN_SIDE)
         if self.image and self.video:
             raise ValueError("image and video are both given: choose one")
         if self.checkpoint is None and (self.image or self.video):
@@ -240,6 +245,11 @@ class Job:
         """Whether the network is one of Wan's: it has a model folder, or its parts are named one by one."""
         parts = any(getattr(self, name) is not None for name in ("model", *NAMED_PARTS))
         return parts or self.vae not in (None, *VAES)
+
+    @functools.cached_property
+    def mesh_sizes(self) -> dict[str, int]:
+        """Devices per axis of the mesh that is asked for."""
+        return {} if self.mesh is None else mesh_sizes(self.mesh)
 
     @functools.cached_property
     def trained(self) -> Package | None:
@@ -300,6 +310,7 @@ class Job:
             dtype=self.dtype,
             rollout=self.wan_rollout,
             devices=devices,
+            mesh=None if devices is None else self.mesh,
             loras=self.lora,
             **named,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -11,8 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.inference.tokenizer import Tokenizer, load_tokenizer
 from sf_jax.models.umt5 import Umt5Config, Umt5Encoder
+from sf_jax.parallel.params import GENERATION, tree_shardings
 from sf_jax.weights.folders import ModelFiles
-from sf_jax.weights.networks import load_network
+from sf_jax.weights.networks import describe_network, load_network
 
 REMEMBERED = 64  # embeddings of an encoder that stays in memory
 
@@ -26,13 +28,13 @@ class TextEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """Embeds prompts, one on each device at a time.
+    """Embeds prompts: one on each device at a time, or one after the other where all devices share the parameters.
 
     Attributes:
       tokenizer: the tokenizer.
       config: sizes of the encoder; its `dtype` is that of computation and embeddings.
-      params: the encoder's parameters, on every device of the mesh.
-      mesh: devices, axis `data`.
+      params: the encoder's parameters, on every device of the mesh, or split over its axis `tensor`.
+      mesh: devices, axes `data` and `tensor`.
     """
 
     tokenizer: Tokenizer
@@ -47,10 +49,10 @@ class Embedder:
           For each prompt its embedding [512, dim], zeros behind the text's end, and the number of its tokens.
         """
         split = NamedSharding(self.mesh, PartitionSpec("data"))
-        size = self.mesh.size
+        size = self.mesh.shape["data"]
         for first in range(0, len(prompts), size):
             part = list(prompts[first : first + size])
-            # every device needs a prompt
+            # every part of the mesh needs a prompt
             ids, mask = self.tokenizer.encode(part + part[:1] * (size - len(part)))
             found = np.asarray(_embed(self.config, self.params, *jax.device_put((ids, mask), split)))
             yield from zip(found[: len(part)], mask.sum(axis=1).tolist(), strict=False)
@@ -61,25 +63,33 @@ def _embed(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Array) ->
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 
-def load_embedder(model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None) -> Embedder:
+def load_embedder(
+    model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None, split: bool = False
+) -> Embedder:
     """Loads tokenizer and text encoder.
 
     Args:
       model: the model folder's files.
       dtype: of computation and embeddings, "bfloat16" or "float32".
       devices: that share the prompts; None is the default device alone.
+      split: whether they share the parameters instead, as many of them as divide these.
 
     Raises:
       ValueError: if a file is damaged, or the two do not belong together.
     """
-    mesh = Mesh(np.asarray(devices or jax.local_devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    devices = list(devices or jax.local_devices()[:1])
     tokenizer = load_tokenizer(model.tokenizer)
     named = "text_encoder" in model.named
+    if split:
+        sizes = describe_network(model.text_encoder, "umt5", scaled=named).config
+        devices = devices[: math.gcd(len(devices), sizes.dim_attn, sizes.dim_ffn, sizes.vocab)]
+    shape = (1, len(devices)) if split else (len(devices), 1)
+    mesh = Mesh(np.asarray(devices).reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     config, params = load_network(
         model.text_encoder,
         "umt5",
         dtype=dtype if named and dtype == "bfloat16" else None,  # scaled float8 would take twice the memory
-        sharding=NamedSharding(mesh, PartitionSpec()),
+        sharding=functools.partial(tree_shardings, mesh=mesh, rules=GENERATION),
         scaled=named,
     )
     if tokenizer.vocab > config.vocab:
@@ -97,15 +107,19 @@ class Umt5TextEncoder:
     `keep` is set. Embeddings are remembered, without the zeros behind each prompt's end.
     """
 
-    def __init__(self, files: ModelFiles, dtype: str, keep: bool = False):
+    def __init__(self, files: ModelFiles, dtype: str, keep: bool = False, mesh: Mesh | None = None):
         """Nothing is loaded yet.
 
         Args:
           files: the model folder's files.
           dtype: of computation and embeddings, "bfloat16" or "float32".
           keep: whether to keep the weights in memory, for prompts that change while a video plays.
+          mesh: the pipeline's; where its devices share videos, they share the encoder, too. Otherwise it is on the
+            default device.
         """
         self.files, self.dtype, self.keep = files, dtype, keep
+        shared = mesh is not None and mesh.shape["data"] < mesh.size
+        self._devices = tuple(mesh.devices.flat) if shared else None
         # with the weights at hand old embeddings can be computed again
         self._remembered = REMEMBERED if keep else None
         self._embedder: Embedder | None = None
@@ -125,7 +139,8 @@ class Umt5TextEncoder:
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
-            embedder = self._embedder or load_embedder(self.files, self.dtype)
+            split = self._devices is not None
+            embedder = self._embedder or load_embedder(self.files, self.dtype, self._devices, split)
             if self.keep:
                 self._embedder = embedder
             self._length = embedder.tokenizer.length

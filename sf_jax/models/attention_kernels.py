@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sf_jax.models.partition import mesh_axes
+from sf_jax.models.partition import attention_axes, mesh_axes
 
 LANES = 128
 # Keys and values are read in blocks of this many; queries in blocks of at most as many.
@@ -54,10 +54,7 @@ def splash_attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, hidden)
-    batch, tokens = mesh_axes("batch", q.shape[0]), None
-    heads = mesh_axes("heads" if split == "heads" else "features", q.shape[2])
-    if split == "tokens":
-        tokens = mesh_axes("tokens", q.shape[1])
+    batch, (tokens, heads) = mesh_axes("batch", q.shape[0]), attention_axes(split, *q.shape[1:3])
     own, keys = PartitionSpec(batch, tokens, heads, None), PartitionSpec(batch, None, heads, None)
     specs = (own, keys, keys, PartitionSpec(None))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(q, k, v, hidden)

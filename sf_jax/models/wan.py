@@ -283,13 +283,14 @@ class Block(nn.Module):
 
         h = modulated(x, shift1, scale1)
         q, k, v = (_all_tokens(a) for a in (self.self_attn.queries(h), *self.self_attn.keys_values(h)))
+        q = partition.own_queries(q, len(shared.pattern))
         if isinstance(context, Slots):
             own = context.put(rope.rotate(k, shared.own_rotation), k, v)
             y = slot_attention(q, own, shared)
         else:
             own = KeysValues(k, v) if shared.return_kv else None
             y = pattern_attention(q, k, v, context, shared)
-        y = y.reshape(*x.shape[:3], *q.shape[2:])
+        y = partition.all_queries(y).reshape(*x.shape[:3], *q.shape[2:])
         y = self.self_attn.output(constrain(y, "batch", None, "tokens", "features", None))
         x = constrain(x + wide(y, lambda s: s * gate1[:, :, None]), *stream)
         q = partition.merge_tokens(self.cross_attn.queries(self.norm3(x)))
