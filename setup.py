@@ -46,6 +46,8 @@ EXTRAS_REQUIRE = {
     "parity": ["torch>=2.10", "diffusers>=0.35", "transformers>=4.51", "accelerate>=1.0", "peft>=0.17"],
     # libtpu's compiler, which needs no TPU. Where there is none, set JAX_PLATFORMS=cpu, or JAX looks for one.
     "aot": ["jax[tpu]>=0.10"],
+    # The same for GPUs: the compiler of JAX's CUDA plugin, which needs no GPU.
+    "gpu_aot": ["jax[cuda12]>=0.10"],
     # The server and its page.
     "serve": SERVE,
     # The server on a cluster; from 2.59 on Ray asks for a token where it starts one itself.

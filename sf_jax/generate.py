@@ -7,6 +7,13 @@ Without --model, the shipped student of moving digits; with it (or with --transf
 --tokenizer, the files of its parts), Wan2.1 and what was distilled from it. Weights are paths, or names of the Hugging
 Face hub. Writes an mp4 per video and a contact sheet while later chunks are still being generated. Files that are there
 already are kept: the new video's name gets a number, unless --if_exists says otherwise.
+
+    python -m sf_jax.generate --compile_only=h100:1 --model=1.3B --window=12 --sink=3 --positions=relative
+
+compiles what would run for devices that need not be here, GPUs (`pip install "sf_jax[gpu_aot]"`) or a TPU slice
+(`pip install "sf_jax[aot]"`, --compile_only=v6e:2x2), and says what each of them needs: memory, arithmetic, bytes
+moved, kernels, attention, and how long that takes at least. No weights are read: --model may be a folder with a
+config.json alone, or a size, 1.3B or 14B; without --checkpoint and --solver it is a few-step student.
 """
 
 from absl import flags
@@ -17,6 +24,8 @@ from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.inference.names import IF_EXISTS
+from sf_jax.perf import report
+from sf_jax.perf.generation import generation_of
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
 from sf_jax.weights import hub
 from sf_jax.weights.adapter_list import parse_loras
@@ -29,6 +38,9 @@ _PROMPTS = command.define_path(
 )
 _NAMES = command.define_path(
     "names", None, "Text file with a name a line for the files of extended prompts: VBench's own, short prompts"
+)
+_COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "Devices to compile for, and generate nothing: GPUs such as h100:1, or a TPU slice, v6e:2x2"
 )
 # Flags whose names are fields of `Job`; None means that the model's default stands.
 _JOB = {
@@ -108,6 +120,7 @@ GROUPS = {
         *("model", "part", "height", "width", "image", "video", "dtype", "mesh"),
         *("transformer", "vae", "text_encoder", "tokenizer"),
     ),
+    "Instead of a video": ("compile_only",),
     "Files": ("out", "if_exists", "vbench_names", "save_latents", "fps", "scale"),
 }
 _LISTS = ("denoising_steps", "first_chunk_steps")
@@ -141,9 +154,13 @@ def main() -> None:
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     prompts, keys = _prompts(), ("name", *captions.CAPTION_KEYS)
     names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
+    if _COMPILE_ONLY.value is not None:
+        job = Job(prompts=tuple(prompts), names=tuple(names), abstract=True, **fields)
+        return report.print_lines(report.generation_report(generation_of(job), _COMPILE_ONLY.value))
     paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields))
     if paths:
         print("wrote", *paths, sep="\n  ")
+    return None
 
 
 if __name__ == "__main__":

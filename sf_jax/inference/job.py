@@ -78,6 +78,8 @@ class Job:
       save_latents: whether to write the latents beside the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
       names: what videos are named after, one for each prompt; empty is the prompts themselves.
+      abstract: whether nothing is generated, and no weights need be there: without checkpoint and solver, a few-step
+        student is described.
       if_exists: what to do where a file of a name is there, one of `names.IF_EXISTS`; None is "number", and "refuse"
         with `vbench_names`, whose names have a meaning.
     """
@@ -120,6 +122,7 @@ class Job:
     vbench_names: bool = False
     names: tuple[str, ...] = ()
     if_exists: str | None = None
+    abstract: bool = False
 
     def __post_init__(self):
         """Refuses what can be seen to be wrong before anything is loaded."""
@@ -139,11 +142,11 @@ class Job:
             if self.prompts:
                 raise ValueError("schedule and prompt are both given: the schedule has the prompts")
             self.scenes  # noqa: B018 (reads the file)
-            if self.is_wan and (not self.few_steps or self.checkpoint is None):
+            if self.is_wan and (not self.few_steps or not self.is_causal):
                 raise ValueError("schedule needs a few-step student: give its weights as checkpoint, and no solver")
-            if self.is_wan and self.checkpoint and self.wan_rollout.window is None:
+            if self.is_wan and self.wan_rollout.window is None:
                 raise ValueError("window is None: a schedule needs one, such as 21 latent frames")
-        elif not self.prompts:
+        elif not self.prompts and not self.abstract:
             raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
         if not self.is_wan:
             for field in WAN_ONLY:
@@ -192,11 +195,11 @@ class Job:
         check_tokens(self.mesh_sizes, rows // WAN_SIDE, columns // WAN_SIDE)
         if self.image and self.video:
             raise ValueError("image and video are both given: choose one")
-        if self.checkpoint is None and (self.image or self.video):
+        if not self.is_causal and (self.image or self.video):
             raise ValueError("image and video need a causal network: give its weights as checkpoint")
         if self.trained is not None:
             self._check_trained(self.trained)
-        if self.few_steps and self.checkpoint is None:
+        if self.few_steps and not self.is_causal:
             raise ValueError(
                 "solver is 'few': a model without checkpoint is Wan's bidirectional one, which needs many steps; "
                 "give a Self Forcing checkpoint, or choose the solver unipc, dpm++ or euler"
@@ -207,7 +210,7 @@ class Job:
         no_effect = {
             "a few-step student has none: choose a --solver": self.few_steps * ("steps", "guidance", "negative_prompt"),
             "it is for few steps, without --solver": (not self.few_steps) * steps,
-            "it is for a causal network: give --checkpoint": (self.checkpoint is None)
+            "it is for a causal network: give --checkpoint": (not self.is_causal)
             * ("part", "chunk", "window", "sink", "positions", "context"),
         }
         for reason, fields in no_effect.items():
@@ -216,7 +219,8 @@ class Job:
                     raise ValueError(f"{field} has no effect here: {reason}")
         latent, rollout = lengths.latent_frames(self.wan_frames, WAN_FACTOR), self.wan_rollout
         lengths.check_scale(self.scale or 1, self.height or Sampling().height, self.width or Sampling().width)
-        self.wan_options()
+        if not self.abstract:
+            self.wan_options()
         if rollout is not None and not self.video:
             lengths.check_frames(rollout, latent, 1 if self.image else 0, WAN_FACTOR)
 
@@ -245,6 +249,11 @@ class Job:
         """Whether the network is one of Wan's: it has a model folder, or its parts are named one by one."""
         parts = any(getattr(self, name) is not None for name in ("model", *NAMED_PARTS))
         return parts or self.vae not in (None, *VAES)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether Wan's network makes videos chunk by chunk."""
+        return self.checkpoint is not None or (self.abstract and self.few_steps)
 
     @functools.cached_property
     def mesh_sizes(self) -> dict[str, int]:
@@ -292,7 +301,7 @@ class Job:
     @property
     def wan_rollout(self) -> RolloutConfig | None:
         """Chunks and steps of Wan's causal network; None for its bidirectional one."""
-        if self.checkpoint is None:
+        if not self.is_causal:
             return None
         shift = {} if self.shift is None or not self.few_steps else {"shift": self.shift}
         if self.trained is not None:

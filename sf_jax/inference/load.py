@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.parallel.mesh import check_mesh, make_mesh, mesh_sizes
-from sf_jax.parallel.params import GENERATION, tree_shardings
+from sf_jax.parallel.params import GENERATION, held_bytes, tree_shardings
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
@@ -359,10 +358,23 @@ def generation_network(
       scan_layers: True keeps the stacks, False takes them apart, None chooses.
     """
     if scan_layers is None:
-        scan_layers = not (_reads_in_place(config) and _window_fits_twice(config, params, rollout))
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        scan_layers = not layers_apart(config, params, rollout, limit)
     if scan_layers:
         return config, params
     return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
+
+
+def layers_apart(config: WanConfig, params: dict, rollout: RolloutConfig, memory: int | None) -> bool:
+    """Whether a device of so many bytes (None: any) generates fastest with the layers taken apart, and can hold that.
+
+    Args:
+      config: of the transformer.
+      params: arrays or shapes.
+      rollout: how it generates.
+      memory: bytes that a program can have.
+    """
+    return _reads_in_place(config) and _window_fits_twice(config, params, rollout, memory)
 
 
 def _reads_in_place(config: WanConfig) -> bool:
@@ -372,15 +384,14 @@ def _reads_in_place(config: WanConfig) -> bool:
     return attention.choose(config.attention, head, [counted]) == "cudnn"
 
 
-def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig) -> bool:
+def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig, limit: int | None) -> bool:
     """Whether weights, cache and slots of one video of 480x832 leave a quarter of the device's memory."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return True
     frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, 30 * 52
     cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.itemsize for leaf in jax.tree.leaves(params))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    held = held_bytes(params)
     return held + 2 * cache * held / whole <= 0.75 * limit  # a mesh splits the cache no less than this
 
 

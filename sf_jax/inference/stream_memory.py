@@ -1,7 +1,6 @@
 """What endless streams take of a device's memory, known before any of it is taken."""
 
 import dataclasses
-import math
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.stream_state import StreamSpec
 from sf_jax.models import partition
 from sf_jax.parallel.mesh import videos_apart
+from sf_jax.parallel.params import held_bytes
 
 GIB = 2**30
 
@@ -75,7 +75,7 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
     own = slots // videos_apart(pipe.mesh)
 
     def size(tree):
-        return sum(_held(leaf) for leaf in jax.tree.leaves(tree)) // own
+        return held_bytes(tree) // own
 
     active = jax.ShapeDtypeStruct((slots,), bool)
     if pipe.mesh is not None:
@@ -95,13 +95,6 @@ def _on_mesh(pipe, state):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
     return stream_state.by_place(leaf, state)
-
-
-def _held(leaf) -> int:
-    """Bytes of an array that a device holds."""
-    sharding = getattr(leaf, "sharding", None)
-    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int | None) -> None:

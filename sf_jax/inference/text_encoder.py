@@ -54,12 +54,13 @@ class Embedder:
             part = list(prompts[first : first + size])
             # every part of the mesh needs a prompt
             ids, mask = self.tokenizer.encode(part + part[:1] * (size - len(part)))
-            found = np.asarray(_embed(self.config, self.params, *jax.device_put((ids, mask), split)))
+            found = np.asarray(embed_tokens(self.config, self.params, *jax.device_put((ids, mask), split)))
             yield from zip(found[: len(part)], mask.sum(axis=1).tolist(), strict=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def embed_tokens(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Prompt embeddings [B, L, dim] of tokens int32 [B, L], in the type of computation; see `Umt5Encoder.embed`."""
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.models import attention_kernels
+from sf_jax.models import attention_kernels, partition
 from sf_jax.models.tiled_attention import HIDDEN, tiled_attention
 
 Range = tuple[int, int]
@@ -187,14 +187,10 @@ def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> str:
-    """The implementation that "auto" stands for: the backend's own where it takes this call, else "xla".
-
-    What is compiled for devices that are not there must name theirs: "cudnn" asks the mesh, "auto" the backend.
-    """
+    """The implementation that "auto" stands for: the platform's own where it takes this call, else "xla"."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
-    backend = jax.default_backend()
-    platform = getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
+    platform = partition.platform()
     if implementation == "cudnn" and (platform != "gpu" or not attention_kernels.can_cudnn(q, segments)):
         raise ValueError(
             f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {platform}: it needs an NVIDIA GPU, "
@@ -202,9 +198,9 @@ def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> st
         )
     if implementation != "auto":
         return implementation
-    if backend == "gpu" and attention_kernels.can_cudnn(q, segments):
+    if platform == "gpu" and attention_kernels.can_cudnn(q, segments):
         return "cudnn"
-    return "splash" if backend == "tpu" and q.shape[-1] % attention_kernels.LANES == 0 else "xla"
+    return "splash" if platform == "tpu" and q.shape[-1] % attention_kernels.LANES == 0 else "xla"
 
 
 def attend(
@@ -238,7 +234,7 @@ def attend(
         return attention_kernels.splash_attention(q, segments, split)
     batch, length, heads, dim = q.shape
     keys = sum(k.shape[1] for k, _, _ in segments)
-    q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(jax.default_backend(), MAX_LOGITS_ELSEWHERE)
+    q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(partition.platform(), MAX_LOGITS_ELSEWHERE)
     if chosen == "whole" or batch * heads * length * keys <= whole:
         return _attend_whole(q, segments)
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
@@ -254,6 +250,7 @@ def _mask(k, mask):
     return mask if mask is None or mask.ndim else jnp.arange(k.shape[1]) < mask
 
 
+@jax.named_scope("attention_xla")  # what `perf.traffic` knows its products by
 def _attend_whole(q, segments):
     """Attention with all logits at once; normalized after the product with the values."""
     q = q.transpose(0, 2, 1, 3)

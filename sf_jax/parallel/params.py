@@ -149,3 +149,14 @@ def tree_shardings(tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...] | None]
         return NamedSharding(mesh, shortest_spec(spec))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def held_bytes(tree) -> int:
+    """Bytes that a device holds of a tree of arrays, or of their shapes; those without a sharding are whole."""
+
+    def leaf(x):
+        place = getattr(x, "sharding", None)
+        shape = x.shape if place is None else place.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(leaf, jax.tree.leaves(tree)))

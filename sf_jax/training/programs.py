@@ -146,7 +146,7 @@ def rollout_trips(config: TrainConfig) -> float:
     )
 
 
-def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:
+def matmul_flops(jaxpr, dynamic_trips: float = 1.0, largest: bool = False) -> float:
     """Floating-point operations of all matrix products and convolutions of a traced program, over all devices.
 
     XLA's own count (`cost_analysis`) takes every loop for one pass, and the layers here are a loop.
@@ -154,6 +154,7 @@ def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:
     Args:
       jaxpr: of `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
       dynamic_trips: passes to count for loops whose number of passes is known only when they run.
+      largest: whether to count of a choice the branch with the most operations, a full cache's, and not their mean.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -169,14 +170,15 @@ def matmul_flops(jaxpr, dynamic_trips: float = 1.0) -> float:
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         elif name == "cond":
             # a chunk attends to as much as is cached, to each length once (`Layout.prefixes`)
-            branches = [flops for branch in given["branches"] if (flops := matmul_flops(branch, dynamic_trips))]
-            total += sum(branches) / max(1, len(branches))
+            branches = [matmul_flops(branch, dynamic_trips, largest) for branch in given["branches"]]
+            branches = [flops for flops in branches if flops] or [0.0]
+            total += max(branches) if largest else sum(branches) / len(branches)
         elif name == "while":
-            total += dynamic_trips * matmul_flops(given["body_jaxpr"], dynamic_trips)
+            total += dynamic_trips * matmul_flops(given["body_jaxpr"], dynamic_trips, largest)
         else:
             passes = given["length"] if name == "scan" else 1
             inside = (x for value in given.values() for x in (value if isinstance(value, (tuple, list)) else (value,)))
             total += passes * sum(
-                matmul_flops(x, dynamic_trips) for x in inside if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+                matmul_flops(x, dynamic_trips, largest) for x in inside if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
             )
     return total

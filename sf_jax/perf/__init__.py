@@ -1,0 +1,1 @@
+"""What a program will need on devices that are absent: compiled for them here, and read."""

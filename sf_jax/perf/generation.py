@@ -1,0 +1,320 @@
+"""The programs that `sf_jax.generate` runs, described by shapes: no weight is read."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sf_jax import rollout as ro
+from sf_jax.diffusion import solvers
+from sf_jax.diffusion.solvers import Solver
+from sf_jax.inference import programs, text_encoder
+from sf_jax.inference.decoders import Decoder, VaeDecoder
+from sf_jax.inference.job import Job
+from sf_jax.inference.lengths import latent_frames
+from sf_jax.inference.load import VAES, layers_apart
+from sf_jax.inference.sampling import Sampling
+from sf_jax.models import attention_kernels, tiny_vae, umt5, vae, wan
+from sf_jax.models.slots import unstack_layers
+from sf_jax.perf.chips import Chip
+from sf_jax.perf.compile import Call
+from sf_jax.training.abstract import bytes_per_device
+from sf_jax.training.programs import matmul_flops
+from sf_jax.weights import hub
+from sf_jax.weights.folders import find_model
+from sf_jax.weights.networks import network_kind, read_sizes
+
+SIZES = {"1.3B": wan.wan_1_3b, "14B": wan.wan_14b}  # names that `generate --compile_only` takes for a model
+WAN_FACTORS = (4, 8)
+KERNELS = {"gpu": "cudnn", "tpu": "splash"}
+TEXT, PROMPT, CHUNK, STEP = "text encoder", "prompt to keys and values", "one chunk", "one step of the solver"
+FIRST, LATER = "first frame to pixels", "later frame to pixels"
+EXAMPLE_LAYERS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What is generated, a video on every chip.
+
+    Attributes:
+      config: the transformer.
+      rollout: chunks, window and few steps; None for a bidirectional network.
+      sampling: size of the videos, and the solver where there is one.
+      decoder: with shapes in place of parameters; None to stop at the latents.
+      factors: pixel frames of a latent frame but the first, and pixels of a latent position along each side.
+      text: sizes of the text encoder; None where prompts need none that is large.
+      apart: whether the layers have parameters of their own; None chooses as `load_pipeline` does.
+    """
+
+    config: wan.WanConfig
+    rollout: ro.RolloutConfig | None
+    sampling: Sampling
+    decoder: Decoder | None = None
+    factors: tuple[int, int] = WAN_FACTORS
+    text: umt5.Umt5Config | None = None
+    apart: bool | None = None
+
+    @property
+    def many(self) -> tuple | None:
+        """(solver, guidance) of a network that takes many steps."""
+        return None if self.sampling.solver is None else (self.sampling.solver, self.sampling.guidance)
+
+    @property
+    def frames(self) -> int:
+        """Latent frames."""
+        return latent_frames(self.sampling.frames, self.factors[0])
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(H, W, C) of a latent frame."""
+        height, width = (side // self.factors[1] for side in (self.sampling.height, self.sampling.width))
+        return height, width, self.config.channels
+
+    @property
+    def seen(self) -> int:
+        """Cached latent frames that a chunk attends to once the cache is full."""
+        past = self.rollout.chunks(self.frames)[1]
+        frames = sum(past[:-1])
+        return frames if self.rollout.window is None else min(frames, self.rollout.window - self.rollout.chunk)
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the network for one chunk of few steps, the clean pass included."""
+        return len(self.rollout.steps) + (self.rollout.context == "clean")
+
+
+def data_mesh(devices: list) -> Mesh:
+    """The mesh of devices that have a video each."""
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def calls(what: Generation, mesh: Mesh, chip: Chip) -> Iterator[Call]:
+    """The calls of a generation, in order; those of a chunk are the ones at a full cache."""
+    shapes = _Shapes(what, mesh, chip)
+    yield from shapes.text_calls()
+    yield shapes.chunk_call() if what.rollout is not None else shapes.step_call()
+    yield from shapes.decode_calls()
+
+
+class _Shapes:
+    """The arrays of a generation on a mesh."""
+
+    def __init__(self, what: Generation, mesh: Mesh, chip: Chip):
+        self.what, self.mesh, self.batch = what, mesh, mesh.size
+        self.kernel = expected_kernel(what.config, chip.platform)
+        shapes = self._typed(wan.param_shapes(what.config))
+        config, self.stacked = what.config, shapes
+        if what.rollout is not None:
+            apart = what.apart
+            if apart is None:
+                with jax.set_mesh(mesh):
+                    apart = layers_apart(config, shapes, what.rollout, chip.memory)
+            if apart:
+                config = dataclasses.replace(config, scan_layers=False)
+                shapes = jax.eval_shape(unstack_layers, shapes)
+        self.model, self.params = wan.WanTransformer(config), self._put(shapes)
+        self.prompts = self.batch * (1 if what.many is None else 2)  # guided ones have a negative prompt each
+        self.prompt = self._shape(self.prompts, config.text_len, config.text_dim, dtype=jnp.dtype(config.dtype))
+        text = jax.eval_shape(lambda p, t: programs.encode_text(self.model, p, t), self.params, self.prompt)
+        self.text = self._put(text, None, "data")
+        self.cache = self.stream = self.decoder = ()
+        if what.rollout is not None:
+            empty = jax.eval_shape(
+                lambda: ro.empty_cache(self.model, what.rollout, self.prompts, what.frames, *what.size[:2])
+            )
+            self.cache = jax.tree.map(lambda a: self._put(a, *((None, "data") if a.ndim == 5 else ())), empty)
+        if what.decoder is not None:
+            self.decoder = self._put(self._typed(what.decoder))
+            stream = jax.eval_shape(lambda: self.decoder.init_cache(self.batch, *what.size[:2]))
+            self.stream = self._put(stream, "data")
+
+    def _typed(self, tree):
+        """Parameters in the type of computation."""
+        dtype = jnp.dtype(self.what.config.dtype)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype if a.dtype == jnp.float32 else a.dtype), tree)
+
+    def _put(self, tree, *axes):
+        spread = NamedSharding(self.mesh, PartitionSpec(*axes))
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread), tree)
+
+    def _shape(self, *sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def _others(self, *own) -> int:
+        """Bytes of a chip that stay while a program runs whose arguments are `own`."""
+        everything = (self.params, self.text, self.cache, self.decoder, self.stream)
+        return bytes_per_device([tree for tree in everything if not any(tree is mine for mine in own)])
+
+    def text_calls(self) -> Iterator[Call]:
+        """The text encoder, and what the transformer makes of its output."""
+        config = self.what.text
+        if config is not None:
+            params = self._put(self._typed(umt5.param_shapes(config)))
+            ids = self._shape(self.batch, self.what.config.text_len, dtype=jnp.int32)
+            arguments = (config, params, ids, ids)
+            yield Call(TEXT, text_encoder.embed_tokens, arguments, _flops(text_encoder.embed_tokens, arguments))
+        arguments = (self.model, self.params, self.prompt)
+        beside = self._others(self.params, self.text)
+        yield Call(PROMPT, programs.encode_text, arguments, _flops(programs.encode_text, arguments), beside=beside)
+
+    def _source(self) -> tuple:
+        key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+        return key, self._shape(self.batch, dtype=jnp.int32), number
+
+    def chunk_call(self) -> Call:
+        """A chunk, the last one of those that a full cache has."""
+        what, number = self.what, jax.ShapeDtypeStruct((), jnp.int32)
+        place = (number, number, jax.ShapeDtypeStruct((), bool))
+        size = (what.rollout.chunk, *what.size)
+
+        def arguments(model, params):
+            return (model, what.rollout, what.many, size, params, self.text, self.cache, self._source(), place)
+
+        trips = 1.0 if what.many else float(what.evaluations)
+        # products are counted in one layer after the other, with attention written as products
+        plain = wan.WanTransformer(dataclasses.replace(what.config, attention="whole", scan_layers=True))
+        flops = _flops(programs.next_chunk, arguments(plain, self.stacked), trips)
+        return Call(
+            name=CHUNK,
+            function=programs.next_chunk,
+            arguments=arguments(self.model, self.params),
+            flops=flops,
+            trips=trips,
+            branch="largest",
+            cached=self._cached(),
+            kernel=self.kernel,
+            beside=self._others(self.params, self.text, self.cache),
+        )
+
+    def _cached(self) -> frozenset[int]:
+        """Sizes of arrays that hold the cached keys or values that a chunk sees, of a layer or of all."""
+        what, config = self.what, self.what.config
+        tokens = math.prod(config.grid(*what.size[:2]))
+        videos = self.prompts // self.batch
+        frames = {
+            what.seen,
+            what.seen + what.rollout.chunk,
+            self.cache.capacity,
+            self.cache.capacity + what.rollout.chunk,
+        }
+        return frozenset(
+            layers * videos * count * tokens * config.dim
+            for count in frames
+            if count
+            for layers in (1, config.num_layers)
+        )
+
+    def step_call(self) -> Call:
+        """A guided step of a whole video by a bidirectional network."""
+        noise = self._shape(self.batch, self.what.frames, *self.what.size)
+        state = jax.eval_shape(solvers.start, noise)
+        state = jax.tree.map(lambda a: self._put(a, *(("data",) if a.ndim else ())), state)
+        row = tuple(column[0] for column in solvers.rows(self.what.sampling.solver))
+        guidance = self.what.sampling.guidance
+
+        def arguments(model):
+            return (model, guidance, self.params, self.text, state, row)
+
+        plain = wan.WanTransformer(dataclasses.replace(self.what.config, attention="whole"))
+        flops = _flops(programs.bidirectional_step, arguments(plain))
+        beside = self._others(self.params, self.text)
+        return Call(STEP, programs.bidirectional_step, arguments(self.model), flops, kernel=self.kernel, beside=beside)
+
+    def decode_calls(self) -> Iterator[Call]:
+        """The decoder, for a video's first latent frame and for the others."""
+        if self.what.decoder is None:
+            return
+        latents = self._shape(self.batch, 1, *self.what.size)
+        streams = {FIRST: self.stream}
+        if hasattr(self.stream, "started"):
+            streams[LATER] = self.stream.replace(started=True)
+        for name, stream in streams.items():
+            arguments = (self.decoder, stream, latents)
+            beside = self._others(self.decoder, self.stream)
+            yield Call(name, programs.decode, arguments, _flops(programs.decode, arguments), beside=beside)
+
+
+def expected_kernel(config: wan.WanConfig, platform: str) -> str | None:
+    """The fused attention that "auto" is meant to find for a transformer on a platform; None where it has none."""
+    if config.attention != "auto":
+        return None
+    if platform == "gpu":
+        fits = config.head_dim <= attention_kernels.LANES and config.head_dim % 8 == 0 and config.dtype == "bfloat16"
+    else:
+        fits = config.head_dim % attention_kernels.LANES == 0
+    return KERNELS.get(platform) if fits else None
+
+
+def _flops(function: Callable, arguments: tuple, trips: float = 1.0) -> float:
+    """Arithmetic of matrix products at a full cache; traced without a mesh, so that attention is not a kernel's."""
+    return matmul_flops(function.trace(*arguments).jaxpr, trips, largest=True)
+
+
+def wan_decoder(kind: str, dtype: str) -> VaeDecoder | None:
+    """The decoder "wan", "tiny" or "none", or that of a VAE's file, with shapes in place of parameters.
+
+    Raises:
+      ValueError: if the file holds no VAE.
+    """
+    if VAES.get(kind, kind) is None:
+        return None
+    if (VAES.get(kind) or network_kind(kind, ("vae", "tiny_vae"))) == "tiny_vae":
+        config = tiny_vae.TinyVaeConfig(dtype=dtype)
+        return VaeDecoder(tiny_vae.TinyVaeDecoder(config), tiny_vae.param_shapes(config))
+    config = vae.wan_vae(dtype=dtype)
+    return VaeDecoder(vae.WanVae(config), {"decoder": vae.param_shapes(config)["decoder"]})
+
+
+def generation_of(job: Job) -> Generation:
+    """What `sf_jax.generate` would run for a job; of weight files only sizes are read.
+
+    Args:
+      job: with `abstract` set. Its model may be one of `SIZES`, or a folder that holds no more than a config.json.
+
+    Raises:
+      ValueError: if the sizes are told nowhere, or something is asked for that is not described.
+    """
+    for field in ("image", "video"):
+        if getattr(job, field) is not None:
+            raise ValueError(f"{field} is given: compile_only describes videos from prompts alone; leave it out")
+    if not job.is_wan:
+        pipe = job.digits_pipeline()
+        decoder = jax.eval_shape(lambda: pipe.decoder)
+        factors = (pipe.temporal_factor, pipe.spatial_factor)
+        return Generation(pipe.transformer.config, pipe.rollout, pipe.sampling, decoder, factors)
+    dtype = job.dtype or "bfloat16"  # as on every accelerator
+    config = dataclasses.replace(_sizes_of(job), dtype=dtype, remat="none")
+    solver = None if job.few_steps else Solver(job.solver, job.shift or 5.0, job.steps or 50)
+    sampling = Sampling(**job.sampling_changes | {"frames": job.wan_frames, "solver": solver})
+    text = umt5.umt5_xxl(dtype=dtype)
+    return Generation(
+        config=config,
+        rollout=job.wan_rollout,
+        sampling=sampling,
+        decoder=wan_decoder("wan" if job.vae is None else job.vae, dtype),
+        text=text if text.dim == config.text_dim else None,  # other models' sizes are in their files alone
+    )
+
+
+def _sizes_of(job: Job) -> wan.WanConfig:
+    """Sizes of the transformer: of a published size by its name, of a folder or of a file."""
+    if job.transformer is not None:
+        return read_sizes(Path(job.transformer), scaled=True)
+    if job.model in SIZES:
+        return SIZES[job.model]()
+    if job.model is None and job.checkpoint is not None:
+        return read_sizes(Path(job.checkpoint), job.part)
+    known = f"a folder with a config.json, or one of {', '.join(SIZES)}"
+    if job.model is None:
+        raise ValueError(f"model is missing: give {known}")
+    if hub.parse(job.model) is None and not Path(job.model).exists():
+        raise ValueError(f"model {job.model} does not exist: give {known}")
+    config = find_model(job.model, ()).config
+    if config is None:
+        raise ValueError(f"model folder {job.model} has no config.json of a transformer: give {known}")
+    return config

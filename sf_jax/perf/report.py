@@ -1,0 +1,134 @@
+"""The lines of `--compile_only`: what a program needs of a chip that is absent, and how it attends."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+
+from sf_jax.perf import generation
+from sf_jax.perf.chips import Chip, chip_of
+from sf_jax.perf.compile import Compiled, compile_call
+from sf_jax.perf.devices import devices_of
+from sf_jax.perf.generation import Generation
+from sf_jax.perf.traffic import COPIES
+
+GIB = 2**30
+MOVERS = 8  # of a program, that are named
+_TITLES = ("program", "GiB a chip", "of", "TFLOP", "GB moved", "GB outside", "kernels", "roofline, ms", "estimate, ms")
+
+
+def generation_report(what: Generation, target: str) -> Iterator[str]:
+    """Compiles what a generation runs, a video on every chip, and says what each chip needs.
+
+    Args:
+      what: sizes.
+      target: such as "h100:1" or "v6e:2x2".
+
+    Yields:
+      Lines of text.
+
+    Raises:
+      ValueError: if the target cannot be had, or, behind all lines, if a fused kernel was expected and is not there.
+    """
+    chip, mesh = chip_of(target), generation.data_mesh(list(devices_of(target)))
+    yield f"{target}: {_describe(what)}; {mesh.size} videos" if mesh.size > 1 else f"{target}: {_describe(what)}"
+    yield f"| {' | '.join(_TITLES)} |"
+    yield "|---" * len(_TITLES) + "|"
+    rows = []
+    for call in generation.calls(what, mesh, chip):
+        rows.append(compile_call(call, mesh))
+        yield _row(rows[-1], chip)
+    for row in rows:
+        yield from details(row)
+    yield from _notes(chip)
+    yield fits(rows, chip)
+    yield from rates(what, rows, chip)
+    check_kernels(rows)
+
+
+def _row(row: Compiled, chip: Chip) -> str:
+    moved = f"{row.flops / 1e12:.2f} | {row.traffic.memory / 1e9:.2f} | {row.traffic.outside / 1e9:.2f}"
+    times = f"{1e3 * max(row.bounds(chip).values()):.2f} | {1e3 * row.estimate(chip):.2f}"
+    memory = f"{row.memory / GIB:.2f} | {chip.memory / GIB:.0f}"
+    return f"| {row.name} | {memory} | {moved} | {row.traffic.kernels:.0f} | {times} |"
+
+
+def _describe(what: Generation) -> str:
+    config, sampling = what.config, what.sampling
+    layers = f"{config.num_layers} layers of {config.dim} channels, {config.dtype}"
+    parts = [layers, f"{sampling.frames} frames of {sampling.height}x{sampling.width}"]
+    if what.rollout is not None:
+        window = f"window {what.rollout.window}, sink {what.rollout.sink}" if what.rollout.window else "no window"
+        parts += [
+            f"chunks of {what.rollout.chunk}, {window}: a full cache is {what.seen} + {what.rollout.chunk} frames"
+        ]
+    return "; ".join(parts)
+
+
+def details(row: Compiled) -> Iterator[str]:
+    """What a program does: its attention, bytes by kind, what moves most outside of products and attention."""
+    moved = row.traffic
+    memory = f"{row.arguments / GIB:.2f} GiB of arguments, {row.temporary / GIB:.2f} temporary"
+    beside = f", {row.beside / GIB:.2f} stay beside it" if row.beside else ""
+    yield f"{row.name}: {memory}{beside}; compiled in {row.seconds:.0f} s"
+    for call, times in sorted(moved.attention.items(), key=lambda item: -item[1]):
+        shapes = f", {call.shapes}" if call.shapes else ""
+        yield f"  attention {call.implementation} in {call.place}{shapes}: {times:g} x"
+    kinds = {kind: size / 1e9 for kind, size in sorted(moved.kinds.items(), key=lambda item: -item[1])}
+    yield "  moves " + (", ".join(f"{size:.2f} GB {kind}" for kind, size in kinds.items()) or "nothing")
+    for mover in moved.movers[:MOVERS]:
+        copies = f" ({COPIES})" if mover.kind == COPIES else ""
+        yield f"    {mover.bytes / 1e9:.2f} GB {mover.source}{copies}"
+    if moved.links:
+        yield "  sends " + ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(moved.links.items()))
+    if row.host:
+        yield f"  reads {row.host / GIB:.2f} GiB a chip from the host, which the times leave out"
+
+
+def _notes(chip: Chip) -> Iterator[str]:
+    rate = f"{chip.products / 1e12:.0f} TFLOP/s"
+    origin = "as measured for large products" if chip.measured else "80.9 % of its peak, the H100's share: not measured"
+    yield (
+        f"roofline: the longest of arithmetic at {chip.flops / 1e12:.0f} TFLOP/s, memory at {chip.bandwidth / 1e9:.0f} "
+        f"GB/s, links at {chip.links / 1e9:.0f} GB/s; estimate: arithmetic at {rate} ({origin}) plus all bytes"
+    )
+
+
+def fits(rows: Iterable[Compiled], chip: Chip) -> str:
+    """Whether all programs fit a chip's memory."""
+    most = max(rows, key=lambda row: row.memory)
+    verdict = "fits" if most.memory <= chip.memory else "does NOT fit"
+    return f"memory of a chip: {chip.memory / GIB:.0f} GiB; {most.name} needs {most.memory / GIB:.2f} GiB: it {verdict}"
+
+
+def rates(what: Generation, rows: Iterable[Compiled], chip: Chip) -> Iterator[str]:
+    """Frames a second of a few-step student, by the estimate, at a full cache."""
+    by_name = {row.name: row for row in rows}
+    row = by_name.get(generation.CHUNK)
+    if row is None:
+        return
+    frames, seconds = what.rollout.chunk * what.factors[0], row.estimate(chip)
+    speed = f"{seconds:.3f} s for {frames} frames, {frames / seconds:.1f} FPS"
+    yield f"estimate of a chunk at a full cache, decoder apart: {speed}"
+    later = by_name.get(generation.LATER, by_name.get(generation.FIRST))
+    if later is not None:
+        both = seconds + what.rollout.chunk * later.estimate(chip)
+        yield f"estimate with the decoder behind it: {both:.3f} s, {frames / both:.1f} FPS"
+
+
+def check_kernels(rows: Iterable[Compiled]) -> None:
+    """Refuses programs that do not attend as they should.
+
+    Raises:
+      ValueError: naming the first one.
+    """
+    for row in rows:
+        if problem := row.missing_kernel():
+            raise ValueError(f"{problem}: choose sizes that the kernel takes, or name an attention")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints the lines of a report as soon as they are there."""
+    # Compiled anew: a program from the cache of compiled ones says less of itself, and at once.
+    jax.config.update("jax_enable_compilation_cache", False)
+    for line in lines:
+        print(line, flush=True)

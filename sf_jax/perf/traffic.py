@@ -1,0 +1,243 @@
+"""What a compiled program moves on one chip: bytes by kind, bytes to other chips, kernels, and how it attends."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+from sf_jax.perf import hlo
+from sf_jax.perf.hlo import Array, Instruction, Module
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+PRODUCTS, ATTENTION = "matrix products", "attention"
+# Neither of both; copies of what is cached have a name of their own.
+COPIES, REST = "copies of the cache", "the rest"
+BRANCHES = ("largest", "mean")
+# Instructions that move nothing of their own.
+_FREE = {
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "iota", "async-start", "async-update", "opt-barrier", "domain", "add-dependency"),
+}
+_GEMM = re.compile(r"gemm|cublas|conv|matmul", re.IGNORECASE)
+# The name that `models.attention` gives to what it computes by matrix products.
+_SCOPE = re.compile(r"attention_xla\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A call of attention in a program.
+
+    Attributes:
+      implementation: "cudnn", "splash", or "xla" for matrix products.
+      place: the module that calls it.
+      shapes: of queries and keys, where a kernel takes them.
+    """
+
+    implementation: str
+    place: str
+    shapes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mover:
+    """Instructions of one source that are neither matrix products nor attention.
+
+    Attributes:
+      kind: `COPIES` or `REST`.
+      source: JAX's name of what they compute.
+      bytes: that they move in all.
+    """
+
+    kind: str
+    source: str
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a chip moves.
+
+    Attributes:
+      links: operation -> bytes that it sends to other chips.
+      kinds: kind -> bytes read from and written to its memory, kernels' repeated reads left out.
+      kernels: instructions that run, each of which a GPU launches.
+      attention: calls of attention -> how often they run.
+      movers: what moves bytes outside of products and attention, the largest first.
+    """
+
+    links: dict[str, float]
+    kinds: dict[str, float]
+    kernels: float
+    attention: dict[Attention, float]
+    movers: tuple[Mover, ...]
+
+    @property
+    def memory(self) -> float:
+        """Bytes read and written."""
+        return sum(self.kinds.values())
+
+    @property
+    def outside(self) -> float:
+        """Bytes of instructions that are neither matrix products nor attention."""
+        return self.memory - self.kinds.get(PRODUCTS, 0.0) - self.kinds.get(ATTENTION, 0.0)
+
+
+class _Tally:
+    """Sums of one computation."""
+
+    def __init__(self):
+        self.links, self.kinds, self.attention = (collections.Counter() for _ in range(3))
+        self.movers: collections.Counter = collections.Counter()
+        self.kernels = 0.0
+
+    def add(self, other: "_Tally", times: float) -> None:
+        """Adds another computation that runs so often."""
+        for name in ("links", "kinds", "attention", "movers"):
+            mine = getattr(self, name)
+            for key, value in getattr(other, name).items():
+                mine[key] += times * value
+        self.kernels += times * other.kernels
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of all kinds."""
+        return sum(self.kinds.values())
+
+
+def traffic(
+    text: str, dynamic_trips: float = 1.0, branch: str = "mean", cached: frozenset[int] = frozenset()
+) -> Traffic:
+    """Counts what a compiled program moves on one chip.
+
+    Args:
+      text: `compiled.as_text()`.
+      dynamic_trips: passes to count for loops whose number of passes is known only when they run.
+      branch: which branch of a choice to count: "largest" (the most bytes: a full cache) or the "mean" of them.
+      cached: sizes, in numbers, of arrays that hold all cached keys or values, to name what copies them.
+
+    Raises:
+      ValueError: if there is no program in the text, or no such branch.
+    """
+    if branch not in BRANCHES:
+        raise ValueError(f"branch is {branch!r}: it must be one of {', '.join(BRANCHES)}")
+    module = hlo.parse(text)
+
+    @functools.cache
+    def tally(name: str) -> _Tally:
+        total = _Tally()
+        by_name = {line.name: line for line in module.computations[name]}
+        for line in module.computations[name]:
+            _count(module, by_name, line, cached, total)
+            if line.operation == "while":
+                total.add(tally(line.called("body")[0]), hlo.trips(module, line, dynamic_trips))
+            elif line.operation in ("call", "async-start"):
+                for inner in line.called("to_apply", "calls", "called_computations"):
+                    total.add(tally(inner), 1.0)
+            elif line.operation == "conditional":
+                names = line.called("branch_computations", "true_computation", "false_computation")
+                if branch == "largest" and names:
+                    total.add(max(map(tally, names), key=lambda inner: inner.bytes), 1.0)
+                else:
+                    for inner in names:
+                        total.add(tally(inner), 1.0 / len(names))
+        return total
+
+    total = tally(module.entry)
+    movers = [Mover(*key, size) for key, size in total.movers.most_common()]
+    return Traffic(dict(total.links), dict(total.kinds), total.kernels, dict(total.attention), tuple(movers))
+
+
+def _count(module: Module, by_name: dict, line: Instruction, cached: frozenset[int], total: _Tally) -> None:
+    """Adds one instruction."""
+    if line.operation in _FREE or line.operation.endswith(("-done", "-update")):
+        return
+    name = line.operation.removesuffix("-start")
+    if name in COLLECTIVES:
+        total.links[name] += _sent(name, line, by_name)
+    results = _written(module, line)
+    size = _read(module, by_name, line) + sum(array.bytes for array in results if not array.on_chip)
+    product = _product(module, line)
+    kind = PRODUCTS if product is not None else REST
+    if called := _attention(line, product, by_name):
+        total.attention[called] += 1
+        kind = ATTENTION
+    elif kind == REST and any(array.elements in cached for array in results):
+        kind = COPIES
+    total.kinds[kind] += size
+    total.kernels += 1
+    if kind in (COPIES, REST):
+        total.movers[(kind, place_of(line.source) or line.operation)] += size
+
+
+def _written(module: Module, line: Instruction) -> list[Array]:
+    if line.operation in ("fusion", "fusion-start"):
+        return hlo.written(module, line)
+    if line.operation == "copy-start":
+        return list(line.arrays[:1])
+    return list(line.arrays)
+
+
+def _read(module: Module, by_name: dict, line: Instruction) -> float:
+    """Bytes that an instruction reads; of a large array only the part that it takes or leaves unchanged."""
+    operands = [by_name.get(name) for name in line.operands]
+    if line.operation in ("dynamic-slice", "gather", "slice"):
+        return sum(array.bytes for array in line.arrays if not array.on_chip)
+    if line.operation == "dynamic-update-slice":
+        return 0.0
+    if line.operation in ("fusion", "fusion-start"):
+        numbers = hlo.reads(module, line.called("calls")[0])
+    else:
+        numbers = {}
+    total = 0.0
+    for place, operand in enumerate(operands):
+        arrays = [] if operand is None else [array for array in operand.arrays if not array.on_chip]
+        size, elements = sum(array.bytes for array in arrays), sum(array.elements for array in arrays)
+        total += size * min(1.0, numbers.get(place, elements) / max(1, elements))
+    return total
+
+
+def _product(module: Module, line: Instruction) -> Instruction | None:
+    """The matrix product or convolution that an instruction is, or that is fused into it."""
+    if line.operation in ("dot", "convolution"):
+        return line
+    if line.operation == "custom-call" and _GEMM.search(line.target):
+        return line
+    if line.operation in ("fusion", "fusion-start"):
+        return hlo.holds(module, line.called("calls")[0], ("dot", "convolution"))
+    return None
+
+
+def _attention(line: Instruction, product: Instruction | None, by_name: dict) -> Attention | None:
+    """The attention that an instruction computes: by a kernel, or by products of `attention.attend`."""
+    if line.operation == "custom-call":
+        implementation = "cudnn" if "fmha" in line.target else "splash" if "splash" in line.source + line.name else ""
+        if implementation:
+            shapes = [by_name[name].arrays[0].shape for name in line.operands[:2] if name in by_name]
+            text = " x ".join("[" + ",".join(map(str, shape)) + "]" for shape in shapes)
+            return Attention(implementation, place_of(line.source.rpartition("/")[0], 2), text)
+    scope = None if product is None else _SCOPE.search(product.source)
+    if scope is None:
+        return None
+    return Attention("xla", place_of(product.source[: scope.start()].rstrip("/"), 2))
+
+
+# What JAX's names have beside modules and primitives.
+_TRANSFORMS = re.compile(
+    r"while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation|branch_\d+_fun|shard_map"
+)
+
+
+def place_of(source: str, parts: int = 3) -> str:
+    """The end of JAX's name of an operation: modules without layers' numbers; loops and transformations left out."""
+    names = [re.sub(r"^(?:jit|pjit)\((.*)\)$", r"\1", name) for name in source.split("/")]
+    names = [re.sub(r"_\d+(?=\.|$)", "", name) for name in names if not _TRANSFORMS.fullmatch(name)]
+    return "/".join(names[-parts:])
+
+
+def _sent(kind: str, line: Instruction, by_name: dict) -> float:
+    """Bytes that a chip sends for a collective, on a ring of many chips."""
+    operand = sum(by_name[name].bytes for name in line.operands if name in by_name)
+    result = line.bytes - operand if line.operation.endswith("-start") else line.bytes
+    if kind == "all-reduce":
+        return 2 * operand
+    return max(result, operand) if kind == "all-gather" else operand
