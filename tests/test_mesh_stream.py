@@ -44,7 +44,7 @@ def check(case: str, found: dict) -> None:
     sizes = meshes.mesh_sizes(CASES[case][0])
     data, tensor, context = (sizes.get(axis, 1) for axis in ("data", "tensor", "context"))
     assert found["pipeline"]["error"] < 1e-5 and found["pipeline"]["grey"] <= 1
-    assert found["programs"] == 1
+    assert found["programs"] <= 1  # none where another case had the same
     assert found["parameter"] == tensor
     if "stream" in found:
         assert found["stream"]["error"] < 1e-5 and found["stream"]["grey"] <= 1

@@ -64,6 +64,14 @@ def embed_tokens(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Arr
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 
+def encoder_mesh(devices: Sequence[jax.Device], shared: Umt5Config | None = None) -> Mesh:
+    """Devices that embed a prompt each, or share the parameters of an encoder of such sizes: as many as divide them."""
+    if shared is not None:
+        devices = devices[: math.gcd(len(devices), shared.dim_attn, shared.dim_ffn, shared.vocab)]
+    shape = (len(devices), 1) if shared is None else (1, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
 def load_embedder(
     model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None, split: bool = False
 ) -> Embedder:
@@ -78,14 +86,10 @@ def load_embedder(
     Raises:
       ValueError: if a file is damaged, or the two do not belong together.
     """
-    devices = list(devices or jax.local_devices()[:1])
     tokenizer = load_tokenizer(model.tokenizer)
     named = "text_encoder" in model.named
-    if split:
-        sizes = describe_network(model.text_encoder, "umt5", scaled=named).config
-        devices = devices[: math.gcd(len(devices), sizes.dim_attn, sizes.dim_ffn, sizes.vocab)]
-    shape = (1, len(devices)) if split else (len(devices), 1)
-    mesh = Mesh(np.asarray(devices).reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sizes = describe_network(model.text_encoder, "umt5", scaled=named).config if split else None
+    mesh = encoder_mesh(devices or jax.local_devices()[:1], sizes)
     config, params = load_network(
         model.text_encoder,
         "umt5",
