@@ -4,8 +4,8 @@
   JAX_PLATFORMS=cpu python -m benchmarks.one_stream --table=14B --out=rows.jsonl      # the tables of docs/streaming.md
 
 A chunk of 3 latent frames at a full cache: 21 frames without --window, otherwise --window (with --sink). Parameters and
-cache are bfloat16. Rows that --out has already are not compiled again; --draw prints them alone. GPUs of a vendor differ
-in memory, so that one of them is compiled for and its figures are held against the others of `SAME`.
+cache are bfloat16. Rows that --out has already are not compiled again; --draw prints them alone. Some GPUs differ only
+in memory here: one of them is compiled for, and its figures are held against the others of `SAME`.
 """
 
 import argparse
