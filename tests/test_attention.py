@@ -62,9 +62,10 @@ def test_large_attention_never_holds_all_logits():
 MASKS = {"none": None, "count": jnp.int32(5), "mask": jnp.arange(7) % 3 != 2}
 
 
+@pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("kind", MASKS)
-def test_kernels_equal_the_plain_one(kind):
-    q, k, v = qkv()
+def test_kernels_equal_the_plain_one(kind, odd):
+    q, k, v = qkv(12 - odd, 12 - odd)
     segments = [(k[:, :7], v[:, :7], MASKS[kind]), (k[:, 7:], v[:, 7:], None)]
     splash = functools.partial(attention_kernels.splash_attention, interpret=True)
     # what cuDNN is given, computed by XLA; it takes no masks
@@ -74,21 +75,33 @@ def test_kernels_equal_the_plain_one(kind):
             assert relative(run(kernel, q), run(lambda *a: attention.attend(*a, "xla"), q)) < 2e-6
 
 
-def test_splash_runs_on_every_devices_share():
+def test_kernels_run_on_every_devices_share():
     code = """
 import functools, jax, jax.numpy as jnp
 from sf_jax.config import MeshConfig
 from sf_jax.models import attention, attention_kernels
 from sf_jax.training.sharding import make_mesh
-q, k, v = (jax.random.normal(key, (4, 12, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
-segments = [(k, v, jnp.int32(9))]
-with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-    out = jax.jit(functools.partial(attention_kernels.splash_attention, interpret=True))(q, segments)
-print(out.sharding.spec, float(jnp.abs(out - attention.attend(q, segments, "xla")).max()) < 1e-6)
+q, k, v = (jax.random.normal(key, (4, 12, 4, 8)) for key in jax.random.split(jax.random.key(0), 3))
+segments = [(k[:, :7], v[:, :7], jnp.int32(5)), (k[:, 7:], v[:, 7:], None)]
+splash = functools.partial(attention_kernels.splash_attention, interpret=True)
+cudnn = functools.partial(attention_kernels.cudnn, implementation="xla")
+
+def both(kernel, q):
+    return kernel(q), jax.grad(lambda q: (kernel(q) ** 2).sum())(q)
+
+plain = both(lambda q: attention.attend(q, segments, "whole"), q)
+with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))):
+    for kernel in (splash, cudnn):
+        for split in ("heads", "tokens", "none"):
+            ours = jax.jit(lambda q: both(lambda q: kernel(q, segments, split), q))(q)
+            worst = max(float(jnp.abs(a - b).max()) for a, b in zip(ours, plain))
+            print(ours[0].sharding.spec if kernel is cudnn else "", worst < 1e-5)
 """
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "(('data', 'fsdp'), None, 'tensor'" in done.stdout and "True" in done.stdout, done
+    assert done.stdout.count("True") == 6, done
+    for spec in ("('fsdp', None, ('tensor', 'context')", "('fsdp', 'context', 'tensor'", "('fsdp',"):
+        assert spec in done.stdout, done
 
 
 def test_cudnn_equals_the_plain_one():

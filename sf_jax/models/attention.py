@@ -222,14 +222,15 @@ def attend(
       implementation: "xla" (any device), "whole" ("xla" without tiles: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
       max_logits: how many logits "xla" computes at once, and how many a tile may have; None are the backend's numbers.
-      split: which axis of the queries the `context` of a mesh splits, "heads" or "tokens".
+      split: which axis the `context` of a mesh splits beside the batch: "heads", of the queries "tokens", or "none":
+        the heads are whole on every device, too.
 
     Returns:
       [B, T, N, D], dtype of `q`.
     """
     chosen = choose(implementation, q, segments)
     if chosen == "cudnn":
-        return attention_kernels.cudnn(q, segments)
+        return attention_kernels.cudnn(q, segments, split)
     if chosen == "splash":
         return attention_kernels.splash_attention(q, segments, split)
     batch, length, heads, dim = q.shape

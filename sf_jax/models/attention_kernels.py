@@ -21,7 +21,7 @@ def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
     return half and q.shape[-1] <= LANES and q.shape[-1] % 8 == 0 and counted <= 1 and not masked
 
 
-def cudnn(q: jax.Array, segments: Sequence[tuple], implementation: str = "cudnn") -> jax.Array:
+def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", implementation: str = "cudnn") -> jax.Array:
     """Attention by `jax.nn.dot_product_attention`; arguments as in `attention.attend`.
 
     Only the counted keys are read: they come last, and the kernel is given the number of keys as a length.
@@ -29,11 +29,19 @@ def cudnn(q: jax.Array, segments: Sequence[tuple], implementation: str = "cudnn"
     segments = sorted(segments, key=lambda segment: segment[2] is not None)
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     count = segments[-1][2]
-    lengths = None
     if count is not None:
-        whole = sum(k.shape[1] for k, _, _ in segments[:-1])
-        lengths = jnp.full((q.shape[0],), whole + count, jnp.int32)
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+        count = sum(k.shape[1] for k, _, _ in segments[:-1]) + jnp.asarray(count, jnp.int32)
+
+    def local(q, k, v, count=None):
+        length, keys = q.shape[1], k.shape[1]
+        count = keys if count is None and keys % 2 else count
+        lengths = None if count is None else jnp.full((q.shape[0],), count, jnp.int32)
+        # the kernel's gradient takes even lengths only: a single register, or a share of a frame, gets a row more
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+        return out[:, :length]
+
+    return _on_shares(local, split, q, k, v, *(() if count is None else (count,)))
 
 
 def splash_attention(
@@ -42,8 +50,7 @@ def splash_attention(
     """Attention by the Splash kernel; arguments as in `attention.attend`.
 
     Lengths are padded to the kernel's blocks and heads to its 128 lanes; what is padded or masked has another segment
-    id than the queries. Under a mesh (`jax.set_mesh`) the kernel runs on every device's share of batch and heads, or of
-    batch, heads and queries if `split` is "tokens".
+    id than the queries.
     """
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     hidden = jnp.concatenate([_hidden(k.shape[1], mask) for k, _, mask in segments])
@@ -51,13 +58,21 @@ def splash_attention(
     def local(q, k, v, hidden):
         return _splash_local(q, k, v, hidden, interpret)
 
+    return _on_shares(local, split, q, k, v, hidden)
+
+
+def _on_shares(kernel, split, q, k, v, *whole):
+    """Runs a kernel on every device's share, as `attention.attend` splits it; every device gets `whole`.
+
+    XLA knows how to split neither kernel: Splash not at all, cuDNN's only where all three arrays are split alike.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(q, k, v, hidden)
+        return kernel(q, k, v, *whole)
     batch, (tokens, heads) = mesh_axes("batch", q.shape[0]), attention_axes(split, *q.shape[1:3])
     own, keys = PartitionSpec(batch, tokens, heads, None), PartitionSpec(batch, None, heads, None)
-    specs = (own, keys, keys, PartitionSpec(None))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(q, k, v, hidden)
+    specs = (own, keys, keys, *(PartitionSpec(),) * len(whole))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(q, k, v, *whole)
 
 
 def _hidden(length, mask):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax.models import attention
-from sf_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm
+from sf_jax.models.layers import Exact, LayerNorm, Linear, RMSNorm, layer_norm
 from sf_jax.models.wan import JOIN, LEAVE, SPREAD, Attention, WanConfig
 
 # The official classifier's LayerNorm has PyTorch's default epsilon, the register tokens' RMSNorm that of the network.
@@ -86,8 +86,9 @@ class Discriminator(nn.Module):
             axis_size=count,
         )(self.critic, self.config.ffn_dim or self.critic.ffn_dim)
         self.classifier_norm = LayerNorm(CLASSIFIER_EPS)
-        self.classifier_in = Linear(dim, axes=LEAVE)
-        self.classifier_out = Linear(self.config.classes, axes=LEAVE)
+        # R1 and R2 are differences between logits of nearly equal videos
+        self.classifier_in = Exact(dim, axes=LEAVE)
+        self.classifier_out = Exact(self.config.classes, axes=LEAVE)
 
     def __call__(self, features: jax.Array, time: jax.Array) -> jax.Array:
         """float32 logits [B, classes].

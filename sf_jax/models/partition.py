@@ -33,6 +33,15 @@ def platform() -> str:
     return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
 
 
+def platform() -> str:
+    """What the program is for, "cpu", "gpu" or "tpu": the devices of the mesh of `jax.set_mesh`, else the backend.
+
+    Devices that are compiled for need not be there.
+    """
+    backend = jax.default_backend()
+    return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
+
+
 def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
     """Mesh axes (of the mesh of `jax.set_mesh`) that split an axis of `size`; None if nothing does.
 
@@ -104,7 +113,9 @@ def all_queries(y: jax.Array) -> jax.Array:
 
 
 def attention_axes(split: str, queries: int, heads: int) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Mesh axes of a kernel's queries and heads; `split` ("heads" or "tokens") says what `context` splits."""
+    """Mesh axes of a kernel's queries and heads; what `context` splits is `split`, see `attention.attend`."""
+    if split == "none":
+        return None, None
     if split == "tokens" or _splits_queries(heads):
         return mesh_axes("tokens", queries), mesh_axes("features", heads)
     return None, mesh_axes("heads", heads)

@@ -134,7 +134,7 @@ class FrameAttention(nn.Module):
         batch, frames, height, width, channels = x.shape
         h = Conv(3 * channels, (1, 1), self.dtype, name="qkv")(ChannelNorm(name="norm")(x))
         q, k, v = jnp.split(h.reshape(batch * frames, height * width, 1, 3 * channels), 3, axis=-1)
-        h = attend(q, [(k, v, None)]).reshape(x.shape)
+        h = attend(q, [(k, v, None)], split="none").reshape(x.shape)  # one head: nothing to split but frames
         return x + Conv(channels, (1, 1), self.dtype, name="proj")(h)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KeysValues, KVCache
-from sf_jax.models.layers import Axes, LayerNorm, Linear, RMSNorm, layer_norm, time_features
+from sf_jax.models.layers import Axes, Exact, LayerNorm, Linear, RMSNorm, layer_norm, time_features
 from sf_jax.models.partition import constrain
 from sf_jax.models.pattern_attention import pattern_attention
 from sf_jax.models.sizes import check_eps, check_sizes
@@ -318,9 +318,8 @@ class WanTransformer(nn.Module):
         config = self.config
         self.patch_embedding = _dense(config, config.dim, ENTER)
         self.text_in, self.text_out = _dense(config, config.dim, ENTER), _dense(config, config.dim, LEAVE)
-        wide = dataclasses.replace(config, dtype="float32")
-        self.time_in, self.time_out = _dense(wide, config.dim, ENTER), _dense(wide, config.dim, LEAVE)
-        self.time_projection = _dense(wide, 6 * config.dim, LEAVE)
+        self.time_in, self.time_out = Exact(config.dim, axes=ENTER), Exact(config.dim, axes=LEAVE)
+        self.time_projection = Exact(6 * config.dim, axes=LEAVE)
         self.head_modulation = self.param(
             "head_modulation", nn.initializers.normal(config.dim**-0.5), (1, 2, config.dim)
         )
