@@ -67,7 +67,7 @@ class Case:
         rollout = ro.RolloutConfig(window=self.window, sink=self.sink, positions=positions, context_noise="none")
         sampling = Sampling(height=height, width=width)
         decoder = generation.wan_decoder("wan", "bfloat16")
-        return generation.Generation(config, rollout, sampling, (4, 8), decoder, None, False, mesh_sizes(self.mesh))
+        return generation.Generation(config, rollout, sampling, decoder, mesh=mesh_sizes(self.mesh))
 
 
 def measure(case: Case, what: str) -> dict:

@@ -33,15 +33,6 @@ def platform() -> str:
     return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
 
 
-def platform() -> str:
-    """What the program is for, "cpu", "gpu" or "tpu": the devices of the mesh of `jax.set_mesh`, else the backend.
-
-    Devices that are compiled for need not be there.
-    """
-    backend = jax.default_backend()
-    return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
-
-
 def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
     """Mesh axes (of the mesh of `jax.set_mesh`) that split an axis of `size`; None if nothing does.
 
