@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -13,9 +15,13 @@ from jax.sharding import AxisType, Mesh
 
 import sf_jax
 from sf_jax.inference.load import WanOptions, load_pipeline
+from sf_jax.inference.sampling import Sampling
 from sf_jax.models import wan
 from sf_jax.parallel import mesh as meshes
 from sf_jax.parallel import params
+from sf_jax.perf import generation
+from sf_jax.perf.chips import chip_of
+from sf_jax.perf.devices import devices_of
 from sf_jax.rollout import RolloutConfig
 from sf_jax.server.launch import Model
 from tests.helpers import refused
@@ -141,4 +147,44 @@ def test_the_text_encoder_is_split_over_all_devices_of_a_video():
     assert held < 0.26 * sum(x.size for x in jax.tree.leaves(shapes))
 
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler")
+WIDE = wan.WanConfig(
+    dim=512,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=2,
+    text_dim=64,
+    text_len=128,
+    freq_dim=64,
+    dtype="bfloat16",
+)
+COMPILERS = {"h100:4": "jax_plugins.xla_cuda12", "v6e:2x2": "libtpu"}
+KERNELS = {"h100:4": "__cudnn$fmhaSoftmax", "v6e:2x2": "splash_mha"}
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor:2,context:2", "context:4", "tensor:4"])
+@pytest.mark.parametrize("target", COMPILERS)
+def test_a_chunk_sends_activations_and_never_the_cache(target, mesh):
+    if not installed(COMPILERS[target]):
+        pytest.skip(f"{COMPILERS[target]}, which compiles for {target}, is not installed")
+    rollout = RolloutConfig(context_noise="none")
+    what = generation.Generation(WIDE, rollout, Sampling(height=128, width=128), mesh=meshes.mesh_sizes(mesh))
+    devices = generation.device_mesh(what, list(devices_of(target)))
+    call = next(call for call in generation.calls(what, devices, chip_of(target)) if call.name == generation.CHUNK)
+    with jax.set_mesh(devices):
+        text = call.function.lower(*call.arguments).compile().as_text()
+    assert KERNELS[target] in text
+    lines = [line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|all-to-all)(-start)?\(", line)]
+    sent = [math.prod(map(int, sizes.split(","))) for line in lines for sizes in re.findall(r"\w\[([\d,]+)\]", line)]
+    chunk, cache = (count * 64 * WIDE.dim for count in (3, 18))  # numbers in one array of a layer
+    assert lines and max(sent) <= chunk < cache / 4
+    assert (("all-to-all" in text) or ("all-gather" in text)) == ("context" in mesh)
+    assert ("all-reduce" in text) or "tensor" not in mesh
