@@ -103,6 +103,9 @@ _JOB = {
     "cache_dtype": flags.DEFINE_enum(
         "cache_dtype", None, ["bfloat16", "float32", "int8", "fp8"], "Cached keys and values (the network's type)"
     ),
+    "mesh": flags.DEFINE_string(
+        "mesh", None, "Wan: devices that share a video, such as tensor:2,context:2 (a video has a device of its own)"
+    ),
     "save_latents": flags.DEFINE_bool("save_latents", False, "Write latents, .npy float32 [F, H, W, C], too"),
     "vbench_names": flags.DEFINE_bool(
         "vbench_names", False, "Name the files prompt-index.mp4 (or NAME-index.mp4 by --names), write nothing else"
@@ -122,7 +125,7 @@ GROUPS = {
         *("first_chunk_steps", "chunk", "window", "sink", "positions", "context", "quantize", "cache_dtype"),
     ),
     "Wan": (
-        *("model", "part", "height", "width", "image", "video", "dtype"),
+        *("model", "part", "height", "width", "image", "video", "dtype", "mesh"),
         *("transformer", "vae", "text_encoder", "tokenizer"),
     ),
     "Instead of a video": ("compile_only",),

@@ -28,6 +28,7 @@ _QUANTIZE = flags.DEFINE_enum(
 _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype", None, ["bfloat16", "float32", "int8", "fp8"], "Cached keys and values (the network's type)"
 )
+_MESH = flags.DEFINE_string("mesh", None, "Wan: devices that share a stream, such as tensor:2,context:2 (one device)")
 _HEIGHT = flags.DEFINE_integer("height", None, "Rows of pixels (Wan: 480, a multiple of 16)")
 _WIDTH = flags.DEFINE_integer("width", None, "Columns of pixels (Wan: 832, a multiple of 16)")
 _WINDOW = flags.DEFINE_integer("window", None, "Latent frames that a chunk sees, itself included (Wan: 21)")
@@ -56,7 +57,7 @@ _ACCELERATOR = flags.DEFINE_enum("accelerator", "none", ["none", "GPU", "TPU"], 
 _DRAIN = flags.DEFINE_float("drain", 20.0, "Seconds that streams go on after SIGTERM", 0.0, 1e6)
 GROUPS = {
     "Model": (
-        *("model", "checkpoint", "part", "vae", "dtype", "quantize", "cache_dtype"),
+        *("model", "checkpoint", "part", "vae", "dtype", "quantize", "cache_dtype", "mesh"),
         *("height", "width", "window", "sink", "positions"),
     ),
     "Streams": ("fps", "scale", "slots", "waiting", "ahead", "memory", "lifetime", "drain"),
@@ -130,7 +131,7 @@ def main() -> None:
     model = Model(
         folder=_MODEL.value,
         checkpoint=_CHECKPOINT.value,
-        options=_given(part=_PART, vae=_VAE, dtype=_DTYPE),
+        options=_given(part=_PART, vae=_VAE, dtype=_DTYPE, mesh=_MESH),
         narrow=_given(quantize=_QUANTIZE, cache_dtype=_CACHE_DTYPE),
         rollout=_given(window=_WINDOW, sink=_SINK, positions=_POSITIONS),
         size=_given(height=_HEIGHT, width=_WIDTH),

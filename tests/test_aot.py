@@ -23,7 +23,15 @@ COMPILERS = {"h100:4": "jax_plugins.xla_cuda12", "v6e:2x2": "libtpu"}
 # what the compiled program calls the kernels
 KERNELS = {"h100:4": ("__cudnn$fmhaSoftmax",), "v6e:2x2": ("tpu_custom_call", "splash_mha")}
 WIDE = wan.WanConfig(
-    dim=512, ffn_dim=512, num_heads=4, num_layers=1, text_dim=64, text_len=128, channels=4, dtype="bfloat16"
+    dim=512,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=1,
+    text_dim=64,
+    text_len=128,
+    freq_dim=64,
+    channels=4,
+    dtype="bfloat16",
 )
 FRAMES, SIZE = 4, (16, 16)
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from configs import wan_distill
 from sf_jax.config import MeshConfig, from_dict
+from sf_jax.parallel import params
 from sf_jax.perf import training as perf_training
 from sf_jax.perf.chips import chip_of
 from sf_jax.training import abstract, ahead, programs, sharding
@@ -69,7 +70,7 @@ def test_every_array_is_split_as_its_rule_says_at_full_size(recipe):
     for tree in (run.state, run.frozen):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             names = tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path)
-            parts = [wide.get(axis, 1) for axis in sharding.logical_axes(names, leaf.ndim)]
+            parts = [wide.get(axis, 1) for axis in params.logical_axes(names, leaf.ndim)]
             held = leaf.sharding.shard_shape(leaf.shape)
             assert held == tuple(size // part for size, part in zip(leaf.shape, parts, strict=True)), path
             # the sides of adapters that only `tensor` splits are thin

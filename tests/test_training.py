@@ -221,7 +221,7 @@ def test_every_leaf_has_a_sharding_rule():
     state = jax.eval_shape(lambda: steps.new_state(config))
     shardings = sharding.tree_shardings(state, mesh)
     spec = shardings.model.opt_state[1].inner_states["adam"].inner_state[0].mu["head"]["kernel"].spec
-    assert tuple(spec) == (("fsdp", "context"), None)
+    assert tuple(spec) == (("fsdp", "context"),)
     with pytest.raises(ValueError, match="no sharding rule for blocks/new/kernel"):
         sharding.tree_shardings({"blocks": {"new": {"kernel": jnp.zeros((2, 3))}}}, mesh)
 

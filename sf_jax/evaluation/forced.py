@@ -58,7 +58,7 @@ def generate_behind_real(
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(-1, *text.shape[1:])
         real = jnp.repeat(real, 2, axis=0)
     text = encode_text(model, params, text)
-    cache = ro.empty_cache(model, config, len(text.k[0]), frames, *size[:2])
+    cache = ro.empty_cache(model, config, len(text.k[0]), frames, *size[:2], dtype=pipe.cache_dtype)
     parts = []
     for chunk, (start, count) in enumerate(zip(pipe.chunk_starts(frames), config.chunks(frames)[1], strict=True)):
         given, place, own = real[:, start : start + count], (jnp.int32(start), jnp.int32(chunk)), None

@@ -21,6 +21,7 @@ from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.io import video as video_io
+from sf_jax.parallel.mesh import video_devices
 from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, WAN_FPS = 12.0, 16.0
@@ -193,9 +194,9 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
         size = max(1, min(count, most))
         style = Style(DIGITS_FPS, lengths.DIGITS_SCALE, gif=True, sheet="contact_sheet")
     else:
-        devices = tuple(jax.local_devices()[: max(1, count)])
+        devices = _devices(job, count)
         pipe, initial = _wan(job, devices, executables, unread)
-        size, style = len(devices), Style(WAN_FPS)
+        size, style = len(devices) // video_devices(job.mesh_sizes), Style(WAN_FPS)
     style = dataclasses.replace(
         style,
         fps=job.fps or style.fps,
@@ -208,13 +209,20 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
 
 def _chunks(job: Job, plan: _Plan, numbers: list[int]) -> Iterator[Chunk]:
     """Generates the videos of a batch."""
-    # every device needs a video; what is there twice is written once
+    # every part of the mesh needs a video; what is there twice is written once
     padded = numbers + numbers[:1] * (plan.size - len(numbers))
     initial = None if plan.initial is None else np.repeat(plan.initial, len(padded), axis=0)
     if job.scenes:
         return scheduled_chunks(plan.pipe, job.scenes, padded, plan.style.fps, initial)
     prompts = job.video_prompts()
     return plan.pipe.chunks([prompts[i] for i in padded], first_index=padded, initial=initial)
+
+
+def _devices(job: Job, videos: int) -> tuple:
+    """This process's devices that have a video, or a part of one; fewer where there are not as many."""
+    here, shared = jax.local_devices(), video_devices(job.mesh_sizes)
+    data = job.mesh_sizes.get("data", max(1, min(len(here) // shared, videos)))
+    return tuple(here[: data * shared])
 
 
 def _wan(
@@ -231,7 +239,8 @@ def _wan(
         if model.vae is None:
             raise ValueError(f"model {job.model} lacks: vae, which encodes the given frames")
         check_network(model.vae, "vae")
-    text_encoder = Umt5TextEncoder(model, options.compute_dtype, executables=executables, unread=unread)
+    encoder = {"mesh": options.device_mesh, "executables": executables, "unread": unread}
+    text_encoder = Umt5TextEncoder(model, options.compute_dtype, **encoder)
     text_encoder.encode([*job.all_prompts, *([] if job.few_steps else [job.negative_prompt or ""])])
     initial = None if pixels is None else np.asarray(encode_pixels(load_encoder(model), pixels[None]))
     return job.wan_sampling(wan_pipeline(job.model, options, model, text_encoder)), initial

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
+from sf_jax.models.partition import constrain
 from sf_jax.models.streaming import StreamCache, empty_decode_cache
 
 
@@ -31,6 +32,20 @@ class Encoder(Protocol):
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Latents float32 [B, F, H, W, C] of pixels float32 [B, f, h, w, c] in [-1, 1]."""
+
+
+def by_columns(tree: Any) -> Any:
+    """Latents and caches [B, F, H, W, C] as a mesh decodes them: the devices of a video each have some of its columns.
+
+    Convolutions then exchange a column with each neighbor, where columns of whole rows are split evenly; otherwise
+    every device of a video decodes all of it.
+    """
+    return jax.tree.map(lambda a: constrain(a, *column_axes(a)), tree)
+
+
+def column_axes(a: jax.Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+    """Names of the axes of an array in latents or in a decoder's cache; see `partition.constrain`."""
+    return ("batch", None, None, "columns", None) if a.ndim == 5 else ("batch", *[None] * (a.ndim - 1))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["module"])

@@ -24,6 +24,7 @@ from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.io import video as video_io
+from sf_jax.parallel.mesh import check_tokens, mesh_sizes
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.package import Package
@@ -31,7 +32,7 @@ from sf_jax.weights.package import Package
 NAME_BYTES = 180  # of 255 that file systems take, with room for the index and the suffix
 # VBench's own names are whole; VBench 2.0 cuts those that no file name holds at 180 characters.
 VBENCH_BYTES, VBENCH_CHARACTERS = 240, 180
-WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype")
+WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Job:
       dtype: of parameters and computation.
       quantize: "int8" or "fp8", for the network's weights.
       cache_dtype: of a causal network's cached keys and values, one of `kv_cache.DTYPES`.
+      mesh: how devices share a video, such as "tensor:2,context:2".
       save_latents: whether to write the latents beside the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
       names: what videos are named after, one for each prompt; empty is the prompts themselves.
@@ -119,6 +121,7 @@ class Job:
     dtype: str | None = None
     quantize: str | None = None
     cache_dtype: str | None = None
+    mesh: str | None = None
     save_latents: bool = False
     vbench_names: bool = False
     names: tuple[str, ...] = ()
@@ -192,6 +195,8 @@ class Job:
             if size is not None and (size < WAN_SIDE or size % WAN_SIDE):
                 near = max(WAN_SIDE, round(size / WAN_SIDE) * WAN_SIDE)
                 raise ValueError(f"{field} is {size}: it must be a multiple of {WAN_SIDE}, such as {near}")
+        rows, columns = (self.height or Sampling().height), (self.width or Sampling().width)
+        check_tokens(self.mesh_sizes, rows // WAN_SIDE, columns // WAN_SIDE)
         if self.image and self.video:
             raise ValueError("image and video are both given: choose one")
         if not self.is_causal and (self.image or self.video):
@@ -255,6 +260,11 @@ class Job:
         return self.checkpoint is not None or (self.abstract and self.few_steps)
 
     @functools.cached_property
+    def mesh_sizes(self) -> dict[str, int]:
+        """Devices per axis of the mesh that is asked for."""
+        return {} if self.mesh is None else mesh_sizes(self.mesh)
+
+    @functools.cached_property
     def trained(self) -> Package | None:
         """What the header of Wan's checkpoint says, where sf_jax.train wrote it."""
         return causal_header(self.checkpoint) if self.is_wan and self.checkpoint is not None else None
@@ -313,6 +323,7 @@ class Job:
             dtype=self.dtype,
             rollout=self.wan_rollout,
             devices=devices,
+            mesh=None if devices is None else self.mesh,
             loras=self.lora,
             unread=unread,
             quantize=self.quantize,

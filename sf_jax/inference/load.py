@@ -1,14 +1,14 @@
 """Pipelines from weight files: the embedded moving digits, and Wan2.1 with what was distilled from it."""
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import quantization, sentencepiece
@@ -24,6 +24,8 @@ from sf_jax.models.text import WordEmbedding
 from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
+from sf_jax.parallel.mesh import check_mesh, make_mesh, mesh_sizes
+from sf_jax.parallel.params import GENERATION, held_bytes, tree_shardings
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
@@ -61,7 +63,9 @@ class WanOptions:
       scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`); None is no where
         cuDNN's attention is chosen and the memory allows a second copy of the window, as it is faster there.
       loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
-      devices: that share the videos of a batch, as many on each; None is the default device alone.
+      devices: that share the videos of a batch, as many on each; None is the default device alone, or with `mesh` as
+        many of this process's as it needs.
+      mesh: how devices share a video, such as "tensor:2,context:2" or {"tensor": 2}; see docs/streaming.md.
       transformer: file of the bidirectional transformer, instead of the folder's; with a checkpoint it gives the sizes.
       text_encoder: file of the text encoder, instead of the folder's.
       tokenizer: its tokenizer.json, spiece.model or the folder of one, instead of the folder's; without either, what
@@ -81,6 +85,7 @@ class WanOptions:
     scan_layers: bool | None = None
     loras: Sequence = ()
     devices: Sequence[jax.Device] | None = None
+    mesh: str | Mapping[str, int] | None = None
     transformer: str | Path | None = None
     text_encoder: str | Path | None = None
     tokenizer: str | Path | None = None
@@ -104,6 +109,9 @@ class WanOptions:
             raise ValueError(f"rollout is {self.rollout!r}: it must be a RolloutConfig")
         if self.devices is not None and not (isinstance(self.devices, Sequence) and len(self.devices)):
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
+        if not isinstance(self.mesh, (str, Mapping, type(None))):
+            raise ValueError(f"mesh is {self.mesh!r}: give axes with their sizes, such as 'tensor:2,context:2'")
+        self.device_mesh  # noqa: B018 (refuses sizes that do not fit the devices)
         if self.checkpoint is None:
             for name in ("part", "rollout", "scan_layers", "cache_dtype"):
                 if getattr(self, name) is not None:
@@ -115,6 +123,17 @@ class WanOptions:
     def compute_dtype(self) -> str:
         """The type of parameters and computation."""
         return self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    @property
+    def device_mesh(self) -> Mesh | None:
+        """The mesh; None for the default device alone.
+
+        Raises:
+          ValueError: if there are too few devices for `mesh`, or it has other axes.
+        """
+        if self.mesh is None and self.devices is None:
+            return None
+        return make_mesh({} if self.mesh is None else mesh_sizes(self.mesh), self.devices)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -274,6 +293,8 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
     _check_header(path, files.config)
     guess = check_network(path, "transformer", files.config, part, scaled=_reads_scaled(files, options))
     adapters.check_loras(options.loras, files.config)
+    if options.device_mesh is not None:
+        check_mesh(options.device_mesh, files.config)
     if options.checkpoint is None:
         _refuse_causal(files.transformer)
     if guess.naming == "rcm" and options.rollout is None:
@@ -358,11 +379,6 @@ def causal_header(checkpoint: str | Path) -> Package | None:
     return header
 
 
-def wan_mesh(devices: Sequence[jax.Device] | None) -> Mesh | None:
-    """Devices that have a video each, axis `data`; None for the default device alone."""
-    return None if devices is None else Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
-
-
 def load_encoder(files: ModelFiles) -> VaeEncoder:
     """The VAE's encoder, in the precision of its file."""
     config, params = load_network(files.vae, "vae")
@@ -413,8 +429,9 @@ def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig, 
         return True
     frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, 30 * 52
     cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    return weights + 2 * cache <= 0.75 * limit
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    held = held_bytes(params)
+    return held + 2 * cache * held / whole <= 0.75 * limit  # a mesh splits the cache no less than this
 
 
 def wan_pipeline(
@@ -435,14 +452,14 @@ def wan_pipeline(
       ValueError: see `find_wan`.
     """
     files = files or find_wan(folder, options)
-    dtype, mesh = options.compute_dtype, wan_mesh(options.devices)
+    dtype, mesh = options.compute_dtype, options.device_mesh
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    split = None if mesh is None else functools.partial(tree_shardings, mesh=mesh, rules=GENERATION)
     path = _transformer_path(files, options)
     scaled, device = _reads_scaled(files, options), None if mesh is None else mesh.devices.flat[0]
-    quantizer, where = quantizer_for(options.quantize, device), (options.part, everywhere)
-    unread = {"unread": options.unread}
-    how = (options.loras, scaled, quantizer)
-    _, params = load_network(path, "transformer", files.config, dtype, *where, *how, **unread)
+    quantizer, unread = quantizer_for(options.quantize, device), {"unread": options.unread}
+    how = (options.part, split, options.loras, scaled, quantizer)
+    _, params = load_network(path, "transformer", files.config, dtype, *how, **unread)
     causal, kind, decoder = options.checkpoint is not None, decoder_kind(files, options), None
     if kind is not None:
         config, vae_params = load_network(getattr(files, kind), kind, None, dtype, None, everywhere, **unread)
@@ -458,11 +475,13 @@ def wan_pipeline(
         solver = Solver(name, shift, 50)
     if header is not None and header.kind == "causal":
         solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}
-    report = quantization.report(quantizer, network, params)
+    report = quantization.report(quantizer, network, params, mesh, quiet=options.unread)
     if causal:
         network, params = generation_network(network, params, rollout, options.scan_layers)
+        if mesh is not None:
+            params = jax.device_put(params, split(params))
     return VideoPipeline(
-        text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder, **unread),
+        text_encoder=text_encoder or Umt5TextEncoder(files, dtype, options.keep_text_encoder, mesh, **unread),
         transformer=WanTransformer(network),
         params=params,
         rollout=rollout,

@@ -7,7 +7,6 @@ Source: official `CausalInferencePipeline`, `CausalDiffusionInferencePipeline` a
 import collections
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
+from sf_jax.parallel import mesh as meshes
+from sf_jax.parallel import params as sharding
 from sf_jax.weights import eight_bit
 from sf_jax.weights.eight_bit import Quantization
 
@@ -46,7 +47,8 @@ class VideoPipeline:
       params: its parameters.
       rollout: chunks, window and few steps of a causal network; None for a bidirectional one.
       decoder: latents to pixels; None to stop at the latents.
-      mesh: devices over which the videos of a batch are spread (axis `data`); None for the default device alone.
+      mesh: devices over which the videos of a batch are spread (axis `data`), and the tokens (`context`), heads
+        and features (`tensor`) of each; None for the default device alone. See `with_mesh`.
       encoder: pixels to latents, for videos that go on from given frames.
       sampling: what `stream` and a call take where they are not told otherwise.
       only_frames: the only length that a bidirectional network was trained for; None for any.
@@ -76,6 +78,11 @@ class VideoPipeline:
     quantization: Quantization | None = None
     cache_dtype: str | None = None
 
+    def __post_init__(self):
+        """Refuses meshes over which the network cannot be split."""
+        if self.mesh is not None:
+            meshes.check_mesh(self.mesh, self.transformer.config)
+
     @property
     def kind(self) -> str:
         """A few-step "student", a many-step "causal" network, or a "bidirectional" one, which makes videos whole."""
@@ -103,6 +110,8 @@ class VideoPipeline:
         parts += [] if self.cache_dtype is None else [f"cache {self.cache_dtype}"]
         layers = "" if config.scan_layers else ", layers apart"
         parts += [f"attention {self._attention()}{layers}", f"{len(devices)} x {devices[0].device_kind}"]
+        if self.mesh is not None and len(devices) > 1:
+            parts += [f"mesh {meshes.describe(self.mesh)}"]
         if self.rollout is not None:
             rollout = self.rollout
             window = f"window {rollout.window}, sink {rollout.sink}" if rollout.window else "no window"
@@ -178,6 +187,23 @@ class VideoPipeline:
         from sf_jax.inference import stream, stream_memory  # they import this module
 
         return stream_memory.bytes_per_stream(stream.stream_spec(self), self, slots)
+
+    def with_mesh(self, mesh: Mesh | str) -> "VideoPipeline":
+        """The same pipeline on other devices, to which network and decoder are moved.
+
+        Args:
+          mesh: with axes `data`, `context` and `tensor`, or a text such as "tensor:2,context:2" for this process's
+            devices.
+
+        Raises:
+          ValueError: if there are too few devices, or the network cannot be split so.
+        """
+        if isinstance(mesh, str):
+            mesh = meshes.make_mesh(meshes.mesh_sizes(mesh))
+        pipe = dataclasses.replace(self, mesh=mesh)
+        params = jax.device_put(self.params, sharding.tree_shardings(self.params, mesh, sharding.GENERATION))
+        decoder = jax.device_put(self.decoder, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(pipe, params=params, decoder=decoder)
 
     def place(self, batch: jax.Array | np.ndarray) -> jax.Array:
         """Spreads an array over the devices along its first axis, that of the videos."""
@@ -341,8 +367,9 @@ class VideoPipeline:
         text = self.embed([prompts] if isinstance(prompts, str) else prompts)
         if initial is not None and len(initial) != len(text):
             raise ValueError(f"initial has {len(initial)} videos: there are {len(text)} prompts")
-        if self.mesh is not None and len(text) % self.mesh.size:
-            raise ValueError(f"there are {len(text)} prompts: it must be a multiple of the {self.mesh.size} devices")
+        apart = meshes.videos_apart(self.mesh)
+        if len(text) % apart:
+            raise ValueError(f"there are {len(text)} prompts: it must be a multiple of mesh.data, {apart}")
         examples = example_numbers(first_index, len(text))
         latents = self._latents(text, examples, sampling, size, initial)
         return self._ahead(self._decoded(latents, len(text), size) if decoded and self.decoder else latents)
@@ -364,7 +391,7 @@ class VideoPipeline:
     def latent_size(self, sampling: Sampling) -> tuple[int, int, int]:
         """(H, W, C) of a latent frame."""
         height, width = (self._latent_side(sampling, name) for name in ("height", "width"))
-        self.transformer.config.grid(height, width)
+        meshes.check_tokens(self.mesh, *self.transformer.config.grid(height, width))
         return height, width, self.transformer.config.channels
 
     def _latent_side(self, sampling: Sampling, name: str) -> int:
@@ -405,7 +432,6 @@ class VideoPipeline:
     def _decoded(self, chunks: Iterator[Chunk], batch: int, size: tuple[int, ...]) -> Iterator[Chunk]:
         """Adds the pixels."""
         cache = self.run(programs.empty_decoder_cache, self.decoder, batch, *size[:2])
-        cache = jax.tree.map(self.place, cache)
         for chunk in chunks:
             # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.
             pixels = []
@@ -427,7 +453,8 @@ class VideoPipeline:
         if self.rollout is None:
             yield Chunk(self._whole(text, source, sampling, (frames, *size)), None, 0)
             return
-        cache = self._empty_cache(text.k.shape[1], frames, size)
+        kept = (self.transformer, self.rollout, text.k.shape[1], frames, size, self.cache_dtype)
+        cache = self.run(programs.empty_cache, *kept)
         given = 0 if initial is None else initial.shape[1]
         first, chunks = self.rollout.chunks(frames - given, given)
         start = 0
@@ -454,22 +481,11 @@ class VideoPipeline:
             return np.zeros_like(text[:1])
         return self.text_encoder.encode([sampling.negative_prompt])
 
-    def _empty_cache(self, batch: int, frames: int, size: tuple[int, ...]):
-        """An empty cache, made on its devices; `frames` latent frames are what it must hold."""
-        make = functools.partial(
-            ro.empty_cache, self.transformer, self.rollout, batch, frames, *size[:2], dtype=self.cache_dtype
-        )
-        if self.mesh is None:
-            return jax.jit(make)()
-        spread, whole = (NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))
-        like = jax.eval_shape(make)
-        return jax.jit(make, out_shardings=like.replace(k=spread, v=spread, frames=whole))()
-
     def _whole(self, text, source, sampling: Sampling, size: tuple[int, ...]) -> jax.Array:
         """A whole video of a bidirectional network; `size` is (F, H, W, C)."""
         key, examples, _ = source
-        noise = jax.jit(ro.example_noise, static_argnums=2)(key, examples, (examples.shape[0], *size))
-        state, table = jax.jit(solvers.start)(noise), solvers.rows(sampling.solver)
+        state = self.run(programs.bidirectional_start, key, examples, (examples.shape[0], *size))
+        table = solvers.rows(sampling.solver)
         steps = range(sampling.solver.steps)
         for i in tqdm(steps, desc=sampling.solver.name, unit="step", disable=None if self.progress else True):
             row = tuple(column[i] for column in table)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from sf_jax import rollout as ro
 from sf_jax.diffusion import solvers
 from sf_jax.diffusion.solvers import guided
-from sf_jax.inference.decoders import Decoder, Encoder
+from sf_jax.inference.decoders import Decoder, Encoder, by_columns
 from sf_jax.many_step import guided_chunk
+from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_float, to_uint8
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.rng import Purpose, key_for
@@ -37,12 +39,6 @@ def sample_key(seed: jax.Array) -> jax.Array:
     return key_for(seed, 0, Purpose.SAMPLE)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -> Any:
-    """The decoder's cache before a video's first frame."""
-    return decoder.init_cache(batch, height, width)
-
-
 @jax.jit
 def latent_frame(latents: jax.Array, index: jax.Array) -> jax.Array:
     """One frame [B, 1, H, W, C] of latents [B, n, H, W, C]."""
@@ -64,8 +60,33 @@ def encode_pixels(encoder: Encoder, pixels: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, donate_argnums=1)
 def decode(decoder: Decoder, cache: Any, latents: jax.Array) -> tuple[Any, jax.Array]:
     """The decoder's new cache, and the pixels, uint8, of the next latent frame [B, 1, H, W, C]."""
-    cache, pixels = decoder.decode_chunk(cache, latents)
-    return cache, to_uint8(pixels)
+    cache, pixels = decoder.decode_chunk(cache, by_columns(latents))
+    return by_columns(cache), to_uint8(pixels)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -> Any:
+    """The decoder's cache before a video's first frame, made on its devices."""
+    return by_columns(decoder.init_cache(batch, height, width))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def empty_cache(
+    model: WanTransformer, config: ro.RolloutConfig, batch: int, frames: int, size: tuple, dtype: str | None = None
+) -> KVCache:
+    """A cache for `frames` latent frames of `size` (H, W, C), made on its devices, of one of `kv_cache.DTYPES`."""
+    return in_place(ro.empty_cache(model, config, batch, frames, *size[:2], dtype=dtype))
+
+
+def in_place(cache: KVCache) -> KVCache:
+    """Keeps a cache where it is: no call gives it back in other places than it was given."""
+    k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (cache.k, cache.v))
+    return cache.replace(k=k, v=v, frames=constrain(cache.frames, None))
+
+
+def by_video(tree: Any) -> Any:
+    """Arrays [B, ...] whose videos are spread over the devices, and nothing else."""
+    return jax.tree.map(lambda a: constrain(a, "batch", *[None] * (a.ndim - 1)), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6, compiler_options=COMPILER_OPTIONS)
@@ -93,18 +114,25 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
     noise_key = jax.random.fold_in(jax.random.fold_in(key, number), chunk)
     noise = ro.example_noise(noise_key, examples, (examples.shape[0], *size))
     if many is not None:
-        return guided_chunk(model, config, params, text, cache, noise, start, *many)
-    draw = ro.key_draw(key, examples)
-    return ro.generate_chunk(model, config, params, text, cache, noise, start, chunk, count - 1, draw, timesteps, last)[
-        :2
-    ]
+        cache, clean = guided_chunk(model, config, params, text, cache, noise, start, *many)
+    else:
+        draw = ro.key_draw(key, examples)
+        now = (start, chunk, count - 1, draw, timesteps, last)
+        cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, *now)
+    return in_place(cache), by_video(clean)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=COMPILER_OPTIONS)
 def write_initial(model, config, params, text, cache, clean, start):
     """The cache with a chunk of given latents [B, n, H, W, C]."""
     clean = jnp.repeat(clean, text.k.shape[1] // clean.shape[0], axis=0)
-    return ro.write_chunk(model, config, params, text, cache, clean, start)[0]
+    return in_place(ro.write_chunk(model, config, params, text, cache, clean, start)[0])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def bidirectional_start(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -> solvers.SolverState:
+    """The state before the first step of whole videos of `shape` [B, F, H, W, C]."""
+    return by_video(solvers.start(ro.example_noise(key, examples, shape)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=COMPILER_OPTIONS)
@@ -117,7 +145,7 @@ def bidirectional_step(model, guidance, params, text, state, row):
         both = model.apply({"params": params}, jnp.repeat(x, 2, axis=0), t, text, layout)
         return guided(both[::2], both[1::2], guidance)
 
-    return solvers.step(state, row, flow)
+    return by_video(solvers.step(state, row, flow))
 
 
 # Which arguments are static, of the programs that `executables` keeps.
@@ -125,10 +153,12 @@ STATIC = {
     sample_key: (),
     encode_text: (0,),
     empty_decoder_cache: (1, 2, 3),
+    empty_cache: (0, 1, 2, 3, 4, 5),
     latent_frame: (),
     join_frames: (),
     decode: (),
     next_chunk: (0, 1, 2, 3),
     write_initial: (0, 1),
+    bidirectional_start: (2,),
     bidirectional_step: (0, 1),
 }

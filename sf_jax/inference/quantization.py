@@ -1,9 +1,11 @@
 """What 8-bit numbers cost a network, measured when it is loaded."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.models.eight_bit import Scaled
@@ -13,18 +15,24 @@ from sf_jax.weights.eight_bit import Quantization, Quantizer
 SIDE = 8  # tokens along each side of the frame
 
 
-def report(quantizer: Quantizer | None, config: WanConfig, params: dict) -> Quantization | None:
+def report(
+    quantizer: Quantizer | None, config: WanConfig, params: dict, mesh: Mesh | None = None, quiet: bool = False
+) -> Quantization | None:
     """What quantization costs a network; warns where that is outside the gate.
 
     Args:
       quantizer: what quantized it; None where nothing did.
       config: of the transformer.
       params: its parameters, quantized.
+      mesh: the devices that they are on; None is the default device.
+      quiet: whether not to warn, of weights that are not the network's own.
     """
     if quantizer is None:
         return None
-    report = quantizer.report(products_error(config, params) if quantizer.products else None)
-    report.warn()
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        report = quantizer.report(products_error(config, params) if quantizer.products else None)
+    if not quiet:
+        report.warn()
     return report
 
 

@@ -409,9 +409,10 @@ class Stream:
         decoder = self.pipe.decoder
         if decoder is None:
             return []
-        cache, pixels = decoder.init_cache(1, *self.spec.size[:2]), []
+        cache, pixels = self._run(programs.empty_decoder_cache, decoder, 1, *self.spec.size[:2]), []
         for i in range(latents.shape[1]):
-            cache, new = programs.decode(decoder, cache, jnp.asarray(latents[:, i : i + 1], jnp.float32))
+            frame = jnp.asarray(latents[:, i : i + 1], jnp.float32)
+            cache, new = self._run(programs.decode, decoder, cache, frame)
             pixels.append(np.asarray(new)[0])
         self._change("set_decoder", playing.slot, cache)
         playing.fresh = False

@@ -1,7 +1,6 @@
 """What endless streams take of a device's memory, known before any of it is taken."""
 
 import dataclasses
-import math
 
 import jax
 import numpy as np
@@ -10,6 +9,9 @@ from jax.sharding import Mesh, NamedSharding
 from sf_jax.inference import stream_state
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.stream_state import StreamSpec
+from sf_jax.models import partition
+from sf_jax.parallel.mesh import videos_apart
+from sf_jax.parallel.params import held_bytes
 
 GIB = 2**30
 
@@ -52,12 +54,12 @@ def check_slots(slots: int, mesh: Mesh | None) -> int:
     """A number of streams.
 
     Raises:
-      ValueError: unless it is whole, at least 1 and a multiple of the devices.
+      ValueError: unless it is whole, at least 1 and a multiple of the mesh's axis `data`.
     """
     if isinstance(slots, bool) or not isinstance(slots, (int, np.integer)) or slots < 1:
         raise ValueError(f"slots is {slots!r}: it must be a whole number of at least 1")
-    if mesh is not None and slots % mesh.size:
-        raise ValueError(f"slots is {slots}: it must be a multiple of the {mesh.size} devices")
+    if slots % videos_apart(mesh):
+        raise ValueError(f"slots is {slots}: it must be a multiple of mesh.data, {videos_apart(mesh)}")
     return int(slots)
 
 
@@ -65,21 +67,22 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
     """What each of `slots` streams takes: shapes alone, and the memory plan of the compiled step.
 
     The compiler is the only one who knows the workspace, so it is asked; nothing is allocated. On a mesh, the bytes
-    are those of the device's own streams.
+    are a device's own: its streams, of those the part that it has.
     """
     slots = check_slots(slots, pipe.mesh)
     state = jax.eval_shape(lambda: stream_state.empty_state(spec, pipe.decoder, slots))
 
+    own = slots // videos_apart(pipe.mesh)
+
     def size(tree):
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // slots
+        return held_bytes(tree) // own
 
     active = jax.ShapeDtypeStruct((slots,), bool)
     if pipe.mesh is not None:
-        state = _on_mesh(pipe, state)
+        state = pipe.run(_on_mesh, pipe, state)
     arguments = (spec, pipe.params, pipe.decoder, state, active)
     memory = pipe.run(lambda: stream_state.step.lower(*arguments).compile().memory_analysis())
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    own = slots if pipe.mesh is None else slots // pipe.mesh.size
     workspace = (memory.temp_size_in_bytes + max(0, results)) // own
     return StreamBytes(size((state.k, state.v)), size(state.latents), size(state.text), size(state.decoder), workspace)
 
@@ -87,10 +90,11 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
 def _on_mesh(pipe, state):
     """The state's shapes, spread over the mesh as `stream_state` spreads them."""
 
-    def leaf(axis, a):
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(pipe.mesh, stream_state.axes_of(axis)))
+    def leaf(a, *names):
+        where = NamedSharding(pipe.mesh, partition.spec(a.shape, *names))
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
-    return stream_state.by_axis(leaf, state)
+    return stream_state.by_place(leaf, state)
 
 
 def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int | None) -> None:
@@ -113,19 +117,20 @@ def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int 
         memory = min(free, default=None)
     if memory is None:
         return
-    own = slots // len(devices)
+    apart = videos_apart(pipe.mesh)
+    own = slots // apart
     each = bytes_per_stream(spec, pipe, slots)
     if own * each.total <= memory:
         return
     fit, smaller = min(own - 1, memory // each.total), each
     while fit:  # the workspace is not quite proportional to the slots
-        smaller = bytes_per_stream(spec, pipe, fit * len(devices))
+        smaller = bytes_per_stream(spec, pipe, fit * apart)
         if fit * smaller.total <= memory:
             break
         fit = min(fit - 1, memory // smaller.total)
     raise ValueError(
         f"slots is {slots}: a stream takes {each.describe()}, and {_size(memory)} are free on a device: "
-        + (f"at most {fit * len(devices)} fit" if fit else "not even one fits; take a smaller window or decoder")
+        + (f"at most {fit * apart} fit" if fit else "not even one fits; take a smaller window or decoder")
     )
 
 

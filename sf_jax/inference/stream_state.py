@@ -13,14 +13,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from sf_jax import rollout as ro
-from sf_jax.inference.decoders import Decoder
+from sf_jax.inference.decoders import Decoder, by_columns, column_axes
 from sf_jax.inference.programs import COMPILER_OPTIONS
 from sf_jax.models import kv_cache
 from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_uint8
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rng import Purpose, key_for
@@ -135,9 +135,19 @@ def by_axis(function: Callable, *states: StreamState) -> StreamState:
     return jax.tree.map(functools.partial(function, 0), *bare).replace(**layers)
 
 
-def axes_of(axis: int) -> PartitionSpec:
-    """How an array whose streams are along `axis` is split over the devices of a pipeline's mesh."""
-    return PartitionSpec(*[None] * axis, "data")
+def by_place(function: Callable, state: StreamState) -> StreamState:
+    """Maps the arrays of a state: `function(array, *names)`, whose axes a mesh splits by their `partition` names."""
+    layered = {
+        **{
+            name: jax.tree.map(lambda a: function(a, None, "batch", None, "heads", None), getattr(state, name))
+            for name in ("k", "v")
+        },
+        "text": jax.tree.map(lambda a: function(a, None, "batch", None, "features", None), state.text),
+    }
+    decoder = jax.tree.map(lambda a: function(a, *column_axes(a)), state.decoder)
+    bare = state.replace(**dict.fromkeys(LAYERED, ()), decoder=())
+    bare = jax.tree.map(lambda a: function(a, "batch", *[None] * (a.ndim - 1)), bare)
+    return bare.replace(**layered, decoder=decoder)
 
 
 def _slot(state: StreamState, slot: jax.Array | int) -> StreamState:
@@ -155,10 +165,8 @@ def _put(state: StreamState, slot: jax.Array | int, one: StreamState) -> StreamS
 
 
 def _spread(state: StreamState) -> StreamState:
-    """Keeps the streams spread over the devices of the pipeline's mesh, where there is one."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return state
-    return by_axis(lambda axis, a: jax.lax.with_sharding_constraint(a, axes_of(axis)), state)
+    """Keeps every array where it is on the devices of the pipeline's mesh, where there is one."""
+    return by_place(constrain, state)
 
 
 def _cache(spec: StreamSpec, one: StreamState) -> KVCache:
@@ -260,9 +268,11 @@ def _decode(decoder: Decoder, state: StreamState, latents: jax.Array, active: ja
     def chosen(mask, new, old):
         return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
+    latents = by_columns(latents)
+
     def later(cache, frame):
         cache, pixels = decoder.decode_chunk(cache, frame[:, None])
-        return cache, to_uint8(pixels)
+        return by_columns(cache), to_uint8(pixels)
 
     def first(operands):
         cache, pixels = operands

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -12,8 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sf_jax.inference.executables import Executables
 from sf_jax.inference.tokenizer import Tokenizer, load_tokenizer
 from sf_jax.models.umt5 import Umt5Config, Umt5Encoder
+from sf_jax.parallel.params import GENERATION, tree_shardings
 from sf_jax.weights.folders import ModelFiles
-from sf_jax.weights.networks import load_network
+from sf_jax.weights.networks import describe_network, load_network
 
 REMEMBERED = 64  # embeddings of an encoder that stays in memory
 
@@ -27,13 +29,13 @@ class TextEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """Embeds prompts, one on each device at a time.
+    """Embeds prompts: one on each device at a time, or one after the other where all devices share the parameters.
 
     Attributes:
       tokenizer: the tokenizer.
       config: sizes of the encoder; its `dtype` is that of computation and embeddings.
-      params: the encoder's parameters, on every device of the mesh.
-      mesh: devices, axis `data`.
+      params: the encoder's parameters, on every device of the mesh, or split over its axis `tensor`.
+      mesh: devices, axes `data` and `tensor`.
       executables: where its compiled program is kept, if it is.
     """
 
@@ -50,10 +52,10 @@ class Embedder:
           For each prompt its embedding [512, dim], zeros behind the text's end, and the number of its tokens.
         """
         split = NamedSharding(self.mesh, PartitionSpec("data"))
-        size = self.mesh.size
+        size = self.mesh.shape["data"]
         for first in range(0, len(prompts), size):
             part = list(prompts[first : first + size])
-            # every device needs a prompt
+            # every part of the mesh needs a prompt
             ids, mask = self.tokenizer.encode(part + part[:1] * (size - len(part)))
             arguments = (self.config, self.params, *jax.device_put((ids, mask), split))
             keep = self.executables
@@ -67,8 +69,20 @@ def embed_tokens(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Arr
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 
+def encoder_mesh(devices: Sequence[jax.Device], shared: Umt5Config | None = None) -> Mesh:
+    """Devices that embed a prompt each, or share the parameters of an encoder of such sizes: as many as divide them."""
+    if shared is not None:
+        devices = devices[: math.gcd(len(devices), shared.dim_attn, shared.dim_ffn, shared.vocab)]
+    shape = (len(devices), 1) if shared is None else (1, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
 def load_embedder(
-    model: ModelFiles, dtype: str, devices: Sequence[jax.Device] | None = None, unread: bool = False
+    model: ModelFiles,
+    dtype: str,
+    devices: Sequence[jax.Device] | None = None,
+    split: bool = False,
+    unread: bool = False,
 ) -> Embedder:
     """Loads tokenizer and text encoder.
 
@@ -76,19 +90,21 @@ def load_embedder(
       model: the model folder's files.
       dtype: of computation and embeddings, "bfloat16" or "float32".
       devices: that share the prompts; None is the default device alone.
+      split: whether they share the parameters instead, as many of them as divide these.
       unread: see `load_network`.
 
     Raises:
       ValueError: if a file is damaged, or the two do not belong together.
     """
-    mesh = Mesh(np.asarray(devices or jax.local_devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
     tokenizer = load_tokenizer(model.tokenizer)
     named = "text_encoder" in model.named
+    sizes = describe_network(model.text_encoder, "umt5", scaled=named).config if split else None
+    mesh = encoder_mesh(devices or jax.local_devices()[:1], sizes)
     config, params = load_network(
         model.text_encoder,
         "umt5",
         dtype=dtype if named and dtype == "bfloat16" else None,  # scaled float8 would take twice the memory
-        sharding=NamedSharding(mesh, PartitionSpec()),
+        sharding=functools.partial(tree_shardings, mesh=mesh, rules=GENERATION),
         scaled=named,
         unread=unread,
     )
@@ -112,6 +128,7 @@ class Umt5TextEncoder:
         files: ModelFiles,
         dtype: str,
         keep: bool = False,
+        mesh: Mesh | None = None,
         *,
         executables: Executables | None = None,
         unread: bool = False,
@@ -122,11 +139,15 @@ class Umt5TextEncoder:
           files: the model folder's files.
           dtype: of computation and embeddings, "bfloat16" or "float32".
           keep: whether to keep the weights in memory, for prompts that change while a video plays.
+          mesh: the pipeline's; where its devices share videos, they share the encoder, too. Otherwise it is on the
+            default device.
           executables: where compiled programs are kept, as the commands do.
           unread: see `load_network`.
         """
         self.files, self.dtype, self.keep = files, dtype, keep
         self.executables, self.unread = executables, unread
+        shared = mesh is not None and mesh.shape["data"] < mesh.size
+        self._devices = tuple(mesh.devices.flat) if shared else None
         # with the weights at hand old embeddings can be computed again
         self._remembered = REMEMBERED if keep else None
         self._embedder: Embedder | None = None
@@ -146,7 +167,8 @@ class Umt5TextEncoder:
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
-            embedder = self._embedder or load_embedder(self.files, self.dtype, unread=self.unread)
+            split = self._devices is not None
+            embedder = self._embedder or load_embedder(self.files, self.dtype, self._devices, split, self.unread)
             embedder = dataclasses.replace(embedder, executables=self.executables)
             if self.keep:
                 self._embedder = embedder

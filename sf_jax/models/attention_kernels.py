@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sf_jax.models.partition import mesh_axes
+from sf_jax.models.partition import attention_axes, mesh_axes
 
 LANES = 128
 # Keys and values are read in blocks of this many; queries in blocks of at most as many.
@@ -69,11 +69,7 @@ def _on_shares(kernel, split, q, k, v, *whole):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, *whole)
-    batch, tokens, heads = mesh_axes("batch", q.shape[0]), None, None
-    if split == "heads":
-        heads = mesh_axes("heads", q.shape[2])
-    elif split == "tokens":
-        tokens, heads = mesh_axes("tokens", q.shape[1]), mesh_axes("features", q.shape[2])
+    batch, (tokens, heads) = mesh_axes("batch", q.shape[0]), attention_axes(split, *q.shape[1:3])
     own, keys = PartitionSpec(batch, tokens, heads, None), PartitionSpec(batch, None, heads, None)
     specs = (own, keys, keys, *(PartitionSpec(),) * len(whole))
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(q, k, v, *whole)

@@ -259,10 +259,11 @@ class Block(nn.Module):
             own = KeysValues(k, v) if shared.return_kv else None
 
         def behind_keys(block, x):
-            q = _all_tokens(block.self_attn.queries(h))
+            q = partition.own_queries(_all_tokens(block.self_attn.queries(h)), len(shared.pattern))
             slots = isinstance(context, Slots)
             y = slot_attention(q, own, shared) if slots else pattern_attention(q, k, v, context, shared)
-            return block._behind_attention(x, y.reshape(*x.shape[:3], *q.shape[2:]), text, rest, shared.implementation)
+            y = partition.all_queries(y).reshape(*x.shape[:3], *q.shape[2:])
+            return block._behind_attention(x, y, text, rest, shared.implementation)
 
         if shared.keys_only is None:
             return behind_keys(self, x), own

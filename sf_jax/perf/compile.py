@@ -31,6 +31,7 @@ class Call:
       kernel: name of the fused attention that it must have; None where any will do.
       rate: how often it runs, in units of the caller's.
       beside: bytes of a chip that stay in its memory meanwhile and are no arguments.
+      mesh: on which it runs; None for the caller's.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Call:
     kernel: str | None = None
     rate: float = 1.0
     beside: int = 0
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,7 @@ def compile_anew() -> None:
 
 def compile_call(call: Call, mesh: Mesh) -> Compiled:
     """Compiles a call for the devices of a mesh and reads what the compiler says."""
-    began = time.perf_counter()
+    began, mesh = time.perf_counter(), call.mesh or mesh
     with jax.set_mesh(mesh):  # what "auto" attention asks, and how activations are split
         compiled = call.function.lower(*call.arguments).compile()
     memory = compiled.memory_analysis()

@@ -1,31 +1,34 @@
 """The programs that `sf_jax.generate` runs, described by shapes: no weight is read."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sf_jax import rollout as ro
 from sf_jax.diffusion import solvers
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import programs, text_encoder
-from sf_jax.inference.decoders import Decoder, VaeDecoder
+from sf_jax.inference.decoders import Decoder, VaeDecoder, column_axes
 from sf_jax.inference.job import Job
 from sf_jax.inference.lengths import latent_frames
 from sf_jax.inference.load import VAES, layers_apart
 from sf_jax.inference.sampling import Sampling
-from sf_jax.models import tiny_vae, umt5, vae, wan
+from sf_jax.models import eight_bit, partition, tiny_vae, umt5, vae, wan
 from sf_jax.models.slots import unstack_layers
+from sf_jax.parallel.mesh import check_mesh, check_tokens, make_mesh, videos_apart
+from sf_jax.parallel.params import GENERATION, tree_shardings
 from sf_jax.perf.chips import Chip
 from sf_jax.perf.compile import Call, expected_kernel
 from sf_jax.training.abstract import bytes_per_device
 from sf_jax.training.programs import matmul_flops
 from sf_jax.weights import hub
+from sf_jax.weights.eight_bit import quantized_shapes
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import network_kind, read_sizes
 
@@ -48,6 +51,9 @@ class Generation:
       factors: pixel frames of a latent frame but the first, and pixels of a latent position along each side.
       text: sizes of the text encoder; None where prompts need none that is large.
       apart: whether the layers have parameters of their own; None chooses as `load_pipeline` does.
+      mesh: how chips share a video, from `mesh_sizes`.
+      quantize: type of the weights, one of `eight_bit.DTYPES`; None is that of computation.
+      cache_dtype: of cached keys and values, one of `kv_cache.DTYPES`; None is that of computation.
     """
 
     config: wan.WanConfig
@@ -57,6 +63,9 @@ class Generation:
     factors: tuple[int, int] = WAN_FACTORS
     text: umt5.Umt5Config | None = None
     apart: bool | None = None
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    quantize: str | None = None
+    cache_dtype: str | None = None
 
     @property
     def many(self) -> tuple | None:
@@ -87,9 +96,16 @@ class Generation:
         return len(self.rollout.steps) + (self.rollout.context == "clean")
 
 
-def data_mesh(devices: list) -> Mesh:
-    """The mesh of devices that have a video each."""
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+def device_mesh(what: Generation, devices: list) -> Mesh:
+    """The mesh of devices that have a video, or a part of one, each.
+
+    Raises:
+      ValueError: if the devices, the network or its frames cannot be split as the generation says.
+    """
+    mesh = make_mesh(what.mesh, devices)
+    check_mesh(mesh, what.config)
+    check_tokens(mesh, *what.config.grid(*what.size[:2]))
+    return mesh
 
 
 def calls(what: Generation, mesh: Mesh, chip: Chip) -> Iterator[Call]:
@@ -104,9 +120,11 @@ class _Shapes:
     """The arrays of a generation on a mesh."""
 
     def __init__(self, what: Generation, mesh: Mesh, chip: Chip):
-        self.what, self.mesh, self.batch = what, mesh, mesh.size
+        self.what, self.mesh, self.batch = what, mesh, videos_apart(mesh)
         self.kernel = expected_kernel(what.config, chip.platform)
+        products = what.quantize is not None and eight_bit.multiplies(what.quantize, mesh.devices.flat[0])
         shapes = self._typed(wan.param_shapes(what.config))
+        shapes = self._split(jax.eval_shape(functools.partial(quantized_shapes, what.quantize, products), shapes))
         config, self.stacked = what.config, shapes
         if what.rollout is not None:
             apart = what.apart
@@ -115,22 +133,25 @@ class _Shapes:
                     apart = layers_apart(config, shapes, what.rollout, chip.memory)
             if apart:
                 config = dataclasses.replace(config, scan_layers=False)
-                shapes = jax.eval_shape(unstack_layers, shapes)
-        self.model, self.params = wan.WanTransformer(config), self._put(shapes)
+                shapes = self._split(jax.eval_shape(unstack_layers, shapes))
+        self.model, self.params = wan.WanTransformer(config), shapes
         self.prompts = self.batch * (1 if what.many is None else 2)  # guided ones have a negative prompt each
         self.prompt = self._shape(self.prompts, config.text_len, config.text_dim, dtype=jnp.dtype(config.dtype))
         text = jax.eval_shape(lambda p, t: programs.encode_text(self.model, p, t), self.params, self.prompt)
-        self.text = self._put(text, None, "data")
+        self.text = self._named(text, None, "batch", None, "features", None)
         self.cache = self.stream = self.decoder = ()
         if what.rollout is not None:
             empty = jax.eval_shape(
-                lambda: ro.empty_cache(self.model, what.rollout, self.prompts, what.frames, *what.size[:2])
+                lambda: ro.empty_cache(
+                    self.model, what.rollout, self.prompts, what.frames, *what.size[:2], dtype=what.cache_dtype
+                )
             )
-            self.cache = jax.tree.map(lambda a: self._put(a, *((None, "data") if a.ndim == 5 else ())), empty)
+            k, v = self._named((empty.k, empty.v), None, "batch", None, "heads", None)
+            self.cache = empty.replace(k=k, v=v, frames=self._put(empty.frames))
         if what.decoder is not None:
             self.decoder = self._put(self._typed(what.decoder))
             stream = jax.eval_shape(lambda: self.decoder.init_cache(self.batch, *what.size[:2]))
-            self.stream = self._put(stream, "data")
+            self.stream = jax.tree.map(lambda a: self._named(a, *column_axes(a)), stream)
 
     def _typed(self, tree):
         """Parameters in the type of computation."""
@@ -140,6 +161,16 @@ class _Shapes:
     def _put(self, tree, *axes):
         spread = NamedSharding(self.mesh, PartitionSpec(*axes))
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread), tree)
+
+    def _split(self, shapes, mesh=None):
+        """Parameters where `load_pipeline` puts them."""
+        places = tree_shardings(shapes, mesh or self.mesh, GENERATION)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+
+    def _named(self, tree, *names):
+        """Arrays whose axes have names of `partition.AXES`."""
+        with jax.set_mesh(self.mesh):
+            return jax.tree.map(lambda a: self._put(a, *partition.spec(a.shape, *names)), tree)
 
     def _shape(self, *sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(self.mesh, PartitionSpec("data")))
@@ -153,10 +184,15 @@ class _Shapes:
         """The text encoder, and what the transformer makes of its output."""
         config = self.what.text
         if config is not None:
-            params = self._put(self._typed(umt5.param_shapes(config)))
-            ids = self._shape(self.batch, self.what.config.text_len, dtype=jnp.int32)
+            shared = self.batch < self.mesh.size
+            mesh = text_encoder.encoder_mesh(list(self.mesh.devices.flat), config if shared else None)
+            params = self._split(self._typed(umt5.param_shapes(config)), mesh)
+            where = NamedSharding(mesh, PartitionSpec("data"))
+            size = (mesh.shape["data"], self.what.config.text_len)
+            ids = jax.ShapeDtypeStruct(size, jnp.int32, sharding=where)
             arguments = (config, params, ids, ids)
-            yield Call(TEXT, text_encoder.embed_tokens, arguments, _flops(text_encoder.embed_tokens, arguments))
+            flops = _flops(text_encoder.embed_tokens, arguments)
+            yield Call(TEXT, text_encoder.embed_tokens, arguments, flops, mesh=mesh)
         arguments = (self.model, self.params, self.prompt)
         beside = self._others(self.params, self.text)
         yield Call(PROMPT, programs.encode_text, arguments, _flops(programs.encode_text, arguments), beside=beside)
@@ -193,8 +229,8 @@ class _Shapes:
     def _cached(self) -> frozenset[int]:
         """Sizes of arrays that hold the cached keys or values that a chunk sees, of a layer or of all."""
         what, config = self.what, self.what.config
-        tokens = math.prod(config.grid(*what.size[:2]))
-        videos = self.prompts // self.batch
+        tokens, own = math.prod(config.grid(*what.size[:2])), _shard_shape(self.cache.k)
+        videos, dim = own[1], own[3] * own[4]
         frames = {
             what.seen,
             what.seen + what.rollout.chunk,
@@ -202,10 +238,7 @@ class _Shapes:
             self.cache.capacity + what.rollout.chunk,
         }
         return frozenset(
-            layers * videos * count * tokens * config.dim
-            for count in frames
-            if count
-            for layers in (1, config.num_layers)
+            layers * videos * count * tokens * dim for count in frames if count for layers in (1, config.num_layers)
         )
 
     def step_call(self) -> Call:
@@ -236,6 +269,12 @@ class _Shapes:
             arguments = (self.decoder, stream, latents)
             beside = self._others(self.decoder, self.stream)
             yield Call(name, programs.decode, arguments, _flops(programs.decode, arguments), beside=beside)
+
+
+def _shard_shape(keys) -> tuple[int, ...]:
+    """What a device has of cached keys, which may be `eight_bit.Scaled`."""
+    numbers = jax.tree.leaves(keys)[0]
+    return numbers.sharding.shard_shape(numbers.shape)
 
 
 def _flops(function: Callable, arguments: tuple, trips: float = 1.0) -> float:
@@ -286,6 +325,9 @@ def generation_of(job: Job) -> Generation:
         sampling=sampling,
         decoder=wan_decoder("wan" if job.vae is None else job.vae, dtype),
         text=text if text.dim == config.text_dim else None,  # other models' sizes are in their files alone
+        mesh=job.mesh_sizes,
+        quantize=job.quantize,
+        cache_dtype=job.cache_dtype,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from sf_jax.parallel.mesh import describe, videos_apart
 from sf_jax.perf import generation
 from sf_jax.perf.chips import Chip, chip_of
 from sf_jax.perf.compile import Compiled, check_kernels, compile_call
@@ -15,7 +16,7 @@ _TITLES = ("program", "GiB a chip", "of", "TFLOP", "GB moved", "GB outside", "ke
 
 
 def generation_report(what: Generation, target: str) -> Iterator[str]:
-    """Compiles what a generation runs, a video on every chip, and says what each chip needs.
+    """Compiles what a generation runs, a video on every chip or over those of its mesh, and says what each chip needs.
 
     Args:
       what: sizes.
@@ -27,8 +28,9 @@ def generation_report(what: Generation, target: str) -> Iterator[str]:
     Raises:
       ValueError: if the target cannot be had, or, behind all lines, if a fused kernel was expected and is not there.
     """
-    chip, mesh = chip_of(target), generation.data_mesh(list(devices_of(target)))
-    yield f"{target}: {_describe(what)}; {mesh.size} videos" if mesh.size > 1 else f"{target}: {_describe(what)}"
+    chip, mesh = chip_of(target), generation.device_mesh(what, list(devices_of(target)))
+    spread = f"; mesh {describe(mesh)}, {videos_apart(mesh)} videos" if mesh.size > 1 else ""
+    yield f"{target}: {_describe(what)}{spread}"
     yield f"| {' | '.join(_TITLES)} |"
     yield "|---" * len(_TITLES) + "|"
     rows = []

@@ -14,6 +14,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.parallel.mesh import mesh_sizes, video_devices
 from sf_jax.server import protocol
 from sf_jax.server.app import Service, make_app
 from sf_jax.server.engine import Engine
@@ -92,6 +93,13 @@ class Model:
             raise ValueError(f"{min(self.options)} is given without model: it is for Wan")
         if self.folder is not None and self.checkpoint is None:
             raise ValueError("checkpoint is missing: the network of a model folder is bidirectional and cannot stream")
+        self.devices  # noqa: B018 (refuses what is no mesh)
+
+    @property
+    def devices(self) -> int:
+        """Devices that a replica needs."""
+        sizes = mesh_sizes(self.options["mesh"]) if "mesh" in self.options else {}
+        return sizes.get("data", 1) * video_devices(sizes)
 
     def load(self) -> VideoPipeline:
         """Loads the pipeline."""

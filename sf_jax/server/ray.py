@@ -32,7 +32,7 @@ def deployment(
       launch: whom it answers; host and port are those of Ray Serve's proxies.
       options: of `service_of`.
       replicas: at least and at most.
-      accelerator: "GPU" or "TPU" gives each replica one of them, "none" a core.
+      accelerator: "GPU" or "TPU" gives each replica one of them, or as many as the model's mesh has, "none" a core.
     """
     slots, waiting = options.get("slots", 4), options.get("waiting", 16)
 
@@ -40,8 +40,8 @@ def deployment(
         return make_app(service_of(model, launch, **options), wait=True)
 
     resources = {
-        "GPU": {"num_gpus": 1},
-        "TPU": {"num_cpus": 1, "resources": {"TPU": 1}},
+        "GPU": {"num_gpus": model.devices},
+        "TPU": {"num_cpus": 1, "resources": {"TPU": model.devices}},
         "none": {"num_cpus": 1},
     }[accelerator]
     least, most = replicas

@@ -1,7 +1,6 @@
-"""How parameters, optimizer state and batches are spread over devices: logical axes, resolved by one table.
+"""How a training run's state and batches are spread over devices, by the one table of `parallel/params.py`.
 
-Sharding is XLA's: programs are written for one device and jitted with shardings. A parameter without logical axes, or a
-logical axis without a rule, is an error, never silently replicated.
+Sharding is XLA's: programs are written for one device and jitted with shardings.
 """
 
 import math
@@ -13,80 +12,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.config import MeshConfig, TrainConfig
 from sf_jax.models import partition
+from sf_jax.parallel.params import names_of, tree_shardings
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = partition.AXES["batch"]
 
-# logical axis of a parameter -> mesh axes, or None: not split
-RULES = {
-    "layers": None,
-    "embed": ("fsdp", "context"),
-    "width": None,
-    "heads": ("tensor",),
-    "mlp": ("tensor",),
-    "patch": None,
-    "text": None,
-    "time": None,
-    "part": None,
-    "rank": None,
-}
-
-_ATTENTION = {
-    **{(name, "kernel"): ("layers", "embed", "heads") for name in "qkv"},
-    **{(name, "bias"): ("layers", "heads") for name in "qkv"},
-    ("o", "kernel"): ("layers", "heads", "embed"),
-    ("o", "bias"): ("layers", "embed"),
-    ("norm_q", "scale"): ("layers", "heads"),
-    ("norm_k", "scale"): ("layers", "heads"),
-}
-# parameter path -> logical axes
-AXES = {
-    **{("blocks", f"{kind}_attn", *path): axes for kind in ("self", "cross") for path, axes in _ATTENTION.items()},
-    ("blocks", "ffn_in", "kernel"): ("layers", "embed", "mlp"),
-    ("blocks", "ffn_in", "bias"): ("layers", "mlp"),
-    ("blocks", "ffn_out", "kernel"): ("layers", "mlp", "embed"),
-    ("blocks", "ffn_out", "bias"): ("layers", "embed"),
-    ("blocks", "norm3", "scale"): ("layers", "embed"),
-    ("blocks", "norm3", "bias"): ("layers", "embed"),
-    ("blocks", "modulation"): ("layers", "part", "part", "embed"),
-    ("patch_embedding", "kernel"): ("patch", "embed"),
-    ("text_in", "kernel"): ("text", "embed"),
-    ("time_in", "kernel"): ("time", "embed"),
-    ("text_out", "kernel"): ("embed", "width"),
-    ("time_out", "kernel"): ("embed", "width"),
-    ("time_projection", "kernel"): ("embed", "width"),
-    ("head", "kernel"): ("embed", "patch"),
-    **{(name, "bias"): ("embed",) for name in ("patch_embedding", "text_in", "time_in")},
-    **{(name, "bias"): ("width",) for name in ("text_out", "time_out", "time_projection")},
-    ("head", "bias"): ("patch",),
-    ("head_modulation",): ("part", "part", "embed"),
-    ("ns_coeffs",): ("part",),  # constants of Muon's iteration, part of its state
-    # the discriminator's head; its blocks are stacked like layers
-    **{("register_blocks", "cross_attn", *path): axes for path, axes in _ATTENTION.items()},
-    ("register_blocks", "ffn_in", "kernel"): ("layers", "embed", "mlp"),
-    ("register_blocks", "ffn_in", "bias"): ("layers", "mlp"),
-    ("register_blocks", "ffn_out", "kernel"): ("layers", "mlp", "embed"),
-    ("register_blocks", "ffn_out", "bias"): ("layers", "embed"),
-    ("register_blocks", "norm3", "scale"): ("layers", "embed"),
-    ("register_blocks", "norm3", "bias"): ("layers", "embed"),
-    ("registers",): ("part", "embed"),
-    ("register_norm", "scale"): ("embed",),
-    ("classifier_norm", "scale"): ("embed",),
-    ("classifier_norm", "bias"): ("embed",),
-    ("classifier_in", "kernel"): ("embed", "width"),
-    ("classifier_in", "bias"): ("width",),
-    ("classifier_out", "kernel"): ("embed", "patch"),
-    ("classifier_out", "bias"): ("patch",),
-}
-# adapters of a matrix [layers, in, out]: `down` [layers, in, rank] and `up` [layers, rank, out]
-AXES |= {
-    (*path, part): (axes[0], axes[1], "rank") if part == "down" else (axes[0], "rank", axes[2])
-    for path, axes in list(AXES.items())
-    if path[0] == "blocks" and path[-1] == "kernel"
-    for part in ("down", "up")
-}
-# Trees that every device holds whole: Wan's VAE is 0.3 GB in bfloat16.
-WHOLE = ("vae",)
 HOST_MEMORY = "pinned_host"
 
 
@@ -108,42 +38,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def logical_axes(path: tuple[str, ...], rank: int) -> tuple[str, ...]:
-    """Logical axes of a leaf of the state: that of the parameter whose path ends its own; scalars have none."""
-    if rank == 0:
-        return ()
-    for start in range(len(path)):
-        axes = AXES.get(path[start:])
-        if axes is not None and len(axes) == rank:
-            return axes
-    raise ValueError(f"no sharding rule for {'/'.join(path)} of rank {rank}: add its logical axes to sharding.AXES")
-
-
-def _names(path) -> tuple[str, ...]:
-    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path)
-
-
-def tree_shardings(tree, mesh: Mesh):
-    """A `NamedSharding` for every leaf of a tree of parameters, or of a state made of such trees."""
-
-    def leaf(path, value):
-        names, spec = _names(path), []
-        if names[0] in WHOLE:
-            return replicated(mesh)
-        for axis, size in zip(logical_axes(names, len(value.shape)), value.shape, strict=True):
-            if axis not in RULES:
-                raise ValueError(f"logical axis {axis!r} of {'/'.join(names)} has no rule in sharding.RULES")
-            target = RULES[axis]
-            parts = math.prod(mesh.shape[name] for name in target or ())
-            if size % parts:
-                wanted = " x ".join(f"mesh.{name}" for name in target)
-                raise ValueError(f"{wanted} is {parts}: it must divide {size}, axis {axis!r} of {'/'.join(names)}")
-            spec.append(target if target is None or len(target) > 1 else target[0])
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
 def frozen_shardings(frozen: dict, mesh: Mesh, offload: Sequence[str] = ()) -> dict:
     """Shardings of frozen networks; of those to `offload` the kernels of all blocks are in the host's memory."""
     found = tree_shardings(frozen, mesh)
@@ -154,7 +48,7 @@ def offloaded(shardings: dict) -> dict:
     """The shardings of a network whose blocks' kernels, nearly all of it, are in the host's memory."""
 
     def leaf(path, target):
-        names = _names(path)
+        names = names_of(path)
         return target.with_memory_kind(HOST_MEMORY) if names[0] == "blocks" and names[-1] == "kernel" else target
 
     return jax.tree_util.tree_map_with_path(leaf, shardings)

@@ -1,0 +1,1 @@
+"""How parameters and videos are spread over devices; `models/partition.py` has the activations."""
