@@ -79,7 +79,7 @@ def test_a_chunk_attends_by_the_kernel_of_the_devices_that_it_is_compiled_for(ta
 @pytest.mark.aot
 @pytest.mark.parametrize(("target", "kernel"), [on("h100:1", "xla"), on("v6e:2x2", "splash")])
 def test_the_vae_decoder_has_an_attention_of_its_own(target, kernel, quick_compilation):
-    config = vae.VaeConfig(dim=32, dtype="bfloat16")
+    config = vae.VaeConfig(dim=64, dtype="bfloat16")
     decoder = generation.VaeDecoder(vae.WanVae(config), {"decoder": vae.param_shapes(config)["decoder"]})
     what = dataclasses.replace(small_generation(), decoder=decoder)
     mesh = generation.data_mesh(list(devices_of(target))[:1])
