@@ -1,7 +1,6 @@
-"""What 8 bits cost and save: errors of latents per chunk, the judge's score, and bytes of the compiled programs.
+"""What 8 bits cost: errors of latents per chunk, and the judge's score. benchmarks/eight_bit_memory.py has the bytes.
 
-  JAX_PLATFORMS=cpu python -m benchmarks.eight_bit                 # quality: digits and the goldens' small model
-  JAX_PLATFORMS=cpu python -m benchmarks.eight_bit --memory=h100   # bytes of a chunk of Wan2.1-1.3B (needs jax[cuda12])
+  JAX_PLATFORMS=cpu python -m benchmarks.eight_bit   # digits and the goldens' small model
 
 Errors are relative (L2), against the same network without 8 bits in float32, noise and prompts the same. "free": every
 chunk goes on from its own video, so that errors add up and, in the end, show another video. "led": the chunk goes on
@@ -11,7 +10,6 @@ devices that multiply 8-bit numbers; on others weights alone are.
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import pathlib
@@ -19,53 +17,24 @@ import platform
 import subprocess
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.eight_bit_memory import VARIANTS, Variant
 from sf_jax import rollout as ro
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation import metrics
-from sf_jax.inference import programs
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.quantization import products_error
 from sf_jax.models import wan
 from sf_jax.models.eight_bit import LAYERS
-from sf_jax.models.slots import unstack_layers
 from sf_jax.weights import eight_bit
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "goldens" / "A"
 SHORT, LONG = 21, 84  # latent frames
 LED = LONG - 3
 OUTLIERS = (1, 10, 30, 100)
-FULL = (60, 104, 16)  # latents of 480x832
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A way to save bits: "bfloat16" for all numbers, or weights, products and cache of 8 bits."""
-
-    title: str
-    dtype: str | None = None
-    quantize: str | None = None
-    products: bool = False
-    cache: str | None = None
-
-
-VARIANTS = (
-    Variant("bfloat16", dtype="bfloat16"),
-    Variant("cache int8", cache="int8"),
-    Variant("cache fp8", cache="fp8"),
-    Variant("int8 weights", quantize="int8"),
-    Variant("int8 products", quantize="int8", products=True),
-    Variant("int8 products, cache int8", quantize="int8", products=True, cache="int8"),
-    Variant("fp8 weights", quantize="fp8"),
-    Variant("fp8 products", quantize="fp8", products=True),
-    Variant("fp8 products, cache fp8", quantize="fp8", products=True, cache="fp8"),
-)
 
 
 def golden_pipeline() -> VideoPipeline:
@@ -154,79 +123,14 @@ def joint(pipe: VideoPipeline, judge, texts: list[str], targets: metrics.Targets
     return float(metrics.correctness(judge(videos), targets)["joint"].mean())
 
 
-def compile_chunk(variant: Variant, scan_layers: bool, layers: int) -> jax.stages.Compiled:
-    """Compiles `programs.next_chunk` of Wan2.1-1.3B for an H100: 3 latent frames of 480x832, a cache of 21."""
-    from benchmarks.gpu_program import H100
-
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="1x1x1", target_config=H100, topology="1x1x1"
-    )
-    mesh = Mesh(np.asarray(topology.devices).reshape(1), ("data",), axis_types=(AxisType.Auto,))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def placed(tree, wide=None):
-        def leaf(a):
-            return jax.ShapeDtypeStruct(a.shape, wide if wide and a.dtype == jnp.float32 else a.dtype, sharding=whole)
-
-        return jax.tree.map(leaf, tree)
-
-    config = wan.wan_1_3b(dtype="bfloat16", remat="none", attention="cudnn", num_layers=layers)
-    stacked = placed(wan.param_shapes(config), jnp.bfloat16)
-    with jax.set_mesh(mesh):
-        params = jax.eval_shape(
-            functools.partial(eight_bit.quantized_shapes, variant.quantize, variant.products), stacked
-        )
-        if not scan_layers:
-            config, params = dataclasses.replace(config, scan_layers=False), jax.eval_shape(unstack_layers, params)
-        model, rollout, params = wan.WanTransformer(config), ro.RolloutConfig(), placed(params)
-        prompt = placed(jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), jnp.bfloat16))
-        text = placed(jax.eval_shape(lambda p, t: programs.encode_text(model, p, t), params, prompt))
-        make = functools.partial(ro.empty_cache, model, rollout, 1, SHORT, *FULL[:2], dtype=variant.cache)
-        key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
-        source = (key, placed(jax.ShapeDtypeStruct((1,), jnp.int32)), number)
-        place = (number, number, jax.ShapeDtypeStruct((), bool))
-        size = (rollout.chunk, *FULL)
-        arguments = (model, rollout, None, size, params, text, placed(jax.eval_shape(make)), source, place)
-        return programs.next_chunk.lower(*arguments).compile()
-
-
-def memory(scan_layers: bool, layers: int) -> None:
-    """Prints the bytes of a chunk's program for each variant."""
-    print(f"\nWan2.1-1.3B, {layers} layers {'scanned' if scan_layers else 'apart'}, one chunk on an H100")
-    print("| 8 bit | arguments, GiB | temporary, GiB | products of 8-bit numbers |\n|---|---|---|---|")
-    for variant in VARIANTS:
-        program = compile_chunk(variant, scan_layers, layers)
-        memory, text = program.memory_analysis(), program.as_text()
-        sizes = (f"{count / 2**30:.2f}" for count in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
-        print(f"| {variant.title} | {' | '.join(sizes)} | {eight_bit_products(text)} |", flush=True)
-
-
-def eight_bit_products(hlo: str) -> int:
-    """How many products of a program have two 8-bit operands."""
-    types, count = {}, 0
-    for line in hlo.splitlines():
-        name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-        types[name] = rest.partition("[")[0]
-        if " dot(" in rest:
-            operands = rest.partition(" dot(")[2].partition(")")[0].split(", ")
-            count += all(types.get(operand) in ("s8", "f8e4m3fn") for operand in operands)
-    return count
-
-
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", choices=["h100"], help="bytes of the compiled programs, instead of quality")
-    parser.add_argument("--layers", type=int, default=30, help="of the compiled network")
-    parser.add_argument("--scan_layers", action="store_true", help="one block scanned over stacked layers")
     parser.add_argument("--judged", type=int, default=64, help="videos of digits that are judged")
     args = parser.parse_args()
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     versions = f"JAX {jax.__version__}, Python {platform.python_version()}, qwix {importlib.metadata.version('qwix')}"
     print(f"{versions}, commit {head.stdout.strip()}, {jax.devices()[0].device_kind}")
-    if args.memory:
-        memory(args.scan_layers, args.layers)
-        return
     prompts = metrics.choose_prompts(160)[0][::10]
     pipe = load_pipeline()
     outliers(pipe, prompts)
