@@ -3,9 +3,12 @@
 Run with JAX_NUM_CPU_DEVICES=8; tests/test_mesh_stream.py does.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,14 @@ import numpy as np
 
 import sf_jax
 from sf_jax.diffusion.solvers import Solver
-from sf_jax.inference import programs, stream_state
+from sf_jax.inference import batch, programs, stream_state
 from sf_jax.inference.decoders import VaeDecoder
+from sf_jax.inference.job import Job
 from sf_jax.models import tiny_vae, vae, wan
 from sf_jax.models.slots import unstack_layers
 from sf_jax.rollout import RolloutConfig
 from tests.helpers import random_params, relative
-from tests.wan_folder import random_like
+from tests.wan_folder import make_folder, random_like
 
 MODEL = wan.WanConfig(dim=32, ffn_dim=48, num_heads=4, num_layers=2, text_dim=8, text_len=3, freq_dim=16, channels=4)
 WINDOW = RolloutConfig(chunk=2, window=6, sink=2, positions="relative", context_noise="none", steps=(1000, 500))
@@ -40,6 +44,7 @@ CASES = {
     "bidirectional queries": ("data:1,tensor:4,context:2", "bidirectional"),
     "wan pixels": ("tensor:2,context:2", "wan"),
     "tiny pixels": ("tensor:2,context:2", "tiny"),
+    "files": ("tensor:2,context:2", "files"),
 }
 
 
@@ -104,9 +109,31 @@ def apart(ours: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, floa
     return {"error": max(errors), "grey": max(grey, default=0)}
 
 
+def from_files(mesh: str) -> dict:
+    """Weights from files to their devices, and the command's own videos: two prompts, one after the other."""
+    found, latents = {}, []
+    with tempfile.TemporaryDirectory() as root:
+        folder = make_folder(Path(root) / "wan")
+        student, small = str(folder / "student.safetensors"), {"height": 32, "width": 64, "frames": 21}
+        for name in (None, mesh):
+            out = str(Path(root) / ("alone" if name is None else "split"))
+            files = {"model": str(folder), "checkpoint": student, "save_latents": True, "out": out}
+            with contextlib.redirect_stdout(sys.stderr):
+                paths = batch.run(Job(("a cat", "a dog"), mesh=name, **files, **small))
+            latents.append([np.load(path) for path in paths if path.suffix == ".npy"])
+        pipe = sf_jax.load_pipeline(folder, student, mesh=mesh, keep_text_encoder=True)
+        pipe.embed(["a cat"])
+        kernels = pipe.params["blocks"]["ffn_in"]["kernel"], pipe.text_encoder._embedder.params["embedding"]
+        found["files"] = apart(latents[1], latents[0])
+        found["held"] = [kernel.size // int(np.prod(kernel.sharding.shard_shape(kernel.shape))) for kernel in kernels]
+    return found
+
+
 def run(case: str) -> dict:
     """What a case shows."""
     mesh, kind = CASES[case]
+    if kind == "files":
+        return from_files(mesh)
     alone = pipeline(kind)
     expected = whole(alone)
     spread = alone.with_mesh(mesh)
