@@ -73,22 +73,27 @@ def details(row: Compiled) -> Iterator[str]:
     for call, times in sorted(moved.attention.items(), key=lambda item: -item[1]):
         shapes = f", {call.shapes}" if call.shapes else ""
         yield f"  attention {call.implementation} in {call.place}{shapes}: {times:g} x"
-    kinds = {kind: size / 1e9 for kind, size in sorted(moved.kinds.items(), key=lambda item: -item[1])}
-    yield "  moves " + (", ".join(f"{size:.2f} GB {kind}" for kind, size in kinds.items()) or "nothing")
+    kinds = sorted(moved.kinds.items(), key=lambda item: -item[1])
+    yield "  moves " + (", ".join(f"{amount(size)} {kind}" for kind, size in kinds) or "nothing")
     for mover in moved.movers[:MOVERS]:
         copies = f" ({COPIES})" if mover.kind == COPIES else ""
-        yield f"    {mover.bytes / 1e9:.2f} GB {mover.source}{copies}"
+        yield f"    {amount(mover.bytes)} {mover.source}{copies}"
     if moved.links:
-        yield "  sends " + ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(moved.links.items()))
+        yield "  sends " + ", ".join(f"{kind} {amount(size)}" for kind, size in sorted(moved.links.items()))
     if row.host:
         yield f"  reads {row.host / GIB:.2f} GiB a chip from the host, which the times leave out"
+
+
+def amount(size: float) -> str:
+    """Bytes as GB, small ones as MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 
 def rates_of(chip: Chip) -> str:
     """What rates the times are of."""
     origin = "as measured for large products" if chip.measured else "80.9 % of its peak, the H100's share: not measured"
     return (
-        f"roofline: the longest of arithmetic at {chip.flops / 1e12:.0f} TFLOP/s, memory at {chip.bandwidth / 1e9:.0f} "
+        f"roofline: the longest of arithmetic at {chip.flops / 1e12:.0f} TFLOP/s (bfloat16), memory at {chip.bandwidth / 1e9:.0f} "
         f"GB/s, links at {chip.links / 1e9:.0f} GB/s; estimate: arithmetic at {chip.products / 1e12:.0f} TFLOP/s "
         f"({origin}), and all bytes, one after the other"
     )
