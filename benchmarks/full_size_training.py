@@ -22,11 +22,15 @@ from configs import wan_distill
 from sf_jax import rollout as ro
 from sf_jax.config import MeshConfig, TrainConfig, from_dict
 from sf_jax.models.wan import WanTransformer
+from sf_jax.perf.chips import CHIPS, chip_of
+from sf_jax.perf.compile import Call, Compiled, compile_call
+from sf_jax.perf.devices import devices_of
+from sf_jax.perf.traffic import Traffic
+from sf_jax.perf.training import compile_for
 from sf_jax.replay import keep_from, replay
-from sf_jax.topology import CHIPS, chip_of, tpu_devices
-from sf_jax.training import ahead, sharding
+from sf_jax.training import sharding
 from sf_jax.training.abstract import abstract_run
-from sf_jax.training.programs import Program, countable, matmul_flops, rollout_trips
+from sf_jax.training.programs import countable, matmul_flops, rollout_trips
 from tests import oracle
 
 # (variant, topology, mesh, batch, accumulate)
@@ -63,8 +67,8 @@ def configured(variant: str, mesh: dict, batch: int, accumulate: int) -> TrainCo
 
 def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
     """One gradient through a rollout of the 1.3B student, a video per chip."""
-    config = ahead.for_tpu(configured("1_3b", {"fsdp": 64}, 64, 1))
-    mesh = sharding.make_mesh(config.mesh, list(tpu_devices(topology)))
+    config = configured("1_3b", {"fsdp": 64}, 64, 1)
+    mesh = sharding.make_mesh(config.mesh, list(devices_of(topology)))
     run = abstract_run(config, mesh)
     data, split = config.data, sharding.batch_sharding(mesh)
     shape = (config.batch_size, data.frames, data.height, data.width, config.model.channels)
@@ -96,21 +100,26 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
     jitted = jax.jit(
         functools.partial(gradient, config.model), in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0
     )
-    lowered = _Arguments(config, mesh, arguments)
-    row = ahead.compile_program(
-        Program(method, jitted, lambda step: True, mesh), lowered, counted(False), counted(True)
-    )
+    call = Call(method, jitted, arguments, counted(False), counted(True), rollout_trips(config))
+    row = row_of(compile_call(call, mesh))
     common = {"variant": "1_3b", "topology": topology, "chips": mesh.size, "mesh": {"fsdp": 64}}
-    return dataclasses.asdict(row) | common | {"gradient": method, "batch": config.batch_size, "accumulate": 1}
+    return row | common | {"gradient": method, "batch": config.batch_size, "accumulate": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Arguments:
-    """What `ahead.compile_program` reads of a run."""
+FIELDS = ("name", "rate", "arguments", "temporary", "flops", "work", "seconds", "host")
 
-    config: TrainConfig
-    mesh: jax.sharding.Mesh
-    arguments: tuple
+
+def row_of(compiled: Compiled) -> dict:
+    """What the file keeps of a program."""
+    moved = {"links": compiled.traffic.links, "traffic": compiled.traffic.memory, "kinds": compiled.traffic.kinds}
+    return {field: getattr(compiled, field) for field in FIELDS} | moved
+
+
+def compiled_of(row: dict) -> Compiled:
+    """The program of a row; older rows do not tell the kinds of what it moves."""
+    kinds = row.get("kinds", {"all": row["traffic"]})
+    traffic = Traffic(links=row["links"], kinds=kinds, kernels=0, attention={}, movers=())
+    return Compiled(**{field: row[field] for field in FIELDS}, traffic=traffic)
 
 
 def measure(out: Path) -> None:
@@ -128,8 +137,8 @@ def measure(out: Path) -> None:
         if (case, None) in keys:
             continue
         config = configured(variant, mesh, batch, accumulate)
-        rows = [dataclasses.asdict(row) for row in ahead.compile_for(config, topology)]
-        chips = len(tpu_devices(topology))
+        rows = [row_of(row) for row in compile_for(config, topology)]
+        chips = len(devices_of(topology))
         common = {"variant": variant, "topology": topology, "chips": chips, "mesh": mesh, "batch": batch}
         for row in rows:
             add({"case": case, **common, "accumulate": accumulate, "jax": jax.__version__} | row)
@@ -169,7 +178,7 @@ def draw(out: Path) -> None:
 
 
 def _print_row(row: dict) -> None:
-    compiled = ahead.Compiled(**{field.name: row[field.name] for field in dataclasses.fields(ahead.Compiled)})
+    compiled = compiled_of(row)
     chip = chip_of(row["topology"])
     bounds = compiled.bounds(chip)
     top = max(bounds, key=bounds.get)
@@ -180,7 +189,7 @@ def _print_row(row: dict) -> None:
         f"| {row['variant']} | {row['topology']} | {mesh} | {batch} | {name} | {compiled.memory / 2**30:.2f} | "
         f"{chip.memory / 2**30:.0f} | {compiled.flops / 1e15:.3f} | {(compiled.work - compiled.flops) / 1e15:.3f} | "
         f"{compiled.sent / 1e9:.0f} | "
-        f"{compiled.traffic / 1e12:.2f} | {bounds[top]:.2f} s, {top} |"
+        f"{compiled.traffic.memory / 1e12:.2f} | {bounds[top]:.2f} s, {top} |"
     )
 
 

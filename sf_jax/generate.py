@@ -24,8 +24,6 @@ from sf_jax.diffusion.solvers import SOLVERS
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.inference.names import IF_EXISTS
-from sf_jax.perf import report
-from sf_jax.perf.generation import generation_of
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
 from sf_jax.weights import hub
 from sf_jax.weights.adapter_list import parse_loras
@@ -155,12 +153,16 @@ def main() -> None:
     prompts, keys = _prompts(), ("name", *captions.CAPTION_KEYS)
     names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
     if _COMPILE_ONLY.value is not None:
+        from sf_jax.perf import compile, generation, report  # here, as no other run needs them
+
+        compile.compile_anew()
         job = Job(prompts=tuple(prompts), names=tuple(names), abstract=True, **fields)
-        return report.print_lines(report.generation_report(generation_of(job), _COMPILE_ONLY.value))
+        for line in report.generation_report(generation.generation_of(job), _COMPILE_ONLY.value):
+            print(line, flush=True)
+        return
     paths = batch.run(Job(prompts=tuple(prompts), names=tuple(names), **fields))
     if paths:
         print("wrote", *paths, sep="\n  ")
-    return None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ command again continues from the newest checkpoint in the workdir that is whole;
 
 `--dry_run` says how large the networks are, what a device holds, how much arithmetic an update is and how every array
 is split, without reading a weight. `--compile_only=v5p:4x4x4` compiles the updates for a TPU slice that need not be
-there (`pip install "sf_jax[aot]"`) and says what a chip needs and what bounds an iteration. Neither needs a workdir.
+there (`pip install "sf_jax[aot]"`), `--compile_only=h100:8` for GPUs (`pip install "sf_jax[gpu_aot]"`), and says what
+each of them needs and what bounds an iteration. Neither needs a workdir.
 
 Several processes train as one when their environment says so, see `sf_jax.distributed` and the scripts in launch/.
 """
@@ -29,7 +30,9 @@ _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Continue although fields of the config differ from the checkpoint's"
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Describe the run and stop; no weight is read")
-_COMPILE_ONLY = flags.DEFINE_string("compile_only", None, "TPU slice to compile the updates for, such as v5p:4x4x4")
+_COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "Devices to compile the updates for: a TPU slice, v5p:4x4x4, or GPUs, h100:8"
+)
 
 GROUPS = {"The run": ("config", "workdir", "allow_config_change"), "Instead of a run": ("dry_run", "compile_only")}
 
@@ -40,9 +43,10 @@ def main() -> None:
 
     config = resolved(from_dict(_CONFIG.value))
     if _COMPILE_ONLY.value is not None:
-        # Compiled anew: a program from the cache of compiled ones says less of itself, and at once.
-        jax.config.update("jax_enable_compilation_cache", False)
-        return _print(ahead.compile_report(config, _COMPILE_ONLY.value))
+        from sf_jax.perf import compile, training  # here, as no other run needs them
+
+        compile.compile_anew()
+        return _print(training.training_report(config, _COMPILE_ONLY.value))
     if _DRY_RUN.value:
         return _print(ahead.describe(config))
     if _WORKDIR.value is None:

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 from configs import wan_distill
 from sf_jax.config import MeshConfig, from_dict
 from sf_jax.parallel import params
-from sf_jax.topology import CHIPS
-from sf_jax.training import abstract, ahead, hlo, programs, sharding
+from sf_jax.perf import training as perf_training
+from sf_jax.perf.chips import chip_of
+from sf_jax.training import abstract, ahead, programs, sharding
 from sf_jax.training.abstract import bytes_per_device
 from tests.test_ahead import needs_libtpu, quick_compilation  # noqa: F401 (a fixture)
 from tests.test_training import small_config
@@ -48,41 +49,6 @@ def test_recomputation_and_kernels_do_not_change_the_count():
     assert counts[0] == counts[1] == counts[2] and set(counts[0]) == {"student", "critic"}
     # the critic's update: 3.5 calls per chunk, one flow with its gradient
     assert 0 < counts[0]["critic"] < counts[0]["student"]
-
-
-def test_hlo_traffic_of_a_known_program():
-    text = """HloModule m
-%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %p = (s32[], f32[8,4]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
-  %g = f32[32,4]{1,0} all-gather(%x), channel_id=1, dimensions={0}
-  %r = f32[8,4]{1,0} dynamic-slice(%g, %i), dynamic_slice_sizes={8,4}
-  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %r)
-}
-%cond (p: (s32[], f32[8,4])) -> pred[] {
-  %p = (s32[], f32[8,4]{1,0}) parameter(0)
-  %n = s32[] constant(30)
-  %i = s32[] get-tuple-element(%p), index=0
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
-%loose (p: (s32[], f32[8,4])) -> pred[] {
-  %p = (s32[], f32[8,4]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %j = s32[] get-tuple-element(%p), index=0
-  ROOT %lt = pred[] compare(%i, %j), direction=LT
-}
-ENTRY %main (a: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %a = (s32[], f32[8,4]{1,0}) parameter(0)
-  %w = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body
-  ROOT %v = (s32[], f32[8,4]{1,0}) while(%w), condition=%loose, body=%body
-}
-"""
-    once = hlo.traffic(text, 2.0)
-    assert once.links == {"all-gather": 32 * 4 * 4 * 32.0}
-    assert once.memory == 32 * (32 * 16 + 8 * 16 + 2 * 8 * 16)
-    with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.traffic("nothing")
 
 
 RECIPES = {variant: {} for variant in wan_distill.VARIANTS} | {
@@ -127,32 +93,19 @@ def test_a_description_names_everything():
     assert "model/blocks/ffn_in/kernel" in text and "30x12x8960" in text
 
 
-def test_a_report_says_what_fits_and_what_bounds_it(monkeypatch):
-    gib = 2**30
-    rows = [
-        ahead.Compiled("student", 0.2, 2 * gib, 3 * gib, 9e14, 459e13, {"all-gather": 6e11}, 2765e9, 4.0, gib),
-        ahead.Compiled("critic", 1.0, gib, 94 * gib + 1, 2e14, 459e12, {}, 2765e9, 5.0),
-    ]
-    monkeypatch.setattr(ahead, "compile_for", lambda config, topology: iter(rows))
-    lines = list(ahead.compile_report(from_dict(wan_distill.get_config("14b")), "v5p:4x4x4"))
-    assert "| student | 5.00 | 2.00 | 3.00 | 0.900 | 3.690 | 600.0 | 2.77 | 4 s |" in lines
-    assert "student sends: all-gather 600.0 GB" in lines and "critic sends: nothing" in lines
-    assert "student reads 1.00 GiB a chip from the host, which the bounds below leave out" in lines
-    assert "memory of a chip: 95 GiB, so it does NOT fit" in lines
-    wanted = "arithmetic 3.00 s, memory 1.20 s, links 0.20 s; at least 3.00 s, bound by arithmetic"
-    assert lines[-1] == f"an iteration at the chip's peaks: {wanted}"
-
-
 @pytest.mark.parametrize(
     ("topology", "message"),
-    [("v9x:2x2", "topology is 'v9x:2x2': it must be one of v4, v5e, v5p, v6e, then :SHAPE"), ("v5p:4x4x4", "fsdp")],
+    [
+        ("v9x:2x2", "compile_only is 'v9x:2x2': it must be one of v4, v5e, v5p, v6e, then :SHAPE"),
+        ("v5p:4x4x4", "fsdp"),
+    ],
 )
 @needs_libtpu
 def test_slices_that_do_not_fit_are_refused(topology, message):
     config = from_dict(wan_distill.get_config("1_3b"))
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=5))
     with pytest.raises(ValueError, match=message):
-        next(ahead.compile_for(config, topology))
+        next(perf_training.compile_for(config, topology))
 
 
 # The chip with the least memory; benchmarks/full_size_training.py compiles the other slices and updates.
@@ -165,10 +118,10 @@ CASES = [("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 1, 8)]
 def test_full_size_training_fits_a_chip(variant, topology, mesh, accumulate, gib, quick_compilation):  # noqa: F811
     config = from_dict(wan_distill.get_config(variant))
     config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
-    row = next(ahead.compile_for(config, topology))  # the student's, the larger one
-    chip = CHIPS[topology.split(":")[0]]
+    row = next(perf_training.compile_for(config, topology))  # the student's, the larger one
+    chip = chip_of(topology)
     assert row.name == "student" and row.rate == 0.2
     assert row.memory < gib * 2**30 < chip.memory
     assert row.work / chip.flops > row.sent / chip.links
     # weights are gathered whole: no thin products over windows of them
-    assert "collective-permute" not in row.links
+    assert "collective-permute" not in row.traffic.links

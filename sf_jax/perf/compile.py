@@ -2,13 +2,17 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from jax.sharding import Mesh
 
+from sf_jax.models import attention_kernels
+from sf_jax.models.wan import WanConfig
 from sf_jax.perf.chips import Chip
 from sf_jax.perf.traffic import Traffic, traffic
+
+KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +104,29 @@ class Compiled:
         """What is wrong where the program must attend by a fused kernel and does not; None where all is well."""
         if self.kernel is None:
             return None
+        calls = [each for each in self.traffic.attention if "blocks" in each.place]  # not a VAE's
         others = sorted(
-            {f"{a.implementation} in {a.place}" for a in self.traffic.attention if a.implementation != self.kernel}
+            {f"{each.implementation} in {each.place}" for each in calls if each.implementation != self.kernel}
         )
         if others:
             return f"{self.name} attends by {', '.join(others)} where {self.kernel} was expected"
-        return None if self.traffic.attention else f"{self.name} has no attention by {self.kernel}, which was expected"
+        return None if calls else f"{self.name} has no attention by {self.kernel}, which was expected"
+
+
+def expected_kernel(config: WanConfig, platform: str) -> str | None:
+    """The fused attention that "auto" is meant to find for a transformer on a platform; None where it has none."""
+    if config.attention != "auto":
+        return None
+    if platform == "gpu":
+        fits = config.head_dim <= attention_kernels.LANES and config.head_dim % 8 == 0 and config.dtype == "bfloat16"
+    else:
+        fits = config.head_dim % attention_kernels.LANES == 0
+    return KERNELS.get(platform) if fits else None
+
+
+def compile_anew() -> None:
+    """Turns the cache of compiled programs off: one from there says less of itself, and at once."""
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def compile_call(call: Call, mesh: Mesh) -> Compiled:
@@ -128,3 +149,14 @@ def compile_call(call: Call, mesh: Mesh) -> Compiled:
         beside=call.beside,
         kernel=call.kernel,
     )
+
+
+def check_kernels(rows: Iterable[Compiled]) -> None:
+    """Refuses programs that do not attend as they should.
+
+    Raises:
+      ValueError: naming the first one.
+    """
+    for row in rows:
+        if problem := row.missing_kernel():
+            raise ValueError(f"{problem}: choose sizes that the kernel takes")

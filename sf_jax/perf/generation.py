@@ -18,12 +18,12 @@ from sf_jax.inference.job import Job
 from sf_jax.inference.lengths import latent_frames
 from sf_jax.inference.load import VAES, layers_apart
 from sf_jax.inference.sampling import Sampling
-from sf_jax.models import attention_kernels, partition, tiny_vae, umt5, vae, wan
+from sf_jax.models import partition, tiny_vae, umt5, vae, wan
 from sf_jax.models.slots import unstack_layers
 from sf_jax.parallel.mesh import check_mesh, check_tokens, make_mesh, videos_apart
 from sf_jax.parallel.params import GENERATION, tree_shardings
 from sf_jax.perf.chips import Chip
-from sf_jax.perf.compile import Call
+from sf_jax.perf.compile import Call, expected_kernel
 from sf_jax.training.abstract import bytes_per_device
 from sf_jax.training.programs import matmul_flops
 from sf_jax.weights import hub
@@ -32,7 +32,6 @@ from sf_jax.weights.networks import network_kind, read_sizes
 
 SIZES = {"1.3B": wan.wan_1_3b, "14B": wan.wan_14b}  # names that `generate --compile_only` takes for a model
 WAN_FACTORS = (4, 8)
-KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 TEXT, PROMPT, CHUNK, STEP = "text encoder", "prompt to keys and values", "one chunk", "one step of the solver"
 FIRST, LATER = "first frame to pixels", "later frame to pixels"
 EXAMPLE_LAYERS = 1
@@ -260,17 +259,6 @@ class _Shapes:
             arguments = (self.decoder, stream, latents)
             beside = self._others(self.decoder, self.stream)
             yield Call(name, programs.decode, arguments, _flops(programs.decode, arguments), beside=beside)
-
-
-def expected_kernel(config: wan.WanConfig, platform: str) -> str | None:
-    """The fused attention that "auto" is meant to find for a transformer on a platform; None where it has none."""
-    if config.attention != "auto":
-        return None
-    if platform == "gpu":
-        fits = config.head_dim <= attention_kernels.LANES and config.head_dim % 8 == 0 and config.dtype == "bfloat16"
-    else:
-        fits = config.head_dim % attention_kernels.LANES == 0
-    return KERNELS.get(platform) if fits else None
 
 
 def _flops(function: Callable, arguments: tuple, trips: float = 1.0) -> float:

@@ -115,22 +115,26 @@ def parse(text: str) -> Module:
     Raises:
       ValueError: if there is no program in the text.
     """
-    computations: dict[str, list[Instruction]] = {}
+    lines: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if head := _HEAD.match(line):
-            current = computations.setdefault(head[2], [])
+            current = lines.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif current is not None and (match := _LINE.match(line)):
-            instruction = _instruction(match[2], match[3], bool(match[1]))
-            if instruction is not None:
-                current.append(instruction)
+        elif current is not None and _LINE.match(line):
+            current.append(line)
+        elif line == "}":
+            current = None
+        elif current:  # attributes of kernels have lines of their own
+            current[-1] += line
     if not entry:
         raise ValueError("text holds no ENTRY computation: give what compiled.as_text() returns")
-    return Module({name: tuple(lines) for name, lines in computations.items()}, entry)
+    parsed = {name: tuple(filter(None, map(_instruction, body))) for name, body in lines.items()}
+    return Module(parsed, entry)
 
 
-def _instruction(name: str, rest: str, root: bool) -> Instruction | None:
+def _instruction(line: str) -> Instruction | None:
+    root, name, rest = _LINE.match(line).groups()
     end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
     result, rest = rest[:end], rest[end:]
     match = _OPERATION.match(rest)
@@ -139,8 +143,8 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction | None:
     stop = _closing(rest, match.end() - 1)
     operands = rest[match.end() : stop - 1]
     if match[1] in ("constant", "parameter"):  # a number or a value, which `attributes` keep
-        return Instruction(name, match[1], arrays_of(result), (), f"({operands}){rest[stop:]}", root)
-    return Instruction(name, match[1], arrays_of(result), tuple(_NAME.findall(operands)), rest[stop:], root)
+        return Instruction(name, match[1], arrays_of(result), (), f"({operands}){rest[stop:]}", bool(root))
+    return Instruction(name, match[1], arrays_of(result), tuple(_NAME.findall(operands)), rest[stop:], bool(root))
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
-import jax
-
 from sf_jax.parallel.mesh import describe, videos_apart
 from sf_jax.perf import generation
 from sf_jax.perf.chips import Chip, chip_of
-from sf_jax.perf.compile import Compiled, compile_call
+from sf_jax.perf.compile import Compiled, check_kernels, compile_call
 from sf_jax.perf.devices import devices_of
 from sf_jax.perf.generation import Generation
 from sf_jax.perf.traffic import COPIES
@@ -41,7 +39,7 @@ def generation_report(what: Generation, target: str) -> Iterator[str]:
         yield _row(rows[-1], chip)
     for row in rows:
         yield from details(row)
-    yield from _notes(chip)
+    yield rates_of(chip)
     yield fits(rows, chip)
     yield from rates(what, rows, chip)
     check_kernels(rows)
@@ -86,12 +84,13 @@ def details(row: Compiled) -> Iterator[str]:
         yield f"  reads {row.host / GIB:.2f} GiB a chip from the host, which the times leave out"
 
 
-def _notes(chip: Chip) -> Iterator[str]:
-    rate = f"{chip.products / 1e12:.0f} TFLOP/s"
+def rates_of(chip: Chip) -> str:
+    """What rates the times are of."""
     origin = "as measured for large products" if chip.measured else "80.9 % of its peak, the H100's share: not measured"
-    yield (
+    return (
         f"roofline: the longest of arithmetic at {chip.flops / 1e12:.0f} TFLOP/s, memory at {chip.bandwidth / 1e9:.0f} "
-        f"GB/s, links at {chip.links / 1e9:.0f} GB/s; estimate: arithmetic at {rate} ({origin}) plus all bytes"
+        f"GB/s, links at {chip.links / 1e9:.0f} GB/s; estimate: arithmetic at {chip.products / 1e12:.0f} TFLOP/s "
+        f"({origin}), and all bytes, one after the other"
     )
 
 
@@ -115,22 +114,3 @@ def rates(what: Generation, rows: Iterable[Compiled], chip: Chip) -> Iterator[st
     if later is not None:
         both = seconds + what.rollout.chunk * later.estimate(chip)
         yield f"estimate with the decoder behind it: {both:.3f} s, {frames / both:.1f} FPS"
-
-
-def check_kernels(rows: Iterable[Compiled]) -> None:
-    """Refuses programs that do not attend as they should.
-
-    Raises:
-      ValueError: naming the first one.
-    """
-    for row in rows:
-        if problem := row.missing_kernel():
-            raise ValueError(f"{problem}: choose sizes that the kernel takes, or name an attention")
-
-
-def print_lines(lines: Iterable[str]) -> None:
-    """Prints the lines of a report as soon as they are there."""
-    # Compiled anew: a program from the cache of compiled ones says less of itself, and at once.
-    jax.config.update("jax_enable_compilation_cache", False)
-    for line in lines:
-        print(line, flush=True)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 
 from sf_jax.perf import hlo
 from sf_jax.perf.hlo import Array, Instruction, Module
@@ -18,8 +19,11 @@ _FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "iota", "async-start", "async-update", "opt-barrier", "domain", "add-dependency"),
 }
+# Custom calls of TPUs that give arrays other names.
+_NAMES_ONLY = ("ConcatBitcast", "AssumeGatherIndicesInBound")
 _GEMM = re.compile(r"gemm|cublas|conv|matmul", re.IGNORECASE)
 # The name that `models.attention` gives to what it computes by matrix products.
+_KERNEL = re.compile(r"/[^/]*(?:splash|dot_product_attention)")
 _SCOPE = re.compile(r"attention_xla\b")
 
 
@@ -99,6 +103,11 @@ class _Tally:
         self.kernels += times * other.kernels
 
     @property
+    def useful(self) -> float:
+        """Bytes of products and attention, which grow with the keys that are attended to."""
+        return self.kinds[PRODUCTS] + self.kinds[ATTENTION]
+
+    @property
     def bytes(self) -> float:
         """Bytes of all kinds."""
         return sum(self.kinds.values())
@@ -112,7 +121,7 @@ def traffic(
     Args:
       text: `compiled.as_text()`.
       dynamic_trips: passes to count for loops whose number of passes is known only when they run.
-      branch: which branch of a choice to count: "largest" (the most bytes: a full cache) or the "mean" of them.
+      branch: which branch of a choice to count: "largest" (by attention and products: a full cache) or their "mean".
       cached: sizes, in numbers, of arrays that hold all cached keys or values, to name what copies them.
 
     Raises:
@@ -124,10 +133,9 @@ def traffic(
 
     @functools.cache
     def tally(name: str) -> _Tally:
-        total = _Tally()
-        by_name = {line.name: line for line in module.computations[name]}
-        for line in module.computations[name]:
-            _count(module, by_name, line, cached, total)
+        lines = module.computations[name]
+        total = _count(module, lines, cached)
+        for line in lines:
             if line.operation == "while":
                 total.add(tally(line.called("body")[0]), hlo.trips(module, line, dynamic_trips))
             elif line.operation in ("call", "async-start"):
@@ -136,7 +144,7 @@ def traffic(
             elif line.operation == "conditional":
                 names = line.called("branch_computations", "true_computation", "false_computation")
                 if branch == "largest" and names:
-                    total.add(max(map(tally, names), key=lambda inner: inner.bytes), 1.0)
+                    total.add(max(map(tally, names), key=lambda inner: (inner.useful, inner.bytes)), 1.0)
                 else:
                     for inner in names:
                         total.add(tally(inner), 1.0 / len(names))
@@ -147,50 +155,79 @@ def traffic(
     return Traffic(dict(total.links), dict(total.kinds), total.kernels, dict(total.attention), tuple(movers))
 
 
-def _count(module: Module, by_name: dict, line: Instruction, cached: frozenset[int], total: _Tally) -> None:
-    """Adds one instruction."""
-    if line.operation in _FREE or line.operation.endswith(("-done", "-update")):
-        return
-    name = line.operation.removesuffix("-start")
-    if name in COLLECTIVES:
-        total.links[name] += _sent(name, line, by_name)
-    results = _written(module, line)
-    size = _read(module, by_name, line) + sum(array.bytes for array in results if not array.on_chip)
-    product = _product(module, line)
-    kind = PRODUCTS if product is not None else REST
-    if called := _attention(line, product, by_name):
-        total.attention[called] += 1
-        kind = ATTENTION
-    elif kind == REST and any(array.elements in cached for array in results):
-        kind = COPIES
-    total.kinds[kind] += size
-    total.kernels += 1
-    if kind in (COPIES, REST):
-        total.movers[(kind, place_of(line.source) or line.operation)] += size
+def _count(module: Module, lines: Sequence[Instruction], cached: frozenset[int]) -> _Tally:
+    """Sums of a computation's own instructions."""
+    total, by_name = _Tally(), {line.name: line for line in lines}
+    users: dict[str, list[Instruction]] = {}
+    for line in lines:
+        for name in line.operands:
+            users.setdefault(name, []).append(line)
+    for line in lines:
+        if _is_free(line):
+            continue
+        collective = line.operation.removesuffix("-start")
+        if collective in COLLECTIVES:
+            total.links[collective] += _sent(collective, line, by_name)
+        size, results = _read(module, by_name, line), _written(module, by_name, line)
+        size += sum(array.bytes for array in results if not array.on_chip)
+        if called := _attention(module, line, by_name):
+            total.attention[called] += 1
+        reader = _reader(line, users) if all(array.on_chip for array in results) else line
+        kind = PRODUCTS if _product(module, reader) is not None else REST
+        if _attention(module, reader, by_name):
+            kind = ATTENTION
+        elif kind == REST and any(array.elements in cached for array in results):
+            kind = COPIES
+        total.kinds[kind] += size
+        total.kernels += 1
+        if kind in (COPIES, REST):
+            total.movers[(kind, place_of(reader.source) or line.operation)] += size
+    return total
 
 
-def _written(module: Module, line: Instruction) -> list[Array]:
+def _is_free(line: Instruction) -> bool:
+    """Whether an instruction moves nothing of its own."""
+    return line.operation in _FREE or line.operation.endswith(("-done", "-update")) or line.target in _NAMES_ONLY
+
+
+def _reader(line: Instruction, users: dict[str, list[Instruction]]) -> Instruction:
+    """For whom a TPU brings an array to its core's memory: the instruction that needs it first."""
+    start = line
+    while line is start or _is_free(line):
+        following = users.get(line.name)
+        if not following:  # it leaves this computation
+            return start
+        line = following[0]
+    return line
+
+
+def _written(module: Module, by_name: dict, line: Instruction) -> list[Array]:
+    """The arrays that an instruction writes; of one that is changed in place, the part that is new."""
     if line.operation in ("fusion", "fusion-start"):
         return hlo.written(module, line)
-    if line.operation == "copy-start":
+    if line.operation == "dynamic-update-slice":
+        return list(by_name[line.operands[1]].arrays)
+    if line.operation == "copy-start":  # (copy, original, state)
         return list(line.arrays[:1])
+    if line.operation.endswith("-start") and line.operation != "all-reduce-start":  # (originals, results, state)
+        originals = sum(len(by_name[name].arrays) for name in line.operands if name in by_name)
+        return [array for array in line.arrays[originals:] if array.shape]
     return list(line.arrays)
 
 
 def _read(module: Module, by_name: dict, line: Instruction) -> float:
-    """Bytes that an instruction reads; of a large array only the part that it takes or leaves unchanged."""
-    operands = [by_name.get(name) for name in line.operands]
-    if line.operation in ("dynamic-slice", "gather", "slice"):
-        return sum(array.bytes for array in line.arrays if not array.on_chip)
-    if line.operation == "dynamic-update-slice":
-        return 0.0
-    if line.operation in ("fusion", "fusion-start"):
-        numbers = hlo.reads(module, line.called("calls")[0])
-    else:
-        numbers = {}
+    """Bytes that an instruction reads; of a large array only the part that it takes."""
+    operands = [by_name[name] for name in line.operands if name in by_name]
+    operation = line.operation.removesuffix("-start")
+    if operation in ("dynamic-slice", "gather", "slice"):
+        on_chip = all(array.on_chip for array in operands[0].arrays) if operands else False
+        return 0.0 if on_chip else sum(array.bytes for array in _written(module, by_name, line))
+    if operation == "dynamic-update-slice":
+        operands = operands[1:2]
+    numbers = hlo.reads(module, line.called("calls")[0]) if operation == "fusion" else {}
     total = 0.0
     for place, operand in enumerate(operands):
-        arrays = [] if operand is None else [array for array in operand.arrays if not array.on_chip]
+        arrays = [array for array in operand.arrays if not array.on_chip]
         size, elements = sum(array.bytes for array in arrays), sum(array.elements for array in arrays)
         total += size * min(1.0, numbers.get(place, elements) / max(1, elements))
     return total
@@ -207,14 +244,16 @@ def _product(module: Module, line: Instruction) -> Instruction | None:
     return None
 
 
-def _attention(line: Instruction, product: Instruction | None, by_name: dict) -> Attention | None:
+def _attention(module: Module, line: Instruction, by_name: dict) -> Attention | None:
     """The attention that an instruction computes: by a kernel, or by products of `attention.attend`."""
+    product = _product(module, line)
     if line.operation == "custom-call":
         implementation = "cudnn" if "fmha" in line.target else "splash" if "splash" in line.source + line.name else ""
         if implementation:
-            shapes = [by_name[name].arrays[0].shape for name in line.operands[:2] if name in by_name]
+            arrays = [by_name[name].arrays[0] for name in line.operands if name in by_name]
+            shapes = [array.shape for array in arrays if "f" in array.dtype and len(array.shape) > 2][:2]
             text = " x ".join("[" + ",".join(map(str, shape)) + "]" for shape in shapes)
-            return Attention(implementation, place_of(line.source.rpartition("/")[0], 2), text)
+            return Attention(implementation, place_of(_KERNEL.split(line.source)[0], 2), text)
     scope = None if product is None else _SCOPE.search(product.source)
     if scope is None:
         return None
