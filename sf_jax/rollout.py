@@ -16,7 +16,7 @@ from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.models import attention, kv_cache, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
-from sf_jax.models.slots import Slots, own_keys_values, take_apart
+from sf_jax.models.slots import Slots, take_apart
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rollout_config import RolloutConfig
 
@@ -292,7 +292,8 @@ def denoise_chunk(
         )
         now = jax.lax.switch(kind, inputs)
         t = jnp.where(step > exit_step, timesteps[-1], timesteps[step])
-        predicted, kv = predict(model, config, params, now, t, text, layout, kv if in_place else cache)
+        place = layout.replace(keys_only=step > exit_step) if in_place else layout
+        predicted, kv = predict(model, config, params, now, t, text, place, kv if in_place else cache)
         return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
 
     if in_place:
@@ -304,7 +305,9 @@ def denoise_chunk(
         kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
     clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, empty))
-    return jax.lax.stop_gradient((own_keys_values(kv) if in_place else kv, clean, x))
+    if in_place:
+        kv = model.apply({"params": params}, kv, method="own_keys_values")
+    return jax.lax.stop_gradient((kv, clean, x))
 
 
 def rollout(

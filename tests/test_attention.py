@@ -91,15 +91,14 @@ def both(kernel, q):
 
 plain = both(lambda q: attention.attend(q, segments, "whole"), q)
 with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))):
-    for kernel in (splash, cudnn):
-        for split in ("heads", "tokens", "none"):
-            ours = jax.jit(lambda q: both(lambda q: kernel(q, segments, split), q))(q)
-            worst = max(float(jnp.abs(a - b).max()) for a, b in zip(ours, plain))
-            print(ours[0].sharding.spec if kernel is cudnn else "", worst < 1e-5)
+    print(float(jnp.abs(jax.jit(splash)(q, segments) - plain[0]).max()) < 1e-6)
+    for split in ("heads", "tokens", "none"):
+        ours = jax.jit(lambda q: both(lambda q: cudnn(q, segments, split), q))(q)
+        print(ours[0].sharding.spec, max(float(jnp.abs(a - b).max()) for a, b in zip(ours, plain)) < 1e-5)
 """
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout.count("True") == 6, done
+    assert done.stdout.count("True") == 4, done
     for spec in ("('fsdp', None, ('tensor', 'context')", "('fsdp', 'context', 'tensor'", "('fsdp',"):
         assert spec in done.stdout, done
 

@@ -145,3 +145,23 @@ def test_bad_sizes_are_refused():
 @pytest.mark.parametrize(("config", "count"), [(wan.wan_1_3b(), 1_418_996_800), (wan.wan_14b(), 14_288_491_584)])
 def test_full_sizes_have_the_real_number_of_parameters(config, count):
     assert sum(x.size for x in jax.tree.leaves(wan.param_shapes(config))) == count
+
+
+def test_float32_products_are_exact_on_every_device():
+    """The time embedding's, forward and backward: GPUs and TPUs round the factors of others to fewer bits."""
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    noise, text, _ = inputs(2)
+    model, layout = wan.WanTransformer(config), wan.bidirectional_layout(2)
+
+    def loss(params):
+        return model.apply({"params": params}, noise, jnp.ones((2, 1)), text, layout).mean()
+
+    def products(function):
+        lines = jax.jit(function).lower(random_params()).as_text().split("\n")
+        lines = [line for line in lines if "dot_general" in line]
+        wide = [line for line in lines if "f32" in line.split(" : (")[1].split(" -> ")[0]]
+        return len(wide), sum("HIGHEST" in line for line in lines)
+
+    assert products(loss) == (3, 3)
+    # with those of kernels, and of inputs but that of the timesteps; attention's gradient has float32 factors, too
+    assert products(jax.grad(loss))[1] == 3 + 3 + 2

@@ -16,6 +16,15 @@ from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_float, to_uint8
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 
+# For GPUs; other compilers take no notice. Products by cuBLASLt, which adds bias and residual and applies GELU to what
+# it computes: XLA's own kernels write the product, which is then read again. Products of one factor are not joined, as
+# XLA would copy their weights in every call. Read in the compiled program: docs/wan.md.
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_cublaslt": True,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_text(model: WanTransformer, params: dict, text: jax.Array):
@@ -59,7 +68,7 @@ def by_video(tree: Any) -> Any:
     return jax.tree.map(lambda a: constrain(a, "batch", *[None] * (a.ndim - 1)), tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6, compiler_options=COMPILER_OPTIONS)
 def next_chunk(model, config, many, size, params, text, cache, source, place):
     """Generates the next chunk.
 
@@ -92,7 +101,7 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
     return in_place(cache), by_video(clean)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=COMPILER_OPTIONS)
 def write_initial(model, config, params, text, cache, clean, start):
     """The cache with a chunk of given latents [B, n, H, W, C]."""
     clean = jnp.repeat(clean, text.k.shape[1] // clean.shape[0], axis=0)
@@ -105,7 +114,7 @@ def bidirectional_start(key: jax.Array, examples: jax.Array, shape: tuple[int, .
     return by_video(solvers.start(ro.example_noise(key, examples, shape)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=COMPILER_OPTIONS)
 def bidirectional_step(model, guidance, params, text, state, row):
     """One guided step of a whole video; `row` is an entry of `solvers.rows`, `text` as in `next_chunk`."""
     layout = bidirectional_layout(state.x.shape[1])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sf_jax import rollout as ro
 from sf_jax.inference.decoders import Decoder, by_columns, column_axes
+from sf_jax.inference.programs import COMPILER_OPTIONS
 from sf_jax.models import kv_cache
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
@@ -218,7 +219,7 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     return one.replace(chunk=one.chunk + active), clean
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3, compiler_options=COMPILER_OPTIONS)
 def step(
     spec: StreamSpec, params: dict, decoder: Decoder | None, state: StreamState, active: jax.Array
 ) -> tuple[StreamState, jax.Array, jax.Array | None]:
@@ -376,7 +377,7 @@ def append(
     return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=COMPILER_OPTIONS)
 def lone_frame(spec: StreamSpec, params: dict, state: StreamState, slot) -> tuple[StreamState, jax.Array]:
     """A stream's first latent frame [1, 1, H, W, C] as a chunk of its own."""
     one, clean = _next_chunk(spec, params, _slot(state, slot), jnp.bool_(True), 1)

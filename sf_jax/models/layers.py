@@ -106,8 +106,8 @@ class Linear(nn.Module):
     """A dense layer; `kernel` [in, out] and `bias` [out] are float32 parameters, `dtype` is the compute type.
 
     `axes` name the kernel's axes for `partition`, `precision` is that of the product: where nothing is said, GPUs and
-    TPUs round the factors of float32 products to TF32 and bfloat16. Where the parameters also hold adapters, `down` [in, r] and `up`
-    [r, out], these alone are differentiable, see `adapted_linear`.
+    TPUs round the factors of float32 products to TF32 and bfloat16. Where the parameters also hold adapters, `down`
+    [in, r] and `up` [r, out], these alone are differentiable, see `adapted_linear`.
     """
 
     features: int
@@ -146,16 +146,22 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization over all heads' channels together (official `WanRMSNorm`)."""
+    """Root-mean-square normalization over all heads' channels together (official `WanRMSNorm`).
+
+    With `apart` the mean is a computation of its own: GPUs then do the rest in one pass with what follows (rotary
+    embedding, the write into a cache), where they would otherwise write the normalized numbers and read them again.
+    """
 
     eps: float
+    apart: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes `x` [..., C] in float32; dtype of `x` out."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        wide = wide * (jax.lax.optimization_barrier(inverse) if self.apart else inverse)
         return (wide * scale).astype(x.dtype)
 
 

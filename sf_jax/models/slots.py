@@ -24,22 +24,23 @@ class Slots:
     Attributes:
       k: [B, (n + m) * tokens, N, D] keys with rotary embedding: of the n own frames, then of m cached ones.
       v: the values of the same frames.
-      own_k: [B, n * tokens, N, D] the own keys without rotary embedding, which is what the cache keeps.
+      projected: [B, n * tokens, dim] what the key projection made of the own tokens: the cache keeps it normalized,
+        which is done once a chunk, see `WanTransformer.own_keys_values`.
       text: prompt keys and values [B, S, N, D].
     """
 
     k: jax.Array
     v: jax.Array
-    own_k: jax.Array
+    projected: jax.Array
     text: KeysValues
 
-    def put(self, rotated_k: jax.Array, k: jax.Array, v: jax.Array) -> "Slots":
-        """Writes the own keys, with and without rotary embedding, and values [B, n * tokens, N, D]."""
+    def put(self, rotated_k: jax.Array, projected: jax.Array, v: jax.Array) -> "Slots":
+        """Writes the own keys, rotated, and values [B, n * tokens, N, D]; also keeps what the keys were made of."""
 
         def front(old, new):
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, 0))
 
-        return self.replace(k=front(self.k, rotated_k), v=front(self.v, v), own_k=k.astype(self.own_k.dtype))
+        return self.replace(k=front(self.k, rotated_k), v=front(self.v, v), projected=projected)
 
 
 def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, seen: int) -> tuple[Slots, ...]:
@@ -61,20 +62,15 @@ def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, 
             constrain(jnp.concatenate([room, a], axis=1), "batch", None, "heads", None)
             for a in (rope.rotate(k, rotation[:, :tokens]), v)
         )
-        return Slots(k, v, room, jax.tree.map(lambda a: a[layer], text))
+        projected = jnp.zeros((*room.shape[:2], room.shape[2] * room.shape[3]), text.k.dtype)
+        return Slots(k, v, projected, jax.tree.map(lambda a: a[layer], text))
 
     return tuple(slots(layer) for layer in range(cache.k.shape[0]))
 
 
-def own_keys_values(layers: tuple[Slots, ...]) -> KeysValues:
-    """The own keys (without rotary embedding) and values [L, B, n * tokens, N, D] of the last call."""
-    own = layers[0].own_k.shape[1]
-    return KeysValues(jnp.stack([layer.own_k for layer in layers]), jnp.stack([layer.v[:, :own] for layer in layers]))
-
-
 def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     """Self-attention [B, T, N, D] of one chunk's queries, without rotary embedding, over its slots."""
-    own, tokens = slots.own_k.shape[1], shared.tokens
+    own, tokens = slots.projected.shape[1], shared.tokens
     mask = shared.context_mask[: (slots.k.shape[1] - own) // tokens]
     if shared.mask_is_prefix:
         mask = own + mask.sum(dtype=jnp.int32) * tokens

@@ -16,7 +16,9 @@ import numpy as np
 from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KeysValues, KVCache
 from sf_jax.models.layers import Axes, Exact, LayerNorm, Linear, RMSNorm, layer_norm, time_features
+from sf_jax.models.layout import Layout, bidirectional_layout
 from sf_jax.models.partition import constrain
+from sf_jax.models.patches import patchify, unpatchify
 from sf_jax.models.pattern_attention import pattern_attention
 from sf_jax.models.sizes import check_eps, check_sizes
 from sf_jax.models.slots import Slots, slot_attention
@@ -135,43 +137,6 @@ def wan_14b(**changes) -> WanConfig:
 
 
 @flax.struct.dataclass
-class Layout:
-    """Where the tokens of one call are in the video, and what they may see.
-
-    Attributes:
-      frames: int [F], positions of the own frames (numpy where static).
-      context_frames: int [S], positions of the context's frames, or None without context.
-      context_mask: bool [S] of usable context frames, or None where all are.
-      mask_is_prefix: whether the usable context frames are the first ones (static); kernels then need no mask.
-      prefixes: lengths of context to which attention is compiled (static, ascending) where `pattern` is `cached`: a
-        call computes nothing behind the shortest that holds all usable frames. Empty: all frames.
-      prefixes_masked: whether the usable frames can be the first ones, but not as many as one of those (static).
-      pattern: which own and context frames each query frame sees (static).
-      straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
-        their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
-      sink: frames below this number are the sink where `sink_shifts` moves them (static).
-      sink_shifts: by how many frames the sink's keys are moved for each group of `pattern`, so that it stays right
-        before the group's window; `frames` and `context_frames` are then numpy. Empty: not at all (static).
-    """
-
-    frames: jax.Array | np.ndarray
-    context_frames: jax.Array | np.ndarray | None = None
-    context_mask: jax.Array | None = None
-    pattern: attention.Pattern = flax.struct.field(pytree_node=False, default=())
-    straight_through: int | None = flax.struct.field(pytree_node=False, default=None)
-    mask_is_prefix: bool = flax.struct.field(pytree_node=False, default=False)
-    prefixes: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
-    prefixes_masked: bool = flax.struct.field(pytree_node=False, default=False)
-    sink: int = flax.struct.field(pytree_node=False, default=0)
-    sink_shifts: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
-
-
-def bidirectional_layout(frames: int) -> Layout:
-    """All frames see all frames: teacher and critic."""
-    return Layout(frames=np.arange(frames), pattern=attention.bidirectional(frames))
-
-
-@flax.struct.dataclass
 class _Shared:
     """What all blocks of one call share."""
 
@@ -180,6 +145,7 @@ class _Shared:
     context_rotation: jax.Array | None
     context_mask: jax.Array | None
     sink_rotations: tuple[jax.Array | None, ...]
+    keys_only: jax.Array | None
     frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     context_frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     pattern: attention.Pattern = flax.struct.field(pytree_node=False)
@@ -192,7 +158,9 @@ class _Shared:
     return_kv: bool = flax.struct.field(pytree_node=False)
 
 
-# Axes of kernels, see `partition.AXES`: into heads or hidden channels, back, and between whole channels.
+# Axes of the residual stream [B, F, P, dim], see `partition.AXES`.
+STREAM = ("batch", None, "tokens", None)
+# Axes of kernels: into heads or hidden channels, back, and between whole channels.
 SPREAD, JOIN, ENTER, LEAVE = ("embed", "features"), ("features", "embed"), (None, "embed"), ("embed", None)
 
 
@@ -213,7 +181,8 @@ class Attention(nn.Module):
         biases = nn.initializers.normal(1.0) if self.positional else nn.initializers.zeros
         self.q, self.k = (Linear(dim, self.config.dtype, SPREAD, bias_init=biases) for _ in range(2))
         self.v, self.o = _dense(self.config, dim, SPREAD), _dense(self.config, dim, JOIN)
-        self.norm_q, self.norm_k = RMSNorm(eps), RMSNorm(eps)
+        apart = self.positional and not self.config.scan_layers
+        self.norm_q, self.norm_k = RMSNorm(eps, apart), RMSNorm(eps, apart)
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[..., dim] to [..., N, D]."""
@@ -221,7 +190,15 @@ class Attention(nn.Module):
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., dim] to keys and values [..., N, D]."""
-        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+        return self.keys(self.k(x)), self.values(x)
+
+    def keys(self, projected: jax.Array) -> jax.Array:
+        """Keys [..., N, D] of what `k` made [..., dim]."""
+        return self._heads(self.norm_k(projected))
+
+    def values(self, x: jax.Array) -> jax.Array:
+        """[..., dim] to values [..., N, D]."""
+        return self._heads(self.v(x))
 
     def output(self, x: jax.Array) -> jax.Array:
         """[..., N, D] to [..., dim]."""
@@ -271,35 +248,47 @@ class Block(nn.Module):
 
         Slots are returned with the own keys and values in them.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
-        stream = ("batch", None, "tokens", None)
-        x = constrain(x, *stream)
-
-        def wide(a, operation):
-            return operation(a.astype(jnp.float32)).astype(a.dtype)
-
-        def modulated(a, shift, scale):
-            return wide(layer_norm(a, self.config.eps), lambda s: s * (1 + scale[:, :, None]) + shift[:, :, None])
-
-        h = modulated(x, shift1, scale1)
-        q, k, v = (_all_tokens(a) for a in (self.self_attn.queries(h), *self.self_attn.keys_values(h)))
-        q = partition.own_queries(q, len(shared.pattern))
+        shift, scale, *rest = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
+        x = constrain(x, *STREAM)
+        h = self._modulated(x, shift, scale)
+        projected = self.self_attn.k(h)
+        k, v = (_all_tokens(a) for a in (self.self_attn.keys(projected), self.self_attn.values(h)))
         if isinstance(context, Slots):
-            own = context.put(rope.rotate(k, shared.own_rotation), k, v)
-            y = slot_attention(q, own, shared)
+            own = context.put(rope.rotate(k, shared.own_rotation), projected.reshape(*k.shape[:2], -1), v)
         else:
             own = KeysValues(k, v) if shared.return_kv else None
-            y = pattern_attention(q, k, v, context, shared)
-        y = partition.all_queries(y).reshape(*x.shape[:3], *q.shape[2:])
+
+        def behind_keys(block, x):
+            q = partition.own_queries(_all_tokens(block.self_attn.queries(h)), len(shared.pattern))
+            slots = isinstance(context, Slots)
+            y = slot_attention(q, own, shared) if slots else pattern_attention(q, k, v, context, shared)
+            y = partition.all_queries(y).reshape(*x.shape[:3], *q.shape[2:])
+            return block._behind_attention(x, y, text, rest, shared.implementation)
+
+        if shared.keys_only is None:
+            return behind_keys(self, x), own
+        return nn.cond(shared.keys_only, lambda block, x: x, behind_keys, self, x), own
+
+    def _modulated(self, x, shift, scale):
+        """Normalized `x` [B, F, P, dim], moved and scaled by float32 [B, F or 1, dim]."""
+        wide = layer_norm(x, self.config.eps).astype(jnp.float32)
+        return (wide * (1 + scale[:, :, None]) + shift[:, :, None]).astype(x.dtype)
+
+    def _behind_attention(self, x, y, text, modulation, implementation):
+        """`x` with what self-attention found, `y` [B, F, P, N, D]; then cross-attention and feed-forward."""
+        gate1, shift2, scale2, gate2 = modulation
+
+        def gated(a, gate):
+            return (a.astype(jnp.float32) * gate[:, :, None]).astype(a.dtype)
+
         y = self.self_attn.output(constrain(y, "batch", None, "tokens", "features", None))
-        x = constrain(x + wide(y, lambda s: s * gate1[:, :, None]), *stream)
+        x = constrain(x + gated(y, gate1), *STREAM)
         q = partition.merge_tokens(self.cross_attn.queries(self.norm3(x)))
-        y = attention.attend(q, [(text.k, text.v, None)], shared.implementation, split="tokens")
+        y = attention.attend(q, [(text.k, text.v, None)], implementation, split="tokens")
         x = x + self.cross_attn.output(partition.split_tokens(y, x.shape[1]))
-        h = constrain(self.ffn_in(modulated(x, shift2, scale2)), *stream[:3], "features")
+        h = constrain(self.ffn_in(self._modulated(x, shift2, scale2)), *STREAM[:3], "features")
         y = self.ffn_out(nn.gelu(h, approximate=True))
-        x = constrain(x + wide(y, lambda s: s * gate2[:, :, None]), *stream)
-        return x, own
+        return constrain(x + gated(y, gate2), *STREAM)
 
 
 def _all_tokens(x):
@@ -349,6 +338,13 @@ class WanTransformer(nn.Module):
             return self.blocks.text_kv(None, text)[1]
         return _stack([block.text_kv(None, text)[1] for block in self.blocks])
 
+    def own_keys_values(self, layers: tuple[Slots, ...]) -> KeysValues:
+        """The own keys (without rotary embedding) and values [L, B, n * tokens, N, D] in the slots."""
+        own = layers[0].projected.shape[1]
+        pairs = zip(self.blocks, layers, strict=True)
+        keys = [block.self_attn.keys(layer.projected).astype(layer.k.dtype) for block, layer in pairs]
+        return KeysValues(jnp.stack(keys), jnp.stack([layer.v[:, :own] for layer in layers]))
+
     def __call__(
         self,
         x: jax.Array,
@@ -378,7 +374,7 @@ class WanTransformer(nn.Module):
         h = layer_norm(h, config.eps).astype(jnp.float32)
         h = (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(config.dtype)
         h = constrain(h, "batch", None, "tokens", None)
-        flow = _unpatchify(self.head(h).astype(jnp.float32), config.grid(*x.shape[2:4]), config)
+        flow = unpatchify(self.head(h).astype(jnp.float32), config.grid(*x.shape[2:4]), config.patch)
         return (flow, kv) if return_kv else flow
 
     def features(
@@ -419,6 +415,7 @@ class WanTransformer(nn.Module):
             context_rotation=context_rotation,
             context_mask=layout.context_mask,
             sink_rotations=tuple(sinks),
+            keys_only=None,
             frames=_static(layout.frames) if sinks else None,
             context_frames=_static(layout.context_frames) if sinks else None,
             pattern=layout.pattern,
@@ -430,7 +427,7 @@ class WanTransformer(nn.Module):
             implementation=config.attention,
             return_kv=return_kv,
         )
-        h = self.patch_embedding(_patchify(constrain(x, "batch", *[None] * 4).astype(config.dtype), config.patch))
+        h = self.patch_embedding(patchify(constrain(x, "batch", *[None] * 4).astype(config.dtype), config.patch))
         h = constrain(h, "batch", None, "tokens", None)
         tapped = slots = None
         if taps:
@@ -443,6 +440,8 @@ class WanTransformer(nn.Module):
         else:
             kv = []
             for i, block in enumerate(self.blocks):
+                if i == config.num_layers - 1:
+                    shared = shared.replace(keys_only=layout.keys_only)
                 layers = (context[i].text, context[i]) if in_place else _layer((text, context), i)
                 (h, tapped), own = block((h, tapped), *layers, None if slots is None else slots[i], shared)
                 kv.append(own)
@@ -475,19 +474,3 @@ def _layer(stacked, index):
 def _static(frames):
     """Positions as a hashable constant."""
     return None if frames is None else tuple(int(frame) for frame in frames)
-
-
-def _patchify(x, patch):
-    """[B, F, H, W, C] to tokens [B, F, h*w, ph*pw*C]."""
-    batch, frames, height, width, channels = x.shape
-    h, w = height // patch[1], width // patch[2]
-    x = x.reshape(batch, frames, h, patch[1], w, patch[2], channels).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(batch, frames, h * w, -1)
-
-
-def _unpatchify(x, grid, config):
-    """Tokens [B, F, h*w, ph*pw*C] to [B, F, H, W, C]."""
-    batch, frames = x.shape[:2]
-    (h, w), (_, ph, pw) = grid, config.patch
-    x = x.reshape(batch, frames, h, w, ph, pw, config.channels).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(batch, frames, h * ph, w * pw, config.channels)
