@@ -31,6 +31,7 @@ FRAMEWISE = RolloutConfig(chunk=1, context_noise="none", steps=(1000, 500))
 SOLVER = Solver("unipc", 5.0, 3)
 # case -> (mesh, kind); heads are 4, so that tensor 4 x context 2 has to split the queries
 CASES = {
+    "quick": ("tensor:2,context:2", "quick"),
     "window": ("tensor:2,context:2", "window"),
     "tensor": ("tensor:2", "window"),
     "context": ("context:2", "window"),
@@ -101,6 +102,13 @@ def streamed(pipe: sf_jax.VideoPipeline, stream: sf_jax.Stream) -> list[np.ndarr
     return found if pipe.decoder is None else [*found, *(part[one] for part in parts for one in part)]
 
 
+def joined(stream: sf_jax.Stream) -> np.ndarray:
+    """Latents of the streams that a pipeline calls videos 0 and 1."""
+    ids = [stream.join(text, number=number) for number, text in enumerate(embeddings())]
+    steps = [stream.step() for _ in range(3)]
+    return np.stack([np.concatenate([step.latents(one) for step in steps]) for one in ids])
+
+
 def apart(ours: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float]:
     """The largest relative error of latents, and the largest difference of grey levels."""
     pairs = list(zip(ours, reference, strict=True))
@@ -134,6 +142,16 @@ def run(case: str) -> dict:
     mesh, kind = CASES[case]
     if kind == "files":
         return from_files(mesh)
+    if kind == "quick":
+        pipe = pipeline("window")
+        expected, stream = pipe(embeddings(), frames=6, output="latent"), sf_jax.Stream(pipe.with_mesh(mesh), slots=2)
+        keys = stream.state.k
+        parts = keys.size // int(np.prod(keys.sharding.shard_shape(keys.shape)))
+        return {
+            "error": relative(joined(stream), expected),
+            "programs": stream_state.step._cache_size(),
+            "cache": parts,
+        }
     alone = pipeline(kind)
     expected = whole(alone)
     spread = alone.with_mesh(mesh)

@@ -96,6 +96,11 @@ class Generation:
         return len(self.rollout.steps) + (self.rollout.context == "clean")
 
 
+def data_mesh(devices: list) -> Mesh:
+    """The mesh of devices that have a video each."""
+    return make_mesh({}, devices)
+
+
 def device_mesh(what: Generation, devices: list) -> Mesh:
     """The mesh of devices that have a video, or a part of one, each.
 
