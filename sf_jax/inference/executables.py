@@ -69,13 +69,12 @@ class Executables:
     def _load(self, call: tuple, arguments: tuple) -> jax.stages.Compiled:
         """Reads a program, or compiles and writes it."""
         path = self.folder / f"{call[0].__name__}-{_digest(call)}"
-        devices = list(call[-1].devices.flat) if call[-1] is not None else jax.devices()[:1]
         try:
             if compilation.is_private(path):
                 content = path.read_bytes()
                 check, content = content[:_CHECK], content[_CHECK:]
                 if hashlib.sha256(content).digest() == check:
-                    return serialize_executable.deserialize_and_load(*pickle.loads(content), None, devices)
+                    return serialize_executable.deserialize_and_load(*pickle.loads(content), None, _devices(call))
         except Exception:  # no file, or one of which pickle and XLA can say anything
             pass
         compiled, is_new = _compile(call[0], arguments)
@@ -131,6 +130,17 @@ def _described(leaf: Any) -> tuple:
     aval = jax.typeof(leaf)
     sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
     return aval.shape, aval.dtype, aval.weak_type, sharding
+
+
+def _devices(call: tuple) -> list[jax.Device]:
+    """The devices that a call runs on, in their order."""
+    *_, leaves, mesh = call
+    places = [mesh, *(sharding for *_, sharding in leaves)]
+    meshes = [place if isinstance(place, Mesh) else getattr(place, "mesh", None) for place in places]
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is not None:
+        return list(mesh.devices.flat)
+    return next((list(place.device_set) for place in places if place is not None), jax.devices()[:1])
 
 
 def _digest(call: tuple) -> str:
