@@ -37,10 +37,8 @@ def cache_folder() -> Path | None:
 
 def is_private(path: Path) -> bool:
     """Whether this user owns a file or folder and not everybody can write it; on Windows, which has no such bits."""
-    if os.name == "nt":
-        return True
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
+    status, user = path.stat(), getattr(os, "getuid", None)
+    return user is None or status.st_uid == user() and not status.st_mode & stat.S_IWOTH
 
 
 def _writable(folder: Path) -> bool:
