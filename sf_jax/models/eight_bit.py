@@ -4,7 +4,6 @@ Quantization and products of 8-bit numbers are qwix's (https://github.com/google
 (`pip install "sf_jax[eight_bit]"`). Scales are the largest absolute value that they stand for, over the type's limit.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -33,7 +32,7 @@ class Scaled:
 
     Attributes:
       values: int8 or float8_e4m3fn [..., N].
-      scale: float32 of as many axes, of length 1 where numbers share a scale.
+      scale: float32 [..., 1].
       products: of a kernel, whether it is multiplied by activations that are quantized too (static).
     """
 
@@ -47,7 +46,7 @@ class Scaled:
         return self.values.shape
 
     def __getitem__(self, index: Any) -> "Scaled":
-        """A slice; along axes whose numbers share a scale, only whole."""
+        """A slice; along the last axis, whose numbers share a scale, only whole."""
         return jax.tree.map(lambda a: a[index], self)
 
     def astype(self, dtype) -> jax.Array:
@@ -55,18 +54,15 @@ class Scaled:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def quantize(x: jax.Array, name: str, shared: Sequence[int], products: bool = False) -> Scaled:
+def quantize(x: jax.Array, name: str, products: bool = False) -> Scaled:
     """Quantizes an array.
 
     Args:
-      x: floating array.
+      x: floating array; numbers along the last axis share a scale.
       name: "int8" or "fp8".
-      shared: axes, counted from the end (-1 is the last), along which numbers share a scale.
       products: see `Scaled`.
     """
-    qwix = library()
-    own = [axis for axis in range(x.ndim) if axis - x.ndim not in shared]
-    array = qwix.quantize(x.astype(jnp.float32), DTYPES[name], channelwise_axes=own)
+    array = library().quantize(x.astype(jnp.float32), DTYPES[name], channelwise_axes=range(x.ndim - 1))
     return Scaled(array.qvalue, array.scale, products)
 
 
@@ -74,7 +70,7 @@ def like(old: jax.Array | Scaled, new: jax.Array) -> jax.Array | Scaled:
     """New keys or values [..., D] in the form in which a cache keeps the old ones: a scale for each token and head."""
     if not isinstance(old, Scaled):
         return new.astype(old.dtype)
-    return quantize(new, name_of(old), (-1,))
+    return quantize(new, next(name for name, dtype in DTYPES.items() if dtype == old.values.dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array | Scaled:
@@ -84,28 +80,26 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array | Scaled:
     return Scaled(jnp.zeros(shape, DTYPES[dtype]), jnp.ones((*shape[:-1], 1), jnp.float32))
 
 
-def name_of(scaled: Scaled) -> str:
-    """The name of its type, "int8" or "fp8"."""
-    return next(name for name, dtype in DTYPES.items() if dtype == scaled.values.dtype)
-
-
 def linear(x: jax.Array, kernel: Scaled, bias: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """`x @ kernel + bias` without gradient; dtype of `x` out.
+    """`x @ kernel.T + bias` without gradient; dtype of `x` out.
 
     With `kernel.products` every token is quantized by its own largest value and 8-bit numbers are multiplied.
 
     Args:
       x: [..., C_in].
-      kernel: [C_in, C_out] with a scale for each output channel.
+      kernel: [C_out, C_in], a scale for each output channel. GPUs multiply 8-bit numbers that lie so; given the other
+        way round, all kernels would be turned, and in memory twice, in every chunk.
       bias: [C_out].
-      axes: of the kernel, see `partition`.
+      axes: of C_in and C_out, see `partition`.
     """
-    values, scale = partition.gather(kernel.values, axes), partition.gather(kernel.scale, (None, axes[1]))
+    values, scale = (
+        partition.gather(a, (axes[1], name)) for a, name in ((kernel.values, axes[0]), (kernel.scale, None))
+    )
     bias = partition.gather(bias, axes[1:]).astype(jnp.float32)
-    dimensions, wide = (((x.ndim - 1,), (0,)), ((), ())), jnp.float32
+    dimensions, wide = (((x.ndim - 1,), (1,)), ((), ())), jnp.float32
     if not kernel.products:
         y = jax.lax.dot_general(x, values.astype(x.dtype), dimensions)
-        return (y.astype(wide) * scale[0] + bias).astype(x.dtype)
+        return (y.astype(wide) * scale[:, 0] + bias).astype(x.dtype)
     qwix = library()
     tokens = qwix.quantize(x.astype(wide), values.dtype, channelwise_axes=range(x.ndim - 1))
     # Rounded between the two scales: GPUs then write 16 bits, as both at once do not fit into the product's kernel.

@@ -108,7 +108,7 @@ class Linear(nn.Module):
     `axes` name the kernel's axes for `partition`, `precision` is that of the product: where nothing is said, GPUs and
     TPUs round the factors of float32 products to TF32 and bfloat16. Where the parameters also hold adapters, `down`
     [in, r] and `up` [r, out], these alone are differentiable, see `adapted_linear`. A kernel of 8 bits is
-    `eight_bit.Scaled`.
+    `eight_bit.Scaled` [out, in].
     """
 
     features: int
@@ -121,10 +121,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C_in] to [..., features]."""
-        kernel = jax.tree.map(partition.fetch, self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
         bias = self.param("bias", self.bias_init, (self.features,))
-        if isinstance(kernel, eight_bit.Scaled):
-            return eight_bit.linear(x.astype(self.dtype), kernel, bias, self.axes)
+        narrow = self.get_variable("params", "kernel")
+        if isinstance(narrow, eight_bit.Scaled):
+            return eight_bit.linear(x.astype(self.dtype), narrow, bias, self.axes)
+        kernel = partition.fetch(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
         if self.has_variable("params", "down"):
             adapters = (self.get_variable("params", name) for name in ("down", "up"))
             return adapted_linear(*(a.astype(self.dtype) for a in (x, kernel, bias, *adapters)), self.axes)

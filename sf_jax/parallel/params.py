@@ -137,8 +137,9 @@ def tree_shardings(tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...] | None]
         names, spec = names_of(path), []
         if names[0] in WHOLE:
             return NamedSharding(mesh, PartitionSpec())
-        eight_bit = names[-2:-1] == ("kernel",)  # `Scaled`: its numbers, or their scales [..., 1, out]
+        eight_bit = names[-2:-1] == ("kernel",)  # `Scaled`: its numbers [..., out, in], or their scales [..., out, 1]
         axes = logical_axes(names[:-1] if eight_bit else names, len(value.shape))
+        axes = (*axes[:-2], axes[-1], axes[-2]) if eight_bit else axes
         for axis, size in zip(axes, value.shape, strict=True):
             if axis not in rules:
                 raise ValueError(f"logical axis {axis!r} of {'/'.join(names)} has no rule in params.RULES")

@@ -82,7 +82,7 @@ class Quantizer:
         return block and path[-1] == "kernel" and ".".join(path[1:-1]) in LAYERS
 
     def quantize(self, path: tuple[str, ...], kernel: jax.Array) -> Scaled:
-        """Quantizes a kernel [C_in, C_out] or a stack of them [L, C_in, C_out]."""
+        """Quantizes a kernel [C_in, C_out] or a stack of them [L, C_in, C_out], and turns it: [..., C_out, C_in]."""
         scaled, errors = _quantized(kernel, self.name, self.products)
         errors, title = np.atleast_1d(np.asarray(errors)), ".".join(path[:-1])
         worst = int(errors.argmax())
@@ -91,7 +91,7 @@ class Quantizer:
         return scaled
 
     def keep(self, path: tuple[str, ...], values: jax.Array, scale: jax.Array) -> Scaled:
-        """Takes over a float8 kernel of a file with its scales."""
+        """Takes over float8 kernels [..., C_out, C_in] of a file with their scales [..., C_out, 1]."""
         self.errors[".".join(path[:-1])] = 0.0
         return Scaled(values, scale, self.products)
 
@@ -126,7 +126,7 @@ def quantized_shapes(name: str | None, products: bool, params: dict) -> dict:
     quantizer, flat = Quantizer(name, products), flatten_dict(params)
     for path, leaf in flat.items():
         if quantizer.wants(path):
-            flat[path] = eight_bit.quantize(leaf, name, (-2,), products)
+            flat[path] = eight_bit.quantize(leaf.mT, name, products)
     return unflatten_dict(flat)
 
 
@@ -138,14 +138,15 @@ def count(params: dict) -> int:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantized(kernel: jax.Array, name: str, products: bool) -> tuple[Scaled, jax.Array]:
-    """The kernel in 8 bits, and its error, of each of a stack; one at a time, to save memory.
+    """The kernel in 8 bits, turned, and its error, of each of a stack; one at a time, to save memory.
 
     Not the error of the kernel as a whole: an input channel with large weights would hide that all others are lost.
     """
 
     def one(kernel):
-        wide, scaled = kernel.astype(jnp.float32), eight_bit.quantize(kernel, name, (-2,), products)
-        lost, norms = (jnp.linalg.norm(a, axis=-1) for a in (scaled.astype(jnp.float32) - wide, wide))
+        wide = kernel.T.astype(jnp.float32)
+        scaled = eight_bit.quantize(wide, name, products)
+        lost, norms = (jnp.linalg.norm(a, axis=0) for a in (scaled.astype(jnp.float32) - wide, wide))
         return scaled, jnp.median(lost / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
 
     return jax.lax.map(one, kernel) if kernel.ndim == 3 else one(kernel)

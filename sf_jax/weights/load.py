@@ -1,5 +1,6 @@
 """From weight files into device arrays and back, tensor by tensor."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -123,10 +124,7 @@ def load_params(
         quantized = quantizer is not None and quantizer.wants(path)
         narrow = DTYPES[quantizer.name] if quantized else None
         if quantized and all(_is_stored(tensors, entry.name, narrow) for entry in found):
-            values, scale = _stored(tensors, found, narrow)
-            values = _load_leaf(found, values, tuple(shape.shape), narrow, sharding)
-            one_row, placed = (*shape.shape[:-2], 1, shape.shape[-1]), _of_scales(sharding, len(shape.shape))
-            return quantizer.keep(path, values, _load_leaf(found, scale, one_row, np.dtype(np.float32), placed))
+            return quantizer.keep(path, *_load_stored(found, tensors, tuple(shape.shape), narrow, sharding))
         # bfloat16 has all numbers of float8, with which nothing computes.
         kept = [BFLOAT16 if is_float8(tensors.dtypes[entry.name]) else tensors.dtypes[entry.name] for entry in found]
         kept = functools.reduce(jnp.promote_types, kept)
@@ -143,28 +141,31 @@ def _is_stored(tensors: TensorFile, name: str, dtype: np.dtype) -> bool:
     return tensors.dtypes[name] == dtype
 
 
-def _stored(tensors: TensorFile, found: Sequence[Entry], dtype: np.dtype) -> tuple[TensorFile, TensorFile]:
-    """The 8-bit numbers and the scales [out, 1] of a leaf's tensors."""
-    names = [entry.name for entry in found]
+def _load_stored(found, tensors, shape, dtype, sharding) -> tuple[jax.Array, jax.Array]:
+    """The numbers [..., out, in] and scales [..., out, 1] of a leaf [..., in, out] whose tensors are of 8 bits."""
+    found = [dataclasses.replace(entry, layout=mapping.SAME) for entry in found]
+    names, (*stack, inputs, outputs) = [entry.name for entry in found], shape
 
     def scale(name):
-        return tensors.float8[name].scale() if name in tensors.float8 else np.ones(rows[name], np.float32)
+        return tensors.float8[name].scale() if name in tensors.float8 else np.ones((outputs, 1), np.float32)
 
     def values(name):
         return tensors.float8[name].read() if name in tensors.float8 else tensors[name]
 
-    shapes = {name: tensors.shapes[name] for name in names}
-    rows = {name: (shape[0], 1) for name, shape in shapes.items()}
-    numbers = TensorFile(tensors.path, shapes, dict.fromkeys(names, dtype), values)
-    return numbers, TensorFile(tensors.path, rows, dict.fromkeys(names, np.float32), scale)
+    def load(read, width, dtype):
+        file = TensorFile(tensors.path, dict.fromkeys(names, (outputs, width)), dict.fromkeys(names, dtype), read)
+        placed = _turned(sharding, len(shape), split=width > 1)
+        return _load_leaf(found, file, (*stack, outputs, width), np.dtype(dtype), placed)
+
+    return load(values, inputs, dtype), load(scale, 1, np.float32)
 
 
-def _of_scales(sharding: jax.sharding.Sharding | None, axes: int) -> jax.sharding.Sharding | None:
-    """Where the scales [..., 1, out] of a kernel [..., in, out] go that is split so."""
+def _turned(sharding: jax.sharding.Sharding | None, axes: int, split: bool) -> jax.sharding.Sharding | None:
+    """Where an array [..., out, in] goes whose kernel [..., in, out] is split so; `split` says whether inputs are."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = [*sharding.spec, *[None] * (axes - len(sharding.spec))]
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], None, spec[-1]))
+    *stack, inputs, outputs = [*sharding.spec, *[None] * (axes - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*stack, outputs, inputs if split else None))
 
 
 def _load_leaf(found, tensors, shape, dtype, sharding) -> jax.Array:
