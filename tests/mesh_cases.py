@@ -22,6 +22,7 @@ from sf_jax.inference.job import Job
 from sf_jax.models import tiny_vae, vae, wan
 from sf_jax.models.slots import unstack_layers
 from sf_jax.rollout import RolloutConfig
+from sf_jax.weights.eight_bit import quantize_params, quantizer_for
 from tests.helpers import random_params, relative
 from tests.wan_folder import make_folder, random_like
 
@@ -38,6 +39,7 @@ CASES = {
     "data": ("data:2,tensor:2", "window"),
     "queries": ("tensor:4,context:2", "window"),
     "apart": ("tensor:2,context:2", "apart"),
+    "eight bit": ("tensor:2,context:2", "eight bit"),
     "framewise": ("tensor:2,context:2", "framewise"),
     "framewise queries": ("tensor:4,context:2", "framewise"),
     "causal": ("tensor:2,context:2", "causal"),
@@ -60,6 +62,8 @@ def pipeline(kind: str) -> sf_jax.VideoPipeline:
     rollout = {"framewise": FRAMEWISE, "bidirectional": None}.get(kind, WINDOW)
     if kind == "apart":
         config, params = dataclasses.replace(MODEL, scan_layers=False), unstack_layers(params)
+    elif kind == "eight bit":
+        params = quantize_params(params, quantizer_for("int8"))
     elif kind == "wan":
         sizes = vae.wan_vae(dim=4, num_res_blocks=1, z_dim=4, mean=(0.0,) * 4, std=(1.0,) * 4)
         decoder = VaeDecoder(vae.WanVae(sizes), random_like(vae.param_shapes(sizes)))
