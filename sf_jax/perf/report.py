@@ -92,9 +92,9 @@ def amount(size: float) -> str:
 def rates_of(chip: Chip) -> str:
     """What rates the times are of."""
     origin = "as measured for large products" if chip.measured else "80.9 % of its peak, the H100's share: not measured"
+    peaks = f"arithmetic at {chip.flops / 1e12:.0f} TFLOP/s (bfloat16), memory at {chip.bandwidth / 1e9:.0f} GB/s"
     return (
-        f"roofline: the longest of arithmetic at {chip.flops / 1e12:.0f} TFLOP/s (bfloat16), memory at "
-        f"{chip.bandwidth / 1e9:.0f} GB/s, links at {chip.links / 1e9:.0f} GB/s; estimate: arithmetic at "
+        f"roofline: the longest of {peaks}, links at {chip.links / 1e9:.0f} GB/s; estimate: arithmetic at "
         f"{chip.products / 1e12:.0f} TFLOP/s ({origin}), and all bytes, one after the other"
     )
 

@@ -93,6 +93,7 @@ class _Tally:
         self.links, self.kinds, self.attention = (collections.Counter() for _ in range(3))
         self.movers: collections.Counter = collections.Counter()
         self.kernels = 0.0
+        self.operands = 0.0  # numbers that products and attention are given, which grow with the keys attended to
 
     def add(self, other: "_Tally", times: float) -> None:
         """Adds another computation that runs so often."""
@@ -101,11 +102,7 @@ class _Tally:
             for key, value in getattr(other, name).items():
                 mine[key] += times * value
         self.kernels += times * other.kernels
-
-    @property
-    def useful(self) -> float:
-        """Bytes of products and attention, which grow with the keys that are attended to."""
-        return self.kinds[PRODUCTS] + self.kinds[ATTENTION]
+        self.operands += times * other.operands
 
     @property
     def bytes(self) -> float:
@@ -144,7 +141,7 @@ def traffic(
             elif line.operation == "conditional":
                 names = line.called("branch_computations", "true_computation", "false_computation")
                 if branch == "largest" and names:
-                    total.add(max(map(tally, names), key=lambda inner: (inner.useful, inner.bytes)), 1.0)
+                    total.add(max(map(tally, names), key=lambda inner: (inner.operands, inner.bytes)), 1.0)
                 else:
                     for inner in names:
                         total.add(tally(inner), 1.0 / len(names))
@@ -172,6 +169,8 @@ def _count(module: Module, lines: Sequence[Instruction], cached: frozenset[int])
         size += sum(array.bytes for array in results if not array.on_chip)
         if called := _attention(module, line, by_name):
             total.attention[called] += 1
+        if called or _product(module, line) is not None:
+            total.operands += sum(by_name[name].elements for name in line.operands if name in by_name)
         reader = _reader(line, users) if all(array.on_chip for array in results) else line
         kind = PRODUCTS if _product(module, reader) is not None else REST
         if _attention(module, reader, by_name):
