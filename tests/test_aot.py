@@ -146,17 +146,6 @@ def test_the_vae_compiles_where_its_one_head_cannot_be_split(target):
 
 
 @on_targets
-def test_a_small_vae_decodes_on_a_mesh(target):
-    config = vae.VaeConfig(dim=32, num_res_blocks=1)
-    model, latents = vae.WanVae(config), shape(2, 2, 8, 8, config.z_dim)
-
-    def decode(params, latents):
-        return model.apply({"params": params["vae"]}, latents, method="decode")
-
-    compiled(target, decode, {"vae": vae.param_shapes(config)}, latents)
-
-
-@on_targets
 def test_products_of_a_chunk_have_epilogues(target):
     """GELU, biases and the residual of cross-attention cost no pass of their own on GPUs."""
     if target != "h100:4":
