@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -115,7 +114,7 @@ def table(file: Path, layers: int) -> list[str]:
     used = list(newest.values())
     commits = ", ".join(sorted({row["commit"] for row in used}))
     told = sorted({f"{name} {version}" for row in used for name, version in row["versions"].items()})
-    lines = [f"Commit {commits}; {', '.join(told)}; Python {sys.version.split()[0]}; {layers} layers.", ""]
+    lines = [f"Commit {commits}; {', '.join(told)}; {layers} layers.", ""]
     titles = ("one chip", "attends to", "GiB", "TFLOP", "GB moved", "GB outside", "GB copies", "kernels", "roofline")
     titles += ("estimate", "FPS", "with the VAE", "with the tiny VAE", "attention")
     lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
