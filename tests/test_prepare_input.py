@@ -71,7 +71,7 @@ import sys
 from absl import flags
 from sf_jax import generate
 flags.FLAGS(sys.argv)
-generate.batch.run = lambda job: [repr((job.prompts, job.names))]
+generate.batch.run = lambda job, executables: [repr((job.prompts, job.names))]
 generate.main()
 """
     arguments = [f"--{name}={tmp_path / 'p.csv'}" for name in ("prompts", "names")]

@@ -204,7 +204,8 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
         latents=job.save_latents,
         only_videos=job.vbench_names,  # VBench's folders hold videos alone
     )
-    return _Plan(dataclasses.replace(pipe, executables=executables), initial, size, style)
+    pipe = pipe if executables is None else dataclasses.replace(pipe, executables=executables)
+    return _Plan(pipe, initial, size, style)
 
 
 def _chunks(job: Job, plan: _Plan, numbers: list[int]) -> Iterator[Chunk]:

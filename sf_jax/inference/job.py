@@ -152,6 +152,8 @@ class Job:
                 raise ValueError("window is None: a schedule needs one, such as 21 latent frames")
         elif not self.prompts and not self.abstract:
             raise ValueError("prompt is missing: say what to show, or name a file of prompts with --prompts")
+        if self.vae == "none" and not self.abstract:
+            raise ValueError("vae is 'none': a video needs a decoder; save_latents writes the latents beside it")
         if not self.is_wan:
             for field in WAN_ONLY:
                 if getattr(self, field) is not None:

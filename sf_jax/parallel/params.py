@@ -137,7 +137,8 @@ def tree_shardings(tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...] | None]
         names, spec = names_of(path), []
         if names[0] in WHOLE:
             return NamedSharding(mesh, PartitionSpec())
-        eight_bit = names[-2:-1] == ("kernel",)  # `Scaled`: its numbers [..., out, in], or their scales [..., out, 1]
+        # `eight_bit.Scaled`: its numbers [..., out, in], or their scales [..., out, 1]
+        eight_bit = names[-2:] in (("kernel", "values"), ("kernel", "scale"))
         axes = logical_axes(names[:-1] if eight_bit else names, len(value.shape))
         axes = (*axes[:-2], axes[-1], axes[-2]) if eight_bit else axes
         for axis, size in zip(axes, value.shape, strict=True):
