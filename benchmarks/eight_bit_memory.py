@@ -13,15 +13,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.gpu_program import H100
 from sf_jax import rollout as ro
 from sf_jax.inference import programs
 from sf_jax.models import wan
 from sf_jax.models.slots import unstack_layers
+from sf_jax.parallel.mesh import make_mesh
+from sf_jax.perf.devices import devices_of
 from sf_jax.weights import eight_bit
 
 FRAMES, SIZE = 21, (60, 104, 16)
@@ -53,10 +52,7 @@ VARIANTS = (
 
 def compile_chunk(variant: Variant, scan_layers: bool, layers: int) -> jax.stages.Compiled:
     """Compiles `programs.next_chunk` of Wan2.1-1.3B for an H100: 3 latent frames of 480x832, a cache of 21."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="1x1x1", target_config=H100, topology="1x1x1"
-    )
-    mesh = Mesh(np.asarray(topology.devices).reshape(1), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh({}, list(devices_of("h100:1")))
     whole = NamedSharding(mesh, PartitionSpec())
 
     def placed(tree, wide=None):

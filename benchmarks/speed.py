@@ -20,6 +20,7 @@ import jax
 
 from sf_jax.inference.sampling import Sampling
 from sf_jax.models.wan import wan_1_3b
+from sf_jax.parallel.mesh import make_mesh
 from sf_jax.perf import generation
 from sf_jax.perf.chips import chip_of
 from sf_jax.perf.compile import Compiled, compile_anew, compile_call
@@ -37,7 +38,7 @@ PACKAGES = ("jax", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "libtpu")
 
 def calls(target: str, layers: int):
     """(name, call, mesh) of all programs of a target."""
-    chip, mesh = chip_of(target), generation.data_mesh(list(devices_of(target)))
+    chip, mesh = chip_of(target), make_mesh({}, list(devices_of(target)))
     config = wan_1_3b(dtype="bfloat16", remat="none", num_layers=layers)
     rollouts = {name: RolloutConfig(context_noise="none", **fields) for name, fields in WINDOWS.items()}
     whole = generation.Generation(config, rollouts["18 + 3"], Sampling())

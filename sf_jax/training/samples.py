@@ -14,6 +14,7 @@ from sf_jax.diffusion.solvers import Solver, guided, integrate
 from sf_jax.distributed import by_first
 from sf_jax.many_step import guided_rollout
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
+from sf_jax.parallel.params import WHOLE
 from sf_jax.rng import Purpose, key_for
 from sf_jax.training import sharding
 from sf_jax.training.media import Media
@@ -88,7 +89,7 @@ def sampler(
             latents = make(student_params(state.model), frozen, batch)
 
         def show():  # with this process's own copy of what every device has
-            mine = {name: jax.tree.map(_own, frozen[name]) for name in sharding.WHOLE if name in frozen}
+            mine = {name: jax.tree.map(_own, frozen[name]) for name in WHOLE if name in frozen}
             videos = source.media.pixels(mine, _own(latents))
             write(videos, captions, workdir / "samples" / f"step_{step:06d}", source.media.fps)
 
