@@ -59,7 +59,7 @@ def empty_cache(model: WanTransformer, config: ro.RolloutConfig, batch: int, fra
 
 def in_place(cache: KVCache) -> KVCache:
     """Keeps a cache where it is: no call gives it back in other places than it was given."""
-    k, v = (constrain(a, None, "batch", None, "heads", None) for a in (cache.k, cache.v))
+    k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (cache.k, cache.v))
     return cache.replace(k=k, v=v, frames=constrain(cache.frames, None))
 
 

@@ -134,10 +134,10 @@ def by_axis(function: Callable, *states: StreamState) -> StreamState:
 
 def by_place(function: Callable, state: StreamState) -> StreamState:
     """Maps the arrays of a state: `function(array, *names)`, whose axes a mesh splits by their `partition` names."""
+    names = {"k": "heads", "v": "heads", "text": "features"}
     layered = {
-        "k": function(state.k, None, "batch", None, "heads", None),
-        "v": function(state.v, None, "batch", None, "heads", None),
-        "text": jax.tree.map(lambda a: function(a, None, "batch", None, "features", None), state.text),
+        field: jax.tree.map(lambda a, name=name: function(a, None, "batch", None, name, None), getattr(state, field))
+        for field, name in names.items()
     }
     decoder = jax.tree.map(lambda a: function(a, *column_axes(a)), state.decoder)
     bare = state.replace(**dict.fromkeys(LAYERED, ()), decoder=())
