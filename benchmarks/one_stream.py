@@ -27,23 +27,21 @@ from sf_jax.perf.devices import devices_of
 GIB = 2**30
 SAME = {"h100:1": ("h200:1", "b200:1", "rtx4090:1")}
 SIZES, WINDOWS = ("480x832", "720x1280"), ((None, 0), (12, 3))
-# model -> target -> meshes, best first
+# model -> target -> meshes
 TABLES = {
     "14B": {
-        "v6e:2x2": ("tensor:4", "tensor:2,context:2"),
-        "v6e:2x4": ("tensor:8", "tensor:4,context:2"),
-        "v5p:2x2x1": ("tensor:2,context:2",),
         "h100:1": ("data:1",),
         "h100:2": ("tensor:2",),
         "h100:4": ("tensor:4", "tensor:2,context:2"),
         "h100:8": ("tensor:8", "tensor:4,context:2"),
+        "v6e:2x2": ("tensor:4", "tensor:2,context:2"),
+        "v6e:2x4": ("tensor:8", "tensor:4,context:2"),
+        "v5p:2x2x1": ("tensor:2,context:2",),
     },
     "1.3B": {
-        "v6e:2x2": ("tensor:2,context:2", "context:4", "tensor:4"),
-        "v6e:2x4": ("tensor:4,context:2", "tensor:2,context:4"),
-        "h100:2": ("context:2", "tensor:2"),
-        "h100:4": ("tensor:2,context:2", "context:4", "tensor:4"),
-        "h100:8": ("tensor:4,context:2", "tensor:2,context:4"),
+        "h100:4": ("context:4", "tensor:2,context:2", "tensor:4"),
+        "v6e:2x2": ("context:4", "tensor:2,context:2", "tensor:4"),
+        "v6e:2x4": ("tensor:2,context:4", "tensor:4,context:2", "context:8"),
     },
 }
 

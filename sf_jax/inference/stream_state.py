@@ -137,12 +137,10 @@ def by_axis(function: Callable, *states: StreamState) -> StreamState:
 
 def by_place(function: Callable, state: StreamState) -> StreamState:
     """Maps the arrays of a state: `function(array, *names)`, whose axes a mesh splits by their `partition` names."""
+    names = {"k": "heads", "v": "heads", "text": "features"}
     layered = {
-        **{
-            name: jax.tree.map(lambda a: function(a, None, "batch", None, "heads", None), getattr(state, name))
-            for name in ("k", "v")
-        },
-        "text": jax.tree.map(lambda a: function(a, None, "batch", None, "features", None), state.text),
+        field: jax.tree.map(lambda a, name=name: function(a, None, "batch", None, name, None), getattr(state, field))
+        for field, name in names.items()
     }
     decoder = jax.tree.map(lambda a: function(a, *column_axes(a)), state.decoder)
     bare = state.replace(**dict.fromkeys(LAYERED, ()), decoder=())
