@@ -40,7 +40,7 @@ from sf_jax.inference.load import generation_network
 from sf_jax.models import tiny_vae, vae
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
 
-FRAMES, SINK, NEWEST = 21, 3, 9
+FRAMES, SINK, SEEN = 21, 3, 9
 TOGETHER = 4  # settings that are compiled side by side
 KERNELS = 15  # of the profile
 
@@ -119,7 +119,7 @@ class Denoising:
         """Takes stacked parameters, which may be used up."""
         self.net, self.case, seen = net, case, {}
         if case.window != "21":
-            seen = {"window": SINK + NEWEST + case.chunk, "sink": SINK, "positions": "relative"}
+            seen = {"window": SEEN + case.chunk, "sink": SINK, "positions": "relative"}
         self.rollout = ro.RolloutConfig(chunk=case.chunk, context_noise="none", **seen)
         config, self.params = generation_network(net.config, params, self.rollout)
         self.model = WanTransformer(config)
@@ -212,8 +212,8 @@ def measure(net: Network, args: argparse.Namespace, write: Callable[[dict], None
             try:
                 params = random_params(param_shapes(net.config), net.config.dtype)
                 ready.append(Denoising(net, case, quantized(params) if case.numbers == "fp8" else params))
-            except NotImplementedError as error:
-                write({"case": dataclasses.asdict(case), "left": str(error)})
+            except Exception as error:  # such as a missing extra, or too little memory: the other cases go on
+                write({"case": dataclasses.asdict(case), "left": _one_line(error)})
         with concurrent.futures.ThreadPoolExecutor(TOGETHER) as pool:
             compiling = [pool.submit(one.compile) for one in ready]
         for one, result in zip(ready, compiling, strict=True):
@@ -221,12 +221,19 @@ def measure(net: Network, args: argparse.Namespace, write: Callable[[dict], None
                 result.result()
                 row = _row(net, one, args.repeats, decoded)
             except Exception as error:  # such as too little memory: the other cases go on
-                write({"case": dataclasses.asdict(one.case), "left": " ".join(str(error).split())[:200]})
+                write({"case": dataclasses.asdict(one.case), "left": _one_line(error)})
                 continue
             write({"case": dataclasses.asdict(one.case), **row})
             if one.case == asked[0]:
-                write({"profile": profile(lambda one=one: one.seconds(FRAMES - one.case.chunk, 1))})
+                try:
+                    write({"profile": profile(lambda one=one: one.seconds(FRAMES - one.case.chunk, 1))})
+                except Exception as error:  # the table is worth more
+                    write({"profile": {}, "left": _one_line(error)})
         del ready, compiling
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _row(net: Network, one: Denoising, repeats: int, decoded: dict) -> dict:

@@ -11,6 +11,7 @@ weights are looked at and not read. docs/launching.md says where compiled progra
 import time
 
 import jax
+from absl import flags
 from tqdm import tqdm
 
 from sf_jax import command, compilation, generate
@@ -27,11 +28,13 @@ def main() -> None:
     Raises:
       ValueError: if nothing would be kept, or as `sf_jax.generate` does.
     """
+    if flags.FLAGS.compile_only is not None:
+        raise ValueError("compile_only is given: warm compiles for the devices of this machine; give it to generate")
     folder = jax.config.jax_compilation_cache_dir
     if not folder or not jax.config.jax_enable_compilation_cache:
         raise ValueError(
-            f"no folder for compiled programs: set {compilation.VARIABLE} to one that can be written, and let "
-            "JAX_ENABLE_COMPILATION_CACHE be"
+            f"no folder for compiled programs: set {compilation.VARIABLE} to one that can be written, and unset "
+            "JAX_ENABLE_COMPILATION_CACHE"
         )
     began = time.perf_counter()
     with tqdm(desc="compiling", bar_format=_DONE, disable=None) as bar:
@@ -41,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, groups=generate.GROUPS)
+    command.run(main, groups={name: names for name, names in generate.GROUPS.items() if name != "Instead of a video"})

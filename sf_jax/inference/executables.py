@@ -2,7 +2,8 @@
 
 JAX's own cache finds a program by its lowered form, and making that takes longer than reading the result. Here programs
 are found by what decides that form: this package's code, the versions and settings of JAX, the devices, and the shapes
-and constants of the call. Whatever goes wrong with a file, JAX compiles the program as if there were none.
+and constants of the call (of a decoder that is not this package's its name and fields, not its code). Whatever goes
+wrong with reading a file, JAX compiles the program as if there were none.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ import sf_jax
 from sf_jax import compilation, files
 
 FOLDER = "executables"
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+# What programs are made of; qwix and the plugins may be missing.
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "qwix", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+_PACKAGES += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 _HIT = "/jax/compilation_cache/cache_hits"
 # An option's default, which makes it another program for JAX's cache, and a time that no compilation takes.
 _APART, _NEVER = {"xla_embed_ir_in_executable": False}, 1e9
@@ -61,7 +64,7 @@ class Executables:
         leaves, tree = jax.tree.flatten(rest)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return program(*arguments)
-        call = (program, constants, tree, tuple(map(_described, leaves)), mesh)
+        call = (program, constants, tree, tuple(map(_described, leaves)), _settings(), mesh)
         if call not in self.loaded:
             self.loaded[call] = self._load(call, arguments)
         return self.loaded[call](*rest)
@@ -145,9 +148,9 @@ def _devices(call: tuple) -> list[jax.Device]:
 
 def _digest(call: tuple) -> str:
     """A hash of a call and of all that its program is made of."""
-    program, constants, tree, leaves, mesh = call
+    program, constants, tree, leaves, settings, mesh = call
     leaves = [(shape, str(dtype), weak, _place(sharding)) for shape, dtype, weak, sharding in leaves]
-    parts = (program.__module__, program.__name__, constants, tree, leaves, _place(mesh), _surroundings())
+    parts = (program.__module__, program.__name__, constants, tree, leaves, settings, _place(mesh), _surroundings())
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:40]
 
 
@@ -160,18 +163,29 @@ def _place(where: Any) -> tuple:
 
 @functools.cache
 def _surroundings() -> tuple:
-    """The code, the versions, the settings and the machine."""
-    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    """The code, the versions and the machine."""
     device = jax.devices()[0]
     return (
         _code(),
-        [importlib.metadata.version(name) for name in _PACKAGES],
+        [_version(name) for name in _PACKAGES],
         sys.version,
-        sorted(settings.items()),
         [os.environ.get(name) for name in _VARIABLES],
         (device.platform, device.device_kind, device.client.platform_version, jax.device_count()),
         compilation.processor(),
     )
+
+
+def _version(name: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _settings() -> tuple:
+    """Settings of JAX that may change a program; they may change while a process runs."""
+    return tuple(sorted((name, repr(value)) for name, value in jax.config.values.items() if "cache" not in name))
 
 
 def _code() -> str:

@@ -30,13 +30,13 @@ def report(
     if quantizer is None:
         return None
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        report = quantizer.report(products_error(config, params) if quantizer.products else None)
+        report = quantizer.report(products_error(config, params, mesh) if quantizer.products else None)
     if not quiet:
         report.warn()
     return report
 
 
-def products_error(config: WanConfig, params: dict) -> float:
+def products_error(config: WanConfig, params: dict, mesh: Mesh | None = None) -> float:
     """Relative error (L2) of the flow with quantized activations against that with the same weights and exact ones.
 
     One frame of noise at the first timestep, behind an empty prompt: activations far above the others, which rob a
@@ -45,9 +45,11 @@ def products_error(config: WanConfig, params: dict) -> float:
     Args:
       config: of the transformer.
       params: its parameters, quantized.
+      mesh: the devices that they are on; None is the default device.
     """
     model = WanTransformer(config)
-    shape = (1, 1, SIDE * config.patch[1], SIDE * config.patch[2], config.channels)
+    columns = SIDE * (1 if mesh is None else mesh.shape.get("context", 1))  # tokens that `context` divides
+    shape = (1, 1, SIDE * config.patch[1], columns * config.patch[2], config.channels)
     x, text = jax.random.normal(jax.random.key(0), shape), jnp.zeros((1, config.text_len, config.text_dim))
     exact = jax.tree.map(
         lambda leaf: leaf.replace(products=False) if isinstance(leaf, Scaled) else leaf,

@@ -62,7 +62,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     count = data * shared
     if count > len(here) or (devices is not None and count != len(here)):
         text = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
-        raise ValueError(f"mesh is {text}: its sizes multiply to {count}, but there are {len(here)} devices")
+        wanted = "leave data out, or give sizes that multiply to this number"
+        raise ValueError(f"mesh is {text}: its sizes multiply to {count}, the devices are {len(here)}: {wanted}")
     # without axes of size 1, by which XLA names places that are the same in different ways
     shape = {"data": data} | {axis: sizes[axis] for axis in AXES[1:] if sizes.get(axis, 1) > 1}
     devices = np.asarray(here[:count]).reshape(tuple(shape.values()))

@@ -311,14 +311,15 @@ def generation_of(job: Job) -> Generation:
     Raises:
       ValueError: if the sizes are told nowhere, or something is asked for that is not described.
     """
-    for field in ("image", "video"):
-        if getattr(job, field) is not None:
+    for field in ("image", "video", "schedule", *(("text_encoder", "tokenizer", "lora") if job.is_wan else ())):
+        if getattr(job, field):
             raise ValueError(f"{field} is given: compile_only describes videos from prompts alone; leave it out")
     if not job.is_wan:
         pipe = job.digits_pipeline()
         decoder = jax.eval_shape(lambda: pipe.decoder)
         factors = (pipe.temporal_factor, pipe.spatial_factor)
-        return Generation(pipe.transformer.config, pipe.rollout, pipe.sampling, decoder, factors)
+        narrow = {"quantize": job.quantize, "cache_dtype": job.cache_dtype}
+        return Generation(pipe.transformer.config, pipe.rollout, pipe.sampling, decoder, factors, **narrow)
     dtype = job.dtype or "bfloat16"  # as on every accelerator
     config = dataclasses.replace(_sizes_of(job), dtype=dtype, remat="none")
     solver = None if job.few_steps else Solver(job.solver, job.shift or 5.0, job.steps or 50)

@@ -97,7 +97,7 @@ class Quantizer:
 
     def report(self, products_error: float | None = None) -> Quantization:
         """What has been done."""
-        layer = max(self.errors, key=self.errors.__getitem__)
+        layer = max(self.errors, key=lambda name: (np.isnan(self.errors[name]), self.errors[name]))
         return Quantization(self.name, self.errors[layer], layer, products_error)
 
 
