@@ -1,8 +1,10 @@
 """What is known of absent devices without compiling for them: chips, and what compiled programs say."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -338,3 +340,10 @@ def test_programs_are_counted_at_a_full_cache():
     assert 5 * 2 * layer < chunk.flops < 5 * 2 * layer * 1.35  # patches, time embedding and head beside the layers
     assert chunk.trips == 5 and chunk.branch == "largest" and chunk.kernel == "cudnn"
     assert 18 * 16 * dim in chunk.cached and jnp.dtype(chunk.arguments[6].k.dtype) == jnp.bfloat16
+
+
+def test_benchmarks_import_what_is_there():
+    for path in sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("sf_jax", "benchmarks", "configs"):
+                assert importlib.util.find_spec(node.module) is not None, (path.name, node.module)
