@@ -71,13 +71,13 @@ class Executables:
 
     def _load(self, call: tuple, arguments: tuple) -> jax.stages.Compiled:
         """Reads a program, or compiles and writes it."""
-        path = self.folder / f"{call[0].__name__}-{_digest(call)}"
+        path, devices = self.folder / f"{call[0].__name__}-{_digest(call)}", _devices(call)
         try:
             if compilation.is_private(path):
                 content = path.read_bytes()
                 check, content = content[:_CHECK], content[_CHECK:]
                 if hashlib.sha256(content).digest() == check:
-                    return serialize_executable.deserialize_and_load(*pickle.loads(content), None, _devices(call))
+                    return serialize_executable.deserialize_and_load(*pickle.loads(content), None, devices)
         except Exception:  # no file, or one of which pickle and XLA can say anything
             pass
         compiled, is_new = _compile(call[0], arguments)
@@ -137,7 +137,7 @@ def _described(leaf: Any) -> tuple:
 
 def _devices(call: tuple) -> list[jax.Device]:
     """The devices that a call runs on, in their order."""
-    *_, leaves, mesh = call
+    *_, leaves, _, mesh = call
     places = [mesh, *(sharding for *_, sharding in leaves)]
     meshes = [place if isinstance(place, Mesh) else getattr(place, "mesh", None) for place in places]
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
