@@ -296,6 +296,15 @@ def run_line(main, options: dict, arguments: list[str], seconds: int = 60) -> di
     return {"arguments": arguments, "code": code, "error": text, "seconds": time.monotonic() - began}
 
 
+def lines_of(name: str) -> list[list[str]]:
+    """Lines made by hand; `warm` has `generate`'s flags, and takes no notice of what is about files and prompts."""
+    if name != "warm":
+        return LINES[name]
+    files = ("--out", "--prompt", "--fps", "--scale", "--save", "--names")
+    kept = [line for line in LINES["generate"] if not any(part.startswith(files) for part in line)]
+    return [["--compile_only=h100:1"], *kept]
+
+
 def main(name: str, folder: str, every: str = "1") -> None:
     """Runs the lines of a command, or one of `every` so many."""
     module = importlib.import_module(f"sf_jax.{name}")
@@ -304,7 +313,7 @@ def main(name: str, folder: str, every: str = "1") -> None:
     modules = flags.FLAGS.flags_by_module_dict()
     own = {flag.name: flag for flag in [*modules.get(f"sf_jax.{name}", []), *modules.get(sys.argv[0], [])]}
     required = {"train": ["config"], "prepare": ["model", "output"]}.get(name, [])
-    lines = by_kind(name, own) + LINES[name] + (config_lines() if name == "train" else [])
+    lines = by_kind(name, own) + lines_of(name) + (config_lines() if name == "train" else [])
     (Path(folder) / "text.txt").write_text("a 7 moving left\n")
     (Path(folder) / "names").write_text("a\nb\n")
     for line in lines[:: int(every)]:
