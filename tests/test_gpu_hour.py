@@ -49,6 +49,7 @@ def test_wrong_flags_end_in_one_line():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_small_form_fills_both_files(tmp_path):
     env = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
     command = ["bash", "benchmarks/gpu_hour.sh", "--small", f"--out={tmp_path}"]

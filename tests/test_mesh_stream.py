@@ -24,7 +24,7 @@ from sf_jax.perf.chips import chip_of
 from sf_jax.perf.devices import devices_of
 from sf_jax.rollout import RolloutConfig
 from sf_jax.server.launch import Model
-from tests.helpers import refused
+from tests.helpers import marked, refused
 from tests.mesh_cases import CASES, MODEL, pipeline
 
 QUICK = "quick"
@@ -166,6 +166,7 @@ WIDE = wan.WanConfig(
     freq_dim=64,
     dtype="bfloat16",
 )
+MESHES = ["tensor:2,context:2", "context:4", "tensor:4"]
 COMPILERS = {"h100:4": "jax_plugins.xla_cuda12", "v6e:2x2": "libtpu"}
 KERNELS = {"h100:4": "__cudnn$fmhaSoftmax", "v6e:2x2": "splash_mha"}
 
@@ -179,7 +180,7 @@ def installed(module: str) -> bool:
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["tensor:2,context:2", "context:4", "tensor:4"])
+@pytest.mark.parametrize("mesh", marked(MESHES, MESHES[1:]))
 @pytest.mark.parametrize("target", COMPILERS)
 def test_a_chunk_sends_activations_and_never_the_cache(target, mesh):
     if not installed(COMPILERS[target]):
