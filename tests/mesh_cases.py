@@ -6,6 +6,7 @@ Run with JAX_NUM_CPU_DEVICES=8; tests/test_mesh_stream.py does.
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -163,7 +164,8 @@ def run(case: str) -> dict:
     before = program._cache_size()
     found = {"pipeline": apart(whole(spread), expected), "programs": program._cache_size() - before}
     kernel = jax.tree.leaves(spread.params)[0] if kind == "apart" else spread.params["blocks"]["ffn_in"]["kernel"]
-    found["parameter"] = kernel.size / kernel.sharding.shard_shape(kernel.shape)[-1] / kernel.size * kernel.shape[-1]
+    numbers = jax.tree.leaves(kernel)[0]
+    found["parameter"] = numbers.size / math.prod(numbers.sharding.shard_shape(numbers.shape))
     if spread.kind != "student" or spread.rollout.window is None:
         return found
     stream = sf_jax.Stream(alone, slots=2)

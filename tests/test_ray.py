@@ -79,10 +79,10 @@ def test_two_replicas(server):
     alone, together, ids, broken = asyncio.run(scenario())
     assert len(ids) == 2 and alone.done["reason"] == "completed"
     for seen in together:  # no slot was waited for: two on each replica
-        assert seen.payloads[:16] == alone.payloads and len(seen.payloads) > 25
+        assert seen.payloads[:16] == alone.payloads and len(seen.payloads) > 16
     ended = [seen for seen in broken if seen.code is not None]
     assert len(ended) == 2 and {seen.code for seen in ended} == {1012}
     for seen in broken:
         assert seen.payloads[:10] == alone.payloads[:10]
-        assert seen in ended or len(seen.payloads) > 40
+        assert seen in ended or len(seen.payloads) > 24
     assert asyncio.run(watch(server, num_frames=12)).done["reason"] == "completed"
