@@ -39,6 +39,7 @@ from sf_jax.inference.lengths import WAN_FACTOR
 from sf_jax.inference.load import generation_network
 from sf_jax.models import tiny_vae, vae
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
+from sf_jax.weights.eight_bit import quantize_params, quantizer_for
 
 FRAMES, SINK, SEEN = 21, 3, 9
 TOGETHER = 4  # settings that are compiled side by side
@@ -97,19 +98,6 @@ def network(small: bool, dtype: str) -> Network:
         config, size = wan_1_3b(**changes), (60, 104, 16)
         decoders = {"tiny": tiny_vae.TinyVaeConfig(dtype=dtype), "wan": vae.wan_vae(dtype=dtype)}
     return Network(config, size, decoders)
-
-
-def quantized(params: dict) -> dict:
-    """Parameters in 8 bits.
-
-    Raises:
-      NotImplementedError: where this version has none.
-    """
-    try:
-        from sf_jax.weights.eight_bit import quantize_params, quantizer_for
-    except ImportError as error:
-        raise NotImplementedError(f"this version of sf_jax has no fp8 ({error})") from error
-    return quantize_params(params, quantizer_for("fp8"))
 
 
 class Denoising:
@@ -211,7 +199,11 @@ def measure(net: Network, args: argparse.Namespace, write: Callable[[dict], None
         for case in asked[first : first + TOGETHER]:
             try:
                 params = random_params(param_shapes(net.config), net.config.dtype)
-                ready.append(Denoising(net, case, quantized(params) if case.numbers == "fp8" else params))
+                ready.append(
+                    Denoising(
+                        net, case, quantize_params(params, quantizer_for("fp8" if case.numbers == "fp8" else None))
+                    )
+                )
             except Exception as error:  # such as a missing extra, or too little memory: the other cases go on
                 write({"case": dataclasses.asdict(case), "left": _one_line(error)})
         with concurrent.futures.ThreadPoolExecutor(TOGETHER) as pool:

@@ -1,7 +1,6 @@
 """Programs compiled for GPUs and TPUs that are absent."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import pytest
@@ -12,27 +11,10 @@ from sf_jax.perf import generation
 from sf_jax.perf import training as perf_training
 from sf_jax.perf.chips import chip_of
 from sf_jax.perf.compile import compile_call
-from sf_jax.perf.devices import CUDA_PLUGINS, devices_of
+from sf_jax.perf.devices import devices_of
 from sf_jax.rollout import RolloutConfig
+from tests.absent import needs_libtpu, on
 from tests.test_training import small_config
-
-
-def _installed(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_libtpu = pytest.mark.skipif(not _installed("libtpu"), reason="needs the extra aot (libtpu's compiler)")
-needs_cuda = pytest.mark.skipif(
-    not any(map(_installed, CUDA_PLUGINS)), reason="needs the extra gpu_aot (the compiler of JAX's CUDA plugin)"
-)
-
-
-def on(target, *values):
-    """A case for devices that can be compiled for where their compiler is installed."""
-    return pytest.param(target, *values, marks=needs_libtpu if chip_of(target).platform == "tpu" else needs_cuda)
 
 
 @pytest.fixture
@@ -55,8 +37,6 @@ def small_generation(**changes):
     return generation.Generation(config, RolloutConfig(context_noise="none"), Sampling(33, 128, 128))
 
 
-@pytest.mark.slow
-@pytest.mark.aot
 @pytest.mark.parametrize("target", [on("h100:1"), on("h100:4"), on("v6e:2x2")])
 def test_a_chunk_attends_by_the_kernel_of_the_devices_that_it_is_compiled_for(target, quick_compilation):
     what, chip = small_generation(), chip_of(target)
@@ -75,8 +55,6 @@ def test_a_chunk_attends_by_the_kernel_of_the_devices_that_it_is_compiled_for(ta
     assert not row.traffic.links  # every chip has a video of its own
 
 
-@pytest.mark.slow
-@pytest.mark.aot
 @pytest.mark.parametrize(("target", "kernel"), [on("h100:1", "xla"), on("v6e:2x2", "splash")])
 def test_the_vae_decoder_has_an_attention_of_its_own(target, kernel, quick_compilation):
     config = vae.VaeConfig(dim=64, dtype="bfloat16")
@@ -89,8 +67,6 @@ def test_the_vae_decoder_has_an_attention_of_its_own(target, kernel, quick_compi
     assert all("middle" in each.place for each in row.traffic.attention)
 
 
-@pytest.mark.slow
-@pytest.mark.aot
 @pytest.mark.parametrize("target", [on("h100:4"), on("v6e:2x2")])
 def test_an_update_is_compiled_for_several_devices(target, quick_compilation):
     config = small_config("causal")

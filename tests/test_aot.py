@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -18,39 +17,14 @@ from sf_jax.models.kv_cache import KeysValues
 from sf_jax.models.slots import unstack_layers
 from sf_jax.perf.devices import devices_of
 from sf_jax.training import sharding
+from tests.absent import KERNELS, TARGETS, WIDE, on
 from tests.helpers import marked
 
-COMPILERS = {"h100:4": "jax_plugins.xla_cuda12", "v6e:2x2": "libtpu"}
-# what the compiled program calls the kernels
-KERNELS = {"h100:4": ("__cudnn$fmhaSoftmax",), "v6e:2x2": ("tpu_custom_call", "splash_mha")}
-WIDE = wan.WanConfig(
-    dim=512,
-    ffn_dim=512,
-    num_heads=4,
-    num_layers=1,
-    text_dim=64,
-    text_len=128,
-    freq_dim=64,
-    channels=4,
-    dtype="bfloat16",
-)
+CONFIG = dataclasses.replace(WIDE, channels=4)
 FRAMES, SIZE = 4, (16, 16)
 
 
-def _has(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _targets():
-    for target, module in COMPILERS.items():
-        missing = pytest.mark.skipif(not _has(module), reason=f"{module}, the compiler for {target}, is not installed")
-        yield pytest.param(target, marks=(pytest.mark.aot, pytest.mark.slow, missing))
-
-
-on_targets = pytest.mark.parametrize("target", list(_targets()))
+on_targets = pytest.mark.parametrize("target", [on(target) for target in TARGETS])
 SPLIT = {"context": 2, "tensor": 2}
 
 
@@ -79,7 +53,7 @@ def shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-LATENTS, TEXT = shape(2, FRAMES, *SIZE, WIDE.channels), shape(2, WIDE.text_len, WIDE.text_dim)
+LATENTS, TEXT = shape(2, FRAMES, *SIZE, CONFIG.channels), shape(2, CONFIG.text_len, CONFIG.text_dim)
 PATTERNS = {
     "bidirectional": wan.bidirectional_layout(FRAMES),
     "teacher forcing": wan.Layout(np.tile(np.arange(2), 2), pattern=attention.teacher_forcing((1, 1))),
@@ -90,22 +64,22 @@ PATTERNS = {
 @on_targets
 @pytest.mark.parametrize("kind", marked(PATTERNS, [kind for kind in PATTERNS if kind != "teacher forcing"]))
 def test_attention_and_its_gradient_run_on_every_devices_share(target, kind):
-    model, layout = wan.WanTransformer(WIDE), PATTERNS[kind]
-    past = shape(2, FRAMES * SIZE[0] * SIZE[1] // 4, WIDE.num_heads, WIDE.head_dim, dtype=jnp.bfloat16)
+    model, layout = wan.WanTransformer(CONFIG), PATTERNS[kind]
+    past = shape(2, FRAMES * SIZE[0] * SIZE[1] // 4, CONFIG.num_heads, CONFIG.head_dim, dtype=jnp.bfloat16)
 
     def loss(params, latents, text, k, v):
         context = KeysValues(k[None], v[None]) if kind == "replay" else None
         return (model.apply({"params": params}, latents, jnp.ones((2, 1)), text, layout, context) ** 2).mean()
 
-    arguments = (wan.param_shapes(WIDE), LATENTS, TEXT, past, past)
+    arguments = (wan.param_shapes(CONFIG), LATENTS, TEXT, past, past)
     assert has_kernel(target, compiled(target, jax.grad(loss), *arguments))
 
 
 @on_targets
 def test_registers_of_the_discriminator_run_on_every_devices_share(target):
     config = discriminator.DiscriminatorConfig(taps=(0,), ffn_dim=512)
-    critic, head = wan.WanTransformer(WIDE), discriminator.Discriminator(WIDE, config)
-    head_shapes = jax.eval_shape(lambda: discriminator.init_discriminator(WIDE, config, jax.random.key(0)))
+    critic, head = wan.WanTransformer(CONFIG), discriminator.Discriminator(CONFIG, config)
+    head_shapes = jax.eval_shape(lambda: discriminator.init_discriminator(CONFIG, config, jax.random.key(0)))
 
     def loss(params, head_params, latents, text):
         layout, t = wan.bidirectional_layout(FRAMES), jnp.ones((2, 1))
@@ -113,15 +87,15 @@ def test_registers_of_the_discriminator_run_on_every_devices_share(target):
         return head.apply({"params": head_params}, features, time).mean()
 
     gradient = jax.grad(loss, (0, 1, 2))
-    assert has_kernel(target, compiled(target, gradient, wan.param_shapes(WIDE), head_shapes, LATENTS, TEXT))
+    assert has_kernel(target, compiled(target, gradient, wan.param_shapes(CONFIG), head_shapes, LATENTS, TEXT))
 
 
 @on_targets
 @pytest.mark.parametrize("scan_layers", marked([True, False], [False]))
 def test_streaming_with_a_cache_runs_on_every_devices_share(target, scan_layers):
-    config = dataclasses.replace(WIDE, scan_layers=scan_layers)
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     model, rollout = wan.WanTransformer(config), ro.RolloutConfig(chunk=2, window=6, sink=2, positions="relative")
-    params = wan.param_shapes(WIDE)
+    params = wan.param_shapes(CONFIG)
 
     def chunk(params, noise, text):
         params = params if scan_layers else unstack_layers(params)
@@ -131,7 +105,7 @@ def test_streaming_with_a_cache_runs_on_every_devices_share(target, scan_layers)
         cache, clean, _ = ro.generate_chunk(model, rollout, params, text, cache, noise, jnp.int32(2), 1, 1, draw)
         return clean, cache.k
 
-    noise = shape(2, 2, *SIZE, WIDE.channels)
+    noise = shape(2, 2, *SIZE, CONFIG.channels)
     assert has_kernel(target, compiled(target, chunk, params, noise, TEXT))
 
 
@@ -146,14 +120,12 @@ def test_the_vae_compiles_where_its_one_head_cannot_be_split(target):
     assert has_kernel(target, text) == (target == "v6e:2x2")
 
 
-@on_targets
+@pytest.mark.parametrize("target", [on("h100:1")])
 def test_products_of_a_chunk_have_epilogues(target):
     """GELU, biases and the residual of cross-attention cost no pass of their own on GPUs."""
-    if target != "h100:4":
-        pytest.skip("options of GPUs' compiler")
-    config = dataclasses.replace(WIDE, scan_layers=False, num_layers=2)
+    config = dataclasses.replace(CONFIG, scan_layers=False, num_layers=2)
     model, rollout = wan.WanTransformer(config), ro.RolloutConfig(chunk=2)
-    mesh = jax.sharding.Mesh(np.asarray(devices_of("h100:1")), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.sharding.Mesh(np.asarray(devices_of(target)), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
 
         def put(tree):

@@ -51,12 +51,8 @@ def test_odd_command_lines_end_in_one_line(name, every, folder):
 def test_the_console_script_lists_and_names_its_commands(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         cli.main(arguments)
-        assert (
-            all(f"  {name} " in capsys.readouterr().out.replace("\n", " \n") for name in ("train", "generate")) or True
-        )
-    cli.main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"\n  {name:10}" in text for name in cli.COMMANDS)
+        text = capsys.readouterr().out
+        assert all(f"\n  {name:10}" in text for name in cli.COMMANDS)
     cli.main(["--version"])
     assert capsys.readouterr().out.startswith("sf_jax 0.1.0 (JAX ")
     with pytest.raises(SystemExit, match="error: sf-jax has no command 'genrate': did you mean generate?"):

@@ -15,7 +15,8 @@ from sf_jax.perf import training as perf_training
 from sf_jax.perf.chips import chip_of
 from sf_jax.training import abstract, ahead, programs, sharding
 from sf_jax.training.abstract import bytes_per_device
-from tests.test_ahead import needs_libtpu, quick_compilation  # noqa: F401 (a fixture)
+from tests.absent import needs_libtpu
+from tests.test_ahead import quick_compilation  # noqa: F401 (a fixture)
 from tests.test_training import small_config
 
 
