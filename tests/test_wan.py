@@ -165,3 +165,10 @@ def test_float32_products_are_exact_on_every_device():
     assert products(loss) == (3, 3)
     # with those of kernels, and of inputs but that of the timesteps; attention's gradient has float32 factors, too
     assert products(jax.grad(loss))[1] == 3 + 3 + 2
+
+
+def test_a_seed_draws_the_weights_that_it_always_drew():
+    """Flax draws by the order in which a layer declares its parameters; runs from scratch depend on it."""
+    leaves = jax.tree.leaves(wan.init_params(SMALL, jax.random.key(0)))
+    total = sum((i + 1) * float(np.abs(np.asarray(leaf, np.float64)).sum()) for i, leaf in enumerate(leaves))
+    np.testing.assert_allclose(total, 96160.2086, rtol=1e-6)

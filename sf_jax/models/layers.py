@@ -121,11 +121,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C_in] to [..., features]."""
-        bias = self.param("bias", self.bias_init, (self.features,))
         narrow = self.get_variable("params", "kernel")
         if isinstance(narrow, eight_bit.Scaled):
+            bias = self.param("bias", self.bias_init, (self.features,))
             return eight_bit.linear(x.astype(self.dtype), narrow, bias, self.axes)
+        # the kernel first: what is drawn for a parameter depends on those that came before it
         kernel = partition.fetch(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
+        bias = self.param("bias", self.bias_init, (self.features,))
         if self.has_variable("params", "down"):
             adapters = (self.get_variable("params", name) for name in ("down", "up"))
             return adapted_linear(*(a.astype(self.dtype) for a in (x, kernel, bias, *adapters)), self.axes)
