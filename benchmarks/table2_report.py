@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 TRAIN_FRAMES = 9
+UPDATES = 60  # of the student, where a row's name says nothing
 BEHIND = {False: "", True: ", every chunk behind real frames", "first": ", behind one real chunk and its own frames"}
 COLUMNS = {
     "joint": "joint",
@@ -47,15 +48,21 @@ def _cell(column: str, figures: list[dict]) -> str:
     return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity") else 3)
 
 
+def label(result: dict) -> str:
+    """The name of a result's row, and the number of updates where that is not the usual one."""
+    return result["row"] + (f", {result['updates']} updates" if result["updates"] not in (None, UPDATES) else "")
+
+
 def grouped(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """(chunk, frames, control) -> row -> results of its seeds; of several of a seed, the last that was made."""
+    """(chunk, frames, control) -> label -> results of its seeds; of several of a seed, the last that was made."""
     newest = {}
     for result in results:
         if "frames" in result:
-            newest[tuple(result[key] for key in ("chunk", "frames", "control", "row", "seed"))] = result
+            group = tuple(result[key] for key in ("chunk", "frames", "control"))
+            newest[*group, label(result), result["seed"]] = result
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for (*group, row, _), result in newest.items():
-        groups[tuple(group)][row].append(result)
+    for (*group, name, _), result in newest.items():
+        groups[tuple(group)][name].append(result)
     return {group: dict(sorted(rows.items())) for group, rows in groups.items()}
 
 

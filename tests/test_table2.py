@@ -44,8 +44,28 @@ def test_what_is_there_is_not_made_again(tmp_path):
     ]
     noisy = next(row for row in table2.ABLATIONS if row.name == "noisy context")
     assert table2.plan([noisy], [0], [3], lengths, [])[0][3] == [(36, False)]  # no control
-    behind_real = table2.ABLATIONS[-1]
-    assert [chunk for _, _, chunk, _ in table2.plan([behind_real], [0], [3, 1], lengths, [])] == [1]
+
+
+def test_one_run_is_measured_at_several_numbers_of_updates(monkeypatch, tmp_path):
+    monkeypatch.setattr(table2, "start_of", lambda row, seed, chunk: "start")
+    monkeypatch.setattr(table2, "RUNS", tmp_path)
+    trained = []
+
+    def train(config, folder, allow_config_change):
+        trained.append((config.steps, folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "student.safetensors").touch()
+        return folder / "student.safetensors"
+
+    monkeypatch.setattr(table2.loop, "train", train)
+    rows = [row for row in table2.ABLATIONS if row.name == "SF+DMD"]
+    paths = [table2.weights_of(row, 0, 3) for row, *_ in table2.plan(rows, [0], [3], [(36, False)], [])]
+    assert [steps for steps, _ in trained] == [2 * row.updates for row in rows] == [40, 120, 360, 720, 1440]
+    assert len({folder for _, folder in trained}) == 1 and len(set(paths)) == len(rows)
+    assert all(path.exists() for path in paths)
+    results = [result(row, 0) for row in rows]
+    names = ["SF+DMD", *(f"SF+DMD, {count} updates" for count in (180, 20, 360, 720))]
+    assert list(table2_report.grouped(results)[3, 36, False]) == names
 
 
 def test_the_report_has_means_and_intervals(tmp_path):
