@@ -4,12 +4,15 @@ import os
 import platform
 import stat
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
 
 VARIABLE = "SF_JAX_CACHE_DIR"
 _OFF = ("off", "none", "false", "0")
+_DAY = 24 * 60 * 60
+_UNUSED = 60 * _DAY  # programs that nobody has read for so long are removed
 _WARNINGS = ("Error reading persistent compilation cache entry", "Error writing persistent compilation cache entry")
 
 
@@ -49,7 +52,8 @@ def keep_compiled(folder: str | Path | None = None) -> Path | None:
     """Lets this process and its children share compiled programs on disk; all commands call it.
 
     Settings of JAX's own stand: `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=false`
-    turns it off. Damaged entries are compiled again, and any number of processes may share the folder.
+    turns it off. Damaged entries are compiled again, and any number of processes may share the folder. In a folder of
+    `cache_folder()`, programs that nobody has read for 60 days are removed.
 
     Args:
       folder: where; None is `cache_folder()`.
@@ -86,9 +90,27 @@ def _compiled_folder(folder: str | Path | None) -> Path | None:
     compiled = caches / f"compiled-{processor()}"
     try:
         compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return compiled if is_private(compiled) else None
+        if not is_private(compiled):
+            return None
     except OSError:
         return None
+    _remove_unused(compiled)
+    return compiled
+
+
+def _remove_unused(compiled: Path) -> None:
+    """Removes old programs, those of former versions of this package and JAX among them; looks once a day."""
+    looked, now = compiled / "looked", time.time()
+    try:
+        if looked.exists() and now - looked.stat().st_mtime < _DAY:
+            return
+        looked.touch()
+        for path in compiled.rglob("*"):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and now - max(status.st_atime, status.st_mtime) > _UNUSED:
+                path.unlink()
+    except OSError:  # another process was there first, or the disk is read-only: the next day will do
+        pass
 
 
 def _set(name: str, value: str | float) -> None:

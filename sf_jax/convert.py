@@ -19,6 +19,8 @@ Adapters (LoRA): `--lora=FILE[:SCALE]` merges them into the input's transformer.
 network, with `python -m sf_jax.convert --from=runs/wan --part=lora --to=diffusers --output=adapter.safetensors` (or
 `--to=kohya`, as ComfyUI and musubi write them); an adapter file as `--input` gets other names the same way.
 
+A file of the output's name is refused; `--overwrite` replaces it.
+
 Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
 This is how the weights that the package ships were made from those that training left.
 """
@@ -70,8 +72,9 @@ _LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the file of --output, where there is one")
 GROUPS = {
-    "Files": ("input", "from", "output", "checkpoint"),
+    "Files": ("input", "from", "output", "overwrite", "checkpoint"),
     "What is written": ("to", "part", "dtype", "lora", "max_shard_size"),
     "Model cards": ("license", "base_model"),
 }
@@ -222,13 +225,18 @@ def _check_flags(output: Path | None, folder: bool) -> None:
         raise ValueError(f"license is {_LICENSE.value!r}: give an identifier of the hub, such as apache-2.0 or other")
     if _BASE_MODEL.value is not None and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", _BASE_MODEL.value, re.ASCII):
         raise ValueError(f"base_model is {_BASE_MODEL.value!r}: give a name of the hub, OWNER/NAME")
-    if _INPUT.value is None or output is None or folder or not output.exists():
+    if _OVERWRITE.value and (output is None or folder):
+        raise ValueError("overwrite: it is for a file as --output; no folder that holds something is written to")
+    if output is None or folder or not output.exists():
         return
-    source = Path(_INPUT.value)
-    inside = source if source.is_dir() else source.parent if source.suffix == ".json" else None
-    same = source.exists() and output.samefile(source)
-    if same or (inside is not None and inside.resolve() in output.resolve().parents):
-        raise ValueError(f"output is {output}: it is a file of the input, give another name")
+    if _INPUT.value is not None:
+        source = Path(_INPUT.value)
+        inside = source if source.is_dir() else source.parent if source.suffix == ".json" else None
+        same = source.exists() and output.samefile(source)
+        if same or (inside is not None and inside.resolve() in output.resolve().parents):
+            raise ValueError(f"output is {output}: it is a file of the input, give another name")
+    if not _OVERWRITE.value:
+        raise ValueError(f"output is {output}: the file exists; give another name, or --overwrite to replace it")
 
 
 def _convert_adapter(output: Path | None) -> str:

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,23 @@ def test_a_folder_that_cannot_be_used_is_told_in_one_line(alone, tmp_path, monke
     monkeypatch.delenv("SF_JAX_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compilation.keep_compiled() is None and not capsys.readouterr().err
+
+
+def test_programs_that_nobody_reads_are_removed_once_a_day(alone):
+    folder = compilation._compiled_folder(None)
+    (folder / "looked").unlink()
+    paths = {name: folder / "executables" / name for name in ("old", "read", "new")} | {"jax": folder / "jit_f-cache"}
+    paths["old"].parent.mkdir()
+    long_ago = time.time() - 61 * 24 * 3600
+    for name, path in paths.items():
+        path.touch()
+        if name != "new":
+            os.utime(path, (time.time() if name == "read" else long_ago, long_ago))
+    compilation._compiled_folder(None)
+    assert {name for name, path in paths.items() if path.exists()} == {"read", "new"}
+    os.utime(paths["read"], (long_ago, long_ago))
+    compilation._compiled_folder(None)
+    assert paths["read"].exists()
 
 
 def test_python_users_ask_for_it(alone):

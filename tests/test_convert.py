@@ -42,7 +42,7 @@ def test_numbers_that_a_type_cannot_hold_are_refused_by_name(tensors, tmp_path, 
     run_convert(capsys, input=base, output=output, dtype="bfloat16")
     assert loaded(output, "blocks.0.self_attn.q.weight")[1, 2] == ml_dtypes.bfloat16(-70_000)
     tensors["blocks.0.self_attn.q.weight"][1, 2] = np.inf  # what is no number in the input stays so
-    run_convert(capsys, input=saved(base, tensors), output=output, dtype="float16")
+    run_convert(capsys, input=saved(base, tensors), output=output, dtype="float16", overwrite=True)
     assert np.isinf(loaded(output, "blocks.0.self_attn.q.weight")[1, 2])
 
 
@@ -58,7 +58,8 @@ def test_sums_with_a_float8_base_are_told_of_and_rounded_once(tensors, tmp_path,
     down, up = pair().values()
     expected = narrow[name].astype(np.float32) + up @ down
     np.testing.assert_array_equal(loaded(output, name), expected.astype(FLOAT8))
-    assert "note:" not in run_convert(capsys, input=base, lora=lora.path, output=output, dtype="bfloat16")
+    values = {"input": base, "lora": lora.path, "output": output, "dtype": "bfloat16", "overwrite": True}
+    assert "note:" not in run_convert(capsys, **values)
     np.testing.assert_array_equal(loaded(output, name), expected.astype(ml_dtypes.bfloat16))
 
 
@@ -102,10 +103,27 @@ def test_options_of_networks_are_no_options_of_adapters(tmp_path, capsys):
         run_convert(capsys, input=lora, output=output, part="generator")
     run_convert(capsys, input=lora, output=output)
     assert not (tmp_path / "out" / "README.md").exists()
-    run_convert(capsys, input=lora, output=output, to="kohya", license="mit", base_model="Wan-AI/Wan2.1-T2V-1.3B")
+    values = {"to": "kohya", "license": "mit", "base_model": "Wan-AI/Wan2.1-T2V-1.3B", "overwrite": True}
+    run_convert(capsys, input=lora, output=output, **values)
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(part in card for part in ('license: "mit"', 'base_model: "Wan-AI/', '- "lora"', "kohya's tensor names"))
     assert "LoRA adapter adapter.safetensors (scale 1, rank 2" in card
+
+
+def test_a_file_that_is_there_is_only_replaced_on_demand(tensors, tmp_path, capsys):
+    base, output = saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors"
+    output.write_bytes(b"mine")
+    adapter = written(tmp_path, pair()).path
+    for values in ({"input": base}, {"input": adapter}, {"from": tmp_path / "run"}):
+        with pytest.raises(ValueError, match="output is .*: the file exists; .* --overwrite to replace it"):
+            run_convert(capsys, output=output, **values)
+        assert output.read_bytes() == b"mine"
+    with pytest.raises(ValueError, match="it is a file of the input"):
+        run_convert(capsys, input=base, output=base, overwrite=True)
+    with pytest.raises(ValueError, match="overwrite: it is for a file as --output"):
+        run_convert(capsys, input=base, output=f"{tmp_path}/new/", to="official", overwrite=True)
+    run_convert(capsys, input=base, output=output, overwrite=True)
+    assert output.stat().st_size > 1000
 
 
 def test_adapters_of_a_run_have_its_card(tmp_path, capsys, monkeypatch):
