@@ -6,12 +6,16 @@
 
 A chunk of 3 latent frames of 480x832 (12 frames) in bfloat16, four denoising steps and the clean pass, at a full cache
 of 21 latent frames and with a window of 9 + 3; then the decoders. Programs that the file has of this commit are not
-compiled again.
+compiled again. Decoders for TPUs take tens of minutes each, or seconds at XLA's level O1, which moves more:
+
+  export JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1
+  JAX_PLATFORMS=cpu python -m benchmarks.speed --target=v6e:2x2 --program=VAE --program='tiny VAE'
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +37,7 @@ WINDOWS = {"18 + 3": {}, "9 + 3": {"window": 12, "sink": 3, "positions": "relati
 DECODERS = {"wan": "VAE", "tiny": "tiny VAE"}
 FILE, PAGE = Path("docs/speed.jsonl"), Path("docs/speed.md")
 BEGIN, END = "<!-- benchmarks.speed: begin -->", "<!-- benchmarks.speed: end -->"
+LEVEL = "JAX_OPTIMIZATION_LEVEL"
 PACKAGES = ("jax", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "libtpu")
 
 
@@ -87,19 +92,18 @@ def versions() -> dict:
     return {name: there[name] for name in PACKAGES if name in there}
 
 
-def measure(targets: list[str], layers: int, file: Path) -> None:
+def measure(targets: list[str], programs: list[str], layers: int, file: Path) -> None:
     """Compiles what the file does not have of this commit."""
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     now, keys = commit(), {(row["target"], row["program"], row["layers"], row["commit"]) for row in known}
     for target in targets:
-        names = (*WINDOWS, *DECODERS.values())
-        if all((target, name, layers, now) in keys for name in names):
-            continue
-        for name, call, mesh in calls(target, layers):
-            if (target, name, layers, now) in keys:
+        missing = [name for name in programs if (target, name, layers, now) not in keys]
+        for name, call, mesh in calls(target, layers) if missing else ():
+            if name not in missing:
                 continue
             row = row_of(compile_call(call, mesh), chip_of(target))
             common = {"target": target, "program": name, "layers": layers, "commit": now, "versions": versions()}
+            common |= {"level": os.environ[LEVEL]} if LEVEL in os.environ else {}
             with file.open("a") as out:
                 out.write(json.dumps(common | row) + "\n")
             print(
@@ -147,8 +151,9 @@ def table(file: Path, layers: int) -> list[str]:
             moved = f"{row['bytes'] / 1e9:.1f} | {row['outside'] / 1e9:.1f}"
             times = f"{1e3 * row['roofline']:.1f} ms | {1e3 * row['estimate']:.1f} ms"
             attention = ", ".join(sorted({text.split()[0] for text in row["attention"]})) or "none"
+            name = f"{title}, at {row['level']}" if "level" in row else title
             lines.append(
-                f"| {_title(target)} | {title} | {gib} | {row['flops'] / 1e12:.2f} | {moved} | {row['kernels']:.0f} | "
+                f"| {_title(target)} | {name} | {gib} | {row['flops'] / 1e12:.2f} | {moved} | {row['kernels']:.0f} | "
                 f"{times} | {attention} |"
             )
     return lines
@@ -163,13 +168,15 @@ def main() -> None:
     """Compiles what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", default=None, help="such as h100:1; all of the table otherwise")
+    programs = [*WINDOWS, *DECODERS.values()]
+    parser.add_argument("--program", action="append", choices=programs, help="all of them otherwise")
     parser.add_argument("--layers", type=int, default=30, help="of the transformer; fewer compile faster")
     parser.add_argument("--file", type=Path, default=FILE, help="where the figures are kept")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     args = parser.parse_args()
     compile_anew()
     if not args.table:
-        measure(args.target or list(TARGETS), args.layers, args.file)
+        measure(args.target or list(TARGETS), args.program or programs, args.layers, args.file)
     lines = table(args.file, args.layers)
     print(f"JAX {jax.__version__}", *lines, sep="\n")
     if args.file == FILE and args.layers == 30:
