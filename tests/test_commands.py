@@ -12,13 +12,12 @@ from configs import digits
 from sf_jax import files, load_pipeline
 from sf_jax.command import define_path
 from sf_jax.config import from_dict
+from tests.forked import run_command
 from tests.helpers import read_frames
 
 
 def command(*arguments, module="sf_jax.generate", **options):
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, **options
-    )
+    return run_command(module, *arguments, **options)
 
 
 def test_generate_without_arguments_writes_a_video(tmp_path):

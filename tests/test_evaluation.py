@@ -36,6 +36,12 @@ def measure(judge, clips):
     return lambda videos, targets=clips[1], starts=(0,): metrics.measure(videos, targets, judge, real, starts)
 
 
+@pytest.fixture(scope="module")
+def normal(measure, clips):
+    """Figures of the other real clips."""
+    return measure(clips[3])
+
+
 @dataclasses.dataclass
 class RealPipe:
     """Stands in for a model: gives real clips, and remembers the calls."""
@@ -136,8 +142,8 @@ def test_frechet_distance_is_zero_for_the_same_and_grows_with_a_shift():
         metrics.frechet_distance(a[:1], a)
 
 
-def test_real_clips_score_well_everywhere(measure, clips):
-    figures = measure(clips[3])
+def test_real_clips_score_well_everywhere(measure, clips, normal):
+    figures = normal
     assert figures.joint > 0.95 and min(figures.joint_per_quarter) > 0.93
     assert len(figures.joint_per_frame) == 22
     # Not near zero: clips of one scan are alike, so that 128 clips are few for 64 dimensions.
@@ -157,14 +163,15 @@ def test_wrong_captions_score_badly(measure, clips):
     assert figures.direction < 0.05 and figures.joint < 0.05 and figures.digit > 0.95
 
 
-def test_frozen_videos_are_judged_wrong_and_show_in_the_motion(measure, clips):
+def test_frozen_videos_are_judged_wrong_and_show_in_the_motion(measure, clips, normal):
     frozen = np.repeat(clips[3][:, :1], 24, axis=1)
     figures = measure(frozen)
     assert figures.motion == 0 and figures.direction < 0.3 and figures.joint < 0.3
-    assert min(figures.frechet_per_quarter) > 10 * max(measure(clips[3]).frechet_per_quarter)
+    assert min(figures.frechet_per_quarter) > 10 * max(normal.frechet_per_quarter)
     # Frozen halfway: the per-quarter figures tell when.
     late = np.concatenate([clips[3][:, :12], np.repeat(clips[3][:, 11:12], 12, axis=1)], axis=1)
-    joint, motion = measure(late).joint_per_quarter, measure(late).motion_per_quarter
+    figures = measure(late)
+    joint, motion = figures.joint_per_quarter, figures.motion_per_quarter
     assert min(joint[:2]) > 0.93 and max(joint[2:]) < 0.3
     assert min(motion[:2]) > 0.8 and max(motion[2:]) == 0
 
@@ -205,7 +212,7 @@ def test_steps_are_those_of_the_digit(clips):
     assert np.abs(moved - plan.velocity[:, None]).max() < 0.1
 
 
-def test_jumps_at_borders_show(measure, clips):
+def test_jumps_at_borders_show(measure, clips, normal):
     starts = (0, 4, 8, 12, 16, 20)
     smooth = measure(clips[3], starts=starts)
     assert smooth.border_jump < 0.05 and smooth.inside_jump < 0.05
@@ -215,15 +222,15 @@ def test_jumps_at_borders_show(measure, clips):
     figures = measure(jumping, starts=starts)
     assert figures.border_jump == pytest.approx(3, abs=0.1) and figures.inside_jump < 0.05
     assert figures.joint_inside > 0.93 and figures.joint_across < 0.7
-    whole, single = measure(clips[3]), measure(clips[3], starts=tuple(range(24)))
-    assert np.isnan(whole.border_jump) and np.isnan(whole.joint_across) and whole.joint_inside == whole.joint
+    single = measure(clips[3], starts=tuple(range(24)))
+    assert np.isnan(normal.border_jump) and np.isnan(normal.joint_across) and normal.joint_inside == normal.joint
     assert np.isnan(single.inside_jump) and np.isnan(single.joint_inside) and single.joint_across == single.joint
     assert metrics.inside_chunks(6, (0, 1, 4)).tolist() == [False, True, False, False]
 
 
-def test_bright_and_saturated_videos_show(measure, clips):
+def test_bright_and_saturated_videos_show(measure, clips, normal):
     bright = np.where(clips[3] > 60, 255, clips[3]).astype(np.uint8)
-    figures, normal = measure(bright), measure(clips[3])
+    figures = measure(bright)
     assert figures.brightness > 1.2 and figures.saturation > 5 * normal.saturation
     drifting = clips[3].copy()
     drifting[:, 18:] = np.minimum(255, drifting[:, 18:].astype(int) + 40)
@@ -330,8 +337,8 @@ def test_behind_real_frames_a_chunk_is_judged_with_those_before_it(chunk):
     assert len(same.joint_per_frame) == (9 if chunk == 3 else 10)  # none ends in the first chunk
 
 
-def test_report_survives_undefined_figures(tmp_path, measure, clips):
-    undefined = dataclasses.replace(measure(clips[3]), diversity=float("nan"))
+def test_report_survives_undefined_figures(tmp_path, normal):
+    undefined = dataclasses.replace(normal, diversity=float("nan"))
     report.write_report(tmp_path, report.Report({}, {"x": undefined}))
     assert json.loads((tmp_path / "results.json").read_text())["figures"]["x"]["diversity"] is None
     assert " nan " in (tmp_path / "table.md").read_text()

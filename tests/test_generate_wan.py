@@ -18,6 +18,7 @@ from sf_jax.inference.job import Job, video_names
 from sf_jax.io import video as video_io
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.package import Package, load_package, read_header, save_package
+from tests.forked import run_command
 from tests.helpers import random_params, read_frames
 from tests.wan_folder import MODEL, make_folder
 
@@ -326,9 +327,7 @@ GOOD = ["--prompt=a cat", "--frames=9", "--height=32", "--width=48"]
 
 
 def generate(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sf_jax.generate", *map(str, arguments)], capture_output=True, text=True
-    )
+    return run_command("sf_jax.generate", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -354,6 +354,7 @@ def test_scores_that_are_not_finite_show_in_the_loss(objective):
     assert np.isnan(loss(bad, good)) and np.isnan(loss(good, bad))
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_change_nothing():
     config = make_config(batch_size=2)
     state, frozen, batch = setting(config)

@@ -110,6 +110,7 @@ def test_when_all_are_damaged_nothing_is_touched(copy):
     assert sorted(str(p) for p in workdir.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -139,6 +140,7 @@ def test_changed_configs_go_on_when_told_to(copy, capsys):
         loop.train(wider, workdir, allow_config_change=True)
 
 
+@pytest.mark.slow
 def test_other_data_is_refused(copy, monkeypatch):
     config, workdir, weights = copy
     captions = moving_digits.all_captions()
@@ -150,6 +152,7 @@ def test_other_data_is_refused(copy, monkeypatch):
     assert (workdir / "student.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_other_weights_in_the_same_file_are_refused(copy):
     config, workdir, weights = copy
     path = pathlib.Path(config.teacher_weights)
@@ -167,6 +170,7 @@ def test_other_weights_in_the_same_file_are_refused(copy):
         path.write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_workdir_is_refused(copy):
     config, workdir, _ = copy
     with files.locked(workdir, "workdir"), pytest.raises(ValueError, match="another run is using it; wait for its end"):
@@ -174,6 +178,7 @@ def test_a_second_run_in_the_same_workdir_is_refused(copy):
     loop.train(config, workdir)
 
 
+@pytest.mark.slow
 def test_figures_that_change_nothing_may_change(copy):
     config, workdir, weights = copy
     free = dataclasses.replace(config, log_every=2, keep_checkpoints=1, checkpoint_every=4, grace_seconds=3.0)

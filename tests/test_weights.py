@@ -21,6 +21,7 @@ from sf_jax.weights.files import open_tensors
 from sf_jax.weights.recognize import NAMINGS, entries_of, recognize
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile, empty_aligned
+from tests.forked import run_command
 from tests.helpers import SMALL
 
 CONFIGS = {
@@ -92,8 +93,7 @@ def shards(folder: Path, tensors: dict, count: int = 3) -> Path:
 
 
 def convert(*arguments, **options):
-    command = [sys.executable, "-m", "sf_jax.convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return run_command("sf_jax.convert", *arguments, **options)
 
 
 # Round trips
