@@ -19,11 +19,10 @@ from sf_jax.models.tiled_attention import HIDDEN, tiled_attention
 Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
 IMPLEMENTATIONS = ("auto", "xla", "whole", "cudnn", "splash")
-# Logits of a call, in elements: above this they are computed in tiles. Beyond 16 MB CPUs slow down, as all logits are
-# new memory pages.
+# Calls with more logits (in elements) run in tiles. Above 16 MB CPUs slow down, as all logits go to new memory pages.
 MAX_LOGITS = {"cpu": 1 << 22}
 MAX_LOGITS_ELSEWHERE = 1 << 25
-# Latent frames that are split into chunks at once: two days of video. Positions end earlier, unless they are relative.
+# Most latent frames to split into chunks, two days of video. Positions have a lower limit unless they are relative.
 MAX_FRAMES = 1_000_000
 
 
