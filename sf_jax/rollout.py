@@ -1,8 +1,12 @@
 """Self Forcing's rollout: the student generates a video chunk by chunk with the cache it will use at inference.
 
+A chunk is a group of latent frames that are denoised together. A training rollout stops at the exit step, one of the
+denoising steps. The clean pass is the extra forward pass that writes a finished chunk's keys and values to the cache.
+Training and inference share `generate_chunk`. `rollout` scans it over the chunks without gradient; `replay` computes
+the gradient.
+
 Source: paper, Algorithm 1 (training) and 2 (inference); official `SelfForcingTrainingPipeline` and
-`CausalInferencePipeline`. Training and inference share `generate_chunk`. `rollout` scans it over the chunks without
-gradient; `replay` computes the gradient.
+`CausalInferencePipeline`.
 """
 
 from collections.abc import Callable
@@ -142,7 +146,7 @@ def with_moved_sink(config: RolloutConfig, layout: Layout) -> Layout:
 
 
 def context_lengths(config: RolloutConfig, capacity: int, start: jax.Array | int) -> tuple[tuple[int, ...], bool]:
-    """How many frames the cache of `capacity` frames can hold before the chunk at `start`, ascending.
+    """Possible numbers of cached frames before the chunk at `start`, for a cache of `capacity` frames, ascending.
 
     A traced `start` can be any chunk. Each length adds a copy of the attention to the compiled program, so only some
     of many lengths are kept, always including the longest.

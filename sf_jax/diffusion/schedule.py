@@ -68,7 +68,7 @@ class FlowSchedule:
         return (bell * (steps / bell.sum())).astype(np.float32)
 
     def warp(self, steps: tuple[float, ...]) -> tuple[float, ...]:
-        """Timesteps at which the table holds even-scale `steps`: 1000 is the first entry, 0 is no noise."""
+        """Maps steps on the even (unshifted) scale to the table's timesteps: 1000 to the first, 0 to no noise."""
         table = np.append(self.timesteps, np.float32(0))
         return tuple(float(table[TRAIN_STEPS - int(s)]) for s in steps)
 

@@ -25,8 +25,8 @@ class Layout:
       sink: number of sink frames that `sink_shifts` moves (static).
       sink_shifts: number of frames by which the sink's keys move for each group of `pattern`, so that the sink stays
         right before the group's window; `frames` and `context_frames` are then numpy. Empty: no shift (static).
-      keys_only: bool scalar, whether a call with slots needs only its keys and values. The last block then skips the
-        rest, and the flow is meaningless. None: it needs everything.
+      keys_only: bool scalar, whether a call with `slots.Slots` needs only its keys and values. The last block then
+        skips the rest, and the flow is meaningless. None: it needs everything.
     """
 
     frames: jax.Array | np.ndarray

@@ -40,7 +40,7 @@ def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
     heads are split over `tensor` only.
 
     Raises:
-      ValueError: if the mesh axes do not divide any other axis, or `tensor` does not divide the heads.
+      ValueError: if they do not divide an axis of another kind, or `tensor` does not divide the heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in AXES.get(name, ()) if mesh.shape.get(axis, 1) > 1)

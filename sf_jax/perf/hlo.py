@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts a loop's body once, but here layers, chunks and denoising steps are loops. An instruction
 is assumed to read the part of each operand that it needs and to write its result, both once. Repeated reads by a kernel
-do not count, as they mostly hit on-chip caches.
+do not count, as caches serve many of them.
 """
 
 import dataclasses
