@@ -1,4 +1,4 @@
-"""Typed configuration: the one place where `ml_collections` becomes frozen dataclasses. Unknown keys are refused."""
+"""Typed configuration: converts `ml_collections` to validated, frozen dataclasses. Unknown keys raise an error."""
 
 import dataclasses
 import difflib
@@ -37,7 +37,7 @@ OBJECTIVES = ("dmd", "sid", "gan")
 INITS = ("ode", "consistency")
 INPUTS = ("rollout", "diffusion_forcing", "teacher_forcing")
 EXITS = ("same", "per_chunk", "last")
-# Fields that only stage "distill" reads, and what they are where nobody says otherwise.
+# Fields that only stage "distill" reads, and their defaults.
 DISTILL_ONLY = {
     "student_input": "rollout",
     "share_rollout": False,
@@ -53,61 +53,62 @@ DISTILL_ONLY = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run depends on.
+    """The full configuration of a training run.
 
     Attributes:
-      stage: "teacher" (flow matching on videos), "causal" (causal diffusion on videos), "init" (the few-step student's
-        start) or "distill" (Self Forcing and its baselines).
-      init: how "init" learns: by regression on a teacher's "ode" pairs, or by "consistency" along a causal teacher.
-      objective: the loss of "distill".
-      student_input: what the student of "distill" is trained on: its own "rollout" (Self Forcing), or real videos
-        noised by chunk with noisy ("diffusion_forcing", CausVid) or clean ("teacher_forcing") chunks before them.
+      stage: "teacher" (flow matching on videos), "causal" (causal diffusion on videos), "init" (initializes the
+        few-step student) or "distill" (Self Forcing and its baselines).
+      init: method of "init": regression on a teacher's "ode" pairs, or "consistency" distillation of a causal teacher.
+      objective: the loss of "distill": "dmd", "sid" or "gan".
+      student_input: training input of the student in "distill": its own "rollout" (Self Forcing), or real videos noised
+        per chunk, conditioned on noisy ("diffusion_forcing", CausVid) or clean ("teacher_forcing") earlier chunks.
       seed: seed of every random number of the run.
       steps: iterations; in "distill" each is a critic update, every `generator_every`-th also a student update.
-      batch_size: videos of an update, over all devices.
-      accumulate: parts that the batch is computed in, one after the other; the update is that of the whole batch
-        (up to the number of learned chunks in each part, where clean ones count in no loss).
+      batch_size: videos per update, over all devices.
+      accumulate: number of parts in which the batch is computed sequentially; the update equals that of the whole batch
+        (up to the number of learned chunks per part, if clean chunks do not count in the loss).
       generator_every: critic updates per student update.
-      share_rollout: whether the critic learns from the student update's rollout where there is one.
-      exits: exit step of a training rollout: one for all chunks ("same"), "per_chunk", or always the "last".
-      rollout_frames: latent frames of the rollouts; each iteration draws one of them. Empty is `data.frames`. The loss
-        sees the last `data.frames` of longer ones, whose first frame is then encoded again as an image.
-      prompt_switch: share of the videos of longer rollouts that begin with another prompt, that of their neighbor in
-        the batch, and change to their own before the last `data.frames`: a student for prompts that change while it
-        streams. Half of them go on with the cache as it is, half with one that is computed again under the new prompt.
+      share_rollout: whether the critic reuses the student update's rollout in iterations that have one.
+      exits: exit step (the denoising step at which a training rollout stops): the "same" random step for all chunks,
+        one "per_chunk", or always the "last".
+      rollout_frames: latent frames of the rollouts; each iteration draws one of these. Empty is `data.frames`. For
+        longer rollouts the loss gets the last `data.frames`, with the first of them re-encoded as an image.
+      prompt_switch: share of the videos in longer rollouts that begin with their batch neighbor's prompt and switch to
+        their own before the last `data.frames`, to train for prompts that change during streaming. Half of them keep
+        the cache unchanged, half recompute it under the new prompt.
       image_to_video: whether the first latent frame is given; needs `rollout.first_frame_alone` and videos.
-      cache_gradient: what of the gradient crosses a chunk, see `replay.replay`.
-      regression_weight: weight of a regression beside the objective of "distill": the student denoises chunks of real
-        videos behind the real clean chunks before them. It keeps what a mode-seeking loss loses, and reads videos.
-      on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the update.
+      cache_gradient: which gradient flows between chunks, see `replay.replay`.
+      regression_weight: weight of a regression added to the objective of "distill": the student denoises chunks of real
+        videos, given the real clean chunks before them. It keeps what a mode-seeking loss loses; needs videos.
+      on_nonfinite: reaction to a loss or gradient that is not finite: "stop" the run, or "skip" the update.
       model: sizes of the trained network.
       teacher: sizes of the teacher; None is `model`.
       critic: sizes of the critic; None is `model`.
-      teacher_weights: file of the teacher's weights; "shipped" is the package's own; None only where none is needed.
+      teacher_weights: file of the teacher's weights; "shipped" is the package's own; None only if none is needed.
       critic_weights: file that the critic starts from; None is the teacher's weights.
       init_weights: file that the trained network starts from; None is random, or the teacher's weights.
       vae_weights: file of Wan's VAE, or a model folder; rollouts longer than `data.frames` and sample videos need it.
       rollout: how the student generates.
-      score: how teacher and critic are asked.
+      score: how the teacher's and critic's scores are evaluated.
       gan: the adversarial loss.
       causal: causal diffusion training.
       ode: ODE pairs of "init".
       consistency: consistency distillation of "init".
       lora: adapters of the trained network.
       critic_lora: adapters of the critic.
-      optimizer: of the trained network.
-      critic_optimizer: of the critic.
-      ema: of the trained network.
+      optimizer: optimizer of the trained network.
+      critic_optimizer: optimizer of the critic.
+      ema: moving average of the trained network's parameters.
       data: dataset and sizes.
-      mesh: devices.
-      frozen_dtype: type in which frozen networks are kept.
-      offload_teacher: keep the kernels of the teacher's blocks in the host's memory; a block's go to the device for its
-        use. Frees nearly all that the teacher takes, and costs its transfer in every student update.
+      mesh: device mesh.
+      frozen_dtype: type of the frozen networks' parameters.
+      offload_teacher: whether to keep the kernels of the teacher's blocks in host memory and copy each block to the
+        device for its use. This frees most of the teacher's memory, at the cost of a transfer in every student update.
       log_every: iterations between log lines.
       checkpoint_every: iterations between checkpoints.
-      keep_checkpoints: how many are kept.
+      keep_checkpoints: number of checkpoints to keep.
       grace_seconds: time between SIGTERM and the kill, in which a checkpoint must be written (SLURM's KillWait: 30).
-      log: what is shown beside `log.jsonl`.
+      log: outputs in addition to `log.jsonl`.
     """
 
     stage: str = "distill"
@@ -156,7 +157,7 @@ class TrainConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        """Refuses combinations that cannot run."""
+        """Validates the fields and their combinations."""
         for name, allowed in (
             ("stage", STAGES),
             ("init", INITS),
@@ -219,7 +220,7 @@ class TrainConfig:
         self._check_context()
 
     def _check_context(self):
-        """Refuses a noisy context where chunks are trained behind clean ones."""
+        """Checks that no chunks are trained on clean context if the rollout's context is noisy."""
         behind_clean = self.stage == "causal" or self.regression_weight > 0 or self.student_input != "rollout"
         behind_clean |= self.stage == "init" and (self.init == "consistency" or self.ode.teacher == "causal")
         if self.rollout.context == "noisy" and behind_clean:
@@ -229,7 +230,7 @@ class TrainConfig:
             )
 
     def _check_sizes(self):
-        """Refuses frames that are no chunks or have no positions, and networks that do not scan or share no inputs."""
+        """Checks that frames fit chunks and positions, and that networks scan their layers and share their inputs."""
         for name in ("model", "teacher", "critic"):
             if not getattr(getattr(self, name), "scan_layers", True):
                 raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")
@@ -246,7 +247,7 @@ class TrainConfig:
             ) from error
         for name in ("teacher", "critic"):
             other = getattr(self, name)
-            for field in ("channels", "text_dim"):  # they share latents and prompts
+            for field in ("channels", "text_dim"):  # all networks share latents and prompts
                 if other and getattr(other, field) != getattr(self.model, field):
                     raise ValueError(
                         f"{name}.{field} is {getattr(other, field)}: it must be that of the model, "
@@ -254,7 +255,7 @@ class TrainConfig:
                     )
 
     def _check_others(self):
-        """Refuses what only Self Forcing and its baselines read, and a teacher that nothing asks."""
+        """Checks that no fields of stage "distill" are set, and no teacher that the stage does not use."""
         given = {name: getattr(self, name) for name in DISTILL_ONLY if getattr(self, name) != DISTILL_ONLY[name]}
         given |= {"critic_lora.rank": self.critic_lora.rank} if self.critic_lora.rank else {}
         for name, value in given.items():
@@ -338,7 +339,7 @@ class TrainConfig:
 
     @property
     def offload(self) -> tuple[str, ...]:
-        """Frozen networks that the host keeps."""
+        """Names of the frozen networks to keep in host memory."""
         return ("teacher",) if self.offload_teacher else ()
 
     @property
@@ -347,15 +348,15 @@ class TrainConfig:
         return self.critic or self.model
 
 
-_MAX_WHOLE = 1 << 64  # as a float; larger ones may be none
-PATHS = ("dir", "teacher_weights", "critic_weights", "init_weights", "vae_weights")  # fields that name files
+_MAX_WHOLE = 1 << 64  # largest integer accepted for a float; much larger ones overflow
+PATHS = ("dir", "teacher_weights", "critic_weights", "init_weights", "vae_weights")  # fields that hold paths
 
 
 def from_dict(values: Mapping, kind: type = TrainConfig, where: str = ""):
     """Builds a config dataclass from a (possibly nested) mapping such as an `ml_collections.ConfigDict`.
 
     Raises:
-      ValueError: on an unknown key (with the closest known one), a wrong type, or a value that the dataclass refuses.
+      ValueError: if a key is unknown (names the closest known one), or a value has the wrong type or is invalid.
     """
     hints = typing.get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(kind)}
@@ -370,7 +371,7 @@ def from_dict(values: Mapping, kind: type = TrainConfig, where: str = ""):
         return kind(**out)
     except ValueError as error:
         told = str(error)
-        if told.split(" ")[0] not in known:  # it says the whole name
+        if told.split(" ")[0] not in known:  # the message already has the full name
             raise
         raise ValueError(f"{where}{told}") from error
 
@@ -394,7 +395,7 @@ def _convert(value, hint, where):
             raise ValueError(f"{where} is {quoted(value)}: it must be a sequence")
         kinds = [k for k in typing.get_args(kind) if k is not Ellipsis]
         return tuple(_convert(v, kinds[min(i, len(kinds) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is str and value == "None" and types.NoneType in options:  # as the command line gives it
+    if kind is str and value == "None" and types.NoneType in options:  # from the command line
         return None
     if kind is str and isinstance(value, str) and (where.split(".")[-1] in PATHS or where == "lora.init"):
         try:
@@ -415,7 +416,7 @@ def _convert(value, hint, where):
 
 
 def config_dict(values: Mapping) -> ml_collections.ConfigDict:
-    """A full `ConfigDict` from the fields that a config file sets: the command line can then set every field."""
+    """A full `ConfigDict` from the fields that a config file sets, so that the command line can set every field."""
 
     def fill(config):
         hints = typing.get_type_hints(type(config))
@@ -436,12 +437,12 @@ def config_dict(values: Mapping) -> ml_collections.ConfigDict:
 
 
 def to_dict(config) -> dict:
-    """A config as plain nested dicts, ready for JSON."""
+    """A config as plain nested dicts for JSON."""
     return dataclasses.asdict(config)
 
 
 def difference(old: Mapping, new: Mapping, where: str = "") -> list[str]:
-    """Fields that differ between two configs in dict form, as lines `field: old -> new`."""
+    """Differences between two configs in dict form, as lines `field: old -> new`."""
     lines = []
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)

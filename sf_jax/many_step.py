@@ -1,7 +1,7 @@
-"""Causal diffusion: the video comes chunk by chunk, each chunk in many guided solver steps.
+"""Causal diffusion: generates a video chunk by chunk, with many guided solver steps per chunk.
 
-Source: official `CausalDiffusionInferencePipeline`. Prompts and negative prompts run as one batch of twice the
-size, side by side, so that they share every forward pass and a pair stays on its device.
+Source: official `CausalDiffusionInferencePipeline`. Prompts and negative prompts are interleaved in one batch of twice
+the size, so that they share every forward pass and a pair stays on one device.
 """
 
 import functools
@@ -32,14 +32,14 @@ def guided_chunk(
 
     Args:
       model: a causal network trained by diffusion or teacher forcing.
-      config: chunk, window and sink; its few steps are not used.
+      config: chunk, window and sink; its denoising steps are ignored.
       params: the network's parameters.
-      text: keys and values from `encode_text`, of 2B prompts: each is followed by its negative prompt.
-      cache: of batch 2B, in the same order.
+      text: keys and values from `encode_text` of 2B prompts, each followed by its negative prompt.
+      cache: the cache, with batch size 2B in the same order.
       noise: [B, n, H, W, C].
       start: first frame of the chunk; may be traced.
-      solver: how to integrate.
-      guidance: scale; 1 is the prompt alone.
+      solver: the ODE solver.
+      guidance: guidance scale; 1 uses only the prompt.
 
     Returns:
       The new cache and the clean chunk [B, n, H, W, C].
@@ -67,7 +67,7 @@ def guided_rollout(
     guidance: float,
     initial: jax.Array | None = None,
 ) -> jax.Array:
-    """A whole video by causal diffusion.
+    """Generates a whole video by causal diffusion.
 
     Args:
       model: see `guided_chunk`, as are `config`, `params`, `solver` and `guidance`.
@@ -117,11 +117,11 @@ def forced_trajectory(
     text: jax.Array,
     negative: jax.Array,
 ) -> jax.Array:
-    """Euler trajectories of a causal network: every chunk's own, behind the real clean chunks before it.
+    """Euler trajectories of a causal network, where each chunk is conditioned on the real clean chunks before it.
 
     All chunks are integrated in parallel; the keys and values of the real chunks are computed once.
 
-    Source: Causal Forcing (arXiv 2602.02214), whose few-step students start from such pairs.
+    Source: Causal Forcing (arXiv 2602.02214), which initializes few-step students from such pairs.
 
     Args:
       model: see `guided_chunk`, as are `config`, `params` and `guidance`.
@@ -129,7 +129,7 @@ def forced_trajectory(
       shift: shift of the schedule.
       steps: Euler steps.
       guidance: see `guided_chunk`.
-      rows: which points to keep, 0 (noise) to `steps` (clean), ascending; the last must be `steps`.
+      rows: indices of the points to keep, from 0 (noise) to `steps` (clean), ascending; the last must be `steps`.
       params: see `guided_chunk`.
       noise: [B, F, H, W, C].
       clean: [B, F, H, W, C] real clean latents.

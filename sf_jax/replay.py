@@ -1,8 +1,8 @@
 """The gradient of Self Forcing: the exit steps of a rollout, recomputed in parallel.
 
-Source: paper, Algorithm 1. The rollout keeps each chunk's noisy input at its exit step and the cache; one forward pass
-over all chunks then has the rollout's values and its gradient. Differentiating through the scan instead is slower;
-`tests/oracle.py` does it, for comparison.
+Source: paper, Algorithm 1. The rollout records the cache and each chunk's noisy input at its exit step, the denoising
+step at which a training rollout stops. One forward pass over all chunks then reproduces the rollout's values, with
+their gradient. Differentiating through the rollout's scan is slower; `tests/oracle.py` does so for comparison.
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ def replay(
 ) -> jax.Array:
     """Recomputes the exit step of all chunks in parallel; differentiable in `params` and `text`.
 
-    Chunk i sees itself (noisy, at its exit step) and the clean keys and values of the chunks before it, as in the
-    rollout, so the result has the rollout's values and the gradient of the paper's Algorithm 1.
+    Chunk i attends to itself (noisy, at its exit step) and to the clean keys and values of the chunks before it, as in
+    the rollout. The result therefore has the rollout's values and the gradient of the paper's Algorithm 1.
 
     Args:
       model: the student.
-      config: how the rollout was generated.
+      config: the settings of the rollout.
       params: the student's parameters.
-      text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
-      past: the rollout, whose cache holds what `keep_from` says.
-      cache_gradient: what of the loss of later chunks reaches the keys and values of earlier ones.
-        "stop": nothing; they are constants (paper, Algorithm 1).
+      text: prompt embeddings [B, S, text_dim], or the output of `encode_text`.
+      past: the rollout; its cache holds the frames from `keep_from` on.
+      cache_gradient: how the loss of later chunks reaches the keys and values of earlier ones.
+        "stop": not at all; they are constants (paper, Algorithm 1).
         "straight_through": their gradient goes to the keys and values of the earlier chunk's exit step, as in the
         official code.
-        "write": the clean passes that wrote them are computed again beside the exit steps, with live parameters and
-        constant latents (Self Gradient Forcing, arXiv 2607.20368). With a noisy context it is "straight_through", which
-        is exact there; given frames, which have a clean pass all the same, stay constant.
-      first_live: index of the first new chunk that takes a gradient; chunks before it come from the rollout.
+        "write": the clean passes that wrote them are recomputed together with the exit steps, with live parameters and
+        constant latents (Self Gradient Forcing, arXiv 2607.20368). With a noisy context this is "straight_through",
+        which is exact there; given frames, which still have a clean pass, stay constant.
+      first_live: index of the first new chunk that takes a gradient; earlier chunks come from the rollout.
 
     Returns:
-      [B, F, H, W, C] clean latents, given and earlier frames included (without gradient).
+      [B, F, H, W, C] clean latents, including given and earlier frames (without gradient).
 
     Raises:
-      ValueError: on another `cache_gradient`, or if the rollout's cache does not hold what is needed.
+      ValueError: if `cache_gradient` is unknown, or if the rollout's cache lacks frames that are needed.
     """
     return replay_recorded(model, config, params, text, jax.lax.stop_gradient(past), cache_gradient, first_live)
 
@@ -59,17 +59,17 @@ def replay(
 def keep_from(
     config: RolloutConfig, cache_gradient: str, frames: int, given: int = 0, first_live: int = 0
 ) -> int | None:
-    """First frame, beside the sink, that `replay` reads in the rollout's cache; None if it reads nothing there.
+    """First frame, besides the sink, that `replay` reads from the rollout's cache; None if it reads none.
 
     Args:
-      config: how the rollout is generated.
+      config: the settings of the rollout.
       cache_gradient: see `replay`.
-      frames: of the rollout, without the `given` ones.
-      given: frames that it goes on from.
+      frames: frames of the rollout, without the `given` ones.
+      given: number of initial frames that the rollout continues.
       first_live: see `replay`.
 
     Raises:
-      ValueError: if there is no such chunk.
+      ValueError: if there is no chunk `first_live`.
     """
     if cache_gradient == "write" and config.context == "clean" and not first_live:
         return None
@@ -91,7 +91,7 @@ def replay_recorded(
     cache_gradient: str,
     first_live: int,
 ) -> jax.Array:
-    """`replay`, but differentiable in what the rollout recorded, too; its arguments are those of `replay`."""
+    """`replay`, but also differentiable in the arrays of `past`; takes the same arguments."""
     if cache_gradient not in CACHE_GRADIENTS:
         raise ValueError(f"cache_gradient is {cache_gradient!r}: it must be one of {', '.join(CACHE_GRADIENTS)}")
     total = past.video.shape[1]
@@ -99,18 +99,18 @@ def replay_recorded(
     first = len(given) + first_live
     offset = sum((given + chunks)[:first])
     writes = cache_gradient == "write" and config.context == "clean"
-    # Frames whose clean pass is computed again: nobody reads the last chunk's.
+    # Frames whose clean pass is recomputed: all but the last chunk's, which nothing reads.
     live = (0 if first_live == 0 else offset, total - chunks[-1]) if writes else (offset, offset)
     oldest = keep_from(config, cache_gradient, past.exit_inputs.shape[1], past.initial_frames, first_live)
     needs_cache, held = oldest is not None, past.cache.capacity
     if needs_cache and held < min(total, config.sink + total - oldest):
         raise ValueError(f"the cache holds {held} of {total} frames: make the rollout with keep_from={oldest}")
-    missing = total - held if needs_cache else 0  # frames behind the sink that the cache no longer holds
+    missing = total - held if needs_cache else 0  # frames after the sink that the cache no longer holds
     timesteps = jnp.asarray(config.timesteps, jnp.float32)[past.exits]
     t = jnp.repeat(timesteps, np.asarray(chunks), total_repeat_length=sum(chunks))[offset - past.initial_frames :]
     x = past.exit_inputs[:, offset - past.initial_frames :]
     clean, clean_t = _clean_pass_inputs(config, past, live)
-    # Without a clean pass the exit step itself wrote the cache: its gradient is the straight-through one, exactly.
+    # Without a clean pass the exit step itself wrote the cache, so the straight-through gradient is exact.
     through = cache_gradient == "straight_through" or (cache_gradient == "write" and not writes)
     layout = Layout(
         frames=np.concatenate([np.arange(*live), np.arange(offset, total)]),
@@ -131,14 +131,14 @@ def replay_recorded(
 
 
 def _frames_held(sink, total, held):
-    """The frames in the slots of a cache in order."""
+    """The frames that an ordered cache holds."""
     return (
         np.arange(total) if held >= total else np.concatenate([np.arange(sink), np.arange(total - held + sink, total)])
     )
 
 
 def _shifted(pattern, missing, config):
-    """The pattern for a context without the `missing` frames behind the sink."""
+    """The pattern for a context without the `missing` frames after the sink."""
 
     def place(part):
         start, stop = part
@@ -152,7 +152,7 @@ def _shifted(pattern, missing, config):
 
 
 def _clean_pass_inputs(config, past, live):
-    """What the clean passes of the frames `live` read, [B, n, H, W, C], and their timesteps [n]."""
+    """Inputs [B, n, H, W, C] and timesteps [n] of the clean passes of the frames `live`."""
     read, new = past.video, past.initial_frames
     if past.context_inputs is not None:
         read = jnp.concatenate([read[:, :new], past.context_inputs], axis=1)

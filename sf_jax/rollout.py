@@ -1,8 +1,12 @@
 """Self Forcing's rollout: the student generates a video chunk by chunk with the cache it will use at inference.
 
+A chunk is a group of latent frames that are denoised together. A training rollout stops at the exit step, one of the
+denoising steps. The clean pass is the extra forward pass that writes a finished chunk's keys and values to the cache.
+Training and inference share `generate_chunk`. `rollout` scans it over the chunks without gradient; `replay` computes
+the gradient.
+
 Source: paper, Algorithm 1 (training) and 2 (inference); official `SelfForcingTrainingPipeline` and
-`CausalInferencePipeline`. `generate_chunk` is the one piece of code that both use; `rollout` scans it over the chunks,
-without gradient. The gradient is `replay`'s.
+`CausalInferencePipeline`.
 """
 
 from collections.abc import Callable
@@ -28,15 +32,15 @@ MAX_PREFIXES = 16
 
 @flax.struct.dataclass
 class Rollout:
-    """What a rollout leaves for the replay.
+    """The result of a rollout, with everything that `replay` needs.
 
     Attributes:
       video: [B, F, H, W, C] clean latents, initial frames included.
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
-      cache: keys and values of the sink and of the frames that were to be kept (without `keep_from`, those that a
-        window needs), as a ring; those of the last chunk, which nothing reads, are its exit step's.
-      context_inputs: [B, F_new, H, W, C] what the clean passes read; None where they read the video itself.
+      cache: keys and values of the sink and of the frames from `keep_from` on (without it, those that the window
+        needs), as a ring. The last chunk's come from its exit step, as nothing reads them.
+      context_inputs: [B, F_new, H, W, C] inputs of the clean passes; None if they read the video itself.
       initial_frames: number of given frames at the start (static).
     """
 
@@ -49,11 +53,11 @@ class Rollout:
 
 
 def key_draw(key: jax.Array, examples: jax.Array) -> Draw:
-    """Noise that depends on the key, the example's global index, the chunk and the step, and on nothing else.
+    """Noise that depends only on the key, the example's global index, the chunk and the step.
 
     Args:
       key: PRNG key of this rollout.
-      examples: int32 [B], global indices of the examples, so that numbers do not depend on how the batch is split.
+      examples: int32 [B], global indices of the examples, so that the noise does not depend on how the batch is split.
     """
 
     def draw(kind, chunk, step, shape):
@@ -80,9 +84,9 @@ def empty_cache(
     keep_from: int | None = None,
     dtype: str | None = None,
 ) -> KVCache:
-    """A cache for `frames` latent frames in all; with a window, a ring of what the window needs.
+    """A cache for `frames` latent frames in total; with a window, a ring of the frames that the window needs.
 
-    With `keep_from`, a larger one: in the end it holds the sink and all frames from that one on. `dtype` is one of
+    `keep_from` makes it large enough to hold the sink and all frames from that one on at the end. `dtype` is one of
     `kv_cache.DTYPES`; None is the model's.
     """
     grid = model.config.grid(height, width)
@@ -91,7 +95,7 @@ def empty_cache(
         capacity = max(capacity, min(frames, config.sink + frames - keep_from))
     dtype = dtype or model.config.dtype
     heads, head_dim = model.config.num_heads, model.config.head_dim
-    # A full cache never evicts, so it needs no sink of its own; visibility still honours it.
+    # A full cache never evicts, so it needs no sink of its own; the visibility mask still applies it.
     sink = min(config.sink, capacity)
     return kv_cache.init_cache(
         model.config.num_layers, batch, capacity, grid[0] * grid[1], heads, head_dim, dtype, sink
@@ -102,7 +106,7 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
     """Positions and visible cache slots of the chunk [start, start + size).
 
     Raises:
-      ValueError: if the chunk does not fit into a cache without window (told only where `start` is a Python number).
+      ValueError: if the chunk does not fit into a cache without window (checked only if `start` is a Python int).
     """
     if isinstance(start, int):
         kv_cache.check_capacity(cache, start + size, config.window)
@@ -117,7 +121,7 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
         context_frames=jnp.maximum(context_frames, 0),
         context_mask=kv_cache.visible(cache, start, start + size, config.window),
         pattern=attention.cached(size, cache.capacity),
-        # a ring's slots fill in order and are then all in the window; a larger cache has old frames to hide
+        # Ring slots fill in order and never leave the window, so a key count suffices; a larger cache needs a mask.
         mask_is_prefix=config.window is None or cache.capacity <= config.window - config.chunk,
         prefixes=prefixes,
         prefixes_masked=masked,
@@ -125,14 +129,14 @@ def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, 
 
 
 def seen_cache(config: RolloutConfig, cache: KVCache, start: jax.Array | int) -> KVCache:
-    """The part of a cache that the chunk at `start` sees: of one with more frames, its window."""
+    """The part of the cache that the chunk at `start` sees: its window, if the cache holds more frames than that."""
     return cache if config.window is None else kv_cache.within(cache, start, config.window - config.chunk)
 
 
 def with_moved_sink(config: RolloutConfig, layout: Layout) -> Layout:
-    """The layout of a whole video (numpy positions) with the sink right before every chunk's window.
+    """Moves the sink right before every chunk's window in the layout of a whole video (numpy positions).
 
-    The other frames keep their numbers as positions: only distances count.
+    The other frames keep their numbers as positions, since only distances matter.
     """
     if config.positions != "relative" or not config.sink:
         return layout
@@ -142,13 +146,13 @@ def with_moved_sink(config: RolloutConfig, layout: Layout) -> Layout:
 
 
 def context_lengths(config: RolloutConfig, capacity: int, start: jax.Array | int) -> tuple[tuple[int, ...], bool]:
-    """Numbers of cached frames that the chunk at `start` can meet in a cache of `capacity` frames, ascending.
+    """Possible numbers of cached frames before the chunk at `start`, for a cache of `capacity` frames, ascending.
 
-    A traced start can be any. Each length is a copy of the attention in the compiled program, so that of many lengths
-    only some are kept, the longest among them.
+    A traced `start` can be any chunk. Each length adds a copy of the attention to the compiled program, so only some
+    of many lengths are kept, always including the longest.
 
     Returns:
-      The lengths, and whether some were left out (`Layout.prefixes`, `Layout.prefixes_masked`).
+      The lengths, and whether some were dropped (`Layout.prefixes`, `Layout.prefixes_masked`).
     """
     if isinstance(start, int):
         return (min(start, capacity),), False
@@ -168,9 +172,10 @@ def predict(
     layout: Layout,
     cache: KVCache | tuple[Slots, ...],
 ) -> tuple[jax.Array, KeysValues | tuple[Slots, ...]]:
-    """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and its own keys and values.
+    """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and the chunk's keys and values.
 
-    Slots are returned with the own keys and values in them; the prompt's are theirs, not those of `text`.
+    A `cache` of slots is returned with the chunk's keys and values written to it. It also holds the prompt's, and
+    `text` is ignored.
     """
     t = jnp.full((x.shape[0], 1), t, jnp.float32)
     flow, kv = model.apply({"params": params}, x, t, text, layout, cache, return_kv=True)
@@ -187,7 +192,7 @@ def write_chunk(
     start: jax.Array | int,
     t: float = 0.0,
 ) -> tuple[KVCache, KeysValues]:
-    """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and writes it to the cache."""
+    """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and caches its keys and values."""
     seen = seen_cache(config, cache, start)
     layout = chunk_layout(seen, config, start, clean.shape[1])
     _, kv = predict(model, config, params, clean, t, text, layout, seen)
@@ -195,7 +200,7 @@ def write_chunk(
 
 
 def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: jax.Array | int) -> jax.Array:
-    """The finished chunk [B, n, H, W, C] as the clean pass reads it."""
+    """The clean pass's input: the finished chunk [B, n, H, W, C], with context noise if configured."""
     if not config.adds_context_noise:
         return clean
     sigma = config.context_sigma
@@ -220,18 +225,18 @@ def generate_chunk(
 
     Args:
       model: the student.
-      config: how to generate.
+      config: the rollout's settings.
       params: the student's parameters.
       text: prompt keys and values, from `encode_text`.
-      cache: keys and values of the frames before.
+      cache: keys and values of the previous frames.
       noise: [B, n, H, W, C] initial noise of the chunk.
       start: first frame of the chunk; may be traced.
       chunk: index of the chunk, for `draw`; may be traced.
       exit_step: index of the denoising step whose prediction is the result; may be traced.
       draw: source of noise.
-      timesteps: float32 [S], more than `exit_step`; None is `config.timesteps`. May be traced.
-      last: whether no chunk follows: nothing would read what the clean pass writes, so it is left out, and the cache
-        gets the keys and values of the exit step. May be traced.
+      timesteps: float32 [S] with S > `exit_step`; None is `config.timesteps`. May be traced.
+      last: whether no chunk follows. The clean pass is then skipped, as nothing would read its keys and values, and
+        the cache gets those of the exit step. May be traced.
 
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
@@ -259,22 +264,22 @@ def denoise_chunk(
     timesteps: jax.Array,
     repeats: jax.Array | int = 0,
 ) -> tuple[KeysValues, jax.Array, jax.Array]:
-    """All calls of the network for one chunk, without gradient, in one loop: one copy of the network is compiled.
+    """All network calls for one chunk, without gradient, in one loop so that the network is compiled once.
 
     Args:
       model: see `generate_chunk`, as are `config`, `params`, `noise`, `chunk`, `exit_step` and `draw`.
       config: see `generate_chunk`.
       params: see `generate_chunk`.
-      state: prompt keys and values, the cache, and the chunk's place in it.
+      state: prompt keys and values, the cache, and the chunk's layout.
       noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
       exit_step: see `generate_chunk`.
-      calls: how often to call: the denoising steps up to the exit step, then the clean pass where there is one, and
-        the `repeats`.
+      calls: number of network calls: the denoising steps up to the exit step, the clean pass if there is one, and the
+        `repeats`.
       draw: see `generate_chunk`.
-      timesteps: float32 [S], more than `exit_step`.
-      repeats: how often the first step, which gives the same every time, is called again, so that videos side by side
-        with different numbers of steps take equally many calls.
+      timesteps: float32 [S] with S > `exit_step`.
+      repeats: how often to repeat the first step, whose result does not change, so that batched videos with different
+        numbers of steps make the same number of calls.
 
     Returns:
       The last call's keys and values, the clean chunk, and its noisy input at the exit step.
@@ -326,23 +331,23 @@ def rollout(
 ) -> Rollout:
     """Generates a video chunk by chunk (paper, Algorithm 1 without its gradient; Algorithm 2 at the last exit step).
 
-    No gradient flows; `replay` takes it.
+    No gradient flows; `replay` computes it.
 
     Args:
       model: the student.
-      config: how to generate.
+      config: the rollout's settings.
       params: the student's parameters.
-      text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
+      text: prompt embeddings [B, S, text_dim], or the output of `encode_text`.
       noise: [B, F, H, W, C] initial noise.
       exits: int, or int32 [chunks]: exit step of every chunk, in [0, len(config.steps)); may be traced.
       draw: source of noise, see `key_draw`.
       initial: [B, I, H, W, C] clean latents to continue from.
-      keep_from: first frame that the cache must keep beside the sink, for `replay`, even if a window needs fewer:
-        `replay.keep_from`. None keeps what the window needs.
-      cache: one to go on with, which holds the keys and values of `initial`; None computes them.
+      keep_from: first frame that the cache must keep, besides the sink, even if the window needs fewer. `replay` needs
+        `replay.keep_from`; None keeps only what the window needs.
+      cache: a cache to continue from, which holds the keys and values of `initial`; None computes them.
 
     Raises:
-      ValueError: if the frames are no multiple of the chunk, or more than positions allow.
+      ValueError: if the frames are not a multiple of the chunk, or more than the positions allow.
     """
     batch, frames, height, width, _ = noise.shape
     start = 0 if initial is None else initial.shape[1]
@@ -384,7 +389,7 @@ def run_chunks(
 
     Args:
       step: (cache, noise [B, n, H, W, C], chunk index, first frame, entry of `per_chunk`) -> (cache, *outputs), where
-        every output is of the noise's shape.
+        every output has the noise's shape.
       cache: carried from chunk to chunk.
       noise: [B, F, H, W, C].
       chunks: sizes of the chunks; only the first may differ from the others.
@@ -392,10 +397,10 @@ def run_chunks(
       per_chunk: array [chunks, ...].
 
     Returns:
-      The cache and the outputs [B, F, H, W, C] of all chunks together.
+      The cache, and the outputs [B, F, H, W, C] of all chunks, concatenated.
     """
     alone, done = 0, []
-    if chunks[0] != chunks[-1]:  # the first frame of its own has another shape than the scanned chunks
+    if chunks[0] != chunks[-1]:  # a single first frame has a different shape from the scanned chunks
         cache, *outputs = step(cache, noise[:, : chunks[0]], 0, start, per_chunk[0])
         done.append(outputs)
         alone = 1
@@ -419,7 +424,7 @@ def run_chunks(
 
 
 def exit_range(config: RolloutConfig, exit_step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Even-scale timesteps (from, to) between which the exit step denoises; `to` is 0 after the last step.
+    """Even-scale (unshifted) timesteps (from, to) between which the exit step denoises; `to` is 0 after the last step.
 
     Source: official `denoised_timestep_from` and `denoised_timestep_to`.
     """

@@ -1,4 +1,4 @@
-"""How a student generates: its steps, chunks, window and positions."""
+"""Settings of a student's rollout: denoising steps, chunks, window and positions."""
 
 import dataclasses
 
@@ -20,24 +20,24 @@ class RolloutConfig:
     """How the student generates.
 
     Attributes:
-      steps: denoising steps on the even scale, descending from 1000.
-      first_steps: the steps of the first chunk of a generated video, which has no context to go by; empty is `steps`.
-        Training rollouts take `steps` for every chunk. A student must have learned at these times, as by consistency.
-      warp: whether the steps are table entries counted on the even scale (official `warp_denoising_step`).
+      steps: denoising steps on the even (unshifted) scale, descending from 1000.
+      first_steps: the steps of a generated video's first chunk, which has no context; empty means `steps`. Training
+        rollouts use `steps` for every chunk. The student must be trained at these times, as by consistency.
+      warp: whether to map the steps through the shifted schedule's table (official `warp_denoising_step`).
       shift: shift of the student's schedule.
       chunk: latent frames generated together.
       first_frame_alone: whether the first frame is a chunk of its own (official `independent_first_frame`).
-      window: latent frames seen at once, sink and current chunk included; None for all.
-      sink: first latent frames that stay visible.
-      positions: "absolute", the number of the frame in the video (official; at most `rope.MAX_FRAMES` frames); or
-        "relative" to the window, whose newest chunk is then always at the same place and whose sink is always right
-        before the other frames, so that no distance grows beyond those of training and videos have no longest length.
-      context: where the cached keys and values of a finished chunk come from: a "clean" pass over it (one more call of
-        the network), or its last denoising step ("noisy"; as in Causal-rCM), which needs no call of its own.
+      window: latent frames visible at once, including sink and current chunk; None for all.
+      sink: first latent frames, which always stay visible.
+      positions: "absolute", the frame's index in the video (official; at most `rope.MAX_FRAMES` frames); or "relative"
+        to the window, in which the newest chunk always has the same position and the sink comes right before the other
+        frames. No distance then exceeds those of training, and the length of a video is unlimited.
+      context: where the cached keys and values of a finished chunk come from: a "clean" pass over it (one more network
+        call), or its last denoising step ("noisy"; as in Causal-rCM), which needs no extra call.
       context_timestep: timestep of the clean pass that writes a finished chunk to the cache.
       context_noise: noise added to the chunk for that pass: "exact" (sigma = context_timestep / 1000, so none at 0),
-        "official" (the nearest table entry, as the official training does: sigma 0.005 at 0), or "none" (whatever the
-        timestep, as the official inference does).
+        "official" (the nearest table entry, as in the official training: sigma 0.005 at 0), or "none" (at any timestep,
+        as in the official inference).
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -54,13 +54,13 @@ class RolloutConfig:
     context_noise: str = "exact"
 
     def __post_init__(self):
-        """Refuses values that no rollout can have."""
+        """Validates the settings."""
         for name, steps in (("steps", self.steps), ("first_steps", self.first_steps or self.steps)):
             if not steps or list(steps) != sorted(set(steps), reverse=True) or steps[-1] <= 0:
                 raise ValueError(f"{name} is {steps}: it must descend strictly and end above 0")
             if steps[0] > TRAIN_STEPS:
                 raise ValueError(f"{name} is {steps}: its first entry must be at most {TRAIN_STEPS}")
-        FlowSchedule(self.shift)  # refuses what no schedule has
+        FlowSchedule(self.shift)  # validates the shift
         if self.context_noise not in CONTEXT_NOISES:
             raise ValueError(f"context_noise is {self.context_noise!r}: it must be one of {', '.join(CONTEXT_NOISES)}")
         if not 0 <= self.context_timestep <= TRAIN_STEPS:
@@ -88,14 +88,14 @@ class RolloutConfig:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """The denoising timesteps that the network is told."""
+        """The denoising timesteps passed to the network."""
         return self.schedule.warp(self.steps) if self.warp else tuple(float(s) for s in self.steps)
 
     def timesteps_of(self, start: jax.Array | int) -> tuple[jax.Array, jax.Array | int]:
-        """Denoising timesteps float32 [S] of the generated chunk at frame `start`, and how many they are.
+        """Denoising timesteps float32 [S] of the chunk generated at frame `start`, and how many of them it uses.
 
-        A chunk that nothing comes before has `first_steps`. `start` may be traced: one program serves all chunks, and
-        the shorter of the two lists ends with zeros that are never read.
+        The chunk at frame 0 uses `first_steps`. `start` may be traced, so that one program serves all chunks; the
+        shorter list is padded with zeros that are never read.
         """
         if not self.first_steps:
             return jnp.asarray(self.timesteps, jnp.float32), len(self.steps)
@@ -107,11 +107,11 @@ class RolloutConfig:
 
     @property
     def max_frames(self) -> int | None:
-        """The longest video, in latent frames; None where positions never end."""
+        """The longest video, in latent frames; None if the length is unlimited."""
         return MAX_FRAMES if self.positions == "absolute" else None
 
     def check_frames(self, frames: int) -> None:
-        """Refuses videos that are longer than positions are.
+        """Checks that the positions cover a video of `frames` latent frames.
 
         Raises:
           ValueError: if there are more than `max_frames`.
@@ -131,10 +131,10 @@ class RolloutConfig:
 
     @property
     def context_sigma(self) -> float:
-        """Share of noise in what the clean pass reads, in [0, 1]."""
+        """Noise level of the clean pass's input, in [0, 1]."""
         if not self.adds_context_noise:
             return 0.0
-        if self.context_noise == "official":  # the table's entry that is nearest to the timestep
+        if self.context_noise == "official":  # the table entry nearest to the timestep
             nearest = np.abs(self.schedule.timesteps - np.float32(self.context_timestep)).argmin()
             return float(self.schedule.sigmas[nearest])
         return self.context_timestep / TRAIN_STEPS

@@ -1,11 +1,11 @@
-"""Compiles what `sf_jax.generate` needs, before it is needed: its first start then compiles nothing.
+"""Compiles the programs of `sf_jax.generate` in advance, so that its first start compiles nothing.
 
     python -m sf_jax.warm
     python -m sf_jax.warm --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --window=21
 
-The flags are those of `sf_jax.generate`: programs depend on the sizes, the chunks and the window, the steps, the number
-of videos, and on whether there is an image, a video or a schedule, not on the prompt or the seed. Files of Wan's
-weights are looked at and not read. docs/launching.md says where compiled programs are kept.
+The flags are those of `sf_jax.generate`. Programs depend on the sizes, the chunks and the window, the steps, the number
+of videos, and on whether there is an image, a video or a schedule, but not on the prompt or the seed. Wan's weights are
+not read, only their names, shapes and types. docs/launching.md says where compiled programs are kept.
 """
 
 import time
@@ -18,7 +18,7 @@ from sf_jax import command, compilation, generate
 from sf_jax.inference import batch
 from sf_jax.inference.executables import executables
 
-PROMPT = "a 3 moving left"  # for Wan as good as any other
+PROMPT = "a 3 moving left"  # for Wan, any prompt would do
 _DONE = "{desc}: {elapsed}{postfix}"
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     """Command line: see the module's docstring.
 
     Raises:
-      ValueError: if nothing would be kept, or as `sf_jax.generate` does.
+      ValueError: if no cache is enabled or `compile_only` is given, or as `sf_jax.generate` does.
     """
     if flags.FLAGS.compile_only is not None:
         raise ValueError("compile_only is given: warm compiles for the devices of this machine; give it to generate")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 TRAIN_STEPS = 1000
-MAX_SHIFT = 1000.0  # all but one level are then noise; float32 has no levels far beyond
+MAX_SHIFT = 1000.0  # nearly all levels are then close to pure noise; far beyond, float32 cannot tell them apart
 
 
 @functools.lru_cache(maxsize=32)
 def _sigmas(shift: float, steps: int) -> np.ndarray:
-    # As PyTorch's linspace rounds: from both ends, with a float32 step. The network feels the last bit of a timestep.
+    # Rounds like PyTorch's linspace (from both ends, with a float32 step): the last bit of a timestep affects outputs.
     step, i = np.float64(np.float32(-1 / steps)), np.arange(steps)
     sigmas = np.where(i < (steps + 1) // 2, 1 + step * i, step * (i - steps)).astype(np.float32)
     shift = np.float32(shift)
@@ -35,15 +35,15 @@ class FlowSchedule:
     """A table of noise levels.
 
     Attributes:
-      shift: how far the levels lean to noise; 1 is uniform, official student 5, official scores 8.
-      steps: entries of the table; 1000 for training, the number of solver steps for sampling.
+      shift: how far the levels are shifted towards noise; 1 is uniform, official student 5, official scores 8.
+      steps: number of table entries; 1000 for training, the number of solver steps for sampling.
     """
 
     shift: float = 5.0
     steps: int = TRAIN_STEPS
 
     def __post_init__(self):
-        """Refuses shifts below 1, for which the table is not defined here, and those that leave no levels."""
+        """Validates `steps` and `shift`; shifts below 1 are not supported, and too large ones leave no levels."""
         if not self.shift >= 1 or self.steps < 1:  # also NaN
             raise ValueError(f"shift is {self.shift}, steps {self.steps}: both must be at least 1")
         if self.shift > MAX_SHIFT:
@@ -61,14 +61,14 @@ class FlowSchedule:
 
     @property
     def training_weights(self) -> np.ndarray:
-        """float32 [steps], the bell over timesteps that the official diffusion training weights its loss with."""
+        """float32 [steps], bell-shaped loss weights over timesteps, as in the official diffusion training."""
         steps = np.float32(self.steps)
         bell = np.exp(-2 * ((self.timesteps - steps / 2) / steps) ** 2)
         bell = bell - bell.min()
         return (bell * (steps / bell.sum())).astype(np.float32)
 
     def warp(self, steps: tuple[float, ...]) -> tuple[float, ...]:
-        """Table entries of steps counted on the even scale: 1000 is the first entry, 0 is no noise at all."""
+        """Maps steps on the even (unshifted) scale to the table's timesteps: 1000 to the first, 0 to no noise."""
         table = np.append(self.timesteps, np.float32(0))
         return tuple(float(table[TRAIN_STEPS - int(s)]) for s in steps)
 
@@ -86,7 +86,7 @@ class FlowSchedule:
         return jnp.take(jnp.asarray(self.training_weights), self.index(t))
 
     def add_noise(self, clean: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """`clean` [B, F, H, W, C] noised to timesteps `t` [B, F] or anything that broadcasts to it."""
+        """`clean` [B, F, H, W, C] noised to timesteps `t`, [B, F] or broadcastable to it."""
         sigma = _over_pixels(self.sigma(t), clean)
         return ((1 - sigma) * clean + sigma * noise).astype(clean.dtype)
 

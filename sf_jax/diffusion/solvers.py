@@ -1,8 +1,8 @@
 """Many-step sampling: Euler, UniPC and DPM-Solver++ with classifier-free guidance.
 
-UniPC (arXiv 2302.04867) and DPM-Solver++ (arXiv 2211.01095) are multistep solvers of order two in the data prediction.
-All that they do to the sample is linear, with weights that depend on the noise levels alone, so a solver here is a
-table of weights, made once in float64, and every solver runs through one scan.
+UniPC (arXiv 2302.04867) and DPM-Solver++ (arXiv 2211.01095) are second-order multistep solvers in the data prediction.
+Their updates are linear, with weights that depend only on the noise levels. A solver here is therefore a table of
+weights, computed once in float64, and all solvers share one scan.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SOLVERS = ("unipc", "dpm++", "euler")
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A way from noise to clean.
+    """An ODE solver from noise to clean.
 
     Attributes:
       name: "unipc", "dpm++" or "euler".
@@ -35,7 +35,7 @@ class Solver:
     steps: int = 50
 
     def __post_init__(self):
-        """Refuses what no solver can do."""
+        """Validates the settings."""
         if self.name not in SOLVERS:
             raise ValueError(f"solver is {self.name!r}: it must be one of {', '.join(SOLVERS)}")
         if self.shift < 1 or self.steps < 1:
@@ -45,7 +45,7 @@ class Solver:
     def sigmas(self) -> np.ndarray:
         """float32 [steps + 1], noise levels; the last is 0.
 
-        UniPC starts at the first entry below 1 of the official table (0.999 before the shift), the others at 1.
+        UniPC starts at the official table's first entry below 1 (0.999 before the shift), the others at 1.
         """
         first = float(np.float32(1 - 1 / TRAIN_STEPS)) if self.name == "unipc" else 1.0
         even = np.linspace(first, 0, self.steps + 1)
@@ -53,7 +53,7 @@ class Solver:
 
     @property
     def timesteps(self) -> np.ndarray:
-        """float32 [steps], what the network is told; the official UniPC and DPM++ cut them to whole numbers."""
+        """float32 [steps], timesteps for the network; the official UniPC and DPM++ truncate them to integers."""
         first = float(np.float32(1 - 1 / TRAIN_STEPS)) if self.name == "unipc" else 1.0
         even = np.linspace(first, 0, self.steps + 1)[:-1]
         times = TRAIN_STEPS * (self.shift * even / (1 + (self.shift - 1) * even))
@@ -63,8 +63,8 @@ class Solver:
         """Weights of every step, float32: corrector [steps, 4] and predictor [steps, 3].
 
         With `m` the clean predictions, the corrected sample is `c0 last + c1 m[i] + c2 m[i-1] + c3 m[i-2]`, where
-        `last` is the corrected sample of the step before, and the next sample is `p0 x + p1 m[i] + p2 m[i-1]`. Rows of
-        zeros in the corrector mean that there is none.
+        `last` is the corrected sample of the previous step, and the next sample is `p0 x + p1 m[i] + p2 m[i-1]`. A
+        corrector row of zeros means no correction.
         """
         sigma = self.sigmas.astype(np.float64)
         with np.errstate(divide="ignore"):
@@ -78,12 +78,12 @@ class Solver:
         return corrector.astype(np.float32), predictor.astype(np.float32)
 
     def _order(self, i: int) -> int:
-        """Order of the predictor at step `i`: one at both ends (the last step has no finite length)."""
+        """Order of the predictor at step `i`: one at both ends (the last step has infinite length)."""
         return 1 if self.name == "euler" or i == 0 or i == self.steps - 1 else 2
 
 
 def _span(sigma, log_ratio, i, order):
-    """What the step from level i to i + 1 is made of: alpha, e^-h - 1, h and where m[i-1] lies, in steps."""
+    """Terms of the step from level i to i + 1: alpha, e^-h - 1, h, and the position of m[i-1] in units of the step."""
     h = log_ratio[i + 1] - log_ratio[i]
     before = (log_ratio[i - 1] - log_ratio[i]) / h if order == 2 else -np.inf
     return 1 - sigma[i + 1], np.expm1(-h), h, before
@@ -92,7 +92,7 @@ def _span(sigma, log_ratio, i, order):
 def _predict(sigma, log_ratio, i, order):
     """Weights of (x, m[i], m[i-1]) in the sample at level i + 1 (UniP with B(h) = e^h - 1; DPM-Solver++ midpoint)."""
     alpha, grow, _, before = _span(sigma, log_ratio, i, order)
-    slope = -alpha * grow * 0.5 / before  # 0 where there is no m[i-1], or it lies infinitely far back
+    slope = -alpha * grow * 0.5 / before  # 0 if there is no m[i-1], or if it lies infinitely far back
     return sigma[i + 1] / sigma[i], -alpha * grow - slope, slope
 
 
@@ -110,11 +110,11 @@ def _correct(sigma, log_ratio, i, order):
 
 @flax.struct.dataclass
 class SolverState:
-    """Where a solver is.
+    """A solver's state between steps.
 
     Attributes:
       x: the sample at the next noise level, float32 [B, F, H, W, C].
-      last: the (corrected) sample of the step before.
+      last: the (corrected) sample of the previous step.
       clean: the last two clean predictions, newest first.
     """
 
@@ -130,12 +130,12 @@ def start(noise: jax.Array) -> SolverState:
 
 
 def rows(solver: Solver) -> tuple[np.ndarray, ...]:
-    """What each step needs to know, float32: timestep [steps], sigma [steps], weights [steps, 4] and [steps, 3]."""
+    """Per-step inputs of `step`, float32: timestep [steps], sigma [steps], weights [steps, 4] and [steps, 3]."""
     return (solver.timesteps, solver.sigmas[:-1], *solver.weights())
 
 
 def step(state: SolverState, row: tuple, flow: Callable[[jax.Array, jax.Array], jax.Array]) -> SolverState:
-    """One step with its entry of `rows`; `flow` is called with the sample and the timestep."""
+    """One step, given its entry of `rows`; calls `flow` with the sample and the timestep."""
     t, sigma, correct, predict = row
     clean, before = state.x - sigma * flow(state.x, t), state.clean
     corrected = correct[0] * state.last + correct[1] * clean + correct[2] * before[0] + correct[3] * before[1]
@@ -145,11 +145,11 @@ def step(state: SolverState, row: tuple, flow: Callable[[jax.Array, jax.Array], 
 
 
 def integrate(solver: Solver, flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array) -> jax.Array:
-    """Solves from noise to clean.
+    """Integrates the flow from noise to clean.
 
     Args:
-      solver: how.
-      flow: (noisy [B, F, H, W, C], t scalar) -> flow, guidance included.
+      solver: the solver.
+      flow: (noisy [B, F, H, W, C], t scalar) -> flow, with guidance applied.
       noise: float32 [B, F, H, W, C].
 
     Returns:
@@ -163,7 +163,7 @@ def euler(flow: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, s
     """Integrates the flow from noise to clean with Euler steps.
 
     Args:
-      flow: (noisy [B, F, H, W, C], t [B, 1]) -> flow, guidance included.
+      flow: (noisy [B, F, H, W, C], t [B, 1]) -> flow, with guidance applied.
       noise: [B, F, H, W, C] standard normal.
       shift: shift of the schedule.
       steps: number of steps.

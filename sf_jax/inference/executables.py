@@ -1,9 +1,9 @@
-"""Compiled programs on disk as they run, so that a second start neither traces nor lowers them.
+"""A cache of serialized executables, so that a second start neither traces nor lowers programs.
 
-JAX's own cache finds a program by its lowered form, and making that takes longer than reading the result. Here programs
-are found by what decides that form: this package's code, the versions and settings of JAX, the devices, and the shapes
-and constants of the call (of a decoder that is not this package's its name and fields, not its code). Whatever goes
-wrong with reading a file, JAX compiles the program as if there were none.
+JAX's own cache is keyed by the lowered program, and lowering takes longer than reading the result. Here the key is
+everything that determines the lowered program: this package's code, the versions and settings of JAX, the devices, and
+the shapes and constants of the call (for a custom decoder, its name and fields but not its code). If a file cannot be
+read for any reason, JAX compiles the program.
 """
 
 import dataclasses
@@ -25,26 +25,26 @@ import sf_jax
 from sf_jax import compilation, files
 
 FOLDER = "executables"
-# What programs are made of; qwix and the plugins may be missing.
+# Packages that affect compiled programs; qwix and the plugins may be missing.
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "qwix", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _PACKAGES += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 _HIT = "/jax/compilation_cache/cache_hits"
-# An option's default, which makes it another program for JAX's cache, and a time that no compilation takes.
+# An option's default value, which changes the key in JAX's cache, and a time longer than any compilation.
 _APART, _NEVER = {"xla_embed_ir_in_executable": False}, 1e9
-_CHECK = 32  # bytes of a file's hash, with which it begins
+_CHECK = 32  # bytes of the hash at the start of a file
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executables:
-    """Compiled programs of a folder.
+    """Compiled programs in a folder.
 
-    A program's file is machine code and a pickle of the structure of its arguments: like JAX's cache, it is read from
-    folders alone that nobody else can write.
+    A program's file holds machine code and a pickle of its arguments' structure. Like JAX's cache, it is therefore used
+    only if it belongs to this user and is not world-writable.
 
     Attributes:
-      folder: where the files are.
-      loaded: those that this process has read or made.
+      folder: the folder of the files.
+      loaded: programs that this process has read or compiled.
     """
 
     folder: Path
@@ -54,9 +54,9 @@ class Executables:
         """Calls a program.
 
         Args:
-          program: what `jax.jit` returned.
-          static: which of its arguments are static.
-          *arguments: all of them.
+          program: a function returned by `jax.jit`.
+          static: indices of its static arguments.
+          *arguments: all arguments.
           mesh: the mesh under which it is called.
         """
         constants = tuple(arguments[i] for i in static)
@@ -70,7 +70,7 @@ class Executables:
         return self.loaded[call](*rest)
 
     def _load(self, call: tuple, arguments: tuple) -> jax.stages.Compiled:
-        """Reads a program, or compiles and writes it."""
+        """Reads a program from its file, or compiles it and writes the file."""
         path, devices = self.folder / f"{call[0].__name__}-{_digest(call)}", _devices(call)
         try:
             if compilation.is_private(path):
@@ -78,7 +78,7 @@ class Executables:
                 check, content = content[:_CHECK], content[_CHECK:]
                 if hashlib.sha256(content).digest() == check:
                     return serialize_executable.deserialize_and_load(*pickle.loads(content), None, devices)
-        except Exception:  # no file, or one of which pickle and XLA can say anything
+        except Exception:  # no file, or a damaged one, for which pickle and XLA may raise anything
             pass
         compiled, is_new = _compile(call[0], arguments)
         if not is_new:
@@ -87,16 +87,16 @@ class Executables:
             content = pickle.dumps(serialize_executable.serialize(compiled))
             with files.replacing(path) as unfinished:
                 unfinished.write_bytes(hashlib.sha256(content).digest() + content)
-        except Exception:  # not all programs can be written, and disks are full
+        except Exception:  # not all programs can be serialized, and the disk may be full
             pass
         return compiled
 
 
 def _compile(program: Callable, arguments: tuple) -> tuple[jax.stages.Compiled, bool]:
-    """A compiled program, and whether it can be written: XLA loses parts of one that it has read itself."""
+    """A compiled program, and whether it can be written: XLA drops parts of programs from JAX's cache."""
     lowered, hits = program.lower(*arguments), _cache_hits()
     before = len(hits)
-    if jax.default_backend() != "cpu":  # compiling takes minutes: JAX's cache may have it from older code of ours
+    if jax.default_backend() != "cpu":  # compilation takes minutes, and JAX's cache may have it from older code
         return lowered.compile(), len(hits) == before
     name = "jax_persistent_cache_min_compile_time_secs"
     least = getattr(jax.config, name)
@@ -109,14 +109,14 @@ def _compile(program: Callable, arguments: tuple) -> tuple[jax.stages.Compiled, 
 
 @functools.cache
 def _cache_hits() -> list[str]:
-    """Grows whenever JAX takes a program from its cache."""
+    """A list that grows whenever JAX reads a program from its cache."""
     hits = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == _HIT else None)
     return hits
 
 
 def executables() -> Executables | None:
-    """Those beside JAX's cache of compiled programs; None where there is none (`compilation.keep_compiled`)."""
+    """The executables in the folder of JAX's cache; None without that cache (see `compilation.keep_compiled`)."""
     place = jax.config.jax_compilation_cache_dir
     if not place or "://" in place or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
         return None
@@ -129,14 +129,14 @@ def executables() -> Executables | None:
 
 
 def _described(leaf: Any) -> tuple:
-    """What of an argument decides how a program is compiled."""
+    """The properties of an argument that determine the compiled program."""
     aval = jax.typeof(leaf)
     sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
     return aval.shape, aval.dtype, aval.weak_type, sharding
 
 
 def _devices(call: tuple) -> list[jax.Device]:
-    """The devices that a call runs on, in their order."""
+    """The devices that a call runs on, in order."""
     *_, leaves, _, mesh = call
     places = [mesh, *(sharding for *_, sharding in leaves)]
     meshes = [place if isinstance(place, Mesh) else getattr(place, "mesh", None) for place in places]
@@ -147,7 +147,7 @@ def _devices(call: tuple) -> list[jax.Device]:
 
 
 def _digest(call: tuple) -> str:
-    """A hash of a call and of all that its program is made of."""
+    """A hash of a call and of everything else that determines its program."""
     program, constants, tree, leaves, settings, mesh = call
     leaves = [(shape, str(dtype), weak, _place(sharding)) for shape, dtype, weak, sharding in leaves]
     parts = (program.__module__, program.__name__, constants, tree, leaves, settings, _place(mesh), _surroundings())
@@ -155,7 +155,7 @@ def _digest(call: tuple) -> str:
 
 
 def _place(where: Any) -> tuple:
-    """A mesh or sharding, with its devices."""
+    """A description of a mesh or sharding with its devices."""
     mesh = where if isinstance(where, Mesh) else getattr(where, "mesh", None)
     devices = [] if where is None else mesh.devices.flat if mesh is not None else where.device_set
     return repr(where), [(device.id, device.device_kind) for device in devices]
@@ -163,7 +163,7 @@ def _place(where: Any) -> tuple:
 
 @functools.cache
 def _surroundings() -> tuple:
-    """The code, the versions and the machine."""
+    """The code, the package versions and the machine."""
     device = jax.devices()[0]
     return (
         _code(),
@@ -176,7 +176,7 @@ def _surroundings() -> tuple:
 
 
 def _version(name: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -184,7 +184,7 @@ def _version(name: str) -> str | None:
 
 
 def _settings() -> tuple:
-    """Settings of JAX that may change a program; they may change while a process runs."""
+    """JAX settings that may affect a program; not cached, as they may change while the process runs."""
     return tuple(sorted((name, repr(value)) for name, value in jax.config.values.items() if "cache" not in name))
 
 

@@ -1,7 +1,7 @@
-"""From text to video: one pipeline for every model; a causal network streams its video chunk by chunk.
+"""The text-to-video pipeline for every model; with a causal network it streams a video chunk by chunk.
 
 Source: official `CausalInferencePipeline`, `CausalDiffusionInferencePipeline` and `wan/text2video.py`. `load_pipeline`
-(in `inference/load.py`) puts one together from weight files.
+(in `inference/load.py`) builds one from weight files.
 """
 
 import collections
@@ -42,23 +42,24 @@ class VideoPipeline:
     """A text encoder, a transformer and a decoder, on the devices of a mesh.
 
     Attributes:
-      text_encoder: embeds prompts; None where embeddings are given in their place.
+      text_encoder: embeds prompts; None if calls pass embeddings instead.
       transformer: the network.
-      params: its parameters.
-      rollout: chunks, window and few steps of a causal network; None for a bidirectional one.
-      decoder: latents to pixels; None to stop at the latents.
-      mesh: devices over which the videos of a batch are spread (axis `data`), and the tokens (`context`), heads
-        and features (`tensor`) of each; None for the default device alone. See `with_mesh`.
-      encoder: pixels to latents, for videos that go on from given frames.
-      sampling: what `stream` and a call take where they are not told otherwise.
+      params: the network's parameters.
+      rollout: chunks, window and denoising steps of a causal network; None for a bidirectional one.
+      decoder: decodes latents to pixels; None to stop at the latents.
+      mesh: devices over which the videos of a batch are split (axis `data`), and the tokens (`context`), heads
+        and features (`tensor`) of each; None for the default device only. See `with_mesh`.
+      encoder: encodes pixels to latents, to continue given frames.
+      sampling: defaults of `stream` and of calls.
       only_frames: the only length that a bidirectional network was trained for; None for any.
-      many_steps: whether the network was trained for many steps; None where that is not known.
-      noise_number: what the noise of the chunks is drawn behind (`programs.next_chunk`), part of a model's seeds.
-      progress: whether to show a bar, on a terminal, where a whole video is generated in many steps.
-      adapters: what was merged into the parameters, a few words each.
-      executables: where compiled programs are kept, as the commands do.
-      quantization: how the parameters were quantized to 8 bits; None where they were not.
-      cache_dtype: in what cached keys and values are kept, one of `kv_cache.DTYPES`; None is the network's type.
+      many_steps: whether the network was trained for many steps; None if unknown.
+      noise_number: the number folded into the key of the chunks' noise (see `programs.next_chunk`); a seed's videos
+        depend on it.
+      progress: whether to show a progress bar on a terminal when a whole video is generated in many steps.
+      adapters: short descriptions of the adapters merged into the parameters.
+      executables: cache of compiled programs, as used by the commands.
+      quantization: how the parameters were quantized to 8 bits; None if they were not.
+      cache_dtype: type of cached keys and values, one of `kv_cache.DTYPES`; None is the network's type.
     """
 
     text_encoder: TextEncoder | None
@@ -79,13 +80,13 @@ class VideoPipeline:
     cache_dtype: str | None = None
 
     def __post_init__(self):
-        """Refuses meshes over which the network cannot be split."""
+        """Checks that the network can be split over the mesh."""
         if self.mesh is not None:
             meshes.check_mesh(self.mesh, self.transformer.config)
 
     @property
     def kind(self) -> str:
-        """A few-step "student", a many-step "causal" network, or a "bidirectional" one, which makes videos whole."""
+        """A few-step "student", a many-step "causal" network, or a "bidirectional" one, which makes whole videos."""
         if self.rollout is None:
             return "bidirectional"
         return "student" if self.sampling.solver is None else "causal"
@@ -97,11 +98,11 @@ class VideoPipeline:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent position, along each side."""
+        """Pixels per latent position along each side."""
         return 1 if self.decoder is None else self.decoder.spatial_factor
 
     def describe(self) -> str:
-        """One line on what runs: network, sizes, adapters, devices, attention, window and decoder."""
+        """A one-line description: network, sizes, adapters, devices, attention, window and decoder."""
         config = self.transformer.config
         devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
         count = eight_bit.count(self.params)
@@ -130,7 +131,7 @@ class VideoPipeline:
         return "; ".join([*parts, f"decoder {'none' if name is None else type(name).__name__}"])
 
     def _attention(self) -> str:
-        """The implementation of the self-attention's steady state."""
+        """The attention implementation of self-attention in the steady state."""
         config, rollout = self.transformer.config, self.rollout
         factor = self.spatial_factor
         grid = config.grid(self.sampling.height // factor, self.sampling.width // factor)
@@ -142,20 +143,20 @@ class VideoPipeline:
 
         segments = [(tokens(frames), tokens(frames), None)]
         if rollout is not None:
-            # a ring's keys are counted, those of a full cache with a window are masked
+            # A ring needs only a key count; a full cache with a window needs a mask.
             segments.append((tokens(frames), tokens(frames), jax.ShapeDtypeStruct((), jnp.int32)))
         return attention.choose(config.attention, tokens(frames), segments)
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a video of `frames` pixel frames.
+        """Number of latent frames of a video of `frames` pixel frames.
 
         Raises:
-          ValueError: unless it is 1 + a multiple of `temporal_factor`.
+          ValueError: unless `frames` is 1 + a multiple of `temporal_factor`.
         """
         return lengths.latent_frames(frames, self.temporal_factor)
 
     def chunk_starts(self, frames: int) -> tuple[int, ...]:
-        """First latent frames of the chunks in which a video of `frames` pixel frames is generated."""
+        """First latent frame of each chunk of a video of `frames` pixel frames."""
         self.check_frames(frames)
         if self.rollout is None:
             return (0,)
@@ -163,14 +164,14 @@ class VideoPipeline:
         return tuple(start for start, _ in attention.chunk_bounds(chunks))
 
     def check_frames(self, frames: int, initial: int = 0) -> None:
-        """Refuses lengths that the network cannot generate.
+        """Checks that the network can generate a length.
 
         Args:
-          frames: pixel frames.
-          initial: latent frames to go on from.
+          frames: number of pixel frames.
+          initial: number of given latent frames to continue from.
 
         Raises:
-          ValueError: naming lengths that would do.
+          ValueError: if it cannot; names valid lengths.
         """
         latent = self.latent_frames(frames)
         if self.rollout is not None:
@@ -179,24 +180,24 @@ class VideoPipeline:
             raise ValueError(f"frames is {frames}: this bidirectional network generates {self.only_frames}")
 
     def bytes_per_stream(self, slots: int = 1) -> "StreamBytes":
-        """Memory of each of `slots` endless streams (`stream.Stream`), before any of it is taken.
+        """Memory that each of `slots` endless streams (`stream.Stream`) would need, without allocating it.
 
         Raises:
-          ValueError: if this is no few-step student with a window.
+          ValueError: if this is not a few-step student with a window.
         """
-        from sf_jax.inference import stream, stream_memory  # they import this module
+        from sf_jax.inference import stream, stream_memory  # here, as they import this module
 
         return stream_memory.bytes_per_stream(stream.stream_spec(self), self, slots)
 
     def with_mesh(self, mesh: Mesh | str) -> "VideoPipeline":
-        """The same pipeline on other devices, to which network and decoder are moved.
+        """The same pipeline on other devices; moves network and decoder there.
 
         Args:
-          mesh: with axes `data`, `context` and `tensor`, or a text such as "tensor:2,context:2" for this process's
-            devices.
+          mesh: a mesh with axes `data`, `context` and `tensor`, or a string such as "tensor:2,context:2" for this
+            process's devices.
 
         Raises:
-          ValueError: if there are too few devices, or the network cannot be split so.
+          ValueError: if there are too few devices, or the network cannot be split that way.
         """
         if isinstance(mesh, str):
             mesh = meshes.make_mesh(meshes.mesh_sizes(mesh))
@@ -206,13 +207,13 @@ class VideoPipeline:
         return dataclasses.replace(pipe, params=params, decoder=decoder)
 
     def place(self, batch: jax.Array | np.ndarray) -> jax.Array:
-        """Spreads an array over the devices along its first axis, that of the videos."""
+        """Splits an array over the devices along its first axis, the videos."""
         if self.mesh is None:
             return jax.device_put(batch)
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("data")))
 
     def run(self, program: Callable, *arguments):
-        """Calls a program under the mesh, which the attention kernels look for."""
+        """Calls a program under the pipeline's mesh, which the attention kernels look up."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             if self.executables is not None and program in programs.STATIC:
                 return self.executables.call(program, programs.STATIC[program], *arguments, mesh=self.mesh)
@@ -244,7 +245,7 @@ class VideoPipeline:
         Args:
           prompts: see `stream`.
           output: "pixels" or "latent".
-          callback: called with each chunk (`Chunk`) as soon as it has been generated.
+          callback: called with each `Chunk` as soon as it has been generated.
           **options: see `stream`.
 
         Returns:
@@ -266,30 +267,30 @@ class VideoPipeline:
     ) -> Iterator[np.ndarray]:
         """Generates videos chunk by chunk.
 
-        The video of a prompt depends on the prompt, the seed and its number, not on the batch it is in.
+        A video depends only on its prompt, the seed and its number, not on the rest of the batch.
 
         Args:
-          prompts: B prompts, one prompt, or embeddings [B, S, D] in their place.
+          prompts: B prompts, one prompt, or embeddings [B, S, D].
           output: "pixels" or "latent".
           **options: fields of `Sampling` that differ from `self.sampling`, such as `frames` or `seed`; `first_index`,
-            the number of the first video (the others count on); `initial`, latents float32 [B, I, H, W, C] to go on
+            the number of the first video (the others follow); `initial`, latents float32 [B, I, H, W, C] to continue
             from.
 
         Yields:
-          uint8 [B, m, h, w, c], or latents float32 [B, n, H, W, C], of each chunk, initial ones included. A
-          bidirectional network gives a whole video at once.
+          uint8 [B, m, h, w, c], or latents float32 [B, n, H, W, C], of each chunk, including initial ones. A
+          bidirectional network yields the whole video at once.
 
         Raises:
-          ValueError: if the network cannot generate such a video, or does not know a word.
+          ValueError: if the network cannot generate such a video, or a prompt has a word it does not know.
         """
         chunks = self.chunks(prompts, **self._options(output, options), decoded=output == "pixels")
         return (_on_host(chunk, output) for chunk in chunks)
 
     def with_sampling(self, **changes) -> "VideoPipeline":
-        """The same pipeline with other fields of `Sampling` as its own.
+        """The same pipeline with other defaults for fields of `Sampling`.
 
         Raises:
-          ValueError: on unknown fields, and on those that this network does not have.
+          ValueError: if a field is unknown or does not apply to this network.
         """
         for name in {"first_index", "initial"} & set(changes):
             raise ValueError(f"{name} is no field of Sampling: give it to the call")
@@ -299,7 +300,7 @@ class VideoPipeline:
         """The same pipeline with other fields of `RolloutConfig`, such as `window`, `sink` or `steps`.
 
         Raises:
-          ValueError: on values that no rollout can have, and with a bidirectional network.
+          ValueError: if a field is unknown, has an invalid value or does not apply, or the network is bidirectional.
         """
         if self.rollout is None:
             raise ValueError(f"{', '.join(changes)}: a bidirectional network has no chunks; give a causal checkpoint")
@@ -317,7 +318,7 @@ class VideoPipeline:
         return dataclasses.replace(self, rollout=dataclasses.replace(self.rollout, **changes))
 
     def _options(self, output: str, options: dict) -> dict:
-        """Arguments of `chunks` from those of `stream`."""
+        """Converts the arguments of `stream` to those of `chunks`."""
         fields = {field.name for field in dataclasses.fields(Sampling)}
         unknown = set(options) - fields - {"first_index", "initial"}
         if unknown:
@@ -347,14 +348,14 @@ class VideoPipeline:
         initial: np.ndarray | None = None,
         decoded: bool = True,
     ) -> Iterator[Chunk]:
-        """As `stream`, with latents and pixels of each chunk on the devices, where they may still be computed.
+        """`stream`, but with latents and pixels of each chunk on the devices, possibly still being computed.
 
         Args:
           prompts: see `stream`.
-          sampling: how; None is `self.sampling`.
+          sampling: the sampling settings; None is `self.sampling`.
           first_index: see `stream`; or the numbers of all videos.
           initial: see `stream`.
-          decoded: whether to decode the latents, where there is a decoder.
+          decoded: whether to decode the latents, if there is a decoder.
 
         Raises:
           ValueError: see `stream`.
@@ -375,7 +376,7 @@ class VideoPipeline:
         return self._ahead(self._decoded(latents, len(text), size) if decoded and self.decoder else latents)
 
     def checked_initial(self, initial: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-        """Refuses initial latents [B, I, H, W, C] that no video of latents of `size` (H, W, C) can go on from."""
+        """Checks that a video with latents of `size` (H, W, C) can continue initial latents [B, I, H, W, C]."""
         if self.rollout is None:
             raise ValueError("a bidirectional network cannot go on from given frames: give a causal checkpoint")
         initial = np.asarray(initial)
@@ -403,7 +404,7 @@ class VideoPipeline:
         return pixels // factor
 
     def embed(self, prompts: Sequence[str] | np.ndarray) -> np.ndarray:
-        """Embeddings [B, S, D] of prompts, or those that are given in their place, checked."""
+        """Embeddings [B, S, D] of prompts; embeddings are checked and returned."""
         if not isinstance(prompts, (np.ndarray, jax.Array)):
             if self.text_encoder is None:
                 raise ValueError("the pipeline has no text encoder: give embeddings [B, S, D] in place of prompts")
@@ -420,20 +421,20 @@ class VideoPipeline:
         return prompts
 
     def _ahead(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Starts the next chunk before one is handed out, on a GPU or TPU."""
+        """On a GPU or TPU, starts the next chunk before yielding the current one."""
         ready = collections.deque()
         for chunk in chunks:
             ready.append(chunk)
-            # a CPU would run both at once, each at half its speed
+            # A CPU would run both at once, each at half the speed.
             if jax.default_backend() == "cpu" or len(ready) > 1:
                 yield ready.popleft()
         yield from ready
 
     def _decoded(self, chunks: Iterator[Chunk], batch: int, size: tuple[int, ...]) -> Iterator[Chunk]:
-        """Adds the pixels."""
+        """Adds pixels to the chunks."""
         cache = self.run(programs.empty_decoder_cache, self.decoder, batch, *size[:2])
         for chunk in chunks:
-            # Frame by frame: chunks of all sizes share two programs, and compilers take minutes for a large decoder.
+            # Frame by frame, so that chunks of all sizes share two programs: a large decoder takes minutes to compile.
             pixels = []
             for i in range(chunk.latents.shape[1]):
                 frame = self.run(programs.latent_frame, chunk.latents, np.int32(i))
@@ -442,7 +443,7 @@ class VideoPipeline:
             yield dataclasses.replace(chunk, pixels=self.run(programs.join_frames, pixels))
 
     def _latents(self, text, examples, sampling, size, initial) -> Iterator[Chunk]:
-        """Chunks of latents; `size` is (H, W, C)."""
+        """Generates chunks of latents; `size` is (H, W, C)."""
         key = self.run(programs.sample_key, np.uint32(sampling.seed))
         source = (key, self.place(examples), self.noise_number)
         frames = self.latent_frames(sampling.frames)
@@ -474,7 +475,7 @@ class VideoPipeline:
             start += count
 
     def _negative(self, sampling: Sampling, text: np.ndarray) -> np.ndarray:
-        """Embedding [1, S, D] of the negative prompt; zeros in a pipeline without text encoder."""
+        """Embedding [1, S, D] of the negative prompt; zeros if the pipeline has no text encoder."""
         if self.text_encoder is None:
             if sampling.negative_prompt:
                 raise ValueError("negative_prompt is given: a pipeline without text encoder cannot embed it")
@@ -482,7 +483,7 @@ class VideoPipeline:
         return self.text_encoder.encode([sampling.negative_prompt])
 
     def _whole(self, text, source, sampling: Sampling, size: tuple[int, ...]) -> jax.Array:
-        """A whole video of a bidirectional network; `size` is (F, H, W, C)."""
+        """Generates whole videos with a bidirectional network; `size` is (F, H, W, C)."""
         key, examples, _ = source
         state = self.run(programs.bidirectional_start, key, examples, (examples.shape[0], *size))
         table = solvers.rows(sampling.solver)
@@ -491,7 +492,7 @@ class VideoPipeline:
             row = tuple(column[i] for column in table)
             static = (self.transformer, sampling.guidance)
             state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)
-            jax.block_until_ready(state.x)  # else the bar would show the dispatch
+            jax.block_until_ready(state.x)  # otherwise the bar would show dispatches, not finished steps
         return state.x
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline runs on the devices, as jitted functions: one compilation per shape, caches donated."""
+"""The jitted functions that a pipeline runs: one compilation per shape, with donated caches."""
 
 import functools
 from typing import Any
@@ -17,9 +17,9 @@ from sf_jax.models.patch_codec import to_float, to_uint8
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.rng import Purpose, key_for
 
-# For GPUs; other compilers take no notice. Products by cuBLASLt, which adds bias and residual and applies GELU to what
-# it computes: XLA's own kernels write the product, which is then read again. Products of one factor are not joined, as
-# XLA would copy their weights in every call. Read in the compiled program: docs/wan.md.
+# For GPUs; other compilers ignore them. cuBLASLt fuses bias, residual and GELU into the matmul, while XLA's own kernels
+# write its result to memory and read it back. Matmuls that share an input are not merged, as XLA would then copy their
+# weights in every call. docs/wan.md has the evidence from the compiled program.
 COMPILER_OPTIONS = {
     "xla_gpu_enable_cublaslt": True,
     "xla_gpu_enable_triton_gemm": False,
@@ -35,7 +35,7 @@ def encode_text(model: WanTransformer, params: dict, text: jax.Array):
 
 @jax.jit
 def sample_key(seed: jax.Array) -> jax.Array:
-    """The key of a pipeline's noise for a seed, uint32."""
+    """The key of a pipeline's noise for a uint32 seed."""
     return key_for(seed, 0, Purpose.SAMPLE)
 
 
@@ -47,7 +47,7 @@ def latent_frame(latents: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.jit
 def join_frames(parts: list[jax.Array]) -> jax.Array:
-    """Pixels [B, m, h, w, c] one behind the other."""
+    """Concatenates pixels [B, m, h, w, c] along the frames."""
     return jnp.concatenate(parts, axis=1)
 
 
@@ -66,7 +66,7 @@ def decode(decoder: Decoder, cache: Any, latents: jax.Array) -> tuple[Any, jax.A
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -> Any:
-    """The decoder's cache before a video's first frame, made on its devices."""
+    """The decoder's cache before a video's first frame, created on its devices."""
     return by_columns(decoder.init_cache(batch, height, width))
 
 
@@ -74,18 +74,18 @@ def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -
 def empty_cache(
     model: WanTransformer, config: ro.RolloutConfig, batch: int, frames: int, size: tuple, dtype: str | None = None
 ) -> KVCache:
-    """A cache for `frames` latent frames of `size` (H, W, C), made on its devices, of one of `kv_cache.DTYPES`."""
+    """A cache for `frames` latent frames of `size` (H, W, C), created on its devices; see `kv_cache.DTYPES`."""
     return in_place(ro.empty_cache(model, config, batch, frames, *size[:2], dtype=dtype))
 
 
 def in_place(cache: KVCache) -> KVCache:
-    """Keeps a cache where it is: no call gives it back in other places than it was given."""
+    """Fixes the sharding of a cache, so that every call returns it with the sharding it came with."""
     k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (cache.k, cache.v))
     return cache.replace(k=k, v=v, frames=constrain(cache.frames, None))
 
 
 def by_video(tree: Any) -> Any:
-    """Arrays [B, ...] whose videos are spread over the devices, and nothing else."""
+    """Shards arrays [B, ...] over the devices by video only."""
     return jax.tree.map(lambda a: constrain(a, "batch", *[None] * (a.ndim - 1)), tree)
 
 
@@ -96,13 +96,13 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
     Args:
       model: the transformer.
       config: chunks and steps.
-      many: (solver, guidance) of many steps; None for the few steps of a student.
+      many: (solver, guidance) of a many-step network; None for a few-step student.
       size: (n, H, W, C) of the chunk.
       params: the transformer's parameters.
       text: from `encode_text`; with many steps, each prompt is followed by its negative prompt.
-      cache: keys and values of the frames before.
-      source: (key, examples int32 [B], number), what the noise is drawn from: the key of a chunk's initial noise is
-        folded with the number, which must not be one of those of `rollout.key_draw`; None is the first behind them.
+      cache: keys and values of the previous frames.
+      source: (key, examples int32 [B], number) of the noise. The number is folded into the key of a chunk's initial
+        noise and must differ from those of `rollout.key_draw`; None is the first number after them.
       place: (first latent frame, index of the chunk, whether no chunk follows); may be traced.
 
     Returns:
@@ -124,14 +124,14 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=COMPILER_OPTIONS)
 def write_initial(model, config, params, text, cache, clean, start):
-    """The cache with a chunk of given latents [B, n, H, W, C]."""
+    """Writes a chunk of given latents [B, n, H, W, C] to the cache."""
     clean = jnp.repeat(clean, text.k.shape[1] // clean.shape[0], axis=0)
     return in_place(ro.write_chunk(model, config, params, text, cache, clean, start)[0])
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def bidirectional_start(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -> solvers.SolverState:
-    """The state before the first step of whole videos of `shape` [B, F, H, W, C]."""
+    """The solver's state before the first step, for whole videos of `shape` [B, F, H, W, C]."""
     return by_video(solvers.start(ro.example_noise(key, examples, shape)))
 
 
@@ -148,7 +148,7 @@ def bidirectional_step(model, guidance, params, text, state, row):
     return by_video(solvers.step(state, row, flow))
 
 
-# Which arguments are static, of the programs that `executables` keeps.
+# Static arguments of the programs that `executables` caches.
 STATIC = {
     sample_key: (),
     encode_text: (0,),

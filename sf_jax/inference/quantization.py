@@ -1,4 +1,4 @@
-"""What 8-bit numbers cost a network, measured when it is loaded."""
+"""Measures the error of 8-bit quantization when a network is loaded."""
 
 import contextlib
 import functools
@@ -18,14 +18,14 @@ SIDE = 8  # tokens along each side of the frame
 def report(
     quantizer: Quantizer | None, config: WanConfig, params: dict, mesh: Mesh | None = None, quiet: bool = False
 ) -> Quantization | None:
-    """What quantization costs a network; warns where that is outside the gate.
+    """Reports the quantization error of a network; warns if it exceeds the quality gate.
 
     Args:
-      quantizer: what quantized it; None where nothing did.
-      config: of the transformer.
-      params: its parameters, quantized.
-      mesh: the devices that they are on; None is the default device.
-      quiet: whether not to warn, of weights that are not the network's own.
+      quantizer: the quantizer that was used; None without quantization.
+      config: the transformer's sizes.
+      params: the transformer's quantized parameters.
+      mesh: the devices that hold them; None is the default device.
+      quiet: whether to suppress the warning, for weights that are not the network's own.
     """
     if quantizer is None:
         return None
@@ -37,18 +37,18 @@ def report(
 
 
 def products_error(config: WanConfig, params: dict, mesh: Mesh | None = None) -> float:
-    """Relative error (L2) of the flow with quantized activations against that with the same weights and exact ones.
+    """Relative L2 error of the flow from quantizing activations, compared with exact ones and the same weights.
 
-    One frame of noise at the first timestep, behind an empty prompt: activations far above the others, which rob a
-    token's other numbers of their bits, are the network's own and show there, too.
+    The input is one frame of noise at the first timestep with an empty prompt. Outlier activations, which cost the
+    other numbers of a token their precision, are a property of the network, so they show for this input too.
 
     Args:
-      config: of the transformer.
-      params: its parameters, quantized.
-      mesh: the devices that they are on; None is the default device.
+      config: the transformer's sizes.
+      params: the transformer's quantized parameters.
+      mesh: the devices that hold them; None is the default device.
     """
     model = WanTransformer(config)
-    columns = SIDE * (1 if mesh is None else mesh.shape.get("context", 1))  # tokens that `context` divides
+    columns = SIDE * (1 if mesh is None else mesh.shape.get("context", 1))  # makes the tokens divisible by `context`
     shape = (1, 1, SIDE * config.patch[1], columns * config.patch[2], config.channels)
     x, text = jax.random.normal(jax.random.key(0), shape), jnp.zeros((1, config.text_len, config.text_dim))
     exact = jax.tree.map(

@@ -1,12 +1,12 @@
-"""Video that never ends: streams side by side in one forward pass, whose prompts change while they play.
+"""Endless video: streams batched in one forward pass, whose prompts can change while they play.
 
     stream = sf_jax.Stream(sf_jax.load_pipeline(), slots=4)
     seven = stream.join("a 7 moving left, fast", seed=1)
     while True:
         show(stream.step()[seven])  # uint8 [m, h, w, c]
 
-Memory and time of a chunk stay the same however long a stream plays. Streams join and leave between chunks without
-compiling anything, and none of them depends on the others.
+Memory and time per chunk stay constant however long a stream plays. Streams join and leave between chunks without
+recompilation, and they are independent of each other.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ from sf_jax.inference.stream_state import StreamSpec
 
 @dataclasses.dataclass
 class _Playing:
-    """What the host knows of a stream.
+    """The host's state of a stream.
 
     Attributes:
-      slot: its place in the batch.
-      embedding: float32 [1, S, D], what its prompt keys and values were made of.
-      frames: latent frames since it began, given ones included.
-      position: frames since the last cut: the next frame's position where positions are absolute.
+      slot: its index in the batch.
+      embedding: float32 [1, S, D], the embedding of its prompt keys and values.
+      frames: number of latent frames since it began, including given ones.
+      position: frames since the last cut; with absolute positions, the next frame's position.
       sizes: sizes of its chunks, oldest first; at least of those in the cache, see `_kept_sizes`.
-      change: how its prompt changes with the chunks to come.
-      given: pixels that the next step gives out before its own.
-      lone: latents [1, H, W, C] that the next step gives out before its own.
-      fresh: whether the decoder has seen nothing.
-      begins: whether a first frame of its own is to be generated.
+      change: the pending change of its prompt over the coming chunks.
+      given: pixels that the next step returns before its own.
+      lone: latents [1, H, W, C] that the next step returns before its own.
+      fresh: whether the decoder has not decoded anything yet.
+      begins: whether a single first frame is still to be generated.
     """
 
     slot: int
@@ -59,18 +59,18 @@ class _Playing:
 class Stream:
     """Endless streams of a few-step student, S of them in one batch.
 
-    `step` makes the next chunk of all of them. It only starts the work: the frames are fetched when somebody looks at
-    them, so a GPU or TPU can be given the next step before.
+    `step` generates the next chunk of all streams. It returns as soon as the work is dispatched; frames are fetched
+    when they are accessed, so a GPU or TPU can get the next step before that.
     """
 
     def __init__(self, pipe: VideoPipeline, slots: int = 1, *, memory: int | None = None, **options):
-        """Sets up the state; nothing plays yet.
+        """Allocates the state; no stream plays yet.
 
         Args:
           pipe: a few-step student with a window.
-          slots: how many streams there can be at once. Their memory is taken now, and every step computes them all.
-          memory: bytes that the streams of one device may take; None is what the device says it has left, if it does.
-          **options: `height` and `width`, where they are not those of the pipeline.
+          slots: maximum number of simultaneous streams. Their memory is allocated now, and every step computes all.
+          memory: bytes that the streams of one device may use; None is the free memory that the device reports, if any.
+          **options: `height` and `width`, if they differ from the pipeline's.
 
         Raises:
           ValueError: if the network cannot stream, or the slots do not fit into the memory.
@@ -90,7 +90,7 @@ class Stream:
 
     @property
     def free(self) -> int:
-        """How many more streams can join."""
+        """Number of streams that can still join."""
         return self.slots - len(self._playing)
 
     @property
@@ -99,7 +99,7 @@ class Stream:
         return tuple(self._playing)
 
     def frames(self, stream: int) -> int:
-        """Latent frames that a stream has had, given ones included."""
+        """Number of latent frames of a stream so far, including given ones."""
         return self._of(stream).frames
 
     def join(
@@ -110,21 +110,21 @@ class Stream:
         number: int = 0,
         initial: np.ndarray | None = None,
     ) -> int:
-        """Begins a stream, from noise or from given frames; its first frames come with the next step.
+        """Starts a stream from noise or from given frames; the next step returns its first frames.
 
-        The frames are those of `pipe(prompt, seed=seed, first_index=number)`, up to rounding.
+        The frames equal those of `pipe(prompt, seed=seed, first_index=number)` up to rounding.
 
         Args:
           prompt: a text, or its embedding [S, D].
           seed: seed of the noise; None is the pipeline's.
-          number: number of the video; together with the seed it says which noise.
-          initial: latents float32 [I, H, W, C] to go on from, such as `pipe.encode(pixels[None])[0]`.
+          number: number of the video; seed and number determine the noise.
+          initial: latents float32 [I, H, W, C] to continue from, such as `pipe.encode(pixels[None])[0]`.
 
         Returns:
-          An id, by which the stream is known from now on.
+          The stream's id.
 
         Raises:
-          ValueError: if all slots play, or an argument is wrong.
+          ValueError: if all slots are taken, or an argument is invalid.
         """
         slot, seed = self._free_slot(), self.pipe.sampling.seed if seed is None else seed
         Sampling(seed=seed)
@@ -145,7 +145,7 @@ class Stream:
         return self._add(playing)
 
     def leave(self, stream: int) -> None:
-        """Ends a stream; another can join in its place."""
+        """Ends a stream and frees its slot."""
         self._of(stream)
         del self._playing[stream]
 
@@ -158,28 +158,27 @@ class Stream:
         context_timestep: float | None = None,
         overshoot: float = 0.0,
     ) -> None:
-        """Changes the prompt of a stream, from its next chunk on.
+        """Changes the prompt of a stream from its next chunk on.
 
-        What "flush" and "cut" forget is forgotten at once; all else waits for the next step, and a second prompt
-        before it takes the place of the first.
+        "flush" and "cut" drop frames immediately. Everything else takes effect at the next step; a second prompt before
+        that replaces the first.
 
         Args:
           stream: the stream's id.
           prompt: see `join`.
-          mode: "swap": new text, nothing else; "recache": the keys and values of the window are computed again under
-            the new text from the clean latents (LongLive, arXiv 2509.22622); "flush": the sink and the newest latent
-            frame are kept, the others forgotten (Infinity-RoPE, arXiv 2511.20649); "cut": everything is forgotten, and
-            a new scene begins.
-          transition_chunks: chunks over which the embedding goes from the old prompt's to the new one's, in even
-            steps; 0 changes at once. What is computed again is so for each of them.
-          context_timestep: in [0, 1000), for "recache" and "flush": what is kept is computed again with the noise of
-            this timestep, and tells less of what was shown. None is the rollout's own for "recache"; "flush" then
-            computes nothing again.
-          overshoot: in the first three chunks that have all of the new prompt, its embedding lies this much farther
-            from the old one's, in units of their distance; a network that holds on to what it has shown follows sooner.
+          mode: "swap": only changes the text; "recache": recomputes the window's keys and values from the clean latents
+            under the new text (LongLive, arXiv 2509.22622); "flush": keeps the sink and the newest latent frame and
+            drops the others (Infinity-RoPE, arXiv 2511.20649); "cut": drops everything and starts a new scene.
+          transition_chunks: number of chunks over which the embedding moves from the old prompt's to the new one's, in
+            even steps; 0 changes at once. Recomputation happens for each of these chunks.
+          context_timestep: in [0, 1000), for "recache" and "flush": recomputes the kept frames with the noise of this
+            timestep, which weakens the influence of earlier frames. None is the rollout's own timestep for "recache",
+            and no recomputation for "flush".
+          overshoot: in the first three chunks after the transition, moves the new embedding this much farther from the
+            old one, in units of their distance. A network that clings to earlier frames then follows sooner.
 
         Raises:
-          ValueError: on an unknown id or mode, or a prompt that cannot be embedded.
+          ValueError: if the id, the mode or another option is invalid, or the prompt cannot be embedded.
         """
         playing = self._of(stream)
         check_change(mode, transition_chunks, context_timestep, overshoot)
@@ -199,13 +198,13 @@ class Stream:
             playing.begins = self.spec.rollout.first_frame_alone
 
     def step(self, only: Sequence[int] | None = None) -> Frames:
-        """Starts the next chunk of the streams.
+        """Dispatches the next chunk of the streams.
 
         Args:
-          only: ids of the streams that go on, the others pause; None is all.
+          only: ids of the streams to advance, while the others pause; None advances all.
 
         Raises:
-          ValueError: if a stream is unknown, or at the end of absolute positions.
+          ValueError: if a stream is unknown, or has reached the end of absolute positions.
         """
         if only is not None and (isinstance(only, str) or not isinstance(only, (Sequence, set, np.ndarray))):
             raise ValueError(f"only is {only!r}: it must be a list of ids")
@@ -219,7 +218,7 @@ class Stream:
             try:
                 self._prepare(playing)
             except BaseException:
-                # half of its keys and values may be gone: it must not go on as if nothing had been
+                # Its keys and values may be incomplete, so the stream must not continue.
                 self._playing.pop(stream, None)
                 raise
         active = np.zeros(self.slots, bool)
@@ -234,14 +233,14 @@ class Stream:
         return Frames(latents, pixels, parts)
 
     def save(self, stream: int, path: str | Path, compact: bool = False) -> None:
-        """Writes a stream to a file, from which any process with the same weights goes on.
+        """Writes a stream to a file, from which any process with the same weights can continue it.
 
         Args:
           stream: the stream's id.
-          path: the file, safetensors.
-          compact: whether to leave out the keys and values, nearly all of the file: they are then computed again from
-            the clean latents, as "recache" does, and the frames to come are close to those without the break. With
-            them, and as many slots, the frames are the same to the bit.
+          path: the safetensors file.
+          compact: whether to omit the keys and values, which are most of the file. `restore` then recomputes them from
+            the clean latents, as "recache" does, and later frames are close to those of an uninterrupted stream. With
+            keys and values, and the same number of slots, later frames are bit-identical.
 
         Raises:
           ValueError: if the stream is unknown, or the path cannot be written.
@@ -260,10 +259,10 @@ class Stream:
         stream_files.write(_path(path), self.spec, self._weights, one, host, embeddings, compact)
 
     def restore(self, path: str | Path) -> int:
-        """Goes on with a stream that `save` wrote; returns its new id.
+        """Continues a stream written by `save`; returns its new id.
 
         Raises:
-          ValueError: if all slots play, or the file is damaged or was written with another model or other sizes.
+          ValueError: if all slots are taken, or the file is damaged or was written with another model or other sizes.
         """
         slot, path = self._free_slot(), _path(path)
         like = jax.eval_shape(stream_state.take, self.state, 0)
@@ -299,11 +298,11 @@ class Stream:
 
     @property
     def _weights(self):
-        """What the frames depend on beside the state."""
+        """The weights on which the frames depend, in addition to the state."""
         return {"params": self.pipe.params, "decoder": self.pipe.decoder}
 
     def _embedded(self, prompt) -> np.ndarray:
-        """float32 [1, S, D]."""
+        """Embedding float32 [1, S, D] of a prompt."""
         if isinstance(prompt, (np.ndarray, jax.Array)):
             config = self.pipe.transformer.config
             if prompt.shape != (config.text_len, config.text_dim):
@@ -355,7 +354,7 @@ class Stream:
         self.state = self._run(getattr(stream_state, name), self.state, np.int32(slot), *arguments)
 
     def _prepare(self, playing: _Playing) -> None:
-        """What comes before the next chunk: a new prompt, and a first frame of its own."""
+        """Prepares a stream for its next chunk: applies a new prompt, and generates a single first frame."""
         if playing.change is not None:
             embedding, rest = playing.change.next()
             self._change("set_text", playing.slot, self._keys_values(embedding))
@@ -369,7 +368,7 @@ class Stream:
             playing.given, playing.lone, playing.begins = self._decode(playing, clean), [np.asarray(clean[0])], False
 
     def _recache(self, playing: _Playing, timestep: float | None = None) -> None:
-        """Computes the kept keys and values again, chunk by chunk, under the present prompt."""
+        """Recomputes the cached keys and values chunk by chunk under the current prompt."""
         sizes, before = self._kept_sizes(playing), (playing.frames, playing.position)
         self.state, latents = self._run(stream_state.recall, self.spec, self.state, np.int32(playing.slot))
         playing.sizes, first, config = [], 0, self.spec.rollout
@@ -382,7 +381,7 @@ class Stream:
         playing.frames, playing.position = before
 
     def _append(self, playing: _Playing, clean, context: tuple[float, float, int]) -> None:
-        """Writes frames as the next ones; `context` is that of `stream_state.append`."""
+        """Appends frames to a stream's cache; for `context` see `stream_state.append`."""
         timestep, sigma, number = context
         context = (np.float32(timestep), np.float32(sigma), np.int32(number))
         arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot), clean, context)
@@ -397,7 +396,7 @@ class Stream:
             playing.sizes = self._kept_sizes(playing)
 
     def _kept_sizes(self, playing: _Playing) -> list[int]:
-        """Sizes of the chunks, or of what is left of them, that are in the cache: the sink's, then the newest."""
+        """Sizes of the chunks, or parts of chunks, in the cache: the sink's, then the newest."""
         total, sink = sum(playing.sizes), self.spec.rollout.sink
         if total <= self.spec.capacity:
             return list(playing.sizes)
@@ -405,7 +404,7 @@ class Stream:
         return _first(playing.sizes, sink) + newest
 
     def _decode(self, playing: _Playing, latents) -> list[np.ndarray]:
-        """Pixels of a video's first latents [1, n, H, W, C]; the decoder goes on from there."""
+        """Decodes a video's first latents [1, n, H, W, C] to pixels; the stream's decoder continues from there."""
         decoder = self.pipe.decoder
         if decoder is None:
             return []
@@ -436,10 +435,10 @@ def _first(sizes: list[int], count: int) -> list[int]:
 
 
 def stream_spec(pipe: VideoPipeline) -> StreamSpec:
-    """What a pipeline's streams are compiled for.
+    """The static settings of a pipeline's streams.
 
     Raises:
-      ValueError: if it is no few-step student, or has no window.
+      ValueError: if the pipeline is not a few-step student, or has no window.
     """
     if not isinstance(pipe, VideoPipeline):
         raise ValueError(f"pipe is {pipe!r}: it must be a VideoPipeline, such as that of sf_jax.load_pipeline()")

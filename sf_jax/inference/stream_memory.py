@@ -1,4 +1,4 @@
-"""What endless streams take of a device's memory, known before any of it is taken."""
+"""Device memory of endless streams, computed before any of it is allocated."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ class StreamBytes:
       latents: its clean latents.
       prompt: keys and values of its prompt.
       decoder: the decoder's cache.
-      workspace: its share of what a step needs while it runs, its frames included.
+      workspace: its share of a step's temporary memory, including its frames.
     """
 
     cache: int
@@ -36,11 +36,11 @@ class StreamBytes:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self.cache + self.latents + self.prompt + self.decoder + self.workspace
 
     def describe(self) -> str:
-        """One line."""
+        """A one-line summary."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         parts = ", ".join(f"{name} {_size(value)}" for name, value in fields.items())
         return f"{_size(self.total)} ({parts})"
@@ -51,10 +51,10 @@ def _size(count: int) -> str:
 
 
 def check_slots(slots: int, mesh: Mesh | None) -> int:
-    """A number of streams.
+    """Validates a number of streams and returns it as an int.
 
     Raises:
-      ValueError: unless it is whole, at least 1 and a multiple of the mesh's axis `data`.
+      ValueError: unless it is an integer, at least 1 and a multiple of the mesh's axis `data`.
     """
     if isinstance(slots, bool) or not isinstance(slots, (int, np.integer)) or slots < 1:
         raise ValueError(f"slots is {slots!r}: it must be a whole number of at least 1")
@@ -64,10 +64,10 @@ def check_slots(slots: int, mesh: Mesh | None) -> int:
 
 
 def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> StreamBytes:
-    """What each of `slots` streams takes: shapes alone, and the memory plan of the compiled step.
+    """Memory of each of `slots` streams, from the shapes of the state and the memory plan of the compiled step.
 
-    The compiler is the only one who knows the workspace, so it is asked; nothing is allocated. On a mesh, the bytes
-    are a device's own: its streams, of those the part that it has.
+    Only the compiler knows the workspace, so this compiles the step, without allocating anything. On a mesh, the bytes
+    are those of one device: its part of each of its streams.
     """
     slots = check_slots(slots, pipe.mesh)
     state = jax.eval_shape(lambda: stream_state.empty_state(spec, pipe.decoder, slots))
@@ -88,7 +88,7 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
 
 
 def _on_mesh(pipe, state):
-    """The state's shapes, spread over the mesh as `stream_state` spreads them."""
+    """The state's shapes, with the shardings that `stream_state` uses on the mesh."""
 
     def leaf(a, *names):
         where = NamedSharding(pipe.mesh, partition.spec(a.shape, *names))
@@ -98,16 +98,17 @@ def _on_mesh(pipe, state):
 
 
 def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int | None) -> None:
-    """Refuses more streams than fit, before anything is allocated.
+    """Checks that the streams fit into memory, before anything is allocated.
 
     Args:
-      spec: what they are compiled for.
-      pipe: whose streams they are.
-      slots: how many.
-      memory: bytes that the streams of one device may take; None is what the device says is left (CPUs say nothing).
+      spec: the streams' static settings.
+      pipe: the pipeline of the streams.
+      slots: number of streams.
+      memory: bytes that the streams of one device may use; None is the free memory that the device reports (CPUs report
+        none, which skips the check).
 
     Raises:
-      ValueError: saying how many would fit.
+      ValueError: if they do not fit; names the number that would.
     """
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, (int, np.integer)) or memory < 0):
         raise ValueError(f"memory is {memory!r}: it must be a whole number of bytes")
@@ -123,7 +124,7 @@ def check_memory(spec: StreamSpec, pipe: VideoPipeline, slots: int, memory: int 
     if own * each.total <= memory:
         return
     fit, smaller = min(own - 1, memory // each.total), each
-    while fit:  # the workspace is not quite proportional to the slots
+    while fit:  # the workspace is not exactly proportional to the slots
         smaller = bytes_per_stream(spec, pipe, fit * apart)
         if fit * smaller.total <= memory:
             break

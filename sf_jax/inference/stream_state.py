@@ -1,8 +1,8 @@
-"""The state of endless streams, side by side in one batch, and the programs that move it on. `stream.Stream` runs them.
+"""The state of endless streams in one batch, and the programs that update it; `stream.Stream` runs them.
 
-A stream's frames are numbered anew when it begins, at a cut and at a flush; the number says where a frame is kept, and
-`shift` turns it into a position in the video. Every stream has its own age, so what is one number for the videos of a
-batch elsewhere is an array here: `jax.vmap` of the rollout's own code for one video.
+The numbering of a stream's frames restarts when it begins, at a cut and at a flush. A frame's number determines its
+cache slot, and `shift` turns it into a position in the video. Every stream has its own age, so values that a batch of
+videos shares elsewhere are arrays here: the programs are a `jax.vmap` of the rollout's code for one video.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from sf_jax.models.patch_codec import to_uint8
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rng import Purpose, key_for
 
-# Fields whose first axis is the layers; the streams are along the second one, in all others along the first.
+# Fields whose first axis is the layers and whose second is the streams; in all others the streams are the first axis.
 LAYERED = ("k", "v", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamSpec:
-    """What the programs of a stream are compiled for.
+    """The static settings for which a stream's programs are compiled.
 
     Attributes:
       model: the student.
-      rollout: how it generates; it has a window.
+      rollout: the rollout's settings, with a window.
       size: (H, W, C) of a latent frame.
       noise_number: see `VideoPipeline`.
       cache_dtype: see `VideoPipeline`.
@@ -49,28 +49,28 @@ class StreamSpec:
 
     @property
     def capacity(self) -> int:
-        """Latent frames that are kept of a stream: those that its next chunk sees."""
+        """Latent frames kept per stream, which are those that its next chunk sees."""
         return self.rollout.window - self.rollout.chunk
 
 
 @flax.struct.dataclass
 class StreamState:
-    """S streams.
+    """The state of S streams.
 
     Attributes:
-      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding; scaled where of 8 bits.
-      v: [L, S, capacity*tokens, N, D].
-      held: int32 [S, capacity], number of the frame that each slot of the cache holds; -1 where it is empty.
+      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding; `Scaled` in 8 bits.
+      v: [L, S, capacity*tokens, N, D], values of the kept frames.
+      held: int32 [S, capacity], number of the frame in each slot of the cache; -1 if it is empty.
       latents: float32 [S, capacity, H, W, C], the clean latents of the same frames.
       text: prompt keys and values [L, S, T, N, D].
-      decoder: the decoder's cache, S first; () without decoder.
-      fresh: bool [S], whether the next frame is the first that the decoder sees.
+      decoder: the decoder's cache, with S as the first axis; () without decoder.
+      fresh: bool [S], whether the next frame is the first that the decoder gets.
       first: bool [S], whether the next chunk is the first of its video.
       age: int32 [S], number of the next frame.
-      shift: int32 [S], position of a frame behind the sink less its number.
-      chunk: int32 [S], chunks since the stream began; counts on through cuts.
-      seed: uint32 [S], of the noise.
-      number: int32 [S], of the video, as `first_index` of a pipeline.
+      shift: int32 [S], position minus number of a frame after the sink.
+      chunk: int32 [S], chunks since the stream began; cuts do not reset it.
+      seed: uint32 [S], seed of the noise.
+      number: int32 [S], number of the video, like `first_index` of a pipeline.
     """
 
     k: jax.Array | Scaled
@@ -89,7 +89,7 @@ class StreamState:
 
 
 def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
-    """`slots` streams that have not begun."""
+    """The state of `slots` streams that have not begun."""
     config, (height, width, channels) = spec.model.config, spec.size
     cache = ro.empty_cache(spec.model, spec.rollout, slots, spec.rollout.window, height, width, dtype=spec.cache_dtype)
     shape = (config.num_layers, slots, config.text_len, config.num_heads, config.head_dim)
@@ -115,18 +115,18 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def empty_on_devices(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
-    """`empty_state`, made where it stays."""
+    """`empty_state`, created with its final sharding."""
     return _spread(empty_state(spec, decoder, slots))
 
 
 def _decoder_cache(decoder: Decoder, batch: int, size: tuple[int, int, int]) -> Any:
-    """Shapes of a decoder's cache behind a video's first frame, which those of its later frames are."""
+    """Shapes of a decoder's cache after a video's first frame; later frames do not change them."""
     frame = jax.ShapeDtypeStruct((batch, 1, *size), jnp.float32)
     return jax.eval_shape(lambda x: decoder.decode_chunk(decoder.init_cache(batch, *size[:2]), x)[0], frame)
 
 
 def by_axis(function: Callable, *states: StreamState) -> StreamState:
-    """Maps the arrays of states: `function(axis, *arrays)`, with the axis along which the streams are."""
+    """Maps `function(axis, *arrays)` over the arrays of states; `axis` is that of the streams."""
     layers = {
         name: jax.tree.map(functools.partial(function, 1), *(getattr(state, name) for state in states))
         for name in LAYERED
@@ -136,7 +136,7 @@ def by_axis(function: Callable, *states: StreamState) -> StreamState:
 
 
 def by_place(function: Callable, state: StreamState) -> StreamState:
-    """Maps the arrays of a state: `function(array, *names)`, whose axes a mesh splits by their `partition` names."""
+    """Maps `function(array, *names)` over the arrays of a state; `names` are their axes' names for `partition`."""
     names = {"k": "heads", "v": "heads", "text": "features"}
     layered = {
         field: jax.tree.map(lambda a, name=name: function(a, None, "batch", None, name, None), getattr(state, field))
@@ -149,7 +149,7 @@ def by_place(function: Callable, state: StreamState) -> StreamState:
 
 
 def _slot(state: StreamState, slot: jax.Array | int) -> StreamState:
-    """One of the streams, still with its axis of length 1."""
+    """One of the streams, with a stream axis of length 1."""
     return by_axis(lambda axis, a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis), state)
 
 
@@ -163,17 +163,17 @@ def _put(state: StreamState, slot: jax.Array | int, one: StreamState) -> StreamS
 
 
 def _spread(state: StreamState) -> StreamState:
-    """Keeps every array where it is on the devices of the pipeline's mesh, where there is one."""
+    """Fixes the sharding of every array on the pipeline's mesh, if there is one."""
     return by_place(constrain, state)
 
 
 def _cache(spec: StreamSpec, one: StreamState) -> KVCache:
-    """The cache of one stream, from `_slot` or inside `vmap` with its axis put back."""
+    """The cache of one stream, from `_slot` or inside `vmap` with its axis restored."""
     return KVCache(k=one.k, v=one.v, frames=one.held[0], sink=spec.rollout.sink)
 
 
 def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, size: int) -> Layout:
-    """Positions and visible slots of the next `size` frames; everything kept is computed on, at any age."""
+    """Positions and visible slots of the next `size` frames; attention covers all slots at any age."""
     layout = ro.chunk_layout(cache, spec.rollout, age, size)
     frames, context = layout.frames, layout.context_frames
     if spec.rollout.positions == "absolute":
@@ -183,7 +183,7 @@ def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, 
 
 
 def _written(spec: StreamSpec, one: StreamState, kv: KeysValues, clean: jax.Array, active) -> StreamState:
-    """A stream with the next frames, whose keys and values are `kv`; left as it is unless `active`."""
+    """Adds the next frames, with keys and values `kv`, to a stream; unchanged unless `active`."""
     age, count = one.age[0], clean.shape[1]
     cache = kv_cache.write(_cache(spec, one), kv.k, kv.v, age, keep=~active)
     latents = one.latents
@@ -203,7 +203,7 @@ def _written(spec: StreamSpec, one: StreamState, kv: KeysValues, clean: jax.Arra
 
 
 def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Array, count: int):
-    """One stream's next `count` latent frames [1, n, H, W, C], as `programs.next_chunk` makes them."""
+    """Generates one stream's next `count` latent frames [1, n, H, W, C], like `programs.next_chunk`."""
     config, age = spec.rollout, one.age[0]
     timesteps, steps = config.timesteps_of(jnp.where(one.first[0], 0, 1))
     number = 2 * steps if spec.noise_number is None else spec.noise_number
@@ -212,7 +212,7 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
     cache = _cache(spec, one)
     inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
-    # as many calls for every stream: a loop whose end differs between them would copy what it updates
+    # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
     calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
     draw = ro.key_draw(key, one.number)
     kv, clean, _ = ro.denoise_chunk(
@@ -226,18 +226,18 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
 def step(
     spec: StreamSpec, params: dict, decoder: Decoder | None, state: StreamState, active: jax.Array
 ) -> tuple[StreamState, jax.Array, jax.Array | None]:
-    """The next chunk of every active stream; one program for the whole life of all streams.
+    """Generates the next chunk of every active stream; a single program serves all streams at any age.
 
     Args:
-      spec: what it is compiled for.
+      spec: the static settings.
       params: the student's parameters.
-      decoder: latents to pixels; None to stop at the latents.
+      decoder: decodes latents to pixels; None to stop at the latents.
       state: the streams; donated.
-      active: bool [S]; the others stay as they are, and their outputs are undefined.
+      active: bool [S], streams to advance; the others do not change, and their outputs are undefined.
 
     Returns:
-      The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c]: of a stream
-      whose first frame is among them, the first `temporal_factor - 1` are empty.
+      The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c], or None
+      without decoder. If a stream's first frame is among them, its first `temporal_factor - 1` pixel frames are empty.
     """
     axes = StreamState(**{field.name: 0 for field in dataclasses.fields(StreamState)}).replace(
         **dict.fromkeys(LAYERED, 1)
@@ -261,7 +261,7 @@ def step(
 
 
 def _decode(decoder: Decoder, state: StreamState, latents: jax.Array, active: jax.Array):
-    """Decodes the next latents [S, n, H, W, C] of all streams: the first frame of the fresh ones in its own way."""
+    """Decodes the next latents [S, n, H, W, C] of all streams; fresh streams decode their first frame differently."""
 
     def chosen(mask, new, old):
         return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
@@ -280,7 +280,7 @@ def _decode(decoder: Decoder, state: StreamState, latents: jax.Array, active: ja
         return chosen(state.fresh, (new, one), (cache, pixels))
 
     cache, pixels = later(state.decoder, latents[:, 0])
-    if jax.tree.leaves(state.decoder):  # else every frame is decoded by itself, in the same way
+    if jax.tree.leaves(state.decoder):  # otherwise frames are decoded independently, all in the same way
         cache, pixels = jax.lax.cond(jnp.any(state.fresh & active), first, lambda x: x, (cache, pixels))
     cache, rest = jax.lax.scan(later, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
     pixels = jnp.concatenate([pixels[None], rest]).swapaxes(0, 1)
@@ -289,7 +289,7 @@ def _decode(decoder: Decoder, state: StreamState, latents: jax.Array, active: ja
 
 @functools.partial(jax.jit, donate_argnums=0)
 def begin(state: StreamState, slot, text: KeysValues, seed, number) -> StreamState:
-    """Begins a stream in a slot: nothing is kept, and `text` is from `encode_text` of one prompt."""
+    """Starts a new stream in a slot; `text` is from `encode_text` of one prompt."""
     one = _slot(state, slot)
     zero = jnp.zeros_like(one.age)
     one = one.replace(held=jnp.full_like(one.held, -1), text=text)
@@ -300,20 +300,20 @@ def begin(state: StreamState, slot, text: KeysValues, seed, number) -> StreamSta
 
 @functools.partial(jax.jit, donate_argnums=0)
 def set_text(state: StreamState, slot, text: KeysValues) -> StreamState:
-    """Gives a stream the keys and values of another prompt."""
+    """Sets the prompt keys and values of a stream."""
     return _put(state, slot, _slot(state, slot).replace(text=text))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def set_decoder(state: StreamState, slot, cache: Any) -> StreamState:
-    """Gives a stream the decoder's cache of one video whose first frame has been decoded."""
+    """Sets a stream's decoder cache to that of one video whose first frame has been decoded."""
     one = _slot(state, slot)
     return _put(state, slot, one.replace(decoder=cache, fresh=jnp.zeros_like(one.fresh)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def cut(state: StreamState, slot) -> StreamState:
-    """Forgets all frames of a stream: a new video begins in it, with noise that goes on."""
+    """Drops all frames of a stream, so that a new video starts in it; the noise does not restart."""
     one = _slot(state, slot)
     zero = jnp.zeros_like(one.age)
     one = one.replace(held=jnp.full_like(one.held, -1), age=zero, shift=zero)
@@ -323,7 +323,7 @@ def cut(state: StreamState, slot) -> StreamState:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
-    """Keeps the sink and the newest latent frame of a stream alone (Infinity-RoPE, arXiv 2511.20649)."""
+    """Keeps only the sink and the newest latent frame of a stream (Infinity-RoPE, arXiv 2511.20649)."""
     one, sink, tokens = _slot(state, slot), spec.rollout.sink, state.k.shape[2] // max(1, spec.capacity)
     kept = min(sink + 1, spec.capacity)
     fewer = one.age[0] > kept
@@ -344,10 +344,10 @@ def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def recall(spec: StreamSpec, state: StreamState, slot) -> tuple[StreamState, jax.Array]:
-    """Empties a stream's cache, for its frames to be written again by `append`.
+    """Empties a stream's cache, so that `append` can write its frames again.
 
     Returns:
-      The new state, and the clean latents [1, capacity, H, W, C] that were kept, oldest first.
+      The new state, and the kept clean latents [1, capacity, H, W, C], oldest first.
     """
     one = _slot(state, slot)
     order = jnp.argsort(jnp.where(one.held < 0, jnp.iinfo(jnp.int32).max, one.held), axis=1)[0]
@@ -367,10 +367,10 @@ def append(
     clean: jax.Array,
     context: tuple[jax.Array, jax.Array, jax.Array],
 ) -> StreamState:
-    """Writes clean latents [1, n, H, W, C] as the next frames of a stream.
+    """Appends clean latents [1, n, H, W, C] to a stream as its next frames.
 
-    `context` says how they are read: the timestep (float32, in [0, 1000]), the share of noise in them (float32, in
-    [0, 1]), and which draw of noise (int32).
+    `context` configures the clean pass, the forward pass that computes their keys and values: its timestep (float32, in
+    [0, 1000]), the noise level of its input (float32, in [0, 1]), and the number of the noise draw (int32).
     """
     one, config, (timestep, sigma, number) = _slot(state, slot), spec.rollout, context
     draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
@@ -383,18 +383,18 @@ def append(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=COMPILER_OPTIONS)
 def lone_frame(spec: StreamSpec, params: dict, state: StreamState, slot) -> tuple[StreamState, jax.Array]:
-    """A stream's first latent frame [1, 1, H, W, C] as a chunk of its own."""
+    """Generates a stream's first latent frame [1, 1, H, W, C] as a chunk of its own."""
     one, clean = _next_chunk(spec, params, _slot(state, slot), jnp.bool_(True), 1)
     return _put(state, slot, one), clean
 
 
 @jax.jit
 def take(state: StreamState, slot) -> StreamState:
-    """One of the streams, to be saved."""
+    """Returns one of the streams, for saving."""
     return _slot(state, slot)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert(state: StreamState, slot, one: StreamState) -> StreamState:
-    """The state with a stream that `take` gave."""
+    """Puts a stream from `take` into a slot."""
     return _put(state, slot, one)

@@ -1,1 +1,1 @@
-"""Networks and frozen codecs; this layer imports nothing else of the package."""
+"""Networks and frozen codecs; this layer imports no other layer of the package."""

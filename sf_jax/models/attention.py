@@ -1,9 +1,9 @@
 """Attention patterns and the attention itself.
 
-A pattern says, in whole frames and statically, which keys each group of queries sees. The keys of one call are its
-*own* (those of the tokens being processed) and, optionally, *context* (those in a cache). All patterns of Self Forcing
-(bidirectional, block-causal, teacher-forcing, cached, replay) are values of one type and run through one function,
-which slices instead of masking, so blocks that are masked are never computed.
+A pattern defines statically, in whole frames, which keys each group of queries attends to. The keys of a call are its
+*own* (of the tokens being processed) and, optionally, *context* (from a cache). All patterns of Self Forcing
+(bidirectional, block-causal, teacher-forcing, cached, replay) are values of one type and run through one function. It
+slices instead of masking, so hidden blocks are never computed.
 """
 
 import dataclasses
@@ -19,17 +19,16 @@ from sf_jax.models.tiled_attention import HIDDEN, tiled_attention
 Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
 IMPLEMENTATIONS = ("auto", "xla", "whole", "cudnn", "splash")
-# Logits of a call, in elements: above this they are computed in tiles. Beyond 16 MB CPUs slow down, as all logits are
-# new memory pages.
+# Calls with more logits (in elements) run in tiles. Above 16 MB CPUs slow down, as all logits go to new memory pages.
 MAX_LOGITS = {"cpu": 1 << 22}
 MAX_LOGITS_ELSEWHERE = 1 << 25
-# Latent frames that are split into chunks at once: two days of video. Positions end earlier, unless they are relative.
+# Most latent frames to split into chunks, two days of video. Positions have a lower limit unless they are relative.
 MAX_FRAMES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Query frames [start, stop) of the own tokens, and the frame ranges of own and context keys that they see."""
+    """Query frames [start, stop) of the own tokens, and the ranges of own and context frames they attend to."""
 
     queries: Range
     own: tuple[Range, ...]
@@ -46,10 +45,10 @@ def chunk_bounds(chunks: Sequence[int]) -> list[Range]:
 
 
 def split_chunks(frames: int, chunk: int, first_frame_alone: bool = False) -> tuple[int, ...]:
-    """Splits `frames` latent frames into chunks, the first optionally a single frame (image-to-video models).
+    """Splits `frames` latent frames into chunks; the first may be a single frame (image-to-video models).
 
     Raises:
-      ValueError: if the frames cannot be split so.
+      ValueError: if the frames cannot be split this way.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: it must be at least 1 latent frame")
@@ -63,10 +62,10 @@ def split_chunks(frames: int, chunk: int, first_frame_alone: bool = False) -> tu
 
 
 def visible_past(start: int, stop: int, window: int | None, sink: int) -> tuple[Range, ...]:
-    """Frames before `start` that the chunk [start, stop) sees: the sink and the newest ones in its window.
+    """Frames before `start` that the chunk [start, stop) sees: the sink (first frames) and the newest in its window.
 
-    The window counts the chunk itself and the sink, as in the official rolling cache: once more than `window` frames
-    exist, a chunk sees the first `sink` frames and the newest `window - sink`.
+    The window includes the sink and the chunk itself, as in the official rolling cache: once there are more than
+    `window` frames, a chunk sees the first `sink` frames and the newest `window - sink`.
     """
     oldest = 0 if window is None else max(0, stop - (window - sink))
     if window is None or oldest <= sink:
@@ -77,7 +76,7 @@ def visible_past(start: int, stop: int, window: int | None, sink: int) -> tuple[
 
 
 def check_window(window: int | None, sink: int, chunks: Sequence[int]) -> None:
-    """Refuses windows that cannot hold a chunk and the sink."""
+    """Checks that the window can hold a chunk and the sink."""
     if window is None:
         if sink:
             raise ValueError(f"sink is {sink} but window is None: a sink needs a window")
@@ -103,7 +102,7 @@ def block_causal(chunks: Sequence[int], window: int | None = None, sink: int = 0
 
 
 def teacher_forcing(chunks: Sequence[int], window: int | None = None, sink: int = 0) -> Pattern:
-    """Own tokens are the clean frames, then the noisy ones (official `_prepare_teacher_forcing_mask`).
+    """Own tokens are the clean frames followed by the noisy ones (official `_prepare_teacher_forcing_mask`).
 
     A noisy chunk sees itself and the clean chunks before it; a clean chunk sees clean chunks up to itself.
     """
@@ -127,23 +126,23 @@ def replay(
     context_frames: int | None = None,
     live: Range | None = None,
 ) -> Pattern:
-    """Chunks `first:` in parallel, each seeing itself and the *context* (clean) frames of the chunks before it.
+    """Chunks `first:` in parallel; each sees itself and the *context* (clean) frames of the chunks before it.
 
     Args:
       chunks: sizes of all chunks of the video.
-      first: index of the first chunk that is processed; its first frame is the first own frame behind `live`.
+      first: index of the first chunk to process; its first frame is the first own frame after `live`.
       window: as in `visible_past`.
       sink: as in `visible_past`.
-      context_frames: how many frames the context holds; None means all.
-      live: clean frames [begin, end), whole chunks, that are processed too: they are the first own frames, and others
-        see them there instead of in the context, which need only hold the frames before `begin`.
+      context_frames: number of frames in the context; None means all.
+      live: clean frames [begin, end), whole chunks, to process as well. They are the first own frames, and later chunks
+        see them there instead of in the context, which needs only the frames before `begin`.
     """
     check_window(window, sink, chunks)
     bounds = chunk_bounds(chunks)
     begin, end = live or (bounds[first][0],) * 2
 
     def group(start, stop, place):
-        """The frames [start, stop) as own frames from `place` on."""
+        """The group of frames [start, stop), which are own frames from `place` on."""
         past = visible_past(start, stop, window, sink)
         before = tuple((a, min(b, begin)) for a, b in past if a < begin) if end > begin else past
         if context_frames is not None and any(r[1] > context_frames for r in before):
@@ -158,7 +157,7 @@ def replay(
 
 
 def cached(frames: int, context_frames: int) -> Pattern:
-    """`frames` new frames see themselves and the whole cache; which of its slots are valid is a run-time mask."""
+    """`frames` new frames see themselves and the whole cache; a run-time mask hides its unused slots."""
     context = ((0, context_frames),) if context_frames else ()
     return (Group((0, frames), ((0, frames),), context),)
 
@@ -176,7 +175,7 @@ def frame_mask(pattern: Pattern, own_frames: int, context_frames: int = 0) -> np
 
 
 def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """Joins neighbouring ranges, so that they are read in one slice."""
+    """Merges adjacent ranges, so that they are read as one slice."""
     merged: list[Range] = []
     for start, stop in ranges:
         if merged and merged[-1][1] == start:
@@ -187,7 +186,7 @@ def _merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> str:
-    """The implementation that "auto" stands for: the platform's own where it takes this call, else "xla"."""
+    """Resolves "auto": the platform's own kernel if it supports this call, else "xla"."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
     platform = partition.platform()
@@ -210,20 +209,20 @@ def attend(
     max_logits: int | None = None,
     split: str = "heads",
 ) -> jax.Array:
-    """Softmax attention of `q` over the keys of several segments together.
+    """Softmax attention of `q` over the keys of all segments together.
 
-    Logits and softmax are float32, and nothing of size T x T is kept: "xla" computes in tiles (`tiled_attention`) once
-    the logits exceed `max_logits` elements; the kernels never have them.
+    Logits and softmax are float32, and nothing of size T x T is stored: "xla" computes in tiles (`tiled_attention`) if
+    there are more than `max_logits` logits; the kernels never store them.
 
     Args:
       q: [B, T, N, D] queries, any float dtype.
-      segments: (k [B, S, N, D], v [B, S, N, D], mask) each; the mask is None, bool [S], or an int32 scalar n for the
+      segments: tuples (k [B, S, N, D], v [B, S, N, D], mask); the mask is None, bool [S], or an int32 scalar n for the
         first n keys. At least one key must be visible.
       implementation: "xla" (any device), "whole" ("xla" without tiles: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
-      max_logits: how many logits "xla" computes at once, and how many a tile may have; None are the backend's numbers.
-      split: which axis the `context` of a mesh splits beside the batch: "heads", of the queries "tokens", or "none":
-        the heads are whole on every device, too.
+      max_logits: most logits that "xla" computes at once, and most per tile; None uses the backend's defaults.
+      split: what the mesh axis `context` splits, in addition to the batch: the "heads", the queries' "tokens", or
+        "none", which also keeps all heads on every device.
 
     Returns:
       [B, T, N, D], dtype of `q`.
@@ -247,13 +246,13 @@ def attend(
 
 
 def _mask(k, mask):
-    """A mask or a count of keys as a mask."""
+    """Converts a count of keys to a mask; returns a mask unchanged."""
     return mask if mask is None or mask.ndim else jnp.arange(k.shape[1]) < mask
 
 
-@jax.named_scope("attention_xla")  # what `perf.traffic` knows its products by
+@jax.named_scope("attention_xla")  # lets `perf.traffic` identify the matmuls
 def _attend_whole(q, segments):
-    """Attention with all logits at once; normalized after the product with the values."""
+    """Attention with all logits at once; normalizes after the product with the values."""
     q = q.transpose(0, 2, 1, 3)
     segments = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), _mask(k, mask)) for k, v, mask in segments)
     logits = []

@@ -1,4 +1,4 @@
-"""Fused attention of the vendors: cuDNN's on GPUs, Splash on TPUs. `attention.attend` is the entry."""
+"""Fused attention kernels: cuDNN on GPUs, Splash on TPUs. Call them through `attention.attend`."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from jax.sharding import PartitionSpec
 from sf_jax.models.partition import attention_axes, mesh_axes
 
 LANES = 128
-# Keys and values are read in blocks of this many; queries in blocks of at most as many.
+# Splash's block size for keys and values, and the largest for queries.
 BLOCK = 512
 
 
 def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
-    """Whether cuDNN's kernel takes this call: 16-bit numbers, a head of at most 128, key counts instead of masks."""
+    """Whether cuDNN's kernel supports this call: 16-bit types, heads of at most 128, key counts instead of masks."""
     counted = sum(mask is not None for _, _, mask in segments)
     masked = any(mask is not None and mask.ndim for _, _, mask in segments)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
@@ -24,7 +24,7 @@ def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
 def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", implementation: str = "cudnn") -> jax.Array:
     """Attention by `jax.nn.dot_product_attention`; arguments as in `attention.attend`.
 
-    Only the counted keys are read: they come last, and the kernel is given the number of keys as a length.
+    The segment with a key count comes last, so that the kernel takes the number of keys as a length and reads no more.
     """
     segments = sorted(segments, key=lambda segment: segment[2] is not None)
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
@@ -36,7 +36,7 @@ def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", impleme
         length, keys = q.shape[1], k.shape[1]
         count = keys if count is None and keys % 2 else count
         lengths = None if count is None else jnp.full((q.shape[0],), count, jnp.int32)
-        # the kernel's gradient takes even lengths only: a single register, or a share of a frame, gets a row more
+        # The kernel's gradient supports only even lengths: pads a single register token or an odd share of a frame.
         q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
         return out[:, :length]
@@ -49,8 +49,8 @@ def splash_attention(
 ) -> jax.Array:
     """Attention by the Splash kernel; arguments as in `attention.attend`.
 
-    Lengths are padded to the kernel's blocks and heads to its 128 lanes; what is padded or masked has another segment
-    id than the queries.
+    Lengths are padded to the kernel's blocks and heads to its 128 lanes. Padded and masked keys get a different segment
+    id from the queries, which hides them.
     """
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     hidden = jnp.concatenate([_hidden(k.shape[1], mask) for k, _, mask in segments])
@@ -62,9 +62,9 @@ def splash_attention(
 
 
 def _on_shares(kernel, split, q, k, v, *whole):
-    """Runs a kernel on every device's share, as `attention.attend` splits it; every device gets `whole`.
+    """Runs a kernel on every device's shard, as `attention.attend` splits it; `whole` is replicated.
 
-    XLA knows how to split neither kernel: Splash not at all, cuDNN's only where all three arrays are split alike.
+    XLA cannot partition these kernels: Splash not at all, cuDNN only if all three arrays are split alike.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -76,7 +76,7 @@ def _on_shares(kernel, split, q, k, v, *whole):
 
 
 def _hidden(length, mask):
-    """int32 [length]: 1 for the keys that nobody sees."""
+    """int32 [length]: 1 for hidden keys."""
     if mask is None:
         return jnp.zeros(length, jnp.int32)
     visible = mask if mask.ndim else jnp.arange(length) < mask
@@ -84,7 +84,7 @@ def _hidden(length, mask):
 
 
 def _splash_local(q, k, v, hidden, interpret):
-    # here, as Pallas takes a while to import
+    # Imported here because Pallas is slow to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -109,6 +109,6 @@ def _splash_local(q, k, v, hidden, interpret):
 
 
 def _padded(x, tokens):
-    """[B, T, N, D] to [B, N, T + tokens, D'] with D' a multiple of the lanes."""
+    """[B, T, N, D] to [B, N, T + tokens, D'], where D' is a multiple of the lanes."""
     x = x.transpose(0, 2, 1, 3)
     return jnp.pad(x, ((0, 0), (0, 0), (0, tokens), (0, -x.shape[-1] % LANES)))

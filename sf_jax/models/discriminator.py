@@ -1,4 +1,4 @@
-"""The discriminator's head on the critic's features: register tokens that look at tapped blocks, then a small MLP.
+"""The discriminator's head on the critic's features: register tokens that attend to tapped blocks, then a small MLP.
 
 Source: official `GanAttentionBlock`, `RegisterTokens` (wan/modules/model.py) and `adding_cls_branch`
 (utils/wan_wrapper.py); paper, Section 3.3.
@@ -14,7 +14,7 @@ from sf_jax.models import attention
 from sf_jax.models.layers import Exact, LayerNorm, Linear, RMSNorm, layer_norm
 from sf_jax.models.wan import JOIN, LEAVE, SPREAD, Attention, WanConfig
 
-# The official classifier's LayerNorm has PyTorch's default epsilon, the register tokens' RMSNorm that of the network.
+# In the official code, the classifier's LayerNorm uses PyTorch's default epsilon, the registers' RMSNorm the network's.
 CLASSIFIER_EPS, REGISTER_EPS = 1e-5, 1e-6
 
 
@@ -23,10 +23,10 @@ class DiscriminatorConfig:
     """The discriminator's head.
 
     Attributes:
-      taps: blocks of the critic whose outputs it sees; each has a register token (official 13, 21, 29 of 30).
+      taps: blocks of the critic whose outputs it reads; each has a register token (official 13, 21, 29 of 30).
       ffn_dim: hidden channels of the tokens' feed-forward layers (official 8192); None is the critic's.
-      classes: logits.
-      concat_time: whether it also sees the time embedding (ten times, as the official code scales it).
+      classes: number of logits.
+      concat_time: whether it also reads the time embedding (multiplied by ten, as in the official code).
     """
 
     taps: tuple[int, ...] = (1, 2, 3)
@@ -35,7 +35,7 @@ class DiscriminatorConfig:
     concat_time: bool = False
 
     def __post_init__(self):
-        """Refuses heads without an input or an output."""
+        """Checks that the head has an input and an output."""
         if not self.taps or self.classes < 1 or (self.ffn_dim is not None and self.ffn_dim < 1):
             raise ValueError(
                 f"taps is {self.taps}, classes {self.classes}, ffn_dim {self.ffn_dim}: give at least one of each"
@@ -43,7 +43,7 @@ class DiscriminatorConfig:
 
 
 class RegisterBlock(nn.Module):
-    """A register token attends to the tokens of a video (official `GanAttentionBlock`)."""
+    """A block in which a register token attends to the tokens of a video (official `GanAttentionBlock`)."""
 
     config: WanConfig
     ffn_dim: int
@@ -57,7 +57,7 @@ class RegisterBlock(nn.Module):
         self.ffn_out = Linear(config.dim, config.dtype, JOIN)
 
     def __call__(self, register: jax.Array, x: jax.Array) -> jax.Array:
-        """`register` [B, dim] and the tokens `x` [B, T, dim] it looks at, to [B, dim]."""
+        """Updates `register` [B, dim] by attention to the tokens `x` [B, T, dim]; returns [B, dim]."""
         register = register[:, None]
         k, v = self.cross_attn.keys_values(self.norm3(x))
         seen = attention.attend(self.cross_attn.queries(register), [(k, v, None)], self.config.attention)
@@ -86,7 +86,7 @@ class Discriminator(nn.Module):
             axis_size=count,
         )(self.critic, self.config.ffn_dim or self.critic.ffn_dim)
         self.classifier_norm = LayerNorm(CLASSIFIER_EPS)
-        # R1 and R2 are differences between logits of nearly equal videos
+        # Exact, because R1 and R2 are differences between logits of nearly equal videos.
         self.classifier_in = Exact(dim, axes=LEAVE)
         self.classifier_out = Exact(self.config.classes, axes=LEAVE)
 

@@ -1,8 +1,8 @@
 """The key/value cache of a causal video transformer: an explicit pytree of fixed shape.
 
-Keys are stored without rotary embedding and rotated when they are read. With a window the cache is a ring: the first
-`sink` frames stay for ever, and a new frame overwrites the oldest of the others; nothing is ever shifted. Keys and
-values may be kept in 8 bits (`eight_bit.Scaled`); their readers cast them with `astype`.
+Keys are stored without rotary embedding and rotated when read. With a window the cache is a ring: the first `sink`
+frames are never evicted, a new frame overwrites the oldest of the others, and nothing is ever shifted. Keys and values
+may be stored in 8 bits (`eight_bit.Scaled`); readers cast them with `astype`.
 """
 
 import flax.struct
@@ -31,7 +31,7 @@ class KVCache:
     Attributes:
       k: [L, B, capacity*tokens, N, D], keys without rotary embedding.
       v: [L, B, capacity*tokens, N, D].
-      frames: int32 [capacity], which frame each slot holds; -1 where it is empty.
+      frames: int32 [capacity], the frame in each slot; -1 if it is empty.
       sink: number of first frames that are never overwritten (static).
     """
 
@@ -42,7 +42,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Frames that fit."""
+        """Number of frames that fit."""
         return self.frames.shape[0]
 
     @property
@@ -76,12 +76,12 @@ def init_cache(
 
 
 def capacity_for(total_frames: int, chunk: int, window: int | None) -> int:
-    """Frames of past context that a rollout must keep: all of them, or what a window leaves beside a chunk."""
+    """Number of past frames that a rollout must cache: all of them, or the window minus the current chunk."""
     return total_frames if window is None else min(total_frames, window - chunk)
 
 
 def check_capacity(cache: KVCache, frames: int, window: int | None) -> None:
-    """Refuses, before anything runs, a rollout whose frames would overwrite each other in a cache without window."""
+    """Checks statically that a rollout without window fits into the cache, where frames would overwrite each other."""
     if window is None and frames > cache.capacity:
         raise ValueError(
             f"the cache holds {cache.capacity} frames but the rollout has {frames}: "
@@ -95,11 +95,11 @@ def write(
     """Writes the frames [start, start + n) of `k`, `v` [L, B, n*tokens, N, D].
 
     Args:
-      cache: where to.
+      cache: the cache to write to.
       k: keys without rotary embedding.
       v: values.
       start: the first frame; may be traced.
-      keep: whether to leave the cache as it is after all; may be traced.
+      keep: whether to return the cache unchanged; may be traced.
     """
     tokens = cache.tokens_per_frame
     if not cache.capacity:
@@ -124,7 +124,7 @@ def write(
 
 
 def slot_of(cache: KVCache, frame: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The slot int32 of a frame, and whether there is none for it: behind a sink without a ring (None: there is)."""
+    """The int32 slot of a frame, and whether it has none: the frame follows a sink without ring (None: it has one)."""
     ring = cache.capacity - cache.sink
     if not ring:
         return jnp.minimum(frame, cache.sink - 1), frame >= cache.sink
@@ -132,9 +132,9 @@ def slot_of(cache: KVCache, frame: jax.Array) -> tuple[jax.Array, jax.Array | No
 
 
 def within(cache: KVCache, start: jax.Array | int, capacity: int) -> KVCache:
-    """What the chunk at `start` sees of a cache that holds more than its window: the sink and the newest, in order.
+    """The frames that the chunk at `start` sees in a cache larger than its window: sink and newest frames, in order.
 
-    As a cache of `capacity` frames of its own, whose usable slots are the first ones: kernels need no mask for it.
+    Returns them as a cache of `capacity` frames whose usable slots come first, so that kernels need no mask.
     """
     if capacity >= cache.capacity:
         return cache
@@ -152,11 +152,11 @@ def within(cache: KVCache, start: jax.Array | int, capacity: int) -> KVCache:
 
 
 def in_order(cache: KVCache, total: int) -> KVCache:
-    """A cache that a video of `total` frames has gone through, its frames in order: the sink, then the newest ones."""
+    """Sorts a cache after a video of `total` frames: the sink, then the newest frames in order."""
     ring = cache.capacity - cache.sink
     if total <= cache.capacity or not ring:
         return cache
-    oldest = (total - ring - cache.sink) % ring  # slots of the ring before the one with its oldest frame
+    oldest = (total - ring - cache.sink) % ring  # ring slots before the one that holds its oldest frame
 
     def turned(x, axis, width):
         bounds = [0, cache.sink * width, (cache.sink + oldest) * width, cache.capacity * width]

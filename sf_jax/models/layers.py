@@ -12,9 +12,9 @@ from sf_jax.models import eight_bit, partition
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Layer normalization over the last axis without scale or shift, in float32; dtype of `x` out.
+    """Layer normalization over the last axis without scale or shift, in float32; returns the dtype of `x`.
 
-    The backward pass is written out: autodiff's is several times slower on CPUs.
+    The backward pass is written by hand because autodiff's is several times slower on CPUs.
     """
     return _layer_norm_forward(x, eps)[0]
 
@@ -47,8 +47,8 @@ def linear(
 ) -> jax.Array:
     """`x @ kernel + bias` for `x` [..., C_in]; `axes` name the kernel's axes for `partition`.
 
-    The backward pass is written out: twice as fast on CPUs, and on a mesh the kernel is kept split between the passes
-    and its gradient is split where it arises. `precision` is that of `jax.lax.dot`, in both passes.
+    The backward pass is written by hand: it is twice as fast on CPUs, and on a mesh it keeps the kernel sharded between
+    the passes and shards its gradient as soon as it is computed. `precision` is that of `jax.lax.dot`, in both passes.
     """
     return jnp.matmul(x, partition.gather(kernel, axes), precision=precision) + partition.gather(bias, axes[1:])
 
@@ -74,8 +74,8 @@ def adapted_linear(
 ) -> jax.Array:
     """`x @ (kernel + down @ up) + bias` with a frozen kernel and bias: low-rank adapters (arXiv 2106.09685).
 
-    The sum is rounded once, as a whole: in 16 bits a small product would be lost in the kernel's rounding, or in that
-    of `x @ kernel`. `down` is [C_in, r], `up` [r, C_out]; other arguments as in `linear`.
+    The sum is rounded only once: in 16 bits, rounding the kernel or `x @ kernel` first would lose a small product.
+    `down` is [C_in, r], `up` [r, C_out]; other arguments as in `linear`.
     """
     return _adapted_forward(x, kernel, bias, down, up, axes)[0]
 
@@ -105,10 +105,9 @@ adapted_linear.defvjp(_adapted_forward, _adapted_backward)
 class Linear(nn.Module):
     """A dense layer; `kernel` [in, out] and `bias` [out] are float32 parameters, `dtype` is the compute type.
 
-    `axes` name the kernel's axes for `partition`, `precision` is that of the product: where nothing is said, GPUs and
-    TPUs round the factors of float32 products to TF32 and bfloat16. Where the parameters also hold adapters, `down`
-    [in, r] and `up` [r, out], these alone are differentiable, see `adapted_linear`. A kernel of 8 bits is
-    `eight_bit.Scaled` [out, in].
+    `axes` name the kernel's axes for `partition`. `precision` is that of the matmul; by default, GPUs and TPUs round
+    the inputs of float32 matmuls to TF32 and bfloat16. If the parameters also hold adapters, `down` [in, r] and `up`
+    [r, out], only these are differentiable, see `adapted_linear`. An 8-bit kernel is `eight_bit.Scaled` [out, in].
     """
 
     features: int
@@ -125,7 +124,7 @@ class Linear(nn.Module):
         if isinstance(narrow, eight_bit.Scaled):
             bias = self.param("bias", self.bias_init, (self.features,))
             return eight_bit.linear(x.astype(self.dtype), narrow, bias, self.axes)
-        # the kernel first: what is drawn for a parameter depends on those that came before it
+        # The kernel first: a parameter's random values depend on the parameters declared before it.
         kernel = partition.fetch(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
         bias = self.param("bias", self.bias_init, (self.features,))
         if self.has_variable("params", "down"):
@@ -134,7 +133,7 @@ class Linear(nn.Module):
         return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)), self.axes, self.precision)
 
 
-# A dense layer that is float32 on every device: its product takes three to six passes where units have less.
+# A dense layer in float32 on every device; matrix units of lower precision take three to six passes.
 Exact = functools.partial(Linear, dtype="float32", precision="highest")
 
 
@@ -145,17 +144,17 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes `x` [..., C]; dtype of `x` out."""
+        """Normalizes `x` [..., C]; returns the dtype of `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization over all heads' channels together (official `WanRMSNorm`).
+    """Root-mean-square normalization over the channels of all heads together (official `WanRMSNorm`).
 
-    With `apart` the mean is a computation of its own: GPUs then do the rest in one pass with what follows (rotary
-    embedding, the write into a cache), where they would otherwise write the normalized numbers and read them again.
+    `apart` computes the mean separately. GPUs then fuse the rest with the operations that follow (rotary embedding,
+    cache write), instead of writing the normalized numbers to memory and reading them back.
     """
 
     eps: float
@@ -163,7 +162,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes `x` [..., C] in float32; dtype of `x` out."""
+        """Normalizes `x` [..., C] in float32; returns the dtype of `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
@@ -172,10 +171,10 @@ class RMSNorm(nn.Module):
 
 
 def time_features(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal features of timesteps (official `sinusoidal_embedding_1d`, which is float64 there).
+    """Sinusoidal features of timesteps (official `sinusoidal_embedding_1d`, which uses float64).
 
-    Whole and fractional part of `t` are multiplied apart, with the frequency split in two, so that the angle of
-    t = 1000 is as exact in float32 as that of t = 1.
+    The integer and fractional parts of `t` are multiplied separately, with the frequency split in two, so that in
+    float32 the angle of t = 1000 is as exact as that of t = 1.
 
     Args:
       t: float [...], timesteps in [0, 1024).
@@ -186,7 +185,7 @@ def time_features(t: jax.Array, dim: int) -> jax.Array:
     """
     turns = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim // 2)) / (2 * np.pi)
     scale = 2.0 ** (12 - np.ceil(np.log2(turns)))
-    high = np.floor(turns * scale) / scale  # 12 bits: times a 10-bit whole number it is exact in float32
+    high = np.floor(turns * scale) / scale  # 12 bits: its product with a 10-bit integer is exact in float32
     low = (turns - high).astype(np.float32)
     t = t.astype(jnp.float32)[..., None]
     whole = jnp.floor(t)

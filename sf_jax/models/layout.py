@@ -1,4 +1,4 @@
-"""Where the tokens of a call are in the video, and what they may see."""
+"""The positions of a call's tokens in the video, and what they attend to."""
 
 import flax.struct
 import jax
@@ -9,24 +9,24 @@ from sf_jax.models import attention
 
 @flax.struct.dataclass
 class Layout:
-    """Where the tokens of one call are in the video, and what they may see.
+    """The positions of one call's tokens in the video, and what they attend to.
 
     Attributes:
-      frames: int [F], positions of the own frames (numpy where static).
+      frames: int [F], positions of the own frames, those being processed (numpy if static).
       context_frames: int [S], positions of the context's frames, or None without context.
-      context_mask: bool [S] of usable context frames, or None where all are.
-      mask_is_prefix: whether the usable context frames are the first ones (static); kernels then need no mask.
-      prefixes: lengths of context to which attention is compiled (static, ascending) where `pattern` is `cached`: a
-        call computes nothing behind the shortest that holds all usable frames. Empty: all frames.
-      prefixes_masked: whether the usable frames can be the first ones, but not as many as one of those (static).
+      context_mask: bool [S], usable context frames, or None if all are usable.
+      mask_is_prefix: whether the usable context frames come first (static); kernels then need no mask.
+      prefixes: context lengths for which attention is compiled if `pattern` is `cached` (static, ascending). A call
+        uses the shortest that holds all usable frames. Empty: all frames.
+      prefixes_masked: whether the number of usable frames can differ from every length in `prefixes` (static).
       pattern: which own and context frames each query frame sees (static).
-      straight_through: index of the context frame that is own frame 0 (static). The context's keys and values then have
+      straight_through: index of the context frame that is own frame 0 (static). The context's keys and values keep
         their values, but their gradient goes to the own keys and values of the same frames. None: context is constant.
-      sink: frames below this number are the sink where `sink_shifts` moves them (static).
-      sink_shifts: by how many frames the sink's keys are moved for each group of `pattern`, so that it stays right
-        before the group's window; `frames` and `context_frames` are then numpy. Empty: not at all (static).
-      keys_only: bool scalar, whether a call with slots is for its keys and values alone: the last block then does
-        nothing else, and the flow means nothing. None: it is not.
+      sink: number of sink frames that `sink_shifts` moves (static).
+      sink_shifts: number of frames by which the sink's keys move for each group of `pattern`, so that the sink stays
+        right before the group's window; `frames` and `context_frames` are then numpy. Empty: no shift (static).
+      keys_only: bool scalar, whether a call with `slots.Slots` needs only its keys and values. The last block then
+        skips the rest, and the flow is meaningless. None: it needs everything.
     """
 
     frames: jax.Array | np.ndarray
@@ -43,5 +43,5 @@ class Layout:
 
 
 def bidirectional_layout(frames: int) -> Layout:
-    """All frames see all frames: teacher and critic."""
+    """The layout of teacher and critic, in which all frames see all frames."""
     return Layout(frames=np.arange(frames), pattern=attention.bidirectional(frames))

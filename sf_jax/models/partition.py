@@ -1,9 +1,9 @@
-"""Where activations live on a device mesh: named axes, resolved by one table. Without a mesh nothing happens.
+"""Sharding of activations on a device mesh: named axes, resolved by one table. Without a mesh it has no effect.
 
-The residual stream is split over batch and over the tokens of each frame. Self-attention needs all tokens: meanwhile
-the heads are split instead, which XLA does by an all-to-all (arXiv 2309.14509); where they are too few,
-`context` splits the queries and every device has all keys of its heads. Cross-attention leaves the tokens
-split, as the prompt is on every device.
+The residual stream is sharded over the batch and over the tokens of each frame. Self-attention needs all tokens, so it
+shards the heads instead; XLA switches by an all-to-all (arXiv 2309.14509). If there are too few heads, `context` splits
+the queries, and every device has all keys of its heads. Cross-attention leaves the tokens split, as every device has
+the prompt.
 """
 
 import math
@@ -25,22 +25,22 @@ _WHOLE_OTHERWISE = ("batch", "columns")
 
 
 def platform() -> str:
-    """What the program is for, "cpu", "gpu" or "tpu": the devices of the mesh of `jax.set_mesh`, else the backend.
+    """The platform being compiled for, "cpu", "gpu" or "tpu": that of the mesh of `jax.set_mesh`, else the backend's.
 
-    Devices that are compiled for need not be there.
+    The mesh's devices need not be attached.
     """
     backend = jax.default_backend()
     return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
 
 
 def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
-    """Mesh axes (of the mesh of `jax.set_mesh`) that split an axis of `size`; None if nothing does.
+    """Axes of the mesh of `jax.set_mesh` that split an array axis of `size`; None if none does.
 
-    A batch (a prompt on its own) or columns of a picture that do not divide are not split, and heads that `tensor`
-    alone divides are split over that alone.
+    If the mesh axes do not divide it, a batch (such as a single prompt) or the columns of an image stay whole, and
+    heads are split over `tensor` only.
 
     Raises:
-      ValueError: if another axis does not divide.
+      ValueError: if they do not divide an axis of another kind, or `tensor` does not divide the heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in AXES.get(name, ()) if mesh.shape.get(axis, 1) > 1)
@@ -56,7 +56,7 @@ def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Tells XLA how `x` is split: a name of `AXES`, or None for whole, for each of its axes."""
+    """Constrains the sharding of `x`: a name in `AXES` for each axis, or None for an unsplit one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -64,12 +64,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
-    """How the mesh of `jax.set_mesh` splits an array whose axes have these names."""
+    """The partition spec on the mesh of `jax.set_mesh` of an array whose axes have these names."""
     return shortest_spec(mesh_axes(name, size) for name, size in zip(names, shape, strict=True))
 
 
 def shortest_spec(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
-    """A spec without trailing None, as XLA gives it: in other words the same place would be another program's."""
+    """A spec without trailing None, as XLA returns it: otherwise an equal sharding would cause a recompilation."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -84,10 +84,10 @@ def _splits_queries(heads: int) -> bool:
 
 
 def own_queries(q: jax.Array, groups: int) -> jax.Array:
-    """Queries [B, T, N, D] of self-attention as its kernel takes them, split over `context` where the heads are not.
+    """Shards the queries [B, T, N, D] of self-attention over `context` if the heads are not split over it.
 
     Raises:
-      ValueError: if that would split several groups of queries, which see different keys.
+      ValueError: if this would split several groups of queries, which see different keys.
     """
     if not _splits_queries(q.shape[2]):
         return q
@@ -99,12 +99,12 @@ def own_queries(q: jax.Array, groups: int) -> jax.Array:
 
 
 def all_queries(y: jax.Array) -> jax.Array:
-    """What attention gave for `own_queries`, whole in its tokens."""
+    """Gathers the tokens of the attention output of `own_queries`."""
     return constrain(y, "batch", None, "heads", None) if _splits_queries(y.shape[2]) else y
 
 
 def attention_axes(split: str, queries: int, heads: int) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Mesh axes of a kernel's queries and heads; what `context` splits is `split`, see `attention.attend`."""
+    """Mesh axes that split a kernel's queries and heads; for `split` see `attention.attend`."""
     if split == "none":
         return None, None
     if split == "tokens" or _splits_queries(heads):
@@ -113,19 +113,19 @@ def attention_axes(split: str, queries: int, heads: int) -> tuple[tuple[str, ...
 
 
 def fetch(param: jax.Array) -> jax.Array:
-    """A parameter in the memory of the device, also where the host keeps it."""
+    """Moves a parameter to device memory if it is in host memory."""
     if jax.typeof(param).memory_space == jax.memory.Space.Host:
         return jax.device_put(param, jax.memory.Space.Device)
     return param
 
 
 def gather(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """A parameter for its use, whole in "embed": left to itself, XLA moves windows of it into many thin products."""
+    """Gathers a parameter along "embed" for use; otherwise XLA would split the matmul into many thin ones."""
     return constrain(kernel, *(None if name == "embed" else name for name in names))
 
 
 def scatter(grad: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """The gradient of a parameter that `gather` gave: summed over the devices that it is then split over."""
+    """Reduces the gradient of a gathered parameter over devices and shards it like the parameter."""
     return constrain(gather(grad, names), *names)
 
 
@@ -134,7 +134,7 @@ def _tokens_are_split() -> bool:
 
 
 def merge_tokens(x: jax.Array) -> jax.Array:
-    """[B, F, P, ...] to [B, F*P, ...] without moving tokens between devices: where they are split, P comes first."""
+    """[B, F, P, ...] to [B, F*P, ...] without moving tokens between devices: if they are split, P comes first."""
     if _tokens_are_split():
         x = x.swapaxes(1, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -1,4 +1,4 @@
-"""A fixed linear codec of pixel patches: the small stand-in for the large model's video VAE."""
+"""A fixed linear codec of pixel patches, which replaces the video VAE in the small models."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ def to_float(video: jax.Array | np.ndarray) -> jax.Array:
 
 
 def to_uint8(pixels: jax.Array | np.ndarray) -> jax.Array:
-    """Maps float pixels [...], nominally in [-1, 1], to uint8; what lies outside is clipped."""
+    """Maps float pixels [...], nominally in [-1, 1], to uint8; clips values outside the range."""
     levels = jnp.round((jnp.asarray(pixels).astype(jnp.float32) + 1.0) * 127.5)
     return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
@@ -31,9 +31,9 @@ def to_uint8(pixels: jax.Array | np.ndarray) -> jax.Array:
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchCodec:
-    """Patchwise PCA; the latents have zero mean and, averaged over channels, unit variance over the fitted frames.
+    """Patchwise PCA; over the fitted frames the latents have zero mean and, averaged over channels, unit variance.
 
-    Encodes every frame by itself, so the causal video interface costs nothing (temporal factor 1).
+    Encodes every frame independently, so streaming needs no cache (temporal factor 1).
 
     Attributes:
       mean: The mean patch, float32 [p * p], pixels in [-1, 1].
@@ -84,17 +84,17 @@ class PatchCodec:
         return _from_patches(patches, self.spatial_factor)
 
     def init_cache(self, batch: int, height: int, width: int) -> tuple:
-        """The decoder's cache before a video's first frame: nothing, as every frame is decoded by itself."""
+        """The decoder's cache before a video's first frame: empty, as frames are decoded independently."""
         del batch, height, width
         return ()
 
     def decode_chunk(self, cache: tuple, latents: jax.Array) -> tuple[tuple, jax.Array]:
-        """As `decode`, with the interface of a streaming decoder (`inference.decoders.Decoder`)."""
+        """`decode` with the interface of a streaming decoder (`inference.decoders.Decoder`)."""
         return cache, self.decode(latents)
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "PatchCodec":
-        """Reads a codec's constants; without a path, those shipped for the moving digits."""
+        """Reads a codec's constants; without a path, those of the moving digits, which come with the package."""
         if path is None:
             data = importlib.resources.files("sf_jax").joinpath("assets", ASSET).read_bytes()
         else:
@@ -116,14 +116,14 @@ def fit(
 ) -> tuple[PatchCodec, float]:
     """Fits the codec by PCA of the patches.
 
-    The latents' variance is 1 on average. Fully whitened (1.0), the faintest detail would weigh as much in a diffusion
-    loss as the coarse shape; not at all (0.0), detail would drown in the schedule's smallest noise.
+    The latents' variance is 1 on average. With full whitening (1.0), the faintest detail would count as much in a
+    diffusion loss as the coarse shape; without whitening (0.0), even the schedule's smallest noise would hide detail.
 
     Args:
       frames: Training frames, uint8 [N, h, w, 1].
       spatial_factor: The patch side p in pixels.
       channels: The number of components kept.
-      whitening: How far the channels' variances are evened out, in [0, 1].
+      whitening: How far the channels' variances are equalized, in [0, 1].
 
     Returns:
       The codec, and the share of the patches' variance that its components explain, in [0, 1].
@@ -139,7 +139,7 @@ def fit(
         moment += centerd.T @ centerd
     variances, vectors = np.linalg.eigh(moment / len(patches))
     variances, components = variances[::-1], vectors[:, ::-1].T[:channels]
-    # The sign of an eigenvector is arbitrary: fix it, so that refitting gives the same constants.
+    # The sign of an eigenvector is arbitrary: fixes it, so that refitting gives the same constants.
     largest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(channels), largest])[:, None]
     deviations = np.sqrt(variances[:channels])
@@ -155,7 +155,7 @@ def fit(
 
 
 def _matmul(left, right):
-    # The default precision of matrix units would blur the reconstruction (TF32 or bfloat16).
+    # The default matmul precision of GPUs and TPUs (TF32 or bfloat16) would blur the reconstruction.
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,4 +1,4 @@
-"""Latent frames as tokens, and back."""
+"""Conversion of latent frames to tokens and back."""
 
 import jax
 

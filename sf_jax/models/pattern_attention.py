@@ -1,4 +1,4 @@
-"""Self-attention by patterns: which of its own and of the cached keys each group of queries reads."""
+"""Self-attention by patterns, which select the own and cached keys of each group of queries."""
 
 import functools
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from sf_jax.models import attention, rope
 
-# Logits of a call, in elements, up to which it costs less to mask empty context than to have copies of the attention.
+# Up to this many logits (in elements), masking empty context is cheaper than one copy of the attention per length.
 PREFIX_LOGITS = 1 << 19
 
 
 def pattern_attention(q, k, v, context, shared):
-    """Self-attention [B, T, N, D] of the groups of the pattern, over own and context frames."""
+    """Self-attention [B, T, N, D] of the pattern's groups over own and context frames."""
     tokens = shared.tokens
     own_k = rope.rotate(k, shared.own_rotation)
     q = rope.rotate(q, shared.own_rotation)
@@ -69,8 +69,8 @@ def _prefix_attention(q, own_k, v, context, shared):
         return attend([])
     whole = jax.eval_shape(lambda: first(prefixes[-1], masked=True))
     if attention.choose(shared.implementation, q, [whole, (own_k, v, None)]) == "cudnn":
-        return attend([first(prefixes[-1], masked=True)])  # reads as many keys as it is told
-    # nothing to mask where the lengths leave out none that a chunk can meet
+        return attend([first(prefixes[-1], masked=True)])  # reads only as many keys as the length says
+    # If `prefixes` has every possible length, nothing needs a mask.
     branches = [
         functools.partial(lambda n: attend([first(n, shared.prefixes_masked)] if n else []), count)
         for count in prefixes
@@ -79,9 +79,9 @@ def _prefix_attention(q, own_k, v, context, shared):
 
 
 def _split_at_sink(ranges, frames, moved, tokens):
-    """Ranges of keys, split where the sink begins or ends, and the rotation of each part that is to be turned anew.
+    """Splits ranges of keys at the sink's borders; returns (start, stop, new rotation or None) for each part.
 
-    `moved` is the rotation of the sink's keys for the group that reads them; None: it stays as it is.
+    `moved` is the rotation of the sink's keys for the group that reads them; None leaves the sink unchanged.
     """
     if moved is None:
         return [(start, stop, None) for start, stop in ranges]
@@ -98,7 +98,7 @@ def _split_at_sink(ranges, frames, moved, tokens):
 
 
 def _part_of_mask(mask, part):
-    """The mask (or count of visible keys) of a slice of the context."""
+    """The mask, or count of visible keys, for a slice of the context."""
     if mask is None or mask.ndim:
         return None if mask is None else mask[part]
     return jnp.clip(mask - part.start, 0, part.stop - part.start)
@@ -109,6 +109,6 @@ def _straight_through(context, own, start):
     count = min(own.shape[1], context.shape[1] - start)
     own = own[:, :count]
     fixed = jax.lax.stop_gradient(context)
-    # Not `own + (fixed - own)`: that rounds, and the values must be those of the clean pass.
+    # Not `own + (fixed - own)`, which rounds: the values must be exactly those of the clean pass.
     passed = fixed[:, start : start + count] + (own - jax.lax.stop_gradient(own))
     return jnp.concatenate([fixed[:, :start], passed, fixed[:, start + count :]], axis=1)

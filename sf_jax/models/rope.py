@@ -1,8 +1,8 @@
 """Rotary position embedding over frames, rows and columns, as in Wan2.1.
 
 Source: official `rope_params`, `rope_apply` and `causal_rope_apply` (wan/modules/model.py, causal_model.py).
-Pairs of neighbouring channels are rotated; a head's `D/2` pairs are split between the frame, row and column axes.
-The tables are made in float64 by numpy and stored as float32, so no precision is lost to large angles.
+Pairs of adjacent channels are rotated; a head's `D/2` pairs are split between the frame, row and column axes.
+numpy computes the tables in float64 and stores them as float32, so large angles lose no precision.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The official code has 1024 rows and truncates beyond; positions above `MAX_FRAMES` are refused by `rollout.py`.
+# The official code has 1024 rows and truncates longer videos; `RolloutConfig.check_frames` raises on more frames.
 MAX_FRAMES = 1024
 
 
@@ -29,7 +29,7 @@ def _angles(length: int, pairs: int) -> np.ndarray:
 
 
 def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: int) -> jax.Array:
-    """Rotations of the tokens of some frames.
+    """Rotations of the tokens of the given frames.
 
     Args:
       frames: int [F], frame positions (concrete or traced); each must be in [0, MAX_FRAMES).
@@ -63,7 +63,7 @@ def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: in
 
 
 def rotate(x: jax.Array, rotations: jax.Array) -> jax.Array:
-    """Rotates the channel pairs of `x` [B, T, N, D] by `rotations` [2, T, D/2], in float32; dtype of `x` out."""
+    """Rotates the channel pairs of `x` [B, T, N, D] by `rotations` [2, T, D/2] in float32; returns the dtype of `x`."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = rotations[0][:, None], rotations[1][:, None]

@@ -1,4 +1,4 @@
-"""Bounds of a network's sizes, which may come from a file of anyone."""
+"""Bounds on a network's sizes, which may come from an untrusted file."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def check_sizes(config: Any, **limits: int) -> None:
-    """Refuses fields that are no whole numbers from 1 to their limit, before anything is built from them.
+    """Checks that fields are integers from 1 to their limit, before anything is built from them.
 
-    The limits are far above every network that there is; they keep a name or a header of a few bytes from taking all
+    The limits are far above any existing network. They keep a tensor name or a small file header from exhausting
     memory.
 
     Args:
@@ -16,7 +16,7 @@ def check_sizes(config: Any, **limits: int) -> None:
       **limits: field -> its largest value.
 
     Raises:
-      ValueError: naming the field, its value and its bound.
+      ValueError: if a field is out of range; names the field, its value and its bound.
     """
     for name, limit in limits.items():
         value = getattr(config, name)
@@ -29,6 +29,6 @@ def check_sizes(config: Any, **limits: int) -> None:
 
 
 def check_eps(eps: float) -> None:
-    """Refuses an epsilon of norms that is not above 0 and below 1."""
+    """Checks that the epsilon of norms is above 0 and below 1."""
     if not 0 < eps < 1:  # also NaN
         raise ValueError(f"eps is {eps}: it must be above 0 and below 1")

@@ -1,8 +1,8 @@
-"""What one chunk sees, layer by layer and read in place.
+"""Per-layer keys and values of one chunk and its context, read in place.
 
-For networks whose layers have parameters of their own (`WanConfig.scan_layers` is False). Every call for the chunk
-writes its own keys and values into the first slots, before the cached ones, whose keys are rotated once for all calls:
-attention reads one array, nothing is joined, and no layer is sliced out of a stack.
+For networks with separate parameters per layer (`WanConfig.scan_layers` is False). Every call for the chunk writes its
+own keys and values to the first slots. The cached ones follow, with keys rotated once for all calls. Attention then
+reads one array, without concatenating arrays or slicing layers out of a stack.
 """
 
 from typing import Any
@@ -23,9 +23,9 @@ class Slots:
 
     Attributes:
       k: [B, (n + m) * tokens, N, D] keys with rotary embedding: of the n own frames, then of m cached ones.
-      v: the values of the same frames.
-      projected: [B, n * tokens, dim] what the key projection made of the own tokens: the cache keeps it normalized,
-        which is done once a chunk, see `WanTransformer.own_keys_values`.
+      v: values of the same frames.
+      projected: [B, n * tokens, dim] output of the key projection for the own tokens. The cache stores it normalized;
+        `WanTransformer.own_keys_values` normalizes it once per chunk.
       text: prompt keys and values [B, S, N, D].
     """
 
@@ -35,7 +35,7 @@ class Slots:
     text: KeysValues
 
     def put(self, rotated_k: jax.Array, projected: jax.Array, v: jax.Array) -> "Slots":
-        """Writes the own keys, rotated, and values [B, n * tokens, N, D]; also keeps what the keys were made of."""
+        """Writes the own rotated keys and values [B, n * tokens, N, D], and stores the key projection's output."""
 
         def front(old, new):
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, 0))
@@ -44,14 +44,14 @@ class Slots:
 
 
 def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, seen: int) -> tuple[Slots, ...]:
-    """The slots of every layer for a chunk, whose own slots are still empty.
+    """Makes the slots of every layer for a chunk; its own slots are still empty.
 
     Args:
       cache: keys and values [L, B, capacity * tokens, N, D].
       text: prompt keys and values [L, B, S, N, D].
-      rotation: [2, capacity * tokens, D/2], of the cached frames as the chunk sees them.
-      own: tokens of the chunk.
-      seen: how many of the cache's first slots the chunk can see.
+      rotation: [2, capacity * tokens, D/2], rotations of the cached frames as this chunk sees them.
+      own: number of tokens of the chunk.
+      seen: number of the cache's first slots that the chunk can see.
     """
     tokens = seen * cache.tokens_per_frame
 
@@ -69,7 +69,7 @@ def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, 
 
 
 def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
-    """Self-attention [B, T, N, D] of one chunk's queries, without rotary embedding, over its slots."""
+    """Self-attention [B, T, N, D] of one chunk's queries (without rotary embedding) over its slots."""
     own, tokens = slots.projected.shape[1], shared.tokens
     mask = shared.context_mask[: (slots.k.shape[1] - own) // tokens]
     if shared.mask_is_prefix:
@@ -81,7 +81,7 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
 
 
 def unstack_layers(params: dict, delete: bool = False) -> dict:
-    """Parameters for `scan_layers=False` from stacked ones; with `delete`, each stack is freed once it is copied."""
+    """Parameters for `scan_layers=False` from stacked ones; `delete` frees each stack once it is copied."""
     blocks = flatten_dict(params["blocks"])
     layers = len(jax.tree.leaves(blocks)[0])
     parts = [{} for _ in range(layers)]
@@ -95,7 +95,7 @@ def unstack_layers(params: dict, delete: bool = False) -> dict:
 
 
 def stack_layers(params: dict) -> dict:
-    """Parameters for `scan_layers=True`, as files and training have them, from those of `unstack_layers`."""
+    """Inverse of `unstack_layers`: parameters for `scan_layers=True`, the form used by files and training."""
     layers = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
     rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
     return rest | {"blocks": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}

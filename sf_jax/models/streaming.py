@@ -1,7 +1,7 @@
-"""What networks over streamed video share: the past that their layers keep, and convolutions that look back.
+"""Shared by networks over streamed video: the cache of past frames, and convolutions that look back in time.
 
-A network that is causal in time goes through a video piece by piece. Each of its layers that looks back needs the last
-few frames that went through it; they are the explicit state of the stream, a `StreamCache`.
+A network that is causal in time can process a video piece by piece. Each layer that looks back needs its last few input
+frames. They are the explicit state of the stream, a `StreamCache`.
 """
 
 import functools
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class StreamCache:
-    """What a network keeps of the past; its shapes do not depend on the chunks.
+    """The past frames that a network keeps; the shapes do not depend on the chunks.
 
     Attributes:
-      frames: [B, k, H, W, C] each: the last frames that went into every layer that looks back, in the network's order.
-      started: whether the video's first frame has gone through (static).
+      frames: one array [B, k, H, W, C] per layer that looks back, its last input frames, in the network's order.
+      started: whether the video's first frame has been processed (static).
     """
 
     frames: tuple[jax.Array, ...]
@@ -27,32 +27,32 @@ class StreamCache:
 
 
 class Past:
-    """The past of one call, layer by layer: hands out the old frames in order and collects the new ones.
+    """The past frames of one call, layer by layer: returns the old frames in order and collects the new ones.
 
     Attributes:
-      first: whether the call is that of the video's first latent frame.
-      new: what the next call's `Past` is made of.
+      first: whether the call processes the video's first latent frame.
+      new: the frames for the next call's `Past`.
     """
 
     def __init__(self, frames: Sequence[jax.Array] | None, first: bool):
-        """Starts with the `new` frames of the call before; None is a past of zeros."""
+        """Starts from the previous call's `new` frames; None means zeros."""
         self._old = None if frames is None else iter(frames)
         self.first = first
         self.new: list[jax.Array] = []
 
     def extend(self, x: jax.Array, count: int) -> jax.Array:
-        """Puts the layer's last `count` frames before `x` [B, n, H, W, C]: [B, count + n, H, W, C]."""
+        """Prepends the layer's last `count` frames to `x` [B, n, H, W, C]; returns [B, count + n, H, W, C]."""
         x = jnp.concatenate([self._next(x, count), x], axis=1)
         self.new.append(x[:, -count:])
         return x
 
     def extend_known(self, x: jax.Array, count: int) -> jax.Array:
-        """As `extend`, for a `Conv`, which needs nothing before the video's first frame."""
+        """`extend` for a `Conv`, which needs nothing before the video's first frame."""
         extended = self.extend(x, count)
         return x if self.first else extended
 
     def skip(self, x: jax.Array, count: int) -> None:
-        """Leaves the past of a layer, which would see `x`, as it is."""
+        """Skips a layer with input `x` and keeps its past unchanged."""
         self.new.append(self._next(x, count))
 
     def _next(self, x, count):
@@ -62,16 +62,16 @@ class Past:
 def run_stream(
     network: nn.Module, cache: StreamCache | None, x: jax.Array, group: int = 1
 ) -> tuple[StreamCache, jax.Array]:
-    """Runs a causal network over the next frames of a video: a video's first frame by itself, then group by group.
+    """Runs a causal network over the next frames of a video: a video's first frame alone, then group by group.
 
-    One group at a time under `scan`: memory does not grow with the frames, and every group goes through the same
-    operations on the same shapes, whatever the number of frames.
+    `scan` runs one group at a time. Memory does not grow with the number of frames, and every group goes through the
+    same operations on the same shapes, however many frames there are.
 
     Args:
       network: called with frames [B, 1 (the video's first) or group, H, W, C] and a `Past`.
-      cache: what the call before returned; None for a new video.
-      x: [B, n, H, W, C], n a multiple of `group`, one more for a video's first frames.
-      group: frames that the network takes at once.
+      cache: the cache returned by the previous call; None for a new video.
+      x: [B, n, H, W, C] frames; n is a multiple of `group`, plus one at the start of a video.
+      group: number of frames that the network processes at once.
 
     Returns:
       The new cache, and the outputs [B, m, H', W', C'] of all frames.
@@ -94,7 +94,7 @@ def run_stream(
             split_rngs={"params": False},
             in_axes=1,
             out_axes=1,
-            check_constancy_invariants=network.is_initializing(),  # else every group would be traced twice
+            check_constancy_invariants=network.is_initializing(),  # the check traces every group twice
         )
         frames, out = scan(network, frames, x.reshape(x.shape[0], -1, group, *x.shape[2:]))
         outputs.append(out.reshape(out.shape[0], -1, *out.shape[3:]))
@@ -103,10 +103,10 @@ def run_stream(
 
 
 def check_latents(shape: tuple[int, ...], z_dim: int, cache: StreamCache | None = None) -> None:
-    """Refuses latents that a decoder cannot read, or that belong to a video of another size than the cache's.
+    """Checks the shape of latents for a decoder, and against the video size of the cache.
 
     Raises:
-      ValueError: naming the shape and what it must be.
+      ValueError: if the shape is wrong; names the shape and the expected one.
     """
     if len(shape) != 5 or shape[-1] != z_dim or shape[1] < 1:
         raise ValueError(f"latents have the shape {tuple(shape)}: it must be [B, F, H, W, {z_dim}] with F >= 1")
@@ -119,11 +119,11 @@ def check_latents(shape: tuple[int, ...], z_dim: int, cache: StreamCache | None 
 
 
 def empty_decode_cache(model: nn.Module, batch: int, height: int, width: int) -> StreamCache:
-    """The cache before a video's first frame, zeros; `height` and `width` are those of the latents.
+    """The cache of zeros before a video's first frame.
 
     Args:
       model: a `WanVae` or a `TinyVaeDecoder`.
-      batch: videos that are decoded together.
+      batch: number of videos decoded together.
       height: latent rows.
       width: latent columns.
     """
@@ -133,7 +133,7 @@ def empty_decode_cache(model: nn.Module, batch: int, height: int, width: int) ->
 
 @functools.lru_cache(maxsize=16)
 def _cache_shapes(model, batch, height, width):
-    """What a new video's first latent frame leaves behind; tracing a large decoder takes seconds."""
+    """Shapes of the cache after a video's first latent frame; memoized, as tracing a large decoder takes seconds."""
     latents = jax.ShapeDtypeStruct((batch, 1, height, width, model.config.z_dim), jnp.float32)
     run = functools.partial(model.init_with_output, jax.random.key(0), None, method="stream")
     return jax.eval_shape(run, latents)[0][0].frames
@@ -142,9 +142,9 @@ def _cache_shapes(model, batch, height, width):
 class Conv(nn.Module):
     """A convolution over [frames,] rows and columns: `kernel` [*window, in, out] and `bias` [out] are float32.
 
-    Rows and columns are padded with zeros so that they keep their size where `stride` is 1; with a stride of 2, the
-    padding is one row below and one column to the right. Over frames nothing is padded (see `Past`): of less frames
-    than the window has, the missing ones are those before the video, zeros that need no work.
+    Rows and columns are zero-padded to keep their size if `stride` is 1; with a stride of 2, the padding is one row
+    below and one column to the right. Frames are not padded (see `Past`). If the input has fewer frames than the
+    window, the missing ones lie before the video: they are zeros, and the convolution skips them.
     """
 
     features: int
@@ -156,7 +156,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, F, H, W, C_in] to [B, max(F - (kt - 1), 1), H, W, features], H, W and frames divided by the strides."""
+        """[B, F, H, W, C_in] to [B, max(F - (kt - 1), 1), H, W, features]; strides divide H, W and frames."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.window, x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if set(self.window) == {1}:
@@ -167,7 +167,7 @@ class Conv(nn.Module):
             x = self._plane(x, kernel[-1])
         else:
             kernel = kernel[-x.shape[1] :]
-            if self.is_initializing():  # shapes are all that is asked for, and this is traced sooner
+            if self.is_initializing():  # only the shapes matter, and this traces faster
                 x = self._volume(x, kernel)
             else:
                 x = jax.lax.platform_dependent(x, kernel, cpu=self._by_planes, default=self._volume)
@@ -181,7 +181,7 @@ class Conv(nn.Module):
         return tuple((size // 2, size // 2) for size in self.window[-2:])
 
     def _plane(self, x, kernel):
-        """Every frame by itself; `kernel` [kh, kw, in, out]."""
+        """2D convolution of every frame; `kernel` [kh, kw, in, out]."""
         frames = x.reshape(-1, *x.shape[2:])
         out = jax.lax.conv_general_dilated(
             frames, kernel, (self.stride,) * 2, self._padding(), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -193,14 +193,14 @@ class Conv(nn.Module):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
     def _by_planes(self, x, kernel):
-        """The same as a sum of 2D convolutions: XLA's 3D one is slow on CPUs."""
+        """The 3D convolution as a sum of 2D ones, because XLA's 3D convolution is slow on CPUs."""
         span = x.shape[1] - len(kernel) + 1
         if len(kernel) == 3 and self.frame_stride == 1 and span % 2 == 0 and self.dtype == "float32":
             return self._by_pairs(x, kernel)
         return sum(self._plane(x[:, k : k + span : self.frame_stride], kernel[k]) for k in range(len(kernel)))
 
     def _by_pairs(self, x, kernel):
-        """Two frames from four 2D convolutions instead of six: Winograd's F(2, 3) over time (arXiv 1509.09308)."""
+        """Two frames from four 2D convolutions instead of six, by Winograd's F(2, 3) in time (arXiv 1509.09308)."""
         even, odd = x[:, 0::2], x[:, 1::2]
         a, b, c, d = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
         ends, middle = (kernel[0] + kernel[2]) / 2, kernel[1] / 2
@@ -220,7 +220,7 @@ def split_frames(x: jax.Array, count: int) -> jax.Array:
 
 
 def double_size(x: jax.Array) -> jax.Array:
-    """[B, n, H, W, C] to [B, n, 2H, 2W, C], every position four times."""
+    """Nearest-neighbor upsampling, [B, n, H, W, C] to [B, n, 2H, 2W, C]."""
     batch, frames, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, channels))
     return x.reshape(batch, frames, 2 * height, 2 * width, channels)

@@ -1,4 +1,4 @@
-"""A frozen embedding of words: the small stand-in for the large model's text encoder."""
+"""A frozen word embedding, which replaces the text encoder in the small models."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ def words_of(prompt: str) -> tuple[str, ...]:
 def word_vector(word: str, dim: int) -> np.ndarray:
     """Returns the vector of one word.
 
-    The entries are signs taken from the bits of SHA-256: exact on every machine and independent of
-    numpy's generators, so that a checkpoint never meets other embeddings than it was trained on.
+    The entries are signs taken from the bits of SHA-256. They are exact on every machine and independent of
+    numpy's generators, so a checkpoint always gets the embeddings it was trained on.
 
     Args:
       word: The word, lower-case.
@@ -50,8 +50,8 @@ class WordEmbedding:
 
     Attributes:
       dim: Entries per word.
-      length: Words per prompt at most; rows after the prompt's end are exactly zero.
-      vocabulary: The words a prompt may use.
+      length: Maximum words per prompt; rows after the prompt's end are exactly zero.
+      vocabulary: The words that a prompt may contain.
     """
 
     dim: int = 64
@@ -72,13 +72,13 @@ class WordEmbedding:
         """Embeds prompts.
 
         Args:
-          prompts: B prompts; the empty one, all zeros, is the unconditional input.
+          prompts: B prompts; the empty prompt, embedded as zeros, is the unconditional input.
 
         Returns:
           Word vectors, float32 [B, length, dim].
 
         Raises:
-          ValueError: A prompt has an unknown word or too many words.
+          ValueError: if `prompts` is a single string, or a prompt has an unknown word or too many words.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts: got the single string {quoted(prompts)}, allowed: a sequence of strings")

@@ -1,7 +1,7 @@
-"""Attention in tiles with a running softmax: no more than a tile of logits is ever held, forward or backward.
+"""Attention in tiles with a running softmax: holds at most one tile of logits, forward and backward.
 
-For devices without a fused kernel. Source: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2: the forward pass
-keeps the logarithm of each query's sum, from which the backward pass computes every tile's weights again.
+For devices without a fused kernel. Source: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2. The forward pass
+saves the logarithm of each query's softmax sum, from which the backward pass recomputes every tile's weights.
 """
 
 import functools
@@ -11,23 +11,23 @@ import jax.numpy as jnp
 
 from sf_jax.models import partition
 
-HIDDEN = -1e30  # logit of a key that nobody sees
-# Keys of a tile, and logits of a tile: as much as CPUs keep in their caches.
+HIDDEN = -1e30  # logit of a hidden key
+# Keys and logits per tile, sized to CPU caches.
 KEYS = {"cpu": 256}
 LOGITS = {"cpu": 1 << 20}
 KEYS_ELSEWHERE, LOGITS_ELSEWHERE = 1024, 1 << 25
 
 
-@jax.named_scope("attention_xla")  # what `perf.traffic` knows its products by
+@jax.named_scope("attention_xla")  # lets `perf.traffic` identify the matmuls
 def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, logits: int | None) -> jax.Array:
     """Softmax attention.
 
     Args:
-      q: [B, T, N, D] queries, scaled.
+      q: [B, T, N, D] queries, already scaled.
       k: [B, S, N, D] keys.
       v: [B, S, N, D] values.
-      bias: float32 [S] to add to the logits, a constant: it gets no gradient. None for nothing.
-      logits: how many logits a tile may have; None is the backend's number.
+      bias: float32 [S] to add to the logits, a constant without gradient; None adds nothing.
+      logits: most logits per tile; None uses the backend's default.
 
     Returns:
       [B, T, N, D], dtype of `q`.
@@ -40,7 +40,7 @@ def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
     rows = -(-length // max(1, logits // (batch * heads * width)))
     height = -(-length // rows)
     rows = -(-length // height)
-    if columns * width > keys:  # the last tile is filled up with hidden keys
+    if columns * width > keys:  # pads the last tile with hidden keys
         extra = columns * width - keys
         k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (k, v))
         bias = jnp.pad(jnp.zeros(keys) if bias is None else bias, (0, extra), constant_values=HIDDEN)
@@ -54,12 +54,12 @@ def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
 
 @jax.custom_vjp
 def _tiles(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """[R, B, N, t, D] of q [R, B, N, t, D], k [C, B, N, D, s], v [C, B, N, s, D] and bias [C, s]."""
+    """Attention [R, B, N, t, D] of q [R, B, N, t, D], k [C, B, N, D, s], v [C, B, N, s, D] and bias [C, s]."""
     return _forward(q, k, v, bias)[0]
 
 
 def _forward(q, k, v, bias):
-    """The output, and the logarithm of each query's sum, float32 [R, B, N, t, 1]."""
+    """The output, and the logarithm of each query's softmax sum, float32 [R, B, N, t, 1]."""
 
     def row(q):
         def column(carry, tile):
@@ -95,7 +95,7 @@ def _backward(kept, gradient):
 
     def row(carry, parts):
         q, out, log_total, gradient = parts
-        # what a query's weights share: the softmax's own gradient
+        # The softmax's gradient term that all weights of a query share.
         shared = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
         def column(q_gradient, tile):

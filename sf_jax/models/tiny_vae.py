@@ -1,9 +1,9 @@
-"""The tiny video decoder: a small network of plane convolutions in place of the VAE's decoder, for quick previews.
+"""The tiny video decoder: a small network of 2D convolutions that replaces the VAE's decoder for quick previews.
 
-Source: the decoder of official `TAEHV` (demo_utils/taehv.py) with the weights `taew2_1` made for Wan2.1. It reads the
-same normalized latents as `WanVae` (the official demo gives it the student's output as it is) and is called in the same
-way. Its layers look back by one frame, so chunks need no overlap: the official demo decodes the last three latent
-frames again with every chunk, and sees nothing of what was before them.
+Source: the decoder of official `TAEHV` (demo_utils/taehv.py) with the weights `taew2_1` for Wan2.1. It has the same
+interface as `WanVae` and reads the same normalized latents (the official demo passes the student's output unchanged).
+Its layers look back by one frame, so chunks need no overlap. The official demo instead decodes the last three latent
+frames again with every chunk, and has no memory of the frames before them.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class TinyVaeConfig:
 
     Attributes:
       z_dim: latent channels C.
-      widths: channels of the three stages, each of which doubles the picture, and before the last convolution.
-      grow: how many frames each stage makes of one.
-      blocks: memory blocks of a stage.
+      widths: channels of the three stages, each of which doubles the resolution, and before the last convolution.
+      grow: factor by which each stage multiplies the frames.
+      blocks: memory blocks per stage.
       dtype: compute type.
     """
 
@@ -40,7 +40,7 @@ class TinyVaeConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        """Refuses sizes that the network cannot have."""
+        """Validates the sizes."""
         if len(self.widths) != 4 or len(self.grow) != 3 or min(self.widths + self.grow) < 1:
             raise ValueError(f"widths is {self.widths}, grow {self.grow}: they must be four and three numbers >= 1")
         if max(self.widths) > MAX_WIDTH or max(self.grow) > MAX_GROW:
@@ -51,17 +51,17 @@ class TinyVaeConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent position, along each side."""
+        """Pixels per latent position along each side."""
         return 2 ** len(self.grow)
 
     @property
     def temporal_factor(self) -> int:
-        """Pixel frames per latent frame, but for the first, of which only the last pixel frame is kept."""
+        """Pixel frames per latent frame, except for the first, which keeps only its last pixel frame."""
         return math.prod(self.grow)
 
 
 class MemoryBlock(nn.Module):
-    """Three convolutions over a frame and the one before it, beside a shortcut (official `MemBlock`)."""
+    """Three convolutions over a frame and the previous one, with a shortcut (official `MemBlock`)."""
 
     features: int
     dtype: str
@@ -92,7 +92,7 @@ class TinyStages(nn.Module):
             width = config.widths[i]
             for j in range(config.blocks):
                 x = MemoryBlock(width, dtype, name=f"stage{i}_block{j}")(x, past)
-            # The official order is to double, then grow: the same numbers from four times the work.
+            # The official code doubles the resolution first: the result is the same for four times the work.
             x = split_frames(Conv(count * width, (1, 1), dtype, use_bias=False, name=f"stage{i}_grow")(x), count)
             x = Conv(config.widths[i + 1], (3, 3), dtype, use_bias=False, name=f"stage{i}_out")(double_size(x))
         if past.first:
@@ -126,29 +126,29 @@ class TinyVaeDecoder(nn.Module):
         return self.stream(None, latents)[1]
 
     def decode_chunk(self, cache: StreamCache, latents: jax.Array) -> tuple[StreamCache, jax.Array]:
-        """Decodes the next latent frames of a video; the pixels equal those of `decode` to the bit.
+        """Decodes the next latent frames of a video; the pixels are bit-identical to those of `decode`.
 
         Args:
-          cache: what the call before returned, at first `empty_decode_cache`.
+          cache: the cache returned by the previous call, initially `empty_decode_cache`.
           latents: normalized latents, float [B, n, H, W, C].
 
         Returns:
-          The new cache, and pixels float32 [B, 4n, 8H, 8W, 3], for a video's first chunk [B, 4n - 3, 8H, 8W, 3].
+          The new cache, and pixels float32 [B, 4n, 8H, 8W, 3]; for a video's first chunk [B, 4n - 3, 8H, 8W, 3].
 
         Raises:
-          ValueError: if the latents have the wrong channels or do not fit the cache.
+          ValueError: if the latents have the wrong number of channels or do not fit the cache.
         """
         check_latents(latents.shape, self.config.z_dim, cache)
         return self.stream(cache, latents)
 
     def stream(self, cache: StreamCache | None, latents: jax.Array) -> tuple[StreamCache, jax.Array]:
-        """As `decode_chunk`, without checks; None is the cache of a new video."""
+        """`decode_chunk` without checks; pass None as the cache of a new video."""
         cache, pixels = run_stream(self.decoder, cache, latents.astype(self.config.dtype))
         return cache, pixels.astype(jnp.float32) * 2 - 1
 
 
 def init_params(config: TinyVaeConfig, key: jax.Array) -> dict:
-    """Random parameters; they do not depend on any size of the videos."""
+    """Random parameters; they do not depend on the size of the videos."""
     return TinyVaeDecoder(config).init(key, jnp.zeros((1, 1, 1, 1, config.z_dim)))["params"]
 
 

@@ -1,7 +1,7 @@
-"""The UMT5 encoder that turns prompts into the embeddings the transformer attends to.
+"""The UMT5 encoder, which computes the prompt embeddings that the transformer attends to.
 
-Source: official `T5Encoder` (wan/modules/t5.py) and `WanTextEncoder.forward` (utils/wan_wrapper.py). Unlike the first
-T5 it has a relative position bias in every block.
+Source: official `T5Encoder` (wan/modules/t5.py) and `WanTextEncoder.forward` (utils/wan_wrapper.py). Unlike the
+original T5, it has a relative position bias in every block.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class Umt5Config:
       num_heads: attention heads; divides `dim_attn`.
       num_layers: blocks.
       num_buckets: entries of a position bias, half of them for keys after the query.
-      max_distance: distance in tokens from which on all keys share a bucket.
+      max_distance: distance in tokens from which all keys share a bucket.
       eps: epsilon of all norms.
-      dtype: compute type; residual stream, norms, position bias and softmax are float32 always.
+      dtype: compute type; residual stream, norms, position bias and softmax are always float32.
     """
 
     vocab: int = 128
@@ -56,7 +56,7 @@ class Umt5Config:
     dtype: str = "float32"
 
     def __post_init__(self):
-        """Refuses sizes that the network cannot have."""
+        """Validates the sizes."""
         check_sizes(self, **LIMITS)
         check_eps(self.eps)
         if self.dim_attn % self.num_heads:
@@ -85,13 +85,13 @@ def umt5_xxl(**changes) -> Umt5Config:
 def position_buckets(length: int, num_buckets: int = 32, max_distance: int = 128) -> np.ndarray:
     """The bucket of every pair of tokens (official `T5RelativeEmbedding._relative_position_bucket`, bidirectional).
 
-    A quarter of the buckets are for single small distances, a quarter for ranges that grow with the logarithm of the
-    distance up to `max_distance`; the other half are the same for keys after the query.
+    A quarter of the buckets hold one small distance each. Another quarter holds logarithmically growing ranges of
+    distances up to `max_distance`. The other half is the same for keys after the query.
 
     Args:
       length: tokens L.
       num_buckets: even number of buckets.
-      max_distance: distance from which on all keys share a bucket.
+      max_distance: distance from which all keys share a bucket.
 
     Returns:
       int32 [L, L]: row = query, column = key.
@@ -99,8 +99,8 @@ def position_buckets(length: int, num_buckets: int = 32, max_distance: int = 128
     side = num_buckets // 2
     exact = side // 2
     distance = np.arange(length, dtype=np.float32)
-    # Float32 between the steps as in the official code: a distance on the edge of a range falls where it falls there.
-    # The logarithm itself is rounded from float64, since float32 ones differ between machines.
+    # Rounds in float32 like the official code, so that borderline distances get the same bucket. The logarithm itself
+    # is rounded from float64, because float32 logarithms differ between machines.
     logs = np.log(np.maximum(distance, 1) / np.float32(exact), dtype=np.float64).astype(np.float32)
     share = logs / np.float32(np.log(max_distance / exact)) * np.float32(side - exact)
     far = np.minimum(exact + share.astype(np.int32), side - 1)
@@ -131,7 +131,7 @@ class Block(nn.Module):
         self.position_bias = self.param("position_bias", nn.initializers.normal(std), (c.num_buckets, c.num_heads))
 
     def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> tuple[jax.Array, None]:
-        """Runs the block on float32 `x` [B, L, dim]; `mask` bool [B, L], `buckets` int32 [L, L]."""
+        """Runs the block on float32 `x` [B, L, dim], with `mask` bool [B, L] and `buckets` int32 [L, L]."""
         x = x + self._attend(self.norm1(x), mask, buckets)
         h = self.norm2(x)
         return x + self.ffn_out(self.ffn_in(h) * nn.gelu(self.gate(h), approximate=True)), None
@@ -140,7 +140,7 @@ class Block(nn.Module):
         """Attention of `x` [B, L, dim] over its unmasked rows; the logits are not scaled."""
         c = self.config
         q, k, v = (layer(x).reshape(*x.shape[:2], c.num_heads, c.head_dim) for layer in (self.q, self.k, self.v))
-        # Not einsum: on CPUs it takes more than twice as long as products of transposed arrays.
+        # Not einsum, which takes more than twice as long on CPUs as matmuls of transposed arrays.
         q, k, v = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         bias = jnp.take(self.position_bias.astype(jnp.float32).T, buckets, axis=1)
         logits = jnp.matmul(q, k, preferred_element_type=jnp.float32) + bias
@@ -152,8 +152,7 @@ class Block(nn.Module):
 class Umt5Encoder(nn.Module):
     """The encoder; parameters of the blocks are stacked along a leading layer axis.
 
-    Parameters are created in float32 and may be bfloat16 as in the official file; they are converted where they are
-    used.
+    Parameters are created in float32 but may be bfloat16, as in the official file; they are converted when used.
     """
 
     config: Umt5Config
@@ -176,13 +175,13 @@ class Umt5Encoder(nn.Module):
 
         Args:
           ids: int32 [B, L] tokens.
-          mask: [B, L], above zero where a token is text; the others are not attended to, but have an output too.
+          mask: [B, L], above zero where a token is text; other tokens are not attended to, but also get an output.
 
         Returns:
           float32 [B, L, dim].
 
         Raises:
-          ValueError: if `ids` and `mask` are not [B, L] both.
+          ValueError: if `ids` and `mask` are not both [B, L].
         """
         config = self.config
         if ids.ndim != 2 or mask.shape != ids.shape:

@@ -1,9 +1,9 @@
 """The Wan2.1 video VAE: causal in time, so that videos of any length are encoded and decoded piece by piece.
 
 Source: official `WanVAE_` (wan/modules/vae.py). The first pixel frame is a latent frame of its own; every later latent
-frame is four pixel frames (for the default `temporal_downsample`). Every convolution over time looks back only, at the
-last frames that went through it, which a `StreamCache` holds. Both directions go one latent frame at a time under
-`scan`: memory does not grow with the video, and how the frames are cut into chunks cannot change a bit of the result.
+frame covers four pixel frames (for the default `temporal_downsample`). Every convolution in time looks back only, at
+its last input frames, which a `StreamCache` holds. Encoder and decoder process one latent frame at a time under `scan`:
+memory does not grow with the video, and the result is bit-identical however the frames are split into chunks.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ class VaeConfig:
     Attributes:
       dim: channels at full resolution.
       z_dim: latent channels C.
-      dim_mult: channels of each level in units of `dim`; the picture is halved between two levels.
+      dim_mult: channels of each level in units of `dim`; the resolution is halved between two levels.
       num_res_blocks: residual blocks of each level of the encoder; the decoder has one more.
-      temporal_downsample: after which of the levels (all but the last) the encoder also halves the frames.
+      temporal_downsample: for each level but the last, whether the encoder also halves the frames after it.
       mean: mean of each latent channel; `encode` subtracts it, `decode` adds it.
       std: standard deviation of each latent channel; `encode` divides by it.
-      dtype: compute type; norms, softmax and the latents' normalization are float32 always.
+      dtype: compute type; norms, softmax and the latents' normalization are always float32.
     """
 
     dim: int = 8
@@ -55,7 +55,7 @@ class VaeConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        """Refuses sizes that the network cannot have."""
+        """Validates the sizes."""
         check_sizes(self, **LIMITS)
         if not self.dim_mult or min(self.dim_mult) < 1:
             raise ValueError(f"dim_mult is {self.dim_mult}: it must be one or more numbers >= 1")
@@ -66,7 +66,7 @@ class VaeConfig:
                 f"temporal_downsample is {self.temporal_downsample}: it must have one entry less than dim_mult, "
                 f"which is {self.dim_mult}"
             )
-        # The decoder halves the channels when it doubles the picture.
+        # The decoder halves the channels when it doubles the resolution.
         if any((self.dim * mult) % 2 for mult in self.dim_mult[1:]):
             raise ValueError(f"dim is {self.dim}, dim_mult {self.dim_mult}: dim * dim_mult must be even")
         if len(self.mean) != self.z_dim or len(self.std) != self.z_dim or min(self.std) <= 0:
@@ -79,12 +79,12 @@ class VaeConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent position, along each side."""
+        """Pixels per latent position along each side."""
         return 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_factor(self) -> int:
-        """Pixel frames per latent frame, but for the first, which is one pixel frame."""
+        """Pixel frames per latent frame, except for the first, which is one pixel frame."""
         return 2 ** sum(self.temporal_downsample)
 
 
@@ -94,11 +94,11 @@ def wan_vae(**changes) -> VaeConfig:
 
 
 class ChannelNorm(nn.Module):
-    """Scales every position's channels to a root mean square of 1, then by `scale` (official `RMS_norm`)."""
+    """Normalizes each position's channels to a root mean square of 1, then scales by `scale` (official `RMS_norm`)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes `x` [..., C] in float32; dtype of `x` out."""
+        """Normalizes `x` [..., C] in float32; returns the dtype of `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.square(wide).sum(-1, keepdims=True))
@@ -106,7 +106,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two causal convolutions beside a shortcut (official `ResidualBlock`)."""
+    """Two causal convolutions with a shortcut (official `ResidualBlock`)."""
 
     features: int
     dtype: str
@@ -124,7 +124,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """One head of attention among the positions of each frame (official `AttentionBlock`)."""
+    """Single-head attention among the positions of each frame (official `AttentionBlock`)."""
 
     dtype: str
 
@@ -134,7 +134,7 @@ class FrameAttention(nn.Module):
         batch, frames, height, width, channels = x.shape
         h = Conv(3 * channels, (1, 1), self.dtype, name="qkv")(ChannelNorm(name="norm")(x))
         q, k, v = jnp.split(h.reshape(batch * frames, height * width, 1, 3 * channels), 3, axis=-1)
-        h = attend(q, [(k, v, None)], split="none").reshape(x.shape)  # one head: nothing to split but frames
+        h = attend(q, [(k, v, None)], split="none").reshape(x.shape)  # with one head, only the frames can be split
         return x + Conv(channels, (1, 1), self.dtype, name="proj")(h)
 
 
@@ -152,14 +152,14 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves rows and columns and, with `time`, frames (official `Resample`)."""
+    """Halves rows and columns and, with `time`, the frames (official `Resample`)."""
 
     time: bool
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, past: Past) -> jax.Array:
-        """[B, n, H, W, C] to [B, n or n/2, H/2, W/2, C]; the video's first frame stays a frame."""
+        """[B, n, H, W, C] to [B, n or n/2, H/2, W/2, C]; the video's first frame stays a single frame."""
         x = Conv(x.shape[-1], (3, 3), self.dtype, stride=2, name="conv")(x)
         if not self.time:
             return x
@@ -170,14 +170,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles rows and columns and, with `time`, frames; halves the channels (official `Resample`)."""
+    """Doubles rows and columns and, with `time`, the frames; halves the channels (official `Resample`)."""
 
     time: bool
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, past: Past) -> jax.Array:
-        """[B, n, H, W, C] to [B, n or 2n, 2H, 2W, C/2]; the video's first frame stays a frame."""
+        """[B, n, H, W, C] to [B, n or 2n, 2H, 2W, C/2]; the video's first frame stays a single frame."""
         if self.time and past.first:
             past.skip(x, 2)  # the frames after it see zeros in its place
         elif self.time:
@@ -187,7 +187,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution and the way to the next."""
+    """The blocks of one resolution, and the resampling to the next."""
 
     features: int
     blocks: int
@@ -204,7 +204,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to the latents' mean and log-variance, before normalization."""
+    """Maps pixels to the latents' mean and log-variance, before normalization."""
 
     config: VaeConfig
 
@@ -223,7 +223,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, without normalization, to pixels."""
+    """Maps unnormalized latents to pixels."""
 
     config: VaeConfig
 
@@ -243,7 +243,7 @@ class Decoder(nn.Module):
 
 
 class WanVae(nn.Module):
-    """The VAE; `decode` and `decode_chunk` need the parameters of the decoder alone, `encode` those of the encoder."""
+    """The VAE; `decode` and `decode_chunk` need only the decoder's parameters, `encode` only the encoder's."""
 
     config: VaeConfig
 
@@ -252,11 +252,11 @@ class WanVae(nn.Module):
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Encodes and decodes again; shapes as in `encode`."""
+        """Encodes and decodes; shapes as in `encode`."""
         return self.decode(self.encode(pixels))
 
     def declare(self) -> None:
-        """Makes all parameters with the least of tracing: as in a later frame, where every layer is at work."""
+        """Creates all parameters with little tracing: runs a frame after the first, which uses every layer."""
         side, factor = self.config.spatial_factor, self.config.temporal_factor
         self.encoder(jnp.zeros((1, factor, side, side, 3)), Past(None, first=False))
         self.decoder(jnp.zeros((1, 1, 1, 1, self.config.z_dim)), Past(None, first=False))
@@ -271,7 +271,7 @@ class WanVae(nn.Module):
           Normalized latents, float32 [B, (F-1)/4 + 1, h/8, w/8, C].
 
         Raises:
-          ValueError: if the pixels have another shape.
+          ValueError: if the pixels have the wrong shape.
         """
         config = self.config
         _check_pixels(config, pixels.shape)
@@ -292,23 +292,23 @@ class WanVae(nn.Module):
         return self.stream(None, latents)[1]
 
     def decode_chunk(self, cache: StreamCache, latents: jax.Array) -> tuple[StreamCache, jax.Array]:
-        """Decodes the next latent frames of a video; the pixels equal those of `decode` to the bit.
+        """Decodes the next latent frames of a video; the pixels are bit-identical to those of `decode`.
 
         Args:
-          cache: what the call before returned, at first `empty_decode_cache`.
+          cache: the cache returned by the previous call, initially `empty_decode_cache`.
           latents: normalized latents, float [B, n, H, W, C].
 
         Returns:
-          The new cache, and pixels float32 [B, 4n, 8H, 8W, 3], for a video's first chunk [B, 4n - 3, 8H, 8W, 3].
+          The new cache, and pixels float32 [B, 4n, 8H, 8W, 3]; for a video's first chunk [B, 4n - 3, 8H, 8W, 3].
 
         Raises:
-          ValueError: if the latents have the wrong channels or do not fit the cache.
+          ValueError: if the latents have the wrong number of channels or do not fit the cache.
         """
         check_latents(latents.shape, self.config.z_dim, cache)
         return self.stream(cache, latents)
 
     def stream(self, cache: StreamCache | None, latents: jax.Array) -> tuple[StreamCache, jax.Array]:
-        """As `decode_chunk`, without checks; None is the cache of a new video."""
+        """`decode_chunk` without checks; pass None as the cache of a new video."""
         config = self.config
         latents = latents.astype(jnp.float32) / (1.0 / jnp.asarray(config.std)) + jnp.asarray(config.mean)
         cache, pixels = run_stream(self.decoder, cache, latents.astype(config.dtype))
@@ -316,7 +316,7 @@ class WanVae(nn.Module):
 
 
 def _check_pixels(config: VaeConfig, shape: tuple[int, ...]) -> None:
-    """Refuses pixels that cannot be encoded."""
+    """Checks that the pixels can be encoded."""
     if len(shape) != 5 or shape[-1] != 3:
         raise ValueError(f"pixels have the shape {tuple(shape)}: it must be [B, F, h, w, 3]")
     _, frames, height, width, _ = shape
@@ -327,7 +327,7 @@ def _check_pixels(config: VaeConfig, shape: tuple[int, ...]) -> None:
 
 
 def init_params(config: VaeConfig, key: jax.Array) -> dict:
-    """Random parameters; they do not depend on any size of the videos."""
+    """Random parameters; they do not depend on the size of the videos."""
     side = config.spatial_factor
     return WanVae(config).init(key, jnp.zeros((1, 1 + config.temporal_factor, side, side, 3)))["params"]
 

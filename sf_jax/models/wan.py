@@ -1,8 +1,8 @@
 """The Wan2.1 video diffusion transformer, for every size and every attention pattern.
 
 Source: official `WanModel` (wan/modules/model.py) and `CausalWanModel` (wan/modules/causal_model.py). Teacher and
-critic (bidirectional) and student (causal) are the same network; only the `Layout` they are called with differs. It
-predicts the flow, `noise - clean`.
+critic (bidirectional) and student (causal) are the same network, called with different `Layout`s. It predicts the flow,
+`noise - clean`.
 """
 
 import dataclasses
@@ -52,16 +52,16 @@ class WanConfig:
       num_heads: attention heads; `dim / num_heads` must be even.
       num_layers: transformer blocks.
       text_dim: channels of the prompt embeddings.
-      text_len: rows of the prompt embeddings (zero after the text's end; they are attended to all the same).
+      text_len: rows of the prompt embeddings (zero after the text's end, but still attended to).
       freq_dim: sinusoidal features of the timestep.
       channels: latent channels C, in and out.
       patch: latent (frames, rows, columns) of one token; frames must be 1.
       eps: epsilon of all norms.
-      dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are float32 always.
-      attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for what the device has.
+      dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are always float32.
+      attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for the best that the device supports.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
       scan_layers: whether one compiled block is scanned over stacked parameters. If not, every layer has its own
-        parameters and code (`unstack_layers`): more to compile, and what GPUs generate fastest with.
+        parameters and code (`unstack_layers`): compilation takes longer, but generation on GPUs is fastest.
     """
 
     dim: int = 128
@@ -80,7 +80,7 @@ class WanConfig:
     scan_layers: bool = True
 
     def __post_init__(self):
-        """Refuses sizes that the network cannot have."""
+        """Validates the sizes."""
         check_sizes(self, **LIMITS)
         check_eps(self.eps)
         if len(self.patch) != 3 or min(self.patch) < 1 or self.freq_dim % 2:
@@ -109,7 +109,7 @@ class WanConfig:
         """Token rows and columns of a latent frame.
 
         Raises:
-          ValueError: if the latent is no multiple of the patch.
+          ValueError: if the latent size is not a multiple of the patch.
         """
         if height % self.patch[1] or width % self.patch[2]:
             raise ValueError(f"latent size is {height}x{width}: it must be a multiple of the patch {self.patch[1:]}")
@@ -138,7 +138,7 @@ def wan_14b(**changes) -> WanConfig:
 
 @flax.struct.dataclass
 class _Shared:
-    """What all blocks of one call share."""
+    """Inputs shared by all blocks of one call."""
 
     modulation: jax.Array
     own_rotation: jax.Array
@@ -160,7 +160,7 @@ class _Shared:
 
 # Axes of the residual stream [B, F, P, dim], see `partition.AXES`.
 STREAM = ("batch", None, "tokens", None)
-# Axes of kernels: into heads or hidden channels, back, and between whole channels.
+# Axes of kernels: to heads or hidden channels, back from them, and to and from unsplit channels.
 SPREAD, JOIN, ENTER, LEAVE = ("embed", "features"), ("features", "embed"), (None, "embed"), ("embed", None)
 
 
@@ -169,10 +169,10 @@ def _dense(config: WanConfig, features: int, axes: Axes) -> Linear:
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer; queries and keys are RMS-normalized over all heads."""
+    """Projections of one attention layer; queries and keys are RMS-normalized over all heads together."""
 
     config: WanConfig
-    # Random query and key biases give every head a place to look at from the start, before or after, left or right.
+    # Random query and key biases make every head attend to some relative position (in time and space) from the start.
     positional: bool = False
 
     def setup(self):
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return self.keys(self.k(x)), self.values(x)
 
     def keys(self, projected: jax.Array) -> jax.Array:
-        """Keys [..., N, D] of what `k` made [..., dim]."""
+        """Keys [..., N, D] from the output [..., dim] of the projection `k`."""
         return self._heads(self.norm_k(projected))
 
     def values(self, x: jax.Array) -> jax.Array:
@@ -234,19 +234,19 @@ class Block(nn.Module):
         slot: jax.Array | None,
         shared: _Shared,
     ) -> tuple[tuple[jax.Array, jax.Array | None], KeysValues | Slots | None]:
-        """Runs the block on (`x` [B, F, P, dim], tapped outputs [taps + 1, ...] or None); `slot` is its tap."""
+        """Runs the block on (`x` [B, F, P, dim], tapped outputs [taps + 1, ...] or None); `slot` is its tap's index."""
         x, tapped = carry
         x, kv = self.run(x, text, context, shared)
-        if tapped is not None:  # outside of `run`: recomputing that must not keep the taps of every layer
+        if tapped is not None:  # outside `run`, so that remat does not store the taps of every layer
             tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)
         return (x, tapped), kv
 
     def run(
         self, x: jax.Array, text: KeysValues, context: KeysValues | Slots | None, shared: _Shared
     ) -> tuple[jax.Array, KeysValues | Slots | None]:
-        """Runs the block on `x` [B, F, P, dim]; also returns the own keys and values [B, F*P, N, D] if asked for.
+        """Runs the block on `x` [B, F, P, dim]; also returns its keys and values [B, F*P, N, D] if `return_kv` is set.
 
-        Slots are returned with the own keys and values in them.
+        With slots as context, returns them with the own keys and values written to them.
         """
         shift, scale, *rest = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
         x = constrain(x, *STREAM)
@@ -270,12 +270,12 @@ class Block(nn.Module):
         return nn.cond(shared.keys_only, lambda block, x: x, behind_keys, self, x), own
 
     def _modulated(self, x, shift, scale):
-        """Normalized `x` [B, F, P, dim], moved and scaled by float32 [B, F or 1, dim]."""
+        """Normalizes `x` [B, F, P, dim], then scales and shifts it by float32 [B, F or 1, dim]."""
         wide = layer_norm(x, self.config.eps).astype(jnp.float32)
         return (wide * (1 + scale[:, :, None]) + shift[:, :, None]).astype(x.dtype)
 
     def _behind_attention(self, x, y, text, modulation, implementation):
-        """`x` with what self-attention found, `y` [B, F, P, N, D]; then cross-attention and feed-forward."""
+        """Adds self-attention's output `y` [B, F, P, N, D] to `x`; then cross-attention and feed-forward."""
         gate1, shift2, scale2, gate2 = modulation
 
         def gated(a, gate):
@@ -292,13 +292,13 @@ class Block(nn.Module):
 
 
 def _all_tokens(x):
-    """[B, F, P, N, D] to [B, F*P, N, D] with all tokens of its heads on a device."""
+    """[B, F, P, N, D] to [B, F*P, N, D]; each device holds all tokens of its heads."""
     x = constrain(x, "batch", None, None, "heads", None)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 class WanTransformer(nn.Module):
-    """The network; parameters of the blocks are stacked along a leading layer axis (see `WanConfig.scan_layers`)."""
+    """The network; the blocks' parameters are stacked along a leading layer axis (see `WanConfig.scan_layers`)."""
 
     config: WanConfig
 
@@ -321,7 +321,7 @@ class WanTransformer(nn.Module):
             self.blocks = [block(config) for _ in range(config.num_layers)]
             return
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.num_layers}
-        layers["check_constancy_invariants"] = self.is_initializing()  # else the block would be traced twice
+        layers["check_constancy_invariants"] = self.is_initializing()  # the check traces the block twice
         self.blocks = nn.scan(
             block,
             methods={
@@ -331,7 +331,7 @@ class WanTransformer(nn.Module):
         )(config)
 
     def encode_text(self, text: jax.Array) -> KeysValues:
-        """Cross-attention keys and values [L, B, S, N, D] of prompt embeddings [B, S, text_dim]; once per prompt."""
+        """Cross-attention keys and values [L, B, S, N, D] of embeddings [B, S, text_dim]; run it once per prompt."""
         if text.shape[-1] != self.config.text_dim:
             raise ValueError(f"prompt embeddings have {text.shape[-1]} channels, text_dim is {self.config.text_dim}")
         text = self.text_out(nn.gelu(self.text_in(text.astype(self.config.dtype)), approximate=True))
@@ -340,7 +340,7 @@ class WanTransformer(nn.Module):
         return _stack([block.text_kv(None, text)[1] for block in self.blocks])
 
     def own_keys_values(self, layers: tuple[Slots, ...]) -> KeysValues:
-        """The own keys (without rotary embedding) and values [L, B, n * tokens, N, D] in the slots."""
+        """Own keys (without rotary embedding) and values [L, B, n * tokens, N, D] from the slots."""
         own = layers[0].projected.shape[1]
         pairs = zip(self.blocks, layers, strict=True)
         keys = [block.self_attn.keys(layer.projected).astype(layer.k.dtype) for block, layer in pairs]
@@ -360,11 +360,11 @@ class WanTransformer(nn.Module):
         Args:
           x: [B, F, H, W, C] noisy latent frames.
           t: float [B, F] or [B, 1] timesteps in [0, 1000].
-          text: prompt embeddings [B, S, text_dim], or what `encode_text` made of them.
+          text: prompt embeddings [B, S, text_dim], or the output of `encode_text`.
           layout: positions and attention pattern.
-          context: keys and values of other frames, as `layout` describes them; as slots, which hold the prompt's, too,
-            where the layers are not scanned.
-          return_kv: also return the own keys (without rotary embedding) and values.
+          context: keys and values of other frames, as described by `layout`. Without `scan_layers` they may be slots,
+            which also hold the prompt's keys and values.
+          return_kv: whether to also return the own keys (without rotary embedding) and values.
 
         Returns:
           float32 flow [B, F, H, W, C]; with `return_kv` also KeysValues [L, B, F*tokens, N, D], or the new slots.
@@ -383,11 +383,11 @@ class WanTransformer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Outputs [taps, B, T, dim] of the blocks `taps` (indices), and the time embedding float32 [B, F or 1, dim].
 
-        Other arguments as in `__call__`. What a discriminator on this network looks at; where the tokens are split over
-        devices, their order is that of `partition.merge_tokens`.
+        These are the inputs of a discriminator on this network. Other arguments as in `__call__`. If the tokens are
+        split over devices, their order is that of `partition.merge_tokens`.
 
         Raises:
-          ValueError: if a tap is no block.
+          ValueError: if `taps` is empty, repeats a block, or names a block that does not exist.
         """
         if not taps or min(taps) < 0 or max(taps) >= self.config.num_layers or len(set(taps)) != len(taps):
             raise ValueError(f"taps is {taps}: give different blocks out of 0 to {self.config.num_layers - 1}")
@@ -395,7 +395,7 @@ class WanTransformer(nn.Module):
         return jax.vmap(partition.merge_tokens)(tapped), time
 
     def _trunk(self, x, t, text, layout, context=None, return_kv=False, taps=()):
-        """All blocks: last output [B, F, P, dim], tapped outputs, own keys and values, time embedding."""
+        """Runs all blocks: returns last output [B, F, P, dim], tapped outputs, own keys and values, time embedding."""
         config = self.config
         if x.shape[-1] != config.channels:
             raise ValueError(f"latents have {x.shape[-1]} channels (last axis), the model has {config.channels}")
@@ -432,7 +432,7 @@ class WanTransformer(nn.Module):
         h = constrain(h, "batch", None, "tokens", None)
         tapped = slots = None
         if taps:
-            # one slot more, into which all blocks without a tap write
+            # One extra slot, to which all blocks without a tap write.
             tapped = jnp.zeros((len(taps) + 1, *h.shape), h.dtype)
             slots = np.full(config.num_layers, len(taps), np.int32)
             slots[list(taps)] = np.arange(len(taps))
@@ -451,7 +451,7 @@ class WanTransformer(nn.Module):
 
 
 def init_params(config: WanConfig, key: jax.Array) -> dict:
-    """Random parameters; they do not depend on any size of the videos."""
+    """Random parameters; they do not depend on the size of the videos."""
     latents = jnp.zeros((1, 1, *config.patch[1:], config.channels))
     text = jnp.zeros((1, config.text_len, config.text_dim))
     return WanTransformer(config).init(key, latents, jnp.zeros((1, 1)), text, bidirectional_layout(1))["params"]
@@ -463,7 +463,7 @@ def param_shapes(config: WanConfig) -> dict:
 
 
 def _stack(layers):
-    """Trees of single layers, stacked."""
+    """Stacks the trees of single layers."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 
 

@@ -1,4 +1,4 @@
-"""Causal diffusion training: teacher forcing and diffusion forcing, all chunks of a video in one pass.
+"""Causal diffusion training: teacher forcing and diffusion forcing over all chunks of a video in one pass.
 
 Source: paper, Section 2 and the baselines of Table 2; official `CausalDiffusion` (model/diffusion.py); Diffusion
 Forcing (arXiv 2407.01392).
@@ -14,13 +14,13 @@ from sf_jax.models.wan import Layout, WanTransformer
 
 
 def per_chunk(values: jax.Array, chunks: tuple[int, ...]) -> jax.Array:
-    """Gives all frames of a chunk the value of its first frame; [B, F, ...], shape kept."""
+    """Sets the values [B, F, ...] of all frames of a chunk to that of its first frame; keeps the shape."""
     first = np.repeat([start for start, _ in attention.chunk_bounds(chunks)], chunks)
     return values[:, first]
 
 
 def causal_layout(chunks: tuple[int, ...], teacher_forcing: bool, window: int | None = None, sink: int = 0) -> Layout:
-    """Own frames are the noisy ones; with teacher forcing the clean ones stand before them."""
+    """The layout of `causal_flow`: the noisy frames, preceded by the clean ones with teacher forcing."""
     make = attention.teacher_forcing if teacher_forcing else attention.block_causal
     positions = np.arange(sum(chunks))
     positions = np.tile(positions, 2) if teacher_forcing else positions
@@ -40,25 +40,25 @@ def causal_flow(
 ) -> tuple[jax.Array, jax.Array]:
     """Predicted flow of every noised chunk, given the chunks before it.
 
-    With diffusion forcing those chunks are noisy themselves, each at its own level; with teacher forcing they are
-    clean or, as an augmentation, noised to `context_t` with the same noise.
+    With diffusion forcing, the earlier chunks are noisy too, each at its own level. With teacher forcing they are clean
+    or, as an augmentation, noised to `context_t` with the same noise.
 
     Args:
       params: the network's parameters.
       model: the network.
-      layout: from `causal_layout`; twice as many frames as `clean` has mean teacher forcing.
+      layout: from `causal_layout`; twice the frames of `clean` selects teacher forcing.
       clean: [B, F, H, W, C] clean latents.
       text: [B, S, text_dim] prompt embeddings.
-      t: float [B, F] timesteps, equal within a chunk (see `per_chunk`); frames at timestep 0 are given as they are.
+      t: float [B, F] timesteps, equal within a chunk (see `per_chunk`); frames at timestep 0 get no noise.
       noise: [B, F, H, W, C] standard normal.
       schedule: the noise schedule.
-      context_t: float [B, F] timesteps of the context in teacher forcing; None is a clean context.
+      context_t: float [B, F] timesteps of the context in teacher forcing; None means a clean context.
 
     Returns:
       The flow and the noisy latents, both [B, F, H, W, C].
 
     Raises:
-      ValueError: if the layout has another number of frames, or `context_t` is given without teacher forcing.
+      ValueError: if the layout has the wrong number of frames, or `context_t` is given without teacher forcing.
     """
     frames = clean.shape[1]
     forcing = len(layout.frames) == 2 * frames
@@ -68,7 +68,7 @@ def causal_flow(
         raise ValueError("context_t is given: it is for teacher forcing alone")
 
     def noised(t):
-        # the table has no entry for "no noise": a given frame would get the last one's
+        # The table has no entry without noise: a given frame would get the noise of the last entry.
         return jnp.where((t == 0)[..., None, None, None], clean, schedule.add_noise(clean, noise, t))
 
     noisy = noised(t)
@@ -90,9 +90,9 @@ def causal_loss(
     schedule: FlowSchedule,
     context_t: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-    """Weighted mean squared error of `causal_flow`, whose arguments these are.
+    """Weighted mean squared error of the flow predicted by `causal_flow`; takes the same arguments.
 
-    `schedule.training_weight` weighs the frames; those at timestep 0 are given, not learned.
+    `schedule.training_weight` weights the frames. Frames at timestep 0 are given and do not count.
 
     Returns:
       Scalar loss, and aux: `clean` [B, F, H, W, C], the prediction.
@@ -114,9 +114,9 @@ def causal_video(
     noise: jax.Array,
     schedule: FlowSchedule,
 ) -> jax.Array:
-    """Clean prediction [B, F, H, W, C] of `causal_flow`, whose arguments these are; given frames come back unchanged.
+    """Clean prediction [B, F, H, W, C] from `causal_flow`, with the same arguments; returns given frames unchanged.
 
-    The student's output in the baselines without rollouts (paper, Table 2; official `CausVid._run_generator`).
+    This is the student's output in the baselines without rollouts (paper, Table 2; official `CausVid._run_generator`).
     """
     flow, noisy = causal_flow(params, model, layout, clean, text, t, noise, schedule)
     return jnp.where((t == 0)[..., None, None, None], noisy, schedule.to_clean(flow, noisy, t))

@@ -1,4 +1,4 @@
-"""Causal consistency distillation: the few-step student's initialization without stored trajectories.
+"""Causal consistency distillation: initializes the few-step student without stored trajectories.
 
 Source: Causal Forcing++ (arXiv 2605.15141); consistency distillation (arXiv 2303.01469).
 """
@@ -24,19 +24,19 @@ def teacher_step(
     solver: FlowSchedule,
     guidance: float | np.ndarray,
 ) -> jax.Array:
-    """One guided Euler step of the causal teacher from noised real chunks, given the clean chunks before each.
+    """One guided Euler step of the causal teacher from noised real chunks, each conditioned on earlier clean chunks.
 
     Args:
-      teacher: causal network and its parameters.
+      teacher: the causal network and its parameters.
       layout: from `causal_layout`, with teacher forcing.
       clean: [B, F, H, W, C] clean latents.
       text: [B, S, text_dim] prompt embeddings.
       negative: [B, S, text_dim] negative-prompt embeddings.
-      index: int32 [B, F], entry of the solver's table from which the step goes to the next; equal within a chunk. An
-        index of `solver.steps` marks a given frame, which stays as it is.
+      index: int32 [B, F], the solver's table entry at which the step starts; it ends at the next. Equal within a chunk.
+        An index of `solver.steps` marks a given frame, which is left unchanged.
       noise: [B, F, H, W, C] standard normal.
       solver: the Euler table; the step from its last entry ends at clean.
-      guidance: the guidance scale, or float [F], that of every frame.
+      guidance: the guidance scale, or one per frame, float [F].
 
     Returns:
       [B, F, H, W, C] latents at the next entry, without gradient.
@@ -54,7 +54,7 @@ def teacher_step(
 
 
 def entry(solver: FlowSchedule, index: jax.Array) -> jax.Array:
-    """float32 timesteps of table entries; those behind the last are 0."""
+    """float32 timesteps of table entries; 0 past the last entry."""
     table = jnp.append(jnp.asarray(solver.timesteps), jnp.float32(0))
     return table[jnp.minimum(index, solver.steps)]
 
@@ -71,20 +71,20 @@ def consistency_loss(
     noise: jax.Array,
     solver: FlowSchedule,
 ) -> tuple[jax.Array, dict]:
-    """Mean squared difference between the student's clean predictions at two neighbouring points of the teacher's path.
+    """Mean squared difference between the student's clean predictions at two adjacent points of the teacher's path.
 
-    At the path's end the target is the point itself.
+    At the end of the path the target is the clean point itself.
 
     Args:
       params: the student's parameters.
-      target_params: those of the target network (the student's average); no gradient.
+      target_params: parameters of the target network (the student's EMA); no gradient.
       model: the student.
       layout: from `causal_layout`, with teacher forcing.
-      clean: [B, F, H, W, C] clean latents, what each chunk is given of the ones before.
-      stepped: [B, F, H, W, C], from `teacher_step`.
+      clean: [B, F, H, W, C] clean latents; each chunk sees those of the chunks before it.
+      stepped: [B, F, H, W, C] latents from `teacher_step`.
       text: [B, S, text_dim] prompt embeddings.
       index: int32 [B, F], as in `teacher_step`.
-      noise: [B, F, H, W, C] the noise that `teacher_step` had.
+      noise: [B, F, H, W, C] the noise passed to `teacher_step`.
       solver: the teacher's Euler table.
 
     Returns:

@@ -23,7 +23,7 @@ def generator_loss(
     config: ScoreConfig,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-    """The student's DMD loss; its gradient in `video` is `gradient / number of elements`.
+    """The student's DMD loss; its gradient with respect to `video` is `gradient / number of elements`.
 
     Args:
       video: [B, F, H, W, C] the student's clean latents, differentiable.
@@ -33,14 +33,14 @@ def generator_loss(
       negative: [B, S, text_dim] negative-prompt embeddings.
       t: float [B, 1] times from `scores.score_time`.
       noise: [B, F, H, W, C] standard normal.
-      config: how the scores are asked.
-      mask: bool, broadcastable to `video`: where the loss counts; None is everywhere.
+      config: how the scores are evaluated.
+      mask: bool, broadcastable to `video`: where the loss counts; None means everywhere.
 
     Returns:
       Scalar loss `0.5 mean(gradient^2)` (as the official code reports it), NaN if a score is not finite, and
       aux: `gradient` [B, F, H, W, C]; `gradient_norm`, its mean absolute value; `critic_lag`, the critic's loss on
       this video, which grows when the critic does not keep up with the student; and `teacher_distance`, the mean
-      absolute difference of video and teacher's prediction, the gradient's normalizer.
+      absolute difference between the video and the teacher's prediction, which normalizes the gradient.
     """
     fixed = jax.lax.stop_gradient(video)
     noisy = config.student_schedule.add_noise(fixed, noise, t)
@@ -59,7 +59,7 @@ def generator_loss(
     weight = jnp.ones_like(video) if mask is None else jnp.broadcast_to(mask, video.shape).astype(video.dtype)
     count = jnp.maximum(weight.sum(), 1)
     value = 0.5 * (weight * jnp.square(gradient)).sum() / count
-    # Its derivative in `video` is gradient / count, exactly; mse(video, video - gradient) would lose digits.
+    # Its derivative in `video` is exactly gradient / count; mse(video, video - gradient) would lose precision.
     surrogate = (weight * gradient * video).sum() / count
     loss = surrogate + jax.lax.stop_gradient(value - surrogate + scores.nothing_or_nan(fake, real))
     flow = config.student_schedule.to_flow(conditional, noisy, t)
@@ -86,7 +86,7 @@ def critic_loss(
       text: [B, S, text_dim] prompt embeddings.
       t: float [B, 1] times from `scores.score_time`.
       noise: [B, F, H, W, C] standard normal.
-      config: how the scores are asked.
+      config: how the scores are evaluated.
 
     Returns:
       Scalar loss and an empty aux.

@@ -1,6 +1,6 @@
-"""Flow matching on real videos: how teachers are trained.
+"""Flow matching on real videos, which trains the teachers.
 
-Source: paper, Section 3.1. `causal.py` has the causal variants, whose frames have levels and weights of their own.
+Source: paper, Section 3.1. `causal.py` has the causal variants, with a noise level and a weight per frame.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """The adversarial objective: the student against a discriminator on the critic's features.
 
 Source: paper, Section 3.3; official `GAN` (model/gan.py), which does not run as shipped; R3GAN (arXiv 2501.05441) for
-the relativistic loss with both gradient penalties, here by finite differences (APT, arXiv 2501.08316).
+the relativistic loss with both gradient penalties, approximated by finite differences (APT, arXiv 2501.08316).
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ class GanConfig:
 
     Attributes:
       head: the discriminator's head.
-      relativistic: whether a video is judged against its partner of the other kind, or alone.
+      relativistic: whether a logit is compared with that of a paired video (real with generated), or used alone.
       generator_weight: weight of the student's loss.
       critic_weight: weight of the discriminator's loss.
-      r1_weight: weight of the penalty on the discriminator's slope at real videos; 0 is none.
+      r1_weight: weight of the penalty on the discriminator's slope at real videos; 0 turns it off.
       r2_weight: the same at the student's videos.
       r1_sigma: size of the random step of the finite difference at real videos.
       r2_sigma: the same at the student's videos.
-      head_lr: learning rate of the head over that of the critic's other parameters.
-      warmup: iterations in which the head alone learns, before the student and the rest of the critic do.
+      head_lr: learning rate of the head, relative to that of the critic's other parameters.
+      warmup: iterations at the start in which only the head is trained, not the student or the rest of the critic.
     """
 
     head: DiscriminatorConfig = DiscriminatorConfig()
@@ -43,7 +43,7 @@ class GanConfig:
     warmup: int = 0
 
     def __post_init__(self):
-        """Refuses values that no loss can have."""
+        """Validates the settings."""
         for name in ("generator_weight", "critic_weight", "r1_weight", "r2_weight", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"gan.{name} is {getattr(self, name)}: it must be at least 0")
@@ -60,14 +60,14 @@ def logits(
     t: jax.Array,
     text: jax.Array,
 ) -> jax.Array:
-    """float32 logits [B, classes] of noisy videos; high is real.
+    """float32 logits [B, classes] of noisy videos; higher means more real.
 
     Args:
       params: `{"critic": the network's, "head": the discriminator's}`.
       critic: the network.
       head: the discriminator's head.
-      noisy: [B, F, H, W, C].
-      t: float [B, 1].
+      noisy: [B, F, H, W, C] noisy latents.
+      t: float [B, 1] timesteps.
       text: [B, S, text_dim] prompt embeddings.
     """
     layout = bidirectional_layout(noisy.shape[1])
@@ -78,7 +78,7 @@ def logits(
 
 
 def _together(params, critic, head, first, second, t, text):
-    """Logits of two batches of the same times and prompts, in one pass."""
+    """Logits of two batches with the same timesteps and prompts, in one pass."""
     both = logits(params, critic, head, *(jnp.concatenate(pair) for pair in ((first, second), (t, t), (text, text))))
     return jnp.split(both, 2)
 
@@ -94,21 +94,22 @@ def generator_loss(
     score: ScoreConfig,
     config: GanConfig,
 ) -> tuple[jax.Array, dict]:
-    """The student's loss; its gradient runs through the discriminator into `video`, not into its parameters.
+    """The student's loss; the gradient flows through the discriminator into `video`, not into its parameters.
 
     Args:
       video: [B, F, H, W, C] the student's clean latents, differentiable.
       real: [B, F, H, W, C] real latents.
-      critic: network, and its parameters as in `logits`.
+      critic: the network, and its parameters as in `logits`.
       text: [B, S, text_dim] prompt embeddings.
       t: float [B, 1] times from `scores.score_time`.
       noise: [B, F, H, W, C] standard normal, for `video`.
       real_noise: [B, F, H, W, C] standard normal, for `real`.
-      score: how the critic is asked.
-      config: the loss.
+      score: how the critic's score is evaluated.
+      config: settings of the loss.
 
     Returns:
-      Scalar loss, and aux: `fake_logit` and `real_logit`, means, and `critic_lag`, the discriminator's loss here.
+      Scalar loss, and aux: the means `fake_logit` and `real_logit`, and `critic_lag`, the discriminator's loss on these
+      videos.
     """
     schedule, params = score.student_schedule, jax.lax.stop_gradient(critic[1])
     noisy, noisy_real = schedule.add_noise(video, noise, t), schedule.add_noise(real, real_noise, t)
@@ -120,7 +121,7 @@ def generator_loss(
 
 
 def _discriminator_loss(fake_logit, real_logit, config: GanConfig):
-    """How badly the two kinds are told apart, without weight and penalties."""
+    """The discriminator's loss without weight and penalties."""
     if config.relativistic:
         return jax.nn.softplus(fake_logit - real_logit).mean()
     return jax.nn.softplus(-real_logit).mean() + jax.nn.softplus(fake_logit).mean()
@@ -147,10 +148,11 @@ def critic_loss(
       real: [B, F, H, W, C] real latents.
       text: [B, S, text_dim] prompt embeddings.
       t: float [B, 1] times from `scores.score_time`.
-      noise: [B, F, H, W, C] standard normal, for both kinds of videos.
-      steps: two of [B, F, H, W, C] standard normal: directions of the finite differences at real and student's videos.
-      score: how the critic is asked.
-      config: the loss.
+      noise: [B, F, H, W, C] standard normal, shared by the student's and the real videos.
+      steps: two arrays [B, F, H, W, C], standard normal: directions of the finite differences at real and at the
+        student's videos.
+      score: how the critic's score is evaluated.
+      config: settings of the loss.
 
     Returns:
       Scalar loss, and aux: `discriminator_loss`, `r1`, `r2`, `fake_logit` and `real_logit` [B, classes].

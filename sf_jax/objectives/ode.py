@@ -1,7 +1,7 @@
-"""Regression on a teacher's ODE trajectories: the causal few-step student's initialization.
+"""Regression on a teacher's ODE trajectories: initializes the causal few-step student.
 
-Source: CausVid (arXiv 2412.07772) Section 4.3; official `ODERegression` (model/ode_regression.py). Behind clean chunks:
-Causal Forcing (arXiv 2602.02214).
+Source: CausVid (arXiv 2412.07772) Section 4.3; official `ODERegression` (model/ode_regression.py). The variant with
+clean context chunks: Causal Forcing (arXiv 2602.02214).
 """
 
 import jax
@@ -27,13 +27,13 @@ def ode_loss(
     Args:
       params: the student's parameters.
       model: the student.
-      layout: its attention pattern, block-causal, or with a context teacher-forcing (see `causal.causal_layout`).
+      layout: its attention pattern: block-causal, or teacher-forcing with a `context` (see `causal.causal_layout`).
       trajectory: [B, S, F, H, W, C], from noise to clean; the last entry is the clean video.
       text: [B, N, text_dim] prompt embeddings.
-      index: int32 [B, F], which entry of the trajectory each frame is taken from; equal within a chunk.
-      timesteps: float [S], the timestep of each entry; frames at timestep 0 are given, not learned.
+      index: int32 [B, F], the trajectory entry that each frame is taken from; equal within a chunk.
+      timesteps: float [S], the timestep of each entry; frames at timestep 0 are given and do not count.
       schedule: the student's noise schedule.
-      context: [B, F, H, W, C] clean videos whose earlier chunks each chunk sees; None shows it the noisy ones.
+      context: [B, F, H, W, C] clean videos; each chunk sees their earlier chunks. With None it sees the noisy ones.
 
     Returns:
       Scalar loss and an empty aux.

@@ -1,4 +1,4 @@
-"""What the distribution-matching losses share: score networks, guidance, and the time at which they are asked.
+"""Shared by the distribution-matching losses: score networks, guidance, and the timesteps of the scores.
 
 Source: official `WanDiffusionWrapper` (utils/wan_wrapper.py) and `DMD` (model/dmd.py).
 """
@@ -15,19 +15,19 @@ from sf_jax.models.wan import WanTransformer, bidirectional_layout
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """How teacher and critic are asked.
+    """How the teacher's and critic's scores are evaluated.
 
     Attributes:
-      guidance: teacher's guidance scale g as usual, `uncond + g (cond - uncond)`; official 4 (3 in its terms).
-      fake_guidance: the same for the critic; 1 is none.
+      guidance: the teacher's guidance scale g in `uncond + g (cond - uncond)`; official 4 (3 in its notation).
+      fake_guidance: the same for the critic; 1 is no guidance.
       student_shift: shift of the schedule that noises the student's videos.
-      score_shift: shift of the table that teacher and critic are read with.
-      time_shift: shift of the random times; 1 is uniform.
-      time_low: times are clamped to at least this.
-      time_high: and to at most this.
-      from_exit: official `ts_schedule`: times start at the end of the exit step's range instead of 0.
-      to_exit: official `ts_schedule_max`: times end at the start of the exit step's range instead of 1000.
-      sid_alpha: SiD's weight of the second term.
+      score_shift: shift of the table that converts the teacher's and critic's flows to clean predictions.
+      time_shift: shift of the random timesteps; 1 is uniform.
+      time_low: lower bound to which the timesteps are clamped.
+      time_high: upper bound to which the timesteps are clamped.
+      from_exit: whether timesteps start at the end of the exit step's range instead of 0 (official `ts_schedule`).
+      to_exit: whether timesteps end at the start of the exit step's range instead of 1000 (official `ts_schedule_max`).
+      sid_alpha: weight of the second term of SiD.
     """
 
     guidance: float = 4.0
@@ -42,7 +42,7 @@ class ScoreConfig:
     sid_alpha: float = 1.0
 
     def __post_init__(self):
-        """Refuses empty ranges of times."""
+        """Validates the timesteps' range and shift."""
         if not 0 <= self.time_low < self.time_high <= TRAIN_STEPS:
             raise ValueError(
                 f"time_low is {self.time_low}, time_high {self.time_high}: 0 <= time_low < time_high <= {TRAIN_STEPS}"
@@ -57,12 +57,12 @@ class ScoreConfig:
 
     @property
     def score_schedule(self) -> FlowSchedule:
-        """The table that teacher and critic are read with."""
+        """The table that converts the teacher's and critic's flows to clean predictions."""
         return FlowSchedule(self.score_shift)
 
 
 def score_time(config: ScoreConfig, even: jax.Array) -> jax.Array:
-    """Times [B, 1] at which the scores are asked, from whole numbers [B, 1] on the even scale."""
+    """Timesteps [B, 1] of the scores, from integers [B, 1] on the even (unshifted) scale."""
     t = even.astype(jnp.float32)
     if config.time_shift > 1:
         t = shift_time(t, config.time_shift)
@@ -70,7 +70,7 @@ def score_time(config: ScoreConfig, even: jax.Array) -> jax.Array:
 
 
 def time_bounds(config: ScoreConfig, exit_from: jax.Array, exit_to: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Range [low, high) of the random whole numbers, given the even-scale range of the exit step."""
+    """Range [low, high) of the random even-scale integers, given the even-scale range of the exit step."""
     low = exit_to if config.from_exit else jnp.zeros_like(exit_to)
     high = exit_from if config.to_exit else jnp.full_like(exit_from, TRAIN_STEPS)
     return low, high
@@ -99,7 +99,7 @@ def predict_guided(
     negative: jax.Array,
     guidance: float,
 ) -> jax.Array:
-    """`predict_clean` with guidance against the negative prompt; the second pass is left out at guidance 1."""
+    """`predict_clean` with guidance against the negative prompt; guidance 1 skips the second pass."""
     conditional = predict_clean(model, params, schedule, noisy, t, text)
     if guidance == 1.0:
         return conditional
@@ -107,11 +107,11 @@ def predict_guided(
 
 
 def nothing_or_nan(*predictions: jax.Array) -> jax.Array:
-    """0, or NaN if a prediction is not finite: what is replaced in a gradient must show in the loss."""
+    """0, or NaN if a prediction is not finite: added to a loss, it reveals values that `nan_to_num` replaced."""
     finite = jnp.stack([jnp.isfinite(x).all() for x in predictions]).all()
     return jnp.where(finite, 0.0, jnp.nan)
 
 
 def video_mean(x: jax.Array) -> jax.Array:
-    """Mean over frames, rows, columns and channels, per sample, kept as [B, 1, 1, 1, 1]."""
+    """Per-sample mean over frames, rows, columns and channels, [B, 1, 1, 1, 1]."""
     return x.mean(axis=(1, 2, 3, 4), keepdims=True)

@@ -1,4 +1,4 @@
-"""Score identity distillation, the student's loss; the critic's is that of DMD.
+"""Score identity distillation (SiD): the student's loss. The critic's loss is that of DMD.
 
 Source: paper, Section 3.3; official `SiD` (model/sid.py); SiD (arXiv 2404.04057).
 """
@@ -21,9 +21,9 @@ def generator_loss(
     config: ScoreConfig,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-    """The student's SiD loss; the gradient runs through both score networks into `video` (not into their parameters).
+    """The student's SiD loss; the gradient flows through both score networks into `video`, not into their parameters.
 
-    Arguments as in `dmd.generator_loss`; `config.sid_alpha` weighs the second term.
+    Takes the arguments of `dmd.generator_loss`; `config.sid_alpha` weights the second term.
 
     Returns:
       Scalar loss, and aux: `critic_lag` and `teacher_distance`, see `dmd.generator_loss`.

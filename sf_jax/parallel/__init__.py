@@ -1,1 +1,1 @@
-"""How parameters and videos are spread over devices; `models/partition.py` has the activations."""
+"""Sharding of parameters and videos over devices; `models/partition.py` shards the activations."""

@@ -15,10 +15,10 @@ MAX_SIZE = 1 << 16
 
 
 def mesh_sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
-    """Devices per axis, of a text such as "tensor:2,context:2" or a mapping; only the axes that it names.
+    """Devices per axis, from a string such as "tensor:2,context:2" or a mapping; only the axes named there.
 
     Raises:
-      ValueError: on other axes, axes that come twice, and sizes that are no whole numbers from 1 on.
+      ValueError: if an axis is unknown or repeated, or a size is not an integer from 1 to `MAX_SIZE`.
     """
     pairs = list(mesh.items()) if isinstance(mesh, Mapping) else None
     if isinstance(mesh, str):
@@ -41,7 +41,7 @@ def mesh_sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
 
 
 def video_devices(sizes: Mapping[str, int]) -> int:
-    """Devices that share one video."""
+    """Number of devices that share one video."""
     return sizes.get("context", 1) * sizes.get("tensor", 1)
 
 
@@ -49,9 +49,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A mesh with automatic axes.
 
     Args:
-      sizes: of the axes that are not 1, from `mesh_sizes`.
-      devices: all of them are used, where `sizes` has no `data` by videos side by side; None is as many of this
-        process's as the sizes need, with one video where they do not name `data`.
+      sizes: sizes of the axes other than 1, from `mesh_sizes`.
+      devices: the devices, all of which are used; if `sizes` has no `data`, that axis takes the rest of them. None
+        takes as many of this process's devices as the sizes need, with `data` 1 by default.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
@@ -64,31 +64,31 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         text = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
         wanted = "leave data out, or give sizes that multiply to this number"
         raise ValueError(f"mesh is {text}: its sizes multiply to {count}, the devices are {len(here)}: {wanted}")
-    # without axes of size 1, by which XLA names places that are the same in different ways
+    # Leaves out axes of size 1, with which XLA would describe equal shardings in different ways.
     shape = {"data": data} | {axis: sizes[axis] for axis in AXES[1:] if sizes.get(axis, 1) > 1}
     devices = np.asarray(here[:count]).reshape(tuple(shape.values()))
     return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def videos_apart(mesh: Mesh | None) -> int:
-    """Into how many parts a mesh splits the videos of a batch."""
+    """The number of parts into which a mesh splits the videos of a batch."""
     return 1 if mesh is None else mesh.shape["data"]
 
 
 def describe(mesh: Mesh) -> str:
-    """The axes that split something, such as "tensor 2, context 2"."""
+    """The axes larger than 1, such as "tensor 2, context 2"."""
     return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
 
 
 def check_mesh(mesh: Mesh | Mapping[str, int], config: WanConfig) -> None:
-    """Refuses meshes over which a network cannot be split.
+    """Checks that a network can be split over a mesh.
 
     Args:
       mesh: a mesh, or the sizes of its axes.
-      config: of the network.
+      config: the network's sizes.
 
     Raises:
-      ValueError: naming the axis, its size and those that would do.
+      ValueError: if it cannot; names the axis, its size and valid sizes.
     """
     sizes = mesh.shape if isinstance(mesh, Mesh) else mesh
     if isinstance(mesh, Mesh):
@@ -109,10 +109,10 @@ def check_mesh(mesh: Mesh | Mapping[str, int], config: WanConfig) -> None:
 
 
 def check_tokens(mesh: Mesh | Mapping[str, int] | None, rows: int, columns: int) -> None:
-    """Refuses meshes over which a latent frame of `rows` x `columns` tokens cannot be split.
+    """Checks that a latent frame of `rows` x `columns` tokens can be split over a mesh.
 
     Raises:
-      ValueError: naming the axis, its size and those that would do.
+      ValueError: if it cannot; names the axis, its size and valid sizes.
     """
     sizes = {} if mesh is None else mesh.shape if isinstance(mesh, Mesh) else mesh
     context, tokens = sizes.get("context", 1), rows * columns

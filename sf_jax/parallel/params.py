@@ -1,6 +1,6 @@
-"""Which mesh axes split which parameters: logical axes by name, resolved by one table, for training and generation.
+"""Sharding of parameters for training and generation: named logical axes, resolved by one table.
 
-A parameter without logical axes, or a logical axis without a rule, is an error, never silently replicated.
+A parameter without logical axes, or a logical axis without a rule, is an error; nothing is silently replicated.
 """
 
 import math
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.models.partition import shortest_spec
 
-# logical axis of a parameter -> mesh axes, or None: not split
+# logical axis of a parameter -> mesh axes, or None if not split
 RULES = {
     "layers": None,
     "embed": ("fsdp", "context"),
@@ -26,7 +26,7 @@ RULES = {
     "rank": None,
     "vocab": ("tensor",),
 }
-# While generating, `context` does not split weights: every call would gather all of them.
+# For generation, `context` does not split weights, as every call would have to gather all of them.
 GENERATION = RULES | {"embed": None}
 
 _ATTENTION = {
@@ -58,7 +58,7 @@ AXES = {
     **{(name, "bias"): ("width",) for name in ("text_out", "time_out", "time_projection")},
     ("head", "bias"): ("patch",),
     ("head_modulation",): ("part", "part", "embed"),
-    # the text encoder; its feed-forward layers are named like those above
+    # the text encoder; its feed-forward layers have the names above
     **{("blocks", name, "kernel"): ("layers", "embed", "heads") for name in "qkv"},
     ("blocks", "o", "kernel"): ("layers", "heads", "embed"),
     ("blocks", "gate", "kernel"): ("layers", "embed", "mlp"),
@@ -97,12 +97,12 @@ _LAYER = re.compile(r"blocks_\d+")
 
 
 def logical_axes(path: tuple[str, ...], rank: int) -> tuple[str, ...]:
-    """Logical axes of a leaf of the state: that of the parameter whose path ends its own; scalars have none.
+    """Logical axes of a leaf of the state: those of the parameter whose path is a suffix of its own; scalars have none.
 
-    Layers with parameters of their own (`WanConfig.scan_layers`) have the axes of stacked ones but the first.
+    Unstacked layers (see `WanConfig.scan_layers`) have the axes of stacked ones without the first.
 
     Raises:
-      ValueError: if no parameter in the table has such a path and rank.
+      ValueError: if no parameter in the table matches the path and rank.
     """
     if rank == 0:
         return ()
@@ -117,7 +117,7 @@ def logical_axes(path: tuple[str, ...], rank: int) -> tuple[str, ...]:
 
 
 def names_of(path) -> tuple[str, ...]:
-    """The names on the way to a leaf, from a path of `jax.tree_util`."""
+    """The names in a leaf's path of `jax.tree_util`."""
     return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path)
 
 
@@ -126,7 +126,7 @@ def tree_shardings(tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...] | None]
 
     Args:
       tree: arrays or their shapes.
-      mesh: the devices; axes of the rules that it does not have split nothing.
+      mesh: the devices; axes in the rules that the mesh lacks are ignored.
       rules: `RULES`, or `GENERATION`.
 
     Raises:
@@ -157,7 +157,7 @@ def tree_shardings(tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...] | None]
 
 
 def held_bytes(tree) -> int:
-    """Bytes that a device holds of a tree of arrays, or of their shapes; those without a sharding are whole."""
+    """Bytes of a tree of arrays, or of their shapes, on one device; leaves without a sharding count in full."""
 
     def leaf(x):
         place = getattr(x, "sharding", None)

@@ -1,1 +1,1 @@
-"""What a program will need on devices that are absent: compiled for them here, and read."""
+"""Ahead-of-time compilation for devices that are not attached, and analysis of the compiled programs."""

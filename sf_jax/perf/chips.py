@@ -1,20 +1,20 @@
-"""The chips that programs are compiled for: memory, arithmetic, bandwidth and links of one."""
+"""The chips that programs can be compiled for: memory, arithmetic, bandwidth and links per chip."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip, by its vendor's data sheet.
+    """A chip's specifications, from its vendor's data sheet.
 
     Attributes:
-      platform: "tpu" or "gpu", as JAX calls it.
-      memory: bytes that a program can have.
-      flops: dense bfloat16 operations a second.
-      bandwidth: bytes a second of its memory.
-      links: bytes a second that it sends over all its links to others of its slice or machine.
-      measured: bfloat16 operations a second that large matrix products reach; None where no measurement is known.
-      source: of the figures.
+      platform: "tpu" or "gpu", as in JAX.
+      memory: bytes available to a program.
+      flops: dense bfloat16 operations per second.
+      bandwidth: memory bandwidth in bytes per second.
+      links: bytes per second sent over all links to other chips of the slice or machine.
+      measured: bfloat16 operations per second that large matmuls reach; None if no measurement is known.
+      source: source of the figures.
     """
 
     platform: str
@@ -27,12 +27,12 @@ class Chip:
 
     @property
     def products(self) -> float:
-        """Operations a second of large matrix products; without a measurement, the H100's share of the peak."""
+        """Operations per second of large matmuls; without a measurement, the H100's share of the peak."""
         return self.measured or self.flops * ASSUMED_SHARE
 
 
-# The measurements: https://github.com/stas00/ml-engineering, "Maximum Achievable Matmul FLOPS". An H100 reaches 794.5
-# of 989 TFLOP/s there, which is rounded to 800; the H200 has the same processor.
+# Measurements: https://github.com/stas00/ml-engineering, "Maximum Achievable Matmul FLOPS". There an H100 reaches 794.5
+# of 989 TFLOP/s, rounded to 800 here; the H200 has the same processor.
 ASSUMED_SHARE = 800 / 989
 _TPU = "https://cloud.google.com/tpu/docs/{}"
 _NVIDIA = "NVIDIA's data sheet of the {}"
@@ -41,12 +41,12 @@ CHIPS = {
     "v5e": Chip("tpu", 16 * 2**30, 197e12, 819e9, 200e9, None, _TPU.format("v5e")),
     "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765e9, 600e9, None, _TPU.format("v5p")),
     "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640e9, 400e9, None, _TPU.format("v6e")),
-    # Memory and bandwidth of GPUs are those that XLA's target configurations have.
+    # Memory and bandwidth of GPUs come from XLA's target configurations.
     "a100": Chip("gpu", 85100068864, 312e12, 2039.04e9, 300e9, 271.2e12, _NVIDIA.format("A100 SXM, 80 GB")),
     "h100": Chip("gpu", 84942979072, 989e12, 3352.32e9, 450e9, 800e12, _NVIDIA.format("H100 SXM")),
     "h200": Chip("gpu", 151397597184, 989e12, 4800e9, 450e9, 800e12, _NVIDIA.format("H200 SXM")),
     "b200": Chip("gpu", 191514411008, 2250e12, 7672.32e9, 900e9, 1745e12, _NVIDIA.format("HGX B200")),
-    # With sums in float32; the links are those of PCI Express 4.0 x16.
+    # With float32 accumulation; the links are PCI Express 4.0 x16.
     "rtx4090": Chip("gpu", 25757220864, 165.2e12, 1008e9, 32e9, None, _NVIDIA.format("Ada architecture (white paper)")),
 }
 

@@ -1,4 +1,4 @@
-"""Compiles programs for devices that are absent, and says what one chip needs for them."""
+"""Compiles programs for devices that are not attached, and reports what each chip needs."""
 
 import dataclasses
 import time
@@ -20,18 +20,18 @@ class Call:
     """A call of a program, described by shapes.
 
     Attributes:
-      name: what it does.
-      function: jitted.
+      name: what the program does.
+      function: the jitted function.
       arguments: shapes with shardings, and static values.
-      flops: arithmetic of its matrix products, all chips together.
-      work: the same with what is computed again for a backward pass; None for as much.
-      trips: passes of loops whose number is known only when they run.
-      branch: which branch of a choice to count, see `traffic`.
+      flops: matmul operations, summed over all chips.
+      work: the same including recomputation in a backward pass; None if nothing is recomputed.
+      trips: iterations to assume for loops whose number is known only at run time.
+      branch: which branch of a conditional to count, see `traffic`.
       cached: see `traffic`.
-      kernel: name of the fused attention that it must have; None where any will do.
-      rate: how often it runs, in units of the caller's.
-      beside: bytes of a chip that stay in its memory meanwhile and are no arguments.
-      mesh: on which it runs; None for the caller's.
+      kernel: name of the fused attention that it must use; None for any.
+      rate: how often it runs, in the caller's units.
+      beside: bytes that stay in a chip's memory meanwhile without being arguments.
+      mesh: the mesh it runs on; None for the caller's.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program compiled for absent devices; all figures are those of a chip and one call.
+    """A program compiled for devices that are not attached; all figures are per chip and call.
 
     Attributes:
-      name: of the program.
+      name: name of the program.
       rate: how often it runs.
       arguments: bytes of its arguments.
-      temporary: bytes that it needs meanwhile, results that take no argument's place included.
-      flops: arithmetic of its matrix products, recomputation left out.
-      work: arithmetic with what is computed again.
-      traffic: what it moves.
-      seconds: how long compiling took.
-      host: bytes of the arguments in the host's memory.
-      beside: bytes that stay in the chip's memory beside the arguments.
+      temporary: temporary bytes, including results that do not alias an argument.
+      flops: matmul operations without recomputation.
+      work: matmul operations including recomputation.
+      traffic: the bytes it moves.
+      seconds: compilation time.
+      host: bytes of arguments in host memory.
+      beside: bytes that stay in the chip's memory in addition to the arguments.
       kernel: see `Call`.
     """
 
@@ -80,7 +80,7 @@ class Compiled:
 
     @property
     def memory(self) -> int:
-        """Bytes of a chip while it runs."""
+        """Bytes of chip memory in use while it runs."""
         return self.arguments + self.temporary + self.beside
 
     @property
@@ -89,7 +89,7 @@ class Compiled:
         return sum(self.traffic.links.values())
 
     def bounds(self, chip: Chip) -> dict[str, float]:
-        """Seconds that arithmetic, memory and links take, each at its peak; the largest is the roofline's time."""
+        """Seconds for arithmetic, memory and links, each at its peak rate; the largest is the roofline time."""
         return {
             "arithmetic": self.work / chip.flops,
             "memory": self.traffic.memory / chip.bandwidth,
@@ -97,11 +97,11 @@ class Compiled:
         }
 
     def estimate(self, chip: Chip) -> float:
-        """Seconds if nothing overlaps: arithmetic at the rate of large products, then all bytes at the bandwidth."""
+        """Seconds if nothing overlaps: arithmetic at the rate of large matmuls, then all bytes at the bandwidth."""
         return self.work / chip.products + self.traffic.memory / chip.bandwidth + self.sent / chip.links
 
     def missing_kernel(self) -> str | None:
-        """What is wrong where the program must attend by a fused kernel and does not; None where all is well."""
+        """A message if the program does not use the fused attention it must use; None otherwise."""
         if self.kernel is None:
             return None
         calls = [each for each in self.traffic.attention if "blocks" in each.place]  # not a VAE's
@@ -114,7 +114,7 @@ class Compiled:
 
 
 def expected_kernel(config: WanConfig, platform: str) -> str | None:
-    """The fused attention that "auto" is meant to find for a transformer on a platform; None where it has none."""
+    """The fused attention that "auto" should choose for a transformer on a platform; None if none applies."""
     if config.attention != "auto":
         return None
     if platform == "gpu":
@@ -125,14 +125,14 @@ def expected_kernel(config: WanConfig, platform: str) -> str | None:
 
 
 def compile_anew() -> None:
-    """Turns the cache of compiled programs off: one from there says less of itself, and at once."""
+    """Disables the compilation cache: cached programs report less about themselves and have no compilation time."""
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def compile_call(call: Call, mesh: Mesh) -> Compiled:
-    """Compiles a call for the devices of a mesh and reads what the compiler says."""
+    """Compiles a call for the devices of a mesh and reads the compiler's analysis."""
     began, mesh = time.perf_counter(), call.mesh or mesh
-    with jax.set_mesh(mesh):  # what "auto" attention asks, and how activations are split
+    with jax.set_mesh(mesh):  # decides "auto" attention and the sharding of activations
         compiled = call.function.lower(*call.arguments).compile()
     memory = compiled.memory_analysis()
     moved = traffic(compiled.as_text(), call.trips, call.branch, call.cached)
@@ -152,10 +152,10 @@ def compile_call(call: Call, mesh: Mesh) -> Compiled:
 
 
 def check_kernels(rows: Iterable[Compiled]) -> None:
-    """Refuses programs that do not attend as they should.
+    """Checks that all programs use the expected attention kernel.
 
     Raises:
-      ValueError: naming the first one.
+      ValueError: if one does not; names the first.
     """
     for row in rows:
         if problem := row.missing_kernel():

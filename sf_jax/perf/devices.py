@@ -1,6 +1,6 @@
-"""Devices that are absent, to compile for: a TPU slice by libtpu's compiler, GPUs by that of JAX's CUDA plugin.
+"""Ahead-of-time compilation targets: TPU slices (libtpu's compiler) and GPUs (the compiler of JAX's CUDA plugin).
 
-`pip install "sf_jax[aot]"` has the first, `pip install "sf_jax[gpu_aot]"` the second; neither needs a device.
+`pip install "sf_jax[aot]"` installs the first, `pip install "sf_jax[gpu_aot]"` the second; neither needs a device.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.experimental import topologies
 
 from sf_jax.perf.chips import chip_of
 
-# libtpu asks a metadata server about its machine unless it is told.
+# Without these variables, libtpu asks a metadata server about its machine.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -27,19 +27,19 @@ CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-    """What XLA's GPU compiler asks of a card.
+    """Properties of a GPU that XLA's compiler needs.
 
     Attributes:
-      title: as the driver names it.
+      title: the driver's name for it.
       capability: CUDA compute capability (major, minor).
-      extended: whether the card has instructions that no later one needs to have ("a" behind the capability).
+      extended: whether it has architecture-specific instructions ("a" after the capability).
       cores: streaming multiprocessors.
-      units: float32 units of a core.
-      threads: of a core, at most.
-      shared: bytes of shared memory of a core.
-      shared_of_block: bytes of it that one block can have.
-      cache: bytes of the L2 cache.
-      clock: GHz.
+      units: float32 units per core.
+      threads: maximum threads per core.
+      shared: bytes of shared memory per core.
+      shared_of_block: bytes of shared memory available to one block.
+      cache: bytes of L2 cache.
+      clock: clock rate in GHz.
     """
 
     title: str
@@ -54,8 +54,8 @@ class _Gpu:
     clock: float
 
 
-# Source: xla/backends/gpu/target_config/specs of openxla/xla; the RTX 4090, which is not there, by NVIDIA's white paper
-# of Ada and the limits of capability 8.9 in the CUDA C++ programming guide.
+# Source: xla/backends/gpu/target_config/specs of openxla/xla. The RTX 4090 is missing there: NVIDIA's Ada white paper,
+# and the limits of capability 8.9 in the CUDA C++ programming guide.
 _GPUS = {
     "a100": _Gpu("NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 64, 2048, 167936, 166912, 41943040, 1.41),
     "h100": _Gpu("NVIDIA H100 80GB HBM3", (9, 0), True, 132, 128, 2048, 233472, 232448, 52428800, 1.98),
@@ -80,16 +80,16 @@ device_description_str: "{title}"
 
 
 def devices_of(target: str) -> Sequence[jax.Device]:
-    """The devices of a target: "v5p:2x2x1" is a TPU slice, "h100:8" are eight GPUs of a machine.
+    """The devices of a target: "v5p:2x2x1" is a TPU slice, "h100:8" is a machine with eight GPUs.
 
     Raises:
-      ValueError: if there is no such target, or its compiler is not installed.
+      ValueError: if the target does not exist, or its compiler is not installed.
     """
     return _gpus(target) if chip_of(target).platform == "gpu" else _tpus(target)
 
 
 def gpu_config(name: str) -> str:
-    """The target configuration of a GPU of `CHIPS`, the text of XLA's GpuTargetConfigProto."""
+    """The target configuration of a GPU in `CHIPS`, in the text format of XLA's GpuTargetConfigProto."""
     gpu, chip = _GPUS[name], chip_of(f"{name}:1")
     major, minor = gpu.capability
     extension = "feature_extension: ACCELERATED_FEATURES" if gpu.extended else ""
@@ -125,7 +125,7 @@ def _tpus(target: str) -> Sequence[jax.Device]:
 def _describe(target: str, extra: str, **options) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(**options).devices
-    except Exception as error:  # compilers raise whatever they like
+    except Exception as error:  # compilers raise exceptions of many types
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"compile_only {target} cannot be had ({reason}): give another shape, or pip install 'sf_jax[{extra}]'"
@@ -135,5 +135,5 @@ def _describe(target: str, extra: str, **options) -> Sequence[jax.Device]:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
+    except ModuleNotFoundError:  # the parent package is missing
         return False

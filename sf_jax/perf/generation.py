@@ -1,4 +1,4 @@
-"""The programs that `sf_jax.generate` runs, described by shapes: no weight is read."""
+"""The programs of `sf_jax.generate`, described by shapes, without reading any weights."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from sf_jax.weights.eight_bit import quantized_shapes
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import network_kind, read_sizes
 
-SIZES = {"1.3B": wan.wan_1_3b, "14B": wan.wan_14b}  # names that `generate --compile_only` takes for a model
+SIZES = {"1.3B": wan.wan_1_3b, "14B": wan.wan_14b}  # model names that `generate --compile_only` accepts
 WAN_FACTORS = (4, 8)
 TEXT, PROMPT, CHUNK, STEP = "text encoder", "prompt to keys and values", "one chunk", "one step of the solver"
 FIRST, LATER = "first frame to pixels", "later frame to pixels"
@@ -41,19 +41,19 @@ EXAMPLE_LAYERS = 1
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What is generated, a video on every chip.
+    """A generation to compile for, by default with one video per chip.
 
     Attributes:
-      config: the transformer.
-      rollout: chunks, window and few steps; None for a bidirectional network.
-      sampling: size of the videos, and the solver where there is one.
-      decoder: with shapes in place of parameters; None to stop at the latents.
-      factors: pixel frames of a latent frame but the first, and pixels of a latent position along each side.
-      text: sizes of the text encoder; None where prompts need none that is large.
-      apart: whether the layers have parameters of their own; None chooses as `load_pipeline` does.
+      config: the transformer's sizes.
+      rollout: chunks, window and denoising steps; None for a bidirectional network.
+      sampling: size of the videos, and the solver if there is one.
+      decoder: the decoder, with shapes in place of parameters; None to stop at the latents.
+      factors: pixel frames per latent frame (except the first), and pixels per latent position along each side.
+      text: sizes of the text encoder; None if prompts need no large one.
+      apart: whether every layer has its own parameters; None chooses as `load_pipeline` does.
       mesh: how chips share a video, from `mesh_sizes`.
-      quantize: type of the weights, one of `eight_bit.DTYPES`; None is that of computation.
-      cache_dtype: of cached keys and values, one of `kv_cache.DTYPES`; None is that of computation.
+      quantize: type of the weights, one of `eight_bit.DTYPES`; None is the compute type.
+      cache_dtype: type of cached keys and values, one of `kv_cache.DTYPES`; None is the compute type.
     """
 
     config: wan.WanConfig
@@ -69,12 +69,12 @@ class Generation:
 
     @property
     def many(self) -> tuple | None:
-        """(solver, guidance) of a network that takes many steps."""
+        """(solver, guidance) of a many-step network, else None."""
         return None if self.sampling.solver is None else (self.sampling.solver, self.sampling.guidance)
 
     @property
     def frames(self) -> int:
-        """Latent frames."""
+        """Number of latent frames."""
         return latent_frames(self.sampling.frames, self.factors[0])
 
     @property
@@ -92,20 +92,20 @@ class Generation:
 
     @property
     def evaluations(self) -> int:
-        """Calls of the network for one chunk of few steps, the clean pass included."""
+        """Network calls for one chunk of a few-step student, including the clean pass."""
         return len(self.rollout.steps) + (self.rollout.context == "clean")
 
 
 def data_mesh(devices: list) -> Mesh:
-    """The mesh of devices that have a video each."""
+    """A mesh of devices with one video each."""
     return make_mesh({}, devices)
 
 
 def device_mesh(what: Generation, devices: list) -> Mesh:
-    """The mesh of devices that have a video, or a part of one, each.
+    """A mesh of devices, each with one video or a part of one.
 
     Raises:
-      ValueError: if the devices, the network or its frames cannot be split as the generation says.
+      ValueError: if the devices, the network or its frames cannot be split as requested.
     """
     mesh = make_mesh(what.mesh, devices)
     check_mesh(mesh, what.config)
@@ -114,7 +114,7 @@ def device_mesh(what: Generation, devices: list) -> Mesh:
 
 
 def calls(what: Generation, mesh: Mesh, chip: Chip) -> Iterator[Call]:
-    """The calls of a generation, in order; those of a chunk are the ones at a full cache."""
+    """The calls of a generation, in order; the call of a chunk is one at a full cache."""
     shapes = _Shapes(what, mesh, chip)
     yield from shapes.text_calls()
     yield shapes.chunk_call() if what.rollout is not None else shapes.step_call()
@@ -122,7 +122,7 @@ def calls(what: Generation, mesh: Mesh, chip: Chip) -> Iterator[Call]:
 
 
 class _Shapes:
-    """The arrays of a generation on a mesh."""
+    """Shapes and shardings of a generation's arrays on a mesh."""
 
     def __init__(self, what: Generation, mesh: Mesh, chip: Chip):
         self.what, self.mesh, self.batch = what, mesh, videos_apart(mesh)
@@ -140,7 +140,7 @@ class _Shapes:
                 config = dataclasses.replace(config, scan_layers=False)
                 shapes = self._split(jax.eval_shape(unstack_layers, shapes))
         self.model, self.params = wan.WanTransformer(config), shapes
-        self.prompts = self.batch * (1 if what.many is None else 2)  # guided ones have a negative prompt each
+        self.prompts = self.batch * (1 if what.many is None else 2)  # with guidance, a negative prompt for each
         self.prompt = self._shape(self.prompts, config.text_len, config.text_dim, dtype=jnp.dtype(config.dtype))
         text = jax.eval_shape(lambda p, t: programs.encode_text(self.model, p, t), self.params, self.prompt)
         self.text = self._named(text, None, "batch", None, "features", None)
@@ -159,7 +159,7 @@ class _Shapes:
             self.stream = jax.tree.map(lambda a: self._named(a, *column_axes(a)), stream)
 
     def _typed(self, tree):
-        """Parameters in the type of computation."""
+        """Converts float32 parameters to the compute type."""
         dtype = jnp.dtype(self.what.config.dtype)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype if a.dtype == jnp.float32 else a.dtype), tree)
 
@@ -168,12 +168,12 @@ class _Shapes:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread), tree)
 
     def _split(self, shapes, mesh=None):
-        """Parameters where `load_pipeline` puts them."""
+        """Adds the shardings that `load_pipeline` uses to parameters."""
         places = tree_shardings(shapes, mesh or self.mesh, GENERATION)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
     def _named(self, tree, *names):
-        """Arrays whose axes have names of `partition.AXES`."""
+        """Adds the shardings of arrays whose axes have names in `partition.AXES`."""
         with jax.set_mesh(self.mesh):
             return jax.tree.map(lambda a: self._put(a, *partition.spec(a.shape, *names)), tree)
 
@@ -181,12 +181,12 @@ class _Shapes:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(self.mesh, PartitionSpec("data")))
 
     def _others(self, *own) -> int:
-        """Bytes of a chip that stay while a program runs whose arguments are `own`."""
+        """Bytes of chip memory held by arrays other than a program's arguments `own`."""
         everything = (self.params, self.text, self.cache, self.decoder, self.stream)
         return bytes_per_device([tree for tree in everything if not any(tree is mine for mine in own)])
 
     def text_calls(self) -> Iterator[Call]:
-        """The text encoder, and what the transformer makes of its output."""
+        """The text encoder, and the transformer's keys and values of its output."""
         config = self.what.text
         if config is not None:
             shared = self.batch < self.mesh.size
@@ -207,7 +207,7 @@ class _Shapes:
         return key, self._shape(self.batch, dtype=jnp.int32), number
 
     def chunk_call(self) -> Call:
-        """A chunk, the last one of those that a full cache has."""
+        """A chunk at a full cache."""
         what, number = self.what, jax.ShapeDtypeStruct((), jnp.int32)
         place = (number, number, jax.ShapeDtypeStruct((), bool))
         size = (what.rollout.chunk, *what.size)
@@ -216,7 +216,7 @@ class _Shapes:
             return (model, what.rollout, what.many, size, params, self.text, self.cache, self._source(), place)
 
         trips = 1.0 if what.many else float(what.evaluations)
-        # products are counted in one layer after the other, with attention written as products
+        # FLOPs are counted with scanned layers and attention written as matmuls.
         plain = wan.WanTransformer(dataclasses.replace(what.config, attention="whole", scan_layers=True))
         flops = _flops(programs.next_chunk, arguments(plain, self.stacked), trips)
         return Call(
@@ -232,7 +232,7 @@ class _Shapes:
         )
 
     def _cached(self) -> frozenset[int]:
-        """Sizes of arrays that hold the cached keys or values that a chunk sees, of a layer or of all."""
+        """Sizes of arrays that hold the cached keys or values that a chunk sees, for one layer or all."""
         what, config = self.what, self.what.config
         tokens, own = math.prod(config.grid(*what.size[:2])), _shard_shape(self.cache.k)
         videos, dim = own[1], own[3] * own[4]
@@ -247,7 +247,7 @@ class _Shapes:
         )
 
     def step_call(self) -> Call:
-        """A guided step of a whole video by a bidirectional network."""
+        """A guided solver step of a bidirectional network on a whole video."""
         noise = self._shape(self.batch, self.what.frames, *self.what.size)
         state = jax.eval_shape(solvers.start, noise)
         state = jax.tree.map(lambda a: self._put(a, *(("data",) if a.ndim else ())), state)
@@ -263,7 +263,7 @@ class _Shapes:
         return Call(STEP, programs.bidirectional_step, arguments(self.model), flops, kernel=self.kernel, beside=beside)
 
     def decode_calls(self) -> Iterator[Call]:
-        """The decoder, for a video's first latent frame and for the others."""
+        """The decoder, for a video's first latent frame and for later ones."""
         if self.what.decoder is None:
             return
         latents = self._shape(self.batch, 1, *self.what.size)
@@ -277,21 +277,21 @@ class _Shapes:
 
 
 def _shard_shape(keys) -> tuple[int, ...]:
-    """What a device has of cached keys, which may be `eight_bit.Scaled`."""
+    """Shape of a device's shard of cached keys, which may be `eight_bit.Scaled`."""
     numbers = jax.tree.leaves(keys)[0]
     return numbers.sharding.shard_shape(numbers.shape)
 
 
 def _flops(function: Callable, arguments: tuple, trips: float = 1.0) -> float:
-    """Arithmetic of matrix products at a full cache; traced without a mesh, so that attention is not a kernel's."""
+    """Matmul operations at a full cache; traced without a mesh, so that attention does not use a kernel."""
     return matmul_flops(function.trace(*arguments).jaxpr, trips, largest=True)
 
 
 def wan_decoder(kind: str, dtype: str) -> VaeDecoder | None:
-    """The decoder "wan", "tiny" or "none", or that of a VAE's file, with shapes in place of parameters.
+    """The decoder "wan", "tiny" or "none", or that of a VAE file, with shapes in place of parameters.
 
     Raises:
-      ValueError: if the file holds no VAE.
+      ValueError: if the file does not hold a VAE.
     """
     if VAES.get(kind, kind) is None:
         return None
@@ -303,13 +303,13 @@ def wan_decoder(kind: str, dtype: str) -> VaeDecoder | None:
 
 
 def generation_of(job: Job) -> Generation:
-    """What `sf_jax.generate` would run for a job; of weight files only sizes are read.
+    """The generation that `sf_jax.generate` would run for a job; reads only the sizes from weight files.
 
     Args:
-      job: with `abstract` set. Its model may be one of `SIZES`, or a folder that holds no more than a config.json.
+      job: the job, with `abstract` set. Its model may be one of `SIZES`, or a folder with nothing but a config.json.
 
     Raises:
-      ValueError: if the sizes are told nowhere, or something is asked for that is not described.
+      ValueError: if the sizes are unknown, or the job uses options that cannot be described.
     """
     for field in ("image", "video", "schedule", *(("text_encoder", "tokenizer", "lora") if job.is_wan else ())):
         if getattr(job, field):
@@ -330,7 +330,7 @@ def generation_of(job: Job) -> Generation:
         rollout=job.wan_rollout,
         sampling=sampling,
         decoder=wan_decoder("wan" if job.vae is None else job.vae, dtype),
-        text=text if text.dim == config.text_dim else None,  # other models' sizes are in their files alone
+        text=text if text.dim == config.text_dim else None,  # sizes of other encoders are only in their files
         mesh=job.mesh_sizes,
         quantize=job.quantize,
         cache_dtype=job.cache_dtype,
@@ -338,7 +338,7 @@ def generation_of(job: Job) -> Generation:
 
 
 def _sizes_of(job: Job) -> wan.WanConfig:
-    """Sizes of the transformer: of a published size by its name, of a folder or of a file."""
+    """Sizes of the transformer, from the name of a published size, a folder or a file."""
     if job.transformer is not None:
         return read_sizes(Path(job.transformer), scaled=True)
     if job.model in SIZES:

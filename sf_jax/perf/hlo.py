@@ -1,8 +1,8 @@
-"""Reads compiled programs: what every instruction moves, with every loop counted as often as it runs.
+"""Parses compiled programs: the bytes that every instruction moves, with loop bodies counted once per iteration.
 
-XLA's own cost analysis counts the body of a loop once, and here layers, chunks and denoising steps are loops. An
-instruction reads of each operand what it needs and writes its result, both once: what a kernel reads repeatedly is
-left out, as caches hold much of it.
+XLA's own cost analysis counts a loop's body once, but here layers, chunks and denoising steps are loops. An instruction
+is assumed to read the part of each operand that it needs and to write its result, both once. Repeated reads by a kernel
+do not count, as caches serve many of them.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class Array:
     """An array of a program.
 
     Attributes:
-      dtype: as XLA writes it.
-      shape: its sizes.
-      layout: the rest of XLA's text.
+      dtype: XLA's name of the type.
+      shape: the shape.
+      layout: the rest of XLA's text for the array.
     """
 
     dtype: str
@@ -36,17 +36,17 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> float:
-        """Its size without padding."""
+        """Size in bytes without padding."""
         return SIZES.get(self.dtype, 0) * self.elements
 
     @property
     def on_chip(self) -> bool:
-        """Whether a TPU keeps it in the memory of its core (tiles, memory space 1), which costs no bandwidth."""
+        """Whether a TPU keeps it in on-chip memory (tiles, memory space 1), which uses no HBM bandwidth."""
         return "T(" in self.layout and "S(1)" in self.layout
 
 
@@ -55,12 +55,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: of the instruction.
-      operation: such as "fusion".
-      arrays: its result; several where that is a tuple.
-      operands: names of the instructions that it reads.
+      name: name of the instruction.
+      operation: the operation, such as "fusion".
+      arrays: its result; several if it is a tuple.
+      operands: names of its operand instructions.
       attributes: the rest of the line.
-      root: whether its result is that of the computation.
+      root: whether its result is the computation's result.
     """
 
     name: str
@@ -77,12 +77,12 @@ class Instruction:
 
     @property
     def elements(self) -> int:
-        """Numbers of the result."""
+        """Number of elements of the result."""
         return sum(array.elements for array in self.arrays)
 
     @property
     def source(self) -> str:
-        """Where in the traced program it comes from: JAX's names of transformations, loops, modules and primitives."""
+        """Its origin in the traced program: JAX's names of transformations, loops, modules and primitives."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
@@ -93,7 +93,7 @@ class Instruction:
         return match[1] if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations under attributes such as "body"."""
+        """Names of the computations in attributes such as "body"."""
         names = []
         for key in keys:
             for group in re.findall(rf"\b{key}=\{{?((?:%[\w.\-]+(?:, )?)+)\}}?", self.attributes):
@@ -103,17 +103,17 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program: its computations by name, and the name of the one that runs."""
+    """A compiled program: its computations by name, and the name of the entry computation."""
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
 
 
 def parse(text: str) -> Module:
-    """Reads what `compiled.as_text()` returns.
+    """Parses the text of `compiled.as_text()`.
 
     Raises:
-      ValueError: if there is no program in the text.
+      ValueError: if the text has no program.
     """
     lines: dict[str, list[str]] = {}
     entry, current = "", None
@@ -125,7 +125,7 @@ def parse(text: str) -> Module:
             current.append(line)
         elif line == "}":
             current = None
-        elif current:  # attributes of kernels have lines of their own
+        elif current:  # attributes of kernels span several lines
             current[-1] += line
     if not entry:
         raise ValueError("text holds no ENTRY computation: give what compiled.as_text() returns")
@@ -142,13 +142,13 @@ def _instruction(line: str) -> Instruction | None:
         return None
     stop = _closing(rest, match.end() - 1)
     operands = rest[match.end() : stop - 1]
-    if match[1] in ("constant", "parameter"):  # a number or a value, which `attributes` keep
+    if match[1] in ("constant", "parameter"):  # keeps the number or value in `attributes`
         return Instruction(name, match[1], arrays_of(result), (), f"({operands}){rest[stop:]}", bool(root))
     return Instruction(name, match[1], arrays_of(result), tuple(_NAME.findall(operands)), rest[stop:], bool(root))
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:
-    """The arrays of a type, those of a tuple in order."""
+    """The arrays of a type; those of a tuple in order."""
     parts = []
     for dtype, sizes, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", text)):
         if dtype in SIZES:
@@ -157,7 +157,7 @@ def arrays_of(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -167,7 +167,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def trips(module: Module, loop: Instruction, dynamic: float) -> float:
-    """How often a loop runs: what XLA knows, a constant in its condition, else `dynamic`."""
+    """Iterations of a loop: XLA's known trip count, else a constant in its condition, else `dynamic`."""
     if known := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.attributes):
         return float(known[1])
     lines = {line.name: line for name in loop.called("condition") for line in module.computations[name]}
@@ -180,7 +180,7 @@ def trips(module: Module, loop: Instruction, dynamic: float) -> float:
 
 
 def reads(module: Module, name: str) -> dict[int, float]:
-    """Numbers that a fused computation reads of each of its parameters; one that is changed in place is not read."""
+    """Elements that a fused computation reads from each parameter; a parameter updated in place is not read."""
     lines = module.computations[name]
     by_name = {line.name: line for line in lines}
     kept = {line.name for line in _results(lines) if _changes_parameter(by_name, line)}
@@ -207,23 +207,23 @@ def reads(module: Module, name: str) -> dict[int, float]:
 
 
 def _needed(line: Instruction, place: int, size: int, count: float) -> float:
-    """Numbers that an instruction needs of an operand of `size`, if it is asked for `count` of its own."""
+    """Elements of an operand of `size` elements that an instruction needs to compute `count` of its own."""
     if line.operation in ("slice", "dynamic-slice", "gather"):
         return min(size, count) if place == 0 else size
     if line.operation in ("concatenate", "reduce", "pad", "reduce-window", "dynamic-update-slice"):
         return size * count / max(1, line.elements)
     if line.operation in ("tuple", "dot", "convolution", "custom-call", "scatter", "sort"):
         return size
-    return min(size, count)  # element by element
+    return min(size, count)  # elementwise
 
 
 def written(module: Module, instruction: Instruction) -> list[Array]:
-    """The arrays that a fusion writes; of one that is changed in place, the part that is new."""
+    """The arrays that a fusion writes; for one updated in place, only the new part."""
     lines = module.computations[instruction.called("calls")[0]]
     by_name = {line.name: line for line in lines}
     results = _results(lines)
     arrays = list(instruction.arrays)
-    if instruction.operation.endswith("-start"):  # (operands, results, state of 32 bit)
+    if instruction.operation.endswith("-start"):  # (operands, results, 32-bit state)
         arrays = arrays[-1 - sum(len(line.arrays) for line in results) : -1]
     parts = []
     for line in results:
@@ -235,7 +235,7 @@ def written(module: Module, instruction: Instruction) -> list[Array]:
 
 
 def _results(lines: Sequence[Instruction]) -> list[Instruction]:
-    """The instructions whose results a fused computation gives out, in order."""
+    """The instructions whose results a fused computation returns, in order."""
     by_name = {line.name: line for line in lines}
     root = next(line for line in lines if line.root)
     results = [by_name[name] for name in root.operands] if root.operation == "tuple" else [root]
@@ -243,21 +243,21 @@ def _results(lines: Sequence[Instruction]) -> list[Instruction]:
 
 
 def _unwrapped(by_name: dict[str, Instruction], line: Instruction) -> Instruction:
-    """What a chain of bitcasts, which move nothing, is of."""
+    """The instruction at the start of a chain of bitcasts, which move nothing."""
     while line.operation == "bitcast":
         line = by_name[line.operands[0]]
     return line
 
 
 def _changes_parameter(by_name: dict[str, Instruction], line: Instruction) -> bool:
-    """Whether an instruction changes a part of a parameter, which XLA then keeps where it is."""
+    """Whether an instruction updates a part of a parameter, which XLA then does in place."""
     if line.operation != "dynamic-update-slice":
         return False
     return _unwrapped(by_name, by_name[line.operands[0]]).operation == "parameter"
 
 
 def holds(module: Module, name: str, operations: Sequence[str]) -> Instruction | None:
-    """The first instruction of one of `operations` in a computation and those that it fuses; None without one."""
+    """The first instruction with one of `operations` in a computation and its nested fusions; None if there is none."""
     for line in module.computations.get(name, ()):
         if line.operation in operations:
             return line

@@ -1,4 +1,4 @@
-"""The lines of `--compile_only`: what a program needs of a chip that is absent, and how it attends."""
+"""The report of `--compile_only`: what a program needs per chip, and which attention it uses."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,22 +11,22 @@ from sf_jax.perf.generation import Generation
 from sf_jax.perf.traffic import COPIES
 
 GIB = 2**30
-MOVERS = 8  # of a program, that are named
+MOVERS = 8  # sources of memory traffic listed per program
 _TITLES = ("program", "GiB a chip", "of", "TFLOP", "GB moved", "GB outside", "kernels", "roofline, ms", "estimate, ms")
 
 
 def generation_report(what: Generation, target: str) -> Iterator[str]:
-    """Compiles what a generation runs, a video on every chip or over those of its mesh, and says what each chip needs.
+    """Compiles the programs of a generation, with a video per chip or per mesh, and reports what each chip needs.
 
     Args:
-      what: sizes.
+      what: the generation.
       target: such as "h100:1" or "v6e:2x2".
 
     Yields:
       Lines of text.
 
     Raises:
-      ValueError: if the target cannot be had, or, behind all lines, if a fused kernel was expected and is not there.
+      ValueError: if the target is not available, or, after all lines, if an expected fused kernel is missing.
     """
     chip, mesh = chip_of(target), generation.device_mesh(what, list(devices_of(target)))
     spread = f"; mesh {describe(mesh)}, {videos_apart(mesh)} videos" if mesh.size > 1 else ""
@@ -65,7 +65,7 @@ def _describe(what: Generation) -> str:
 
 
 def details(row: Compiled) -> Iterator[str]:
-    """What a program does: its attention, bytes by kind, what moves most outside of products and attention."""
+    """Details of a program: its attention, bytes by kind, and the largest traffic outside matmuls and attention."""
     moved = row.traffic
     memory = f"{row.arguments / GIB:.2f} GiB of arguments, {row.temporary / GIB:.2f} temporary"
     beside = f", {row.beside / GIB:.2f} stay beside it" if row.beside else ""
@@ -85,12 +85,12 @@ def details(row: Compiled) -> Iterator[str]:
 
 
 def amount(size: float) -> str:
-    """Bytes as GB, small ones as MB."""
+    """Formats bytes as GB, or small numbers as MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 
 def rates_of(chip: Chip) -> str:
-    """What rates the times are of."""
+    """The rates on which the times are based."""
     origin = "as measured for large products" if chip.measured else "80.9 % of its peak, the H100's share: not measured"
     peaks = f"arithmetic at {chip.flops / 1e12:.0f} TFLOP/s (bfloat16), memory at {chip.bandwidth / 1e9:.0f} GB/s"
     return (
@@ -107,7 +107,7 @@ def fits(rows: Iterable[Compiled], chip: Chip) -> str:
 
 
 def rates(what: Generation, rows: Iterable[Compiled], chip: Chip) -> Iterator[str]:
-    """Frames a second of a few-step student, by the estimate, at a full cache."""
+    """Estimated frames per second of a few-step student at a full cache."""
     by_name = {row.name: row for row in rows}
     row = by_name.get(generation.CHUNK)
     if row is None:

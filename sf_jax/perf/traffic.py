@@ -1,4 +1,4 @@
-"""What a compiled program moves on one chip: bytes by kind, bytes to other chips, kernels, and how it attends."""
+"""Traffic of a compiled program on one chip: bytes by kind, bytes sent to other chips, kernels, and attention."""
 
 import collections
 import dataclasses
@@ -11,18 +11,18 @@ from sf_jax.perf.hlo import Array, Instruction, Module
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PRODUCTS, ATTENTION = "matrix products", "attention"
-# Neither of both; copies of what is cached have a name of their own.
+# Neither of the two; copies of cached keys and values are counted separately.
 COPIES, REST = "copies of the cache", "the rest"
 BRANCHES = ("largest", "mean")
-# Instructions that move nothing of their own.
+# Instructions that move no bytes themselves.
 _FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "iota", "async-start", "async-update", "opt-barrier", "domain", "add-dependency"),
 }
-# Custom calls of TPUs that give arrays other names.
+# Custom calls on TPUs that only rename arrays.
 _NAMES_ONLY = ("ConcatBitcast", "AssumeGatherIndicesInBound")
 _GEMM = re.compile(r"gemm|cublas|conv|matmul", re.IGNORECASE)
-# The name that `models.attention` gives to what it computes by matrix products.
+# Names of attention kernels, and the scope in which `models.attention` computes attention by matmuls.
 _KERNEL = re.compile(r"/[^/]*(?:splash|dot_product_attention)")
 _SCOPE = re.compile(r"attention_xla\b")
 
@@ -32,9 +32,9 @@ class Attention:
     """A call of attention in a program.
 
     Attributes:
-      implementation: "cudnn", "splash", or "xla" for matrix products.
+      implementation: "cudnn", "splash", or "xla" for matmuls.
       place: the module that calls it.
-      shapes: of queries and keys, where a kernel takes them.
+      shapes: shapes of queries and keys, for a kernel.
     """
 
     implementation: str
@@ -44,12 +44,12 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Mover:
-    """Instructions of one source that are neither matrix products nor attention.
+    """Instructions of one origin that are neither matmuls nor attention.
 
     Attributes:
       kind: `COPIES` or `REST`.
-      source: JAX's name of what they compute.
-      bytes: that they move in all.
+      source: JAX's name of the operation.
+      bytes: bytes that they move in total.
     """
 
     kind: str
@@ -59,14 +59,14 @@ class Mover:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a chip moves.
+    """The bytes that a chip moves.
 
     Attributes:
       links: operation -> bytes that it sends to other chips.
-      kinds: kind -> bytes read from and written to its memory, kernels' repeated reads left out.
-      kernels: instructions that run, each of which a GPU launches.
+      kinds: kind -> bytes read from and written to memory, without repeated reads by a kernel.
+      kernels: number of instructions that run; each is a kernel launch on a GPU.
       attention: calls of attention -> how often they run.
-      movers: what moves bytes outside of products and attention, the largest first.
+      movers: sources of traffic outside matmuls and attention, largest first.
     """
 
     links: dict[str, float]
@@ -82,7 +82,7 @@ class Traffic:
 
     @property
     def outside(self) -> float:
-        """Bytes of instructions that are neither matrix products nor attention."""
+        """Bytes of instructions that are neither matmuls nor attention."""
         return self.memory - self.kinds.get(PRODUCTS, 0.0) - self.kinds.get(ATTENTION, 0.0)
 
 
@@ -93,10 +93,10 @@ class _Tally:
         self.links, self.kinds, self.attention = (collections.Counter() for _ in range(3))
         self.movers: collections.Counter = collections.Counter()
         self.kernels = 0.0
-        self.operands = 0.0  # numbers that products and attention are given, which grow with the keys attended to
+        self.operands = 0.0  # operand elements of matmuls and attention, which grow with the number of keys
 
     def add(self, other: "_Tally", times: float) -> None:
-        """Adds another computation that runs so often."""
+        """Adds another computation that runs `times` times."""
         for name in ("links", "kinds", "attention", "movers"):
             mine = getattr(self, name)
             for key, value in getattr(other, name).items():
@@ -113,16 +113,17 @@ class _Tally:
 def traffic(
     text: str, dynamic_trips: float = 1.0, branch: str = "mean", cached: frozenset[int] = frozenset()
 ) -> Traffic:
-    """Counts what a compiled program moves on one chip.
+    """Counts the bytes that a compiled program moves on one chip.
 
     Args:
-      text: `compiled.as_text()`.
-      dynamic_trips: passes to count for loops whose number of passes is known only when they run.
-      branch: which branch of a choice to count: "largest" (by attention and products: a full cache) or their "mean".
-      cached: sizes, in numbers, of arrays that hold all cached keys or values, to name what copies them.
+      text: the output of `compiled.as_text()`.
+      dynamic_trips: iterations to assume for loops whose number is known only at run time.
+      branch: which branch of a conditional to count: the "largest" (by operands of matmuls and attention, so at a full
+        cache) or the "mean" of all.
+      cached: sizes, in elements, of arrays that hold all cached keys or values, to identify copies of them.
 
     Raises:
-      ValueError: if there is no program in the text, or no such branch.
+      ValueError: if the text has no program, or `branch` is unknown.
     """
     if branch not in BRANCHES:
         raise ValueError(f"branch is {branch!r}: it must be one of {', '.join(BRANCHES)}")
@@ -185,23 +186,23 @@ def _count(module: Module, lines: Sequence[Instruction], cached: frozenset[int])
 
 
 def _is_free(line: Instruction) -> bool:
-    """Whether an instruction moves nothing of its own."""
+    """Whether an instruction moves no bytes itself."""
     return line.operation in _FREE or line.operation.endswith(("-done", "-update")) or line.target in _NAMES_ONLY
 
 
 def _reader(line: Instruction, users: dict[str, list[Instruction]]) -> Instruction:
-    """For whom a TPU brings an array to its core's memory: the instruction that needs it first."""
+    """The first instruction that needs an array, for which a TPU copies it to on-chip memory."""
     start = line
     while line is start or _is_free(line):
         following = users.get(line.name)
-        if not following:  # it leaves this computation
+        if not following:  # the computation returns it
             return start
         line = following[0]
     return line
 
 
 def _written(module: Module, by_name: dict, line: Instruction) -> list[Array]:
-    """The arrays that an instruction writes; of one that is changed in place, the part that is new."""
+    """The arrays that an instruction writes; for one updated in place, only the new part."""
     if line.operation in ("fusion", "fusion-start"):
         return hlo.written(module, line)
     if line.operation == "dynamic-update-slice":
@@ -215,7 +216,7 @@ def _written(module: Module, by_name: dict, line: Instruction) -> list[Array]:
 
 
 def _read(module: Module, by_name: dict, line: Instruction) -> float:
-    """Bytes that an instruction reads; of a large array only the part that it takes."""
+    """Bytes that an instruction reads; only the part of an array that it uses."""
     operands = [by_name[name] for name in line.operands if name in by_name]
     operation = line.operation.removesuffix("-start")
     if operation in ("dynamic-slice", "gather", "slice"):
@@ -233,7 +234,7 @@ def _read(module: Module, by_name: dict, line: Instruction) -> float:
 
 
 def _product(module: Module, line: Instruction) -> Instruction | None:
-    """The matrix product or convolution that an instruction is, or that is fused into it."""
+    """The matmul or convolution that an instruction is, or that is fused into it."""
     if line.operation in ("dot", "convolution"):
         return line
     if line.operation == "custom-call" and _GEMM.search(line.target):
@@ -244,7 +245,7 @@ def _product(module: Module, line: Instruction) -> Instruction | None:
 
 
 def _attention(module: Module, line: Instruction, by_name: dict) -> Attention | None:
-    """The attention that an instruction computes: by a kernel, or by products of `attention.attend`."""
+    """The attention that an instruction computes, by a kernel or by matmuls of `attention.attend`."""
     product = _product(module, line)
     if line.operation == "custom-call":
         implementation = "cudnn" if "fmha" in line.target else "splash" if "splash" in line.source + line.name else ""
@@ -259,21 +260,21 @@ def _attention(module: Module, line: Instruction, by_name: dict) -> Attention | 
     return Attention("xla", place_of(product.source[: scope.start()].rstrip("/"), 2))
 
 
-# What JAX's names have beside modules and primitives.
+# Parts of JAX's names other than modules and primitives.
 _TRANSFORMS = re.compile(
     r"while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation|branch_\d+_fun|shard_map"
 )
 
 
 def place_of(source: str, parts: int = 3) -> str:
-    """The end of JAX's name of an operation: modules without layers' numbers; loops and transformations left out."""
+    """The end of JAX's name of an operation, without layer numbers, loops and transformations."""
     names = [re.sub(r"^(?:jit|pjit)\((.*)\)$", r"\1", name) for name in source.split("/")]
     names = [re.sub(r"_\d+(?=\.|$)", "", name) for name in names if not _TRANSFORMS.fullmatch(name)]
     return "/".join(names[-parts:])
 
 
 def _sent(kind: str, line: Instruction, by_name: dict) -> float:
-    """Bytes that a chip sends for a collective, on a ring of many chips."""
+    """Bytes that a chip sends for a collective on a large ring of chips."""
     operand = sum(by_name[name].bytes for name in line.operands if name in by_name)
     result = line.bytes - operand if line.operation.endswith("-start") else line.bytes
     if kind == "all-reduce":

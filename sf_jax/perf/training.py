@@ -1,4 +1,4 @@
-"""The updates of a training run, described by shapes: what `sf_jax.train --compile_only` compiles."""
+"""The updates of a training run, described by shapes, which `sf_jax.train --compile_only` compiles."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def calls(config: TrainConfig, mesh: Mesh, chip: Chip) -> Iterator[Call]:
     """One call of every update of a run.
 
     Raises:
-      ValueError: if the mesh does not divide what is to be split.
+      ValueError: if the mesh does not divide an axis that it splits.
     """
     run = abstract_run(config, mesh)
     flops, work = flops_of(run), flops_of(run, recompute=True)
@@ -40,14 +40,14 @@ def calls(config: TrainConfig, mesh: Mesh, chip: Chip) -> Iterator[Call]:
 
 
 def compile_for(config: TrainConfig, target: str) -> Iterator[Compiled]:
-    """Compiles every update of a run for devices that are absent, one after the other.
+    """Compiles every update of a run for devices that are not attached, one after the other.
 
     Args:
-      config: of the run; its mesh must fit the devices.
+      config: the run's configuration; its mesh must fit the devices.
       target: such as "v5p:4x4x4" or "h100:8".
 
     Raises:
-      ValueError: if the target cannot be had, or the mesh does not fit.
+      ValueError: if the target is not available, or the mesh does not fit.
     """
     chip = chip_of(target)
     mesh = sharding.make_mesh(config.mesh, list(devices_of(target)))
@@ -56,7 +56,7 @@ def compile_for(config: TrainConfig, target: str) -> Iterator[Compiled]:
 
 
 def step_bounds(rows: list[Compiled], chip: Chip) -> dict[str, float]:
-    """Seconds of an iteration by what bounds it, over all updates as often as they run."""
+    """Seconds per iteration for each bound, summed over all updates and weighted by how often they run."""
     total: dict[str, float] = {}
     for row in rows:
         for name, seconds in row.bounds(chip).items():
@@ -65,7 +65,7 @@ def step_bounds(rows: list[Compiled], chip: Chip) -> dict[str, float]:
 
 
 def training_report(config: TrainConfig, target: str) -> Iterator[str]:
-    """Lines of `sf_jax.train --compile_only`.
+    """The report of `sf_jax.train --compile_only`.
 
     Args:
       config: see `compile_for`.
@@ -75,7 +75,7 @@ def training_report(config: TrainConfig, target: str) -> Iterator[str]:
       Lines of text.
 
     Raises:
-      ValueError: see `compile_for`; and, behind all lines, if a fused kernel was expected and is not there.
+      ValueError: see `compile_for`; also, after all lines, if an expected fused kernel is missing.
     """
     chip, rows = chip_of(target), []
     sizes = ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in sharding.MESH_AXES)

@@ -1,6 +1,6 @@
-"""A training run without any numbers: shapes and places of its arrays, and its update programs.
+"""An abstract training run: shapes and shardings of its arrays, and its update programs.
 
-What `--dry_run` describes and `--compile_only` compiles; no weight, no data and no device is touched.
+`--dry_run` describes it and `--compile_only` compiles it, without weights, data or devices.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ class AbstractRun:
     """A run's arrays as `ShapeDtypeStruct`s with shardings.
 
     Attributes:
-      config: of the run.
+      config: the run's configuration.
       mesh: the devices.
-      state: what is trained.
-      frozen: what is only read.
-      batch: of one update.
-      media: where latents come from.
-      programs: the updates, jitted.
+      state: the training state.
+      frozen: the frozen networks.
+      batch: the batch of one update.
+      media: converts between latents and pixels.
+      programs: the jitted updates.
     """
 
     config: TrainConfig
@@ -46,7 +46,7 @@ class AbstractRun:
 
     @property
     def arguments(self) -> tuple:
-        """What every update is given."""
+        """The arguments of every update."""
         return self.state, self.frozen, self.batch
 
 
@@ -54,7 +54,7 @@ def abstract_run(config: TrainConfig, mesh: Mesh) -> AbstractRun:
     """Describes a run.
 
     Raises:
-      ValueError: if the mesh does not divide what is to be split.
+      ValueError: if the mesh does not divide an axis that it splits.
     """
     sharding.check_config(config, mesh)
     wan = config.data.name == "wan"
@@ -101,7 +101,7 @@ def _with(shapes, shardings):
 
 
 def _inputs(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Everything that a batch can hold."""
+    """Shapes of everything that a batch can hold."""
     data, model, batch = config.data, config.model, config.batch_size
     latent = (data.frames, data.height, data.width, model.channels)
     text = jnp.dtype("bfloat16" if data.name == "wan" else "float32")
@@ -121,6 +121,6 @@ def _inputs(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def bytes_per_device(tree, on_host: bool = False) -> int:
-    """Bytes that a device holds of a tree of arrays with shardings, or those that the host keeps for it."""
+    """Bytes per device of a tree of arrays with shardings, or the bytes that the host keeps for it."""
     mine = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == sharding.HOST_MEMORY) == on_host]
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in mine)

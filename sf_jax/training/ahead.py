@@ -1,4 +1,4 @@
-"""What a run will need, found without running or compiling it: the lines of `--dry_run`."""
+"""The report of `--dry_run`: what a run needs, computed without running or compiling it."""
 
 import math
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from sf_jax.training.stages import updates_of
 
 
 def flops_of(run: AbstractRun, recompute: bool = False) -> dict[str, float]:
-    """Arithmetic of one call of every update, all chips together, by name; see `countable` for `recompute`."""
+    """FLOPs of one call of every update, over all devices, by name; see `countable` for `recompute`."""
     plain = countable(run.config, recompute)
     return model_flops(plain, updates_of(plain, run.media), run.arguments)
 
 
 def describe(config: TrainConfig, devices: list | None = None) -> Iterator[str]:
-    """Lines of `--dry_run`: networks, memory, arithmetic and where every array goes.
+    """Lines of `--dry_run`: networks, memory, FLOPs and the sharding of every array.
 
-    A mesh whose sizes are all given need not be here.
+    If all sizes of the mesh are given, its devices need not be attached.
     """
     sizes = [getattr(config.mesh, axis) for axis in sharding.MESH_AXES]
     here = jax.devices() if devices is None else devices

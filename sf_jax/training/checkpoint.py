@@ -1,8 +1,8 @@
 """Checkpoints: state, data position, config, code version and checksums in one atomic, asynchronous Orbax step.
 
-A step's folder appears under its name only when it is complete. What is in it is checked on the way back: every array
-against a checksum that was made of it on the device, every text against a hash. Folders that do not pass are moved to
-`workdir/damaged`, never removed, and only when an older one did pass.
+A step's folder gets its name only when it is complete. Restoring verifies its contents: every array against a checksum
+computed on the device before saving, all text against a hash. Folders that fail are moved to `workdir/damaged`, never
+deleted, and only if an older one passes.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from sf_jax.files import reason_of
 from sf_jax.messages import quoted
 from sf_jax.training.fingerprint import measure, shapes_of
 
-# A run may be continued with other values of these; every other field is part of what is computed.
+# Fields that may change when a run resumes; all others affect the results.
 FREE_FIELDS = (
     "log_every",
     "checkpoint_every",
@@ -45,9 +45,9 @@ FREE_FIELDS = (
     "offload_teacher",
     "vae_weights",
 )
-# Orbax's name for the folder of a step that is not complete.
+# In the names of Orbax's folders of unfinished steps.
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# After a save has failed: for how long nothing must have been written any more, and when to give up, in seconds.
+# Seconds without writes before a failed save is cleaned up, and the timeout.
 _QUIET_SECONDS, _QUIET_AT_LATEST = 1.0, 10.0
 
 
@@ -61,7 +61,7 @@ def code_version() -> str:
 
 
 def plain(config: TrainConfig) -> dict:
-    """A config as JSON gives it back."""
+    """A config after a round trip through JSON."""
     return json.loads(json.dumps(to_dict(config)))
 
 
@@ -70,33 +70,33 @@ def _is_field(name: str, fields: tuple[str, ...]) -> bool:
 
 
 def changed_fields(saved: dict, config: TrainConfig) -> list[str]:
-    """Fields that differ, as `name: old -> new`, but for `FREE_FIELDS`; fields newer than the run have defaults."""
-    with contextlib.suppress(ValueError):  # Fields that this version does not know: compared as they are.
+    """Fields that differ, as `name: old -> new`, except `FREE_FIELDS`; fields newer than the run have defaults."""
+    with contextlib.suppress(ValueError):  # fields that this version does not know are compared unchanged
         saved = plain(from_dict(saved))
     lines = difference(saved, plain(config))
-    # Long rollouts go through the VAE; otherwise it only shows samples.
+    # Long rollouts use the VAE; otherwise only samples do.
     free = tuple(name for name in FREE_FIELDS if name != "vae_weights" or not config.rollout_frames)
     return [line for line in lines if not _is_field(line.split(":")[0], free)]
 
 
 def open_manager(workdir: Path, config: TrainConfig) -> ocp.CheckpointManager:
-    """The checkpoints of a working directory, without what an interrupted save has left."""
+    """Opens the checkpoints of a workdir, after removing leftovers of interrupted saves."""
     folder = (workdir / "checkpoints").resolve()
-    # Orbax's own clean-up is a thread that nothing waits for: a run that ends early would end in its traceback.
+    # Orbax cleans up in a thread that nothing waits for, so a run that ends early would print its traceback.
     remove_unfinished(folder)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=config.keep_checkpoints,
         create=True,
         enable_async_checkpointing=True,
         save_root_metadata=False,
-        # Otherwise every step's own metadata is read now, and a damaged one ends the run here.
+        # Otherwise Orbax reads every step's metadata here, and damaged metadata ends the run.
         lightweight_initialize=True,
     )
     return ocp.CheckpointManager(folder, options=options)
 
 
 def remove_unfinished(folder: Path) -> bool:
-    """Removes what saves that did not finish have left, which was never a checkpoint; returns whether there was any."""
+    """Removes leftovers of unfinished saves, which were never checkpoints; returns whether there were any."""
     found = list(folder.glob(f"*{_UNFINISHED}*")) if jax.process_index() == 0 else []
     for unfinished in found:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -104,7 +104,7 @@ def remove_unfinished(folder: Path) -> bool:
 
 
 def remove_failed(folder: Path) -> None:
-    """As `remove_unfinished`, just after a save has failed: TensorStore's threads go on, and make its folders anew."""
+    """`remove_unfinished` right after a failed save: repeats it, as TensorStore's threads still recreate folders."""
     began = quiet_since = time.monotonic()
     while (now := time.monotonic()) < min(quiet_since + _QUIET_SECONDS, began + _QUIET_AT_LATEST):
         if remove_unfinished(folder):
@@ -114,11 +114,11 @@ def remove_failed(folder: Path) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Keeps what Orbax prints of a failed save off the terminal: the failure is raised where it is waited for.
+    """Hides what Orbax prints about a failed save; the failure is raised where the save is awaited.
 
-    When an array cannot be written, Orbax closes its event loop under those that are still being written. What becomes
-    of them is printed by asyncio, when it forgets their tasks, and by TensorStore's threads, when they find the loop
-    closed: as late as the process ends, so that they are silenced for good where the block raises.
+    When an array cannot be written, Orbax closes its event loop while other writes are in flight. asyncio prints about
+    their tasks when it destroys them, and TensorStore's threads do when they find the loop closed. That can happen as
+    late as process exit, so the filters stay in place if the block raises.
     """
     with contextlib.ExitStack() as undo:
         for logger in map(logging.getLogger, ("absl", "asyncio")):
@@ -136,7 +136,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is not Orbax's, and not about something that it has started."""
+    """Whether a log record is neither from Orbax nor about a save that it started."""
     text = f"{record.pathname} {record.msg} {record.args}"
     if record.exc_info:
         text += "".join(traceback.format_exception(*record.exc_info))
@@ -144,27 +144,27 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _unraisable(hook: Callable, raised: "sys.UnraisableHookArgs") -> None:
-    """Leaves out what TensorStore's threads raise, which name no object: the outcome of a write, and nobody to tell."""
+    """Ignores 'Event loop is closed' raised without an object in TensorStore's threads after a failed save."""
     closed = isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"
     if not (closed and raised.object is None):
         hook(raised)
 
 
 def _digest(parts: dict) -> str:
-    """A hash of values that JSON can hold."""
+    """A hash of JSON-serializable values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read_about(folder: Path) -> dict:
-    """What a checkpoint says of itself: config, code, data position, log, and the shapes and checksums of its arrays.
+    """A checkpoint's description: config, code, data position, log, and the shapes and checksums of its arrays.
 
     Raises:
-      ValueError: if it cannot be read or was changed since it was written.
+      ValueError: if it cannot be read or has changed since it was written.
     """
     try:
         about = ocp.JsonCheckpointHandler().restore(folder / "about", args=ocp.args.JsonRestore())
         digest = about.pop("digest")
-    except Exception as error:  # Damaged files make Orbax raise nearly anything.
+    except Exception as error:  # Orbax raises exceptions of many types for damaged files.
         raise ValueError(f"what it says of itself cannot be read: {reason_of(error)}") from error
     if digest != _digest(about):
         raise ValueError("what it says of itself was changed after it was written")
@@ -172,7 +172,7 @@ def read_about(folder: Path) -> dict:
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
-    """Finished steps, newest first; what has another name than a step's folder is none (see `other_names`)."""
+    """Finished steps, newest first; ignores entries not named like a step (see `other_names`)."""
     return sorted(((int(path.name), path) for path in folder.glob("*") if _is_step(path)), reverse=True)
 
 
@@ -182,7 +182,7 @@ def _is_step(path: Path) -> bool:
 
 
 def other_names(folder: Path) -> list[str]:
-    """Names in the folder of checkpoints that are none of a step, hidden and unfinished ones left out."""
+    """Names in the checkpoints folder that are not steps, except hidden and unfinished ones."""
     paths = (path for path in folder.glob("*") if not path.name.startswith(".") and _UNFINISHED not in path.name)
     return sorted(path.name for path in paths if not _is_step(path))
 
@@ -192,14 +192,14 @@ class SaveError(OSError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. A context manager: leaving it waits for a save that is under way."""
+    """The checkpoints of one run; a context manager that waits on exit for a save in progress."""
 
     def __init__(self, workdir: Path, config: TrainConfig):
-        """Opens or makes `workdir/checkpoints`."""
+        """Opens or creates `workdir/checkpoints`."""
         self._workdir, self._config = workdir, config
         try:
             self._manager = open_manager(workdir, config)
-        except Exception as error:  # Orbax raises many kinds; the user needs the folder and the reason.
+        except Exception as error:  # Orbax raises many types; the user needs the folder and the reason.
             raise ValueError(f"cannot open {workdir / 'checkpoints'}: {reason_of(error)}") from error
         self._folder = Path(self._manager.directory)
         if jax.process_index() == 0 and (others := other_names(self._folder)):
@@ -214,7 +214,7 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace) -> None:
         with contextlib.ExitStack() as stack:
-            if kind is not None:  # The first error is the one to tell.
+            if kind is not None:  # The first error is the one to report.
                 stack.enter_context(contextlib.suppress(Exception))
             try:
                 self._manager.close()
@@ -228,37 +228,37 @@ class Checkpoints:
         return found[0][0] if found else None
 
     def agreed_steps(self) -> list[int]:
-        """The complete steps that the first process sees, newest first; every process must ask."""
+        """The complete steps that the first process sees, newest first; every process must call this."""
         steps = [step for step, _ in step_folders(self._folder)]
         if jax.process_count() == 1:
             return steps
         return json.loads(first_told(json.dumps(steps) if jax.process_index() == 0 else None))
 
     def last_good(self) -> str:
-        """The newest complete checkpoint, for messages, after a save under way has ended."""
+        """A message with the newest complete checkpoint, after waiting for a save in progress."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         return self.newest_text()
 
     def newest_text(self) -> str:
-        """The newest complete checkpoint, for messages, at once."""
+        """A message with the newest complete checkpoint, without waiting."""
         step = self.newest
         return (
             "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self._folder / str(step)}"
         )
 
     def save(self, step: int, state, data_state: dict, log: dict) -> None:
-        """Starts saving a step; device memory is copied before this returns, the files are written in the background.
+        """Starts saving a step; copies device memory before it returns, and writes files in the background.
 
         Args:
-          step: iterations done.
+          step: number of finished iterations.
           state: the state, on the devices.
-          data_state: which data, and the iterator's position in it, as JSON can hold it.
+          data_state: the data's hashes and the iterator's position, JSON-serializable.
           log: metrics that the log has not written yet.
 
         Raises:
           FloatingPointError: if the state is not finite; it is not saved.
-          OSError: if this save, or the one before it, cannot be written.
+          OSError: if this save, or the previous one, cannot be written.
         """
         if self._saving is not None and self._saving[0] == step:
             return
@@ -285,14 +285,14 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check(self) -> None:
-        """Raises OSError if the save in the background has failed."""
+        """Raises OSError if the background save has failed."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits for the save under way, at most so many seconds; False if it is not finished then.
+        """Waits at most `seconds` for the save in progress; returns False if it has not finished by then.
 
         Raises:
           OSError: if it failed.
@@ -317,7 +317,7 @@ class Checkpoints:
         return True
 
     def _failed(self, error: Exception) -> SaveError:
-        """The error for a save that failed, whose leftovers are removed: they would fill the disk."""
+        """The error for a failed save; removes its leftovers, which would fill the disk."""
         if isinstance(error, SaveError):
             return error
         with contextlib.suppress(Exception):
@@ -330,13 +330,13 @@ class Checkpoints:
         )
 
     def check_config(self, allow_changes: bool = False) -> list[str]:
-        """Compares this run's config with that of the newest checkpoint that can be read.
+        """Compares this run's config with that of the newest readable checkpoint.
 
         Returns:
-          The fields that differ, which is empty unless `allow_changes`.
+          The fields that differ; empty unless `allow_changes`.
 
         Raises:
-          ValueError: naming the fields that differ.
+          ValueError: if fields differ that may not; names them.
         """
         for step in self.agreed_steps():
             about, unreadable = None, None
@@ -350,7 +350,7 @@ class Checkpoints:
 
     def _compare(self, step: int, about: dict, allow_changes: bool) -> list[str]:
         changed = changed_fields(about["config"], self._config)
-        fixed = [line for line in changed if line.startswith("stage:")]  # no flag makes one fit another
+        fixed = [line for line in changed if line.startswith("stage:")]  # no flag allows another stage
         if fixed:
             raise ValueError(f"{self._workdir} is the workdir of another stage ({fixed[0]}): use another --workdir")
         if changed and not allow_changes:
@@ -362,15 +362,15 @@ class Checkpoints:
         return changed
 
     def restore(self, abstract_state, allow_changes: bool = False):
-        """The newest checkpoint that is whole as (step, state, about), or None if there is none at all.
+        """The newest intact checkpoint as (step, state, about), or None if there are no checkpoints.
 
         Args:
-          abstract_state: the state as `ShapeDtypeStruct`s that carry shardings; of any mesh.
+          abstract_state: the state as `ShapeDtypeStruct`s with shardings, on any mesh.
           allow_changes: whether fields of the config may differ.
 
         Raises:
-          ValueError: if the config or the state's shapes differ, or if none of the checkpoints can be read; nothing is
-            changed then.
+          ValueError: if the config or the state's shapes differ, or if none of the checkpoints can be read; no files
+            are changed then.
         """
         faults = []
         for step in self.agreed_steps():
@@ -388,19 +388,19 @@ class Checkpoints:
             self._check_leaves(step, about, abstract_state)
             state = None
             try:
-                # Not the manager's `restore`: it ends in a barrier, which a process that fails never reaches.
+                # Not the manager's `restore`, which ends in a barrier that a failing process never reaches.
                 args = ocp.args.StandardRestore(abstract_state)
                 state = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
-            except Exception as error:  # Orbax and TensorStore raise many kinds.
+            except Exception as error:  # Orbax and TensorStore raise many types.
                 reason = reason_of(error)
-            # A file may be damaged that only one process reads: all must come to the same verdict.
+            # A damaged file may be one that only one process reads, but all must agree.
             if reason := first_told(reason):
                 faults.append((step, reason))
                 continue
             wrong = [path for path, leaf in measure(state).items() if [*leaf[:3]] != about["leaves"][path]]
             if wrong:
                 faults.append((step, f"{len(wrong)} arrays are not as they were saved, such as {wrong[0]}"))
-                del state  # or the older one would need room beside it
+                del state  # frees its memory before the older one is read
                 continue
             self._move_aside(faults, step)
             if about["code"] != self._code:
@@ -415,7 +415,7 @@ class Checkpoints:
         return None
 
     def _check_permissions(self, folder: Path) -> None:
-        """Files that may not be read are no damage: moving them aside would lose a good checkpoint."""
+        """Raises on files without read permission: they are not damaged, so the checkpoint must not be moved aside."""
         paths = (folder, *folder.rglob("*"))
         closed = (path for path in paths if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)))
         path = next(closed, None)
@@ -423,7 +423,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint {folder} cannot be read ({name}: Permission denied): make it readable")
 
     def _check_leaves(self, step: int, about: dict, abstract_state) -> None:
-        """Refuses a state of other shapes, which no flag can make fit."""
+        """Checks that the state's shapes match; no flag can allow others."""
         saved = {path: leaf[:2] for path, leaf in about["leaves"].items()}
         wanted = {path: [*leaf] for path, leaf in shapes_of(abstract_state).items()}
         if saved == wanted:
@@ -438,7 +438,7 @@ class Checkpoints:
         )
 
     def _move_aside(self, faults: list[tuple[int, str]], good: int) -> None:
-        """Moves damaged steps out of the way and says so."""
+        """Moves damaged steps aside and prints where."""
         for step, reason in faults:
             target = self._workdir / "damaged" / str(step)
             for i in range(1, 1000):

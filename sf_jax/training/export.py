@@ -1,4 +1,4 @@
-"""The trained network out of the checkpoints of a run, finished or not."""
+"""Loads the trained network from a run's checkpoints, whether or not the run has finished."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ from sf_jax.weights.package import Package, shipped_path
 
 
 def load_run(workdir: Path | str) -> tuple[int, Package]:
-    """The averaged network of the newest checkpoint of a run; the rest of the checkpoint is not read.
+    """The EMA network of the newest checkpoint of a run; the rest of the checkpoint is not read.
 
     Args:
-      workdir: of `sf_jax.train`.
+      workdir: the workdir of `sf_jax.train`.
 
     Returns:
       The step and the network.
 
     Raises:
-      ValueError: if there is no checkpoint, or the newest is damaged; the message says which is the one before.
+      ValueError: if there is no checkpoint, or the newest is damaged; the message names the previous one.
     """
     step, about, config, params = _restore(workdir)
     frozen = {}
@@ -36,10 +36,10 @@ def load_run(workdir: Path | str) -> tuple[int, Package]:
 
 
 def load_adapters(workdir: Path | str) -> TrainedAdapters:
-    """The averaged adapters of the newest checkpoint of a run; the network that they belong to is not read.
+    """The EMA adapters of the newest checkpoint of a run; their base network is not read.
 
     Args:
-      workdir: of `sf_jax.train`, with `lora.rank` above 0.
+      workdir: the workdir of `sf_jax.train`, with `lora.rank` above 0.
 
     Raises:
       ValueError: see `load_run`, and if the run trains no adapters.
@@ -57,8 +57,8 @@ def load_adapters(workdir: Path | str) -> TrainedAdapters:
 
 
 def _restore(workdir: Path | str) -> tuple[int, dict, TrainConfig, dict]:
-    """Step, description, config and averaged trained parameters of the newest checkpoint of a run."""
-    workdir = Path(workdir).resolve()  # Orbax takes no relative paths
+    """Step, description, config and EMA of the trained parameters from the newest checkpoint of a run."""
+    workdir = Path(workdir).resolve()  # Orbax needs absolute paths
     found = step_folders(workdir / "checkpoints")
     if not found:
         raise ValueError(f"from is {workdir}: there is no finished checkpoint in {workdir / 'checkpoints'}")
@@ -78,7 +78,7 @@ def _restore(workdir: Path | str) -> tuple[int, dict, TrainConfig, dict]:
         wanted = ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
         tree = handler.restore(folder / "state", args=wanted)
         wrong = [path for path, leaf in measure(tree).items() if [*leaf[:3]] != about["leaves"][path]]
-    except Exception as error:  # Orbax raises many kinds; the user needs the folder and what to do.
+    except Exception as error:  # Orbax raises many types; the user needs the folder and what to do.
         raise ValueError(f"checkpoint {folder} cannot be read ({reason_of(error)}){older}") from error
     if wrong:
         raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not as it was saved{older}")

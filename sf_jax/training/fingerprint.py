@@ -1,4 +1,4 @@
-"""What the arrays of a state are: shapes, types, a checksum of every bit, and how many values are not finite."""
+"""Fingerprints of the arrays of a state: shape, type, a checksum of all bits, and the number of nonfinite values."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ class Leaf(NamedTuple):
     Attributes:
       shape: its shape.
       dtype: its type.
-      checksum: of all its bits, the same however it is spread over devices.
-      nonfinite: how many of its values are NaN or infinite.
+      checksum: checksum of all bits, independent of the sharding.
+      nonfinite: number of values that are NaN or infinite.
     """
 
     shape: list[int]
@@ -26,7 +26,7 @@ class Leaf(NamedTuple):
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Sum of all words times different odd numbers, modulo 2**32: no single changed bit keeps it."""
+    """Sum of all words times different odd numbers, modulo 2**32; any single-bit change alters it."""
     words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     place, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
@@ -47,7 +47,7 @@ def _measure(leaves):
 
 
 def shapes_of(tree) -> dict[str, tuple[list[int], str]]:
-    """Shape and type by path, of a tree of arrays or `ShapeDtypeStruct`s."""
+    """Shape and type by path for a tree of arrays or `ShapeDtypeStruct`s."""
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         names = (str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path)
@@ -56,17 +56,17 @@ def shapes_of(tree) -> dict[str, tuple[list[int], str]]:
 
 
 def measure(tree) -> dict[str, Leaf]:
-    """Measures every array of a tree, on the devices it is on.
+    """Measures every array of a tree on its own devices.
 
     Args:
-      tree: arrays of at most 4 bytes a number.
+      tree: arrays with elements of at most 4 bytes.
 
     Returns:
       path -> `Leaf`.
     """
     leaves = jax.tree.leaves(tree)
     hosted = (isinstance(x, jax.Array) and x.sharding.memory_kind == HOST_MEMORY for x in leaves)
-    if any(hosted):  # All of them may not fit on the devices.
+    if any(hosted):  # one at a time, as they may not all fit on the devices
         near = (jax.device_put(x, x.sharding.with_memory_kind("device")) for x in leaves)
         checksums, counts = np.concatenate([jax.device_get(_measure([x])) for x in near], axis=1)
     else:

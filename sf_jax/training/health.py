@@ -1,9 +1,9 @@
-"""What in a run's metrics says that it is going wrong."""
+"""Warnings about metrics that show a run going wrong."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 
-# metric -> (what it tells when it grows, what it tells when it shrinks); None where that is no bad sign
+# metric -> (meaning of growth, meaning of shrinkage); None if that is no bad sign
 SIGNS = {
     "critic_lag": ("the critic does not keep up with the student: lower optimizer.lr or raise generator_every", None),
     "dmd_gradient_norm": (
@@ -16,18 +16,18 @@ SIGNS = {
     "critic_grad_norm": ("the critic's gradient explodes: lower critic_optimizer.lr or critic_optimizer.clip", None),
 }
 LINES, FACTOR = 20, 5.0
-# below this a metric is as good as zero, and factors of it mean nothing
+# Metrics below this count as zero, where ratios are meaningless.
 FLOOR = 1e-3
 
 
 def warnings(history: Sequence[Mapping[str, float]], values: Mapping[str, float]) -> list[str]:
-    """Names metrics that run away.
+    """Describes metrics that jump or drift.
 
     A metric jumps if it is `FACTOR` times above (or below) the median of the last `LINES` log lines. It drifts if that
-    median has moved by `FACTOR` since the first `LINES` lines; that is told once, when it begins.
+    median has moved by `FACTOR` since the first `LINES` lines; a drift is reported only when it begins.
 
     Args:
-      history: the log lines so far, oldest first; fewer than half of `LINES` with a metric say nothing about it.
+      history: the log lines so far, oldest first; a metric needs at least half of `LINES` of them.
       values: the new line.
     """
     found = []
@@ -48,7 +48,7 @@ def warnings(history: Sequence[Mapping[str, float]], values: Mapping[str, float]
 
 
 def _moved(before: float, now: float, signs: tuple[str | None, str | None]) -> str | None:
-    """What it tells that a metric went from `before` to `now`, or None where that is no bad sign."""
+    """The meaning of a metric's change from `before` to `now`, or None if it is no bad sign."""
     before, now = max(before, FLOOR), max(now, FLOOR)
     if now > FACTOR * before:
         return signs[0]

@@ -29,32 +29,32 @@ from sf_jax.training.stop import StopRequest, stop_on_signals
 from sf_jax.weights import cards
 from sf_jax.weights.package import Package, save_package
 
-# Iterations of a run from which the seconds that it takes to count and measure are worth it.
+# Shorter runs skip the FLOP count and the peak measurement on devices of unknown peak.
 _WORTH_MEASURING = 100
 
 
 def train(
     config: TrainConfig, workdir: Path | str, write: WriteSamples | None = None, allow_config_change: bool = False
 ) -> Path:
-    """Runs a stage to its end, continuing from the newest checkpoint in `workdir` that is whole.
+    """Runs a stage to its end, resuming from the newest intact checkpoint in `workdir`.
 
-    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint.
+    SIGTERM and Ctrl-C end it after the current step, with a checkpoint.
 
     Args:
-      config: what to run.
+      config: the run's configuration.
       workdir: folder of checkpoints, log and exported weights.
       write: writes sample videos; needed if `config.log.sample_every` is set.
-      allow_config_change: go on although fields of the config differ from the checkpoint's.
+      allow_config_change: resume even if fields of the config differ from the checkpoint's.
 
     Returns:
       The exported weights, `workdir/teacher.safetensors`, `causal.safetensors` or `student.safetensors`.
 
     Raises:
-      ValueError: on anything that the user must change; nothing in `workdir` is lost.
+      ValueError: for anything that the user must change; nothing in `workdir` is lost.
       FloatingPointError: if a loss or gradient is not finite.
-      OSError: if something cannot be written; the last good checkpoint is named.
-      Stopped: a `SystemExit`: code 0 where SIGTERM came and a checkpoint was saved, 143 where there was nothing to
-        save yet, 130 after Ctrl-C.
+      OSError: if something cannot be written; names the last good checkpoint.
+      Stopped: a `SystemExit`: code 0 if SIGTERM came and a checkpoint was saved, 143 if there was nothing to save yet,
+        130 after Ctrl-C.
     """
     config = resolved(config)
     workdir = check_writable(workdir, "workdir")
@@ -70,7 +70,7 @@ def train(
         params = whole_params(config, student_params(state.model), frozen)
         package = package_of(config, _host(params))
         path = workdir / f"{package.kind}.safetensors"
-        # The others wait: their going would end the first process while it writes.
+        # The other processes wait: if one exited, the first would be terminated while it writes.
         by_first(lambda: _write_weights(path, package))
     return path
 
@@ -83,14 +83,14 @@ def _write_weights(path: Path, package: Package) -> None:
     try:
         run = cards.read_run(path.parent)
         cards.write_card(cards.Card(path.stem, "official", contents, package, run), path.parent, path.stem)
-    except OSError as error:  # the weights are there, and all that a run is for
+    except OSError as error:  # the weights, which matter, have been written
         print(f"no model card was written: {error}", flush=True)
 
 
 def _to_the_end(
     config: TrainConfig, workdir: Path, mesh: Mesh, write: WriteSamples | None, allow_config_change: bool
 ) -> tuple[TrainState, dict]:
-    """Starts or resumes and runs all iterations that are left; the last state, and the frozen networks."""
+    """Starts or resumes a run and runs its remaining iterations; returns the last state and the frozen networks."""
     with stop_on_signals() as request, one_line_errors(), Checkpoints(workdir, config) as checkpoints:
         changed = checkpoints.check_config(allow_config_change)
         for line in changed:
@@ -98,7 +98,7 @@ def _to_the_end(
         stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
         state, start, carried, others = _start(config, stage, mesh, checkpoints, allow_config_change)
         changed += others
-        stage = dataclasses.replace(stage, params=None, critic=None, adapters={})  # they are in the state now
+        stage = dataclasses.replace(stage, params=None, critic=None, adapters={})  # the state has them now
         log = _open_log(config, state, workdir, start, carried)
         if changed:
             log.note(start, config_changed=changed)
@@ -107,7 +107,7 @@ def _to_the_end(
         except FloatingPointError as error:
             advice = "lower a learning rate, or set on_nonfinite to 'skip'"
             raise FloatingPointError(f"{error}; {checkpoints.last_good()}: {advice}") from error
-        except SaveError:  # names it already
+        except SaveError:  # already names the last good checkpoint
             raise
         except OSError as error:
             raise OSError(f"{error}; {checkpoints.last_good()}") from error
@@ -126,7 +126,7 @@ def _alone(workdir: Path) -> Iterator[None]:
 
 
 def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, allow_config_change: bool):
-    """The state to go on from, placed on the mesh, its step, what the log had not written, and what else changed."""
+    """The initial or restored state on the mesh, its step, metrics not yet logged, and other changes."""
 
     def fresh(params, critic, adapters):
         return new_state(config, params, critic, adapters)
@@ -142,7 +142,7 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
     others = _changed_inputs(config, about["data"].get("digests"), stage.digests, step, allow_config_change)
     try:
         stage.iterator.set_state(about["data"].get("position"))
-    except Exception as error:  # Iterators raise what they like about the state of another data pipeline.
+    except Exception as error:  # Iterators raise many types for the state of another data pipeline.
         raise ValueError(
             f"the data position of step {step} does not fit the data of this config ({error}): use the old data.*, "
             "batch_size and seed, or another --workdir"
@@ -154,14 +154,14 @@ def _start(config: TrainConfig, stage: Stage, mesh, checkpoints: Checkpoints, al
 def _changed_inputs(
     config: TrainConfig, saved: dict[str, str] | None, digests: dict[str, str], step: int, allow_changes: bool
 ) -> list[str]:
-    """The data and weights that are others than those of a checkpoint, by their hashes.
+    """Data and weights whose hashes differ from those of a checkpoint.
 
     Raises:
-      ValueError: there are any, and `allow_changes` is not set.
+      ValueError: if there are any, and `allow_changes` is not set.
     """
     changed = []
     for field, digest in digests.items() if saved is not None else ():
-        if field == RECORDS and field not in saved:  # of an earlier version
+        if field == RECORDS and field not in saved:  # a checkpoint of an earlier version
             print(f"step {step} was saved without a hash of its records: they are taken to be the same", flush=True)
         elif saved.get(field) != digest:
             changed.append(f"{field}: {saved.get(field)} -> {digest}")
@@ -193,7 +193,7 @@ def _open_log(config: TrainConfig, state: TrainState, workdir: Path, start: int,
 
 
 def compile_updates(stage: Stage, mesh: Mesh, state: TrainState, offload: Sequence[str] = ()) -> list[Program]:
-    """The updates of the stage, jitted; of the frozen networks to `offload` the host keeps the blocks' kernels."""
+    """The jitted updates of the stage; the host keeps the block kernels of the frozen networks in `offload`."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     frozen = sharding.frozen_shardings(stage.frozen, mesh, offload)
     updates = jit_updates(stage.updates, stage.keys, stage.constants, mesh, shardings, frozen)
@@ -212,7 +212,7 @@ def _run(
     workdir: Path,
     write: WriteSamples | None,
 ) -> TrainState:
-    """All iterations from `start`."""
+    """Runs all iterations from `start`."""
     programs = compile_updates(stage, mesh, state, config.offload)
     frozen = sharding.put(stage.frozen, sharding.frozen_shardings(stage.frozen, mesh, config.offload))
     constants = sharding.put_whole(stage.constants, mesh)
@@ -225,7 +225,7 @@ def _run(
                 continue
             batch = next(stage.iterator)
             batch = sharding.put_batch({key: batch[key] for key in stage.keys}, mesh) | constants
-            if not program.compiled:  # All that will be needed: what does not fit must show now, not hours later.
+            if not program.compiled:  # Compiles all needed programs now, so that one that does not fit fails early.
                 with log.clock_stopped():
                     needed = [each for each in programs if any(map(each.due, range(step, config.steps)))]
                     compile_all(needed, state, frozen, batch)
@@ -237,7 +237,7 @@ def _run(
         checkpoints.check()
         stop = request.wanted(step + 1)
         if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            # What is not finite must not replace a good checkpoint: `settle` raises.
+            # `settle` raises if a metric is not finite, so that no good checkpoint is replaced.
             data = {"position": stage.iterator.get_state(), "digests": stage.digests}
             checkpoints.save(step + 1, state, data, log.settle())
         if stop:
@@ -252,7 +252,7 @@ def _run(
 
 
 def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Program], mesh: Mesh, arguments) -> None:
-    """Gives the log what it needs for the utilization: of a chip's peak, or of what devices of other kinds reach."""
+    """Sets the log's FLOPs and peak for the utilization; the peak is measured if the device's is unknown."""
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     if log.flops_per_step is not None or (peak is None and config.steps < _WORTH_MEASURING):
         return
@@ -267,7 +267,7 @@ def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Prog
 
 
 def _host(params: dict) -> dict:
-    """Parameters in host memory, also where other processes hold parts of them."""
+    """Copies parameters to host memory, including parts on other processes."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(params, tiled=True)
     return jax.device_get(params)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: small matrices are trained in place of the network's (LoRA, arXiv 2106.09685)."""
+"""Low-rank adapters: small matrices, trained instead of the network's weights (LoRA, arXiv 2106.09685)."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ class Start(NamedTuple):
     Attributes:
       down: float32 [layers, in, rank].
       up: float32 [layers, rank, out].
-      there: bool [layers], whether the file has the layer's.
+      there: bool [layers], whether the file has adapters of the layer.
     """
 
     down: np.ndarray
@@ -34,10 +34,10 @@ class Start(NamedTuple):
 
 
 def init_adapters(params: dict, config: LoraConfig, key: jax.Array) -> dict:
-    """Adapters of every matrix [layers, in, out] of the blocks: `down` [layers, in, r] random, `up` [layers, r, out] 0.
+    """Adapters of all block matrices [layers, in, out]: random `down` [layers, in, r], zero `up` [layers, r, out].
 
     Raises:
-      ValueError: if the rank is above a matrix's smaller side.
+      ValueError: if the rank exceeds a matrix's smaller side.
     """
     adapters = {}
     for path, kernel in flatten_dict(params["blocks"]).items():
@@ -58,11 +58,11 @@ def init_adapters(params: dict, config: LoraConfig, key: jax.Array) -> dict:
 
 
 def with_start(adapters: dict, start: dict) -> dict:
-    """Adapters of which those that a file has are the file's.
+    """Replaces adapters by those of a file, where the file has them.
 
     Args:
-      adapters: what `init_adapters` gives.
-      start: what `read_start` gives.
+      adapters: from `init_adapters`.
+      start: from `read_start`.
     """
     flat = flatten_dict(adapters)
     for path, (down, up, there) in start.items():
@@ -72,10 +72,10 @@ def with_start(adapters: dict, start: dict) -> dict:
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The config with rank and alpha of the file that the adapters start from, where it leaves them open.
+    """Fills in the rank and alpha of the file that the adapters start from, if the config does not set them.
 
     Raises:
-      ValueError: if the file is missing, damaged or of another network, its pairs differ in rank or alpha, or it
+      ValueError: if the file is missing, damaged or for another network, its pairs differ in rank or alpha, or it
         contradicts the config.
     """
     init = config.lora.init
@@ -97,14 +97,14 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def read_start(init: str, config: WanConfig) -> dict[tuple[str, ...], Start]:
-    """Adapters to start from.
+    """Reads the adapters to start from.
 
     Args:
-      init: their file.
+      init: the adapters' file.
       config: sizes of the network.
 
     Returns:
-      Path of a kernel -> its adapters. Layers that the file does not have are zeros.
+      Path of a kernel -> its adapters. Layers missing from the file are zeros.
 
     Raises:
       ValueError: if the file does not fit, or changes more than matrices of the blocks.
@@ -129,7 +129,7 @@ def read_start(init: str, config: WanConfig) -> dict[tuple[str, ...], Start]:
 
 
 def _check_pairs(adapter: Adapter) -> None:
-    """Refuses what cannot be trained as adapters of the blocks' matrices, and ranks and alphas that differ."""
+    """Checks that a file has only adapters of the blocks' matrices, all with the same rank and alpha."""
     path = adapter.lora.path
     for name, changes in adapter.changes.items():
         if len(changes) > 1 or changes[0].rank is None or not name.startswith("blocks."):
@@ -146,13 +146,13 @@ def _check_pairs(adapter: Adapter) -> None:
 
 
 def _ranks_and_alphas(adapter: Adapter) -> set[tuple[int, float]]:
-    """Rank and alpha of the pairs, alpha to 6 digits."""
+    """Ranks and alphas of the pairs, alphas rounded to 6 digits."""
     pairs = [change for changes in adapter.changes.values() for change in changes if change.rank is not None]
     return {(change.rank, float(f"{change.scale * change.rank:.6g}")) for change in pairs}
 
 
 def attach(params: dict, adapters: dict, config: LoraConfig) -> dict:
-    """The network with its adapters beside its kernels, as `layers.Linear` takes them."""
+    """Adds the adapters next to the network's kernels, where `layers.Linear` expects them."""
     whole = flatten_dict(jax.lax.stop_gradient(params))
     for (*path, _, part), value in flatten_dict(adapters).items():
         whole[(*path, part)] = value * (config.alpha / config.rank) if part == "up" else value
@@ -160,7 +160,7 @@ def attach(params: dict, adapters: dict, config: LoraConfig) -> dict:
 
 
 def merge(params: dict, adapters: dict, config: LoraConfig) -> dict:
-    """The network with its adapters in its kernels, float32: `kernel + alpha / rank down @ up`."""
+    """Merges the adapters into the network's kernels in float32: `kernel + alpha / rank down @ up`."""
     merged, flat = {path: x.astype(jnp.float32) for path, x in flatten_dict(params).items()}, flatten_dict(adapters)
     for *path, part in flat:
         if part == "down":

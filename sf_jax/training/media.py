@@ -1,4 +1,4 @@
-"""Where an update's real latents come from, and what generated ones look like."""
+"""Conversion of a batch's real videos to latents, and of generated latents to pixels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from sf_jax.models.vae import VaeConfig, WanVae
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """Latents of a kind of data.
+    """Conversion of latents for one kind of data.
 
     Attributes:
       clean: batch -> latents [B, F, H, W, C] of its real videos.
-      as_image: (frozen, latents [B, n, H, W, C]) -> [B, 1, H, W, C], the latent that the last pixel frame of these has
-        as an image; the official code makes it the first frame of a long rollout's last window.
-      pixels: (frozen, latents [B, n, H, W, C]) -> uint8 [B, m, h, w, 1 or 3], in the host's memory.
-      fps: frames that are shown a second.
+      as_image: (frozen, latents [B, n, H, W, C]) -> [B, 1, H, W, C], their last pixel frame encoded as an image; the
+        official code makes it the first frame of a long rollout's last window.
+      pixels: (frozen, latents [B, n, H, W, C]) -> uint8 [B, m, h, w, 1 or 3], in host memory.
+      fps: frames per second.
     """
 
     clean: Callable[[dict], jax.Array]
@@ -30,7 +30,7 @@ class Media:
 
 
 def digits_media(codec: PatchCodec) -> Media:
-    """Moving digits: a latent frame is a pixel frame, so only the last one counts."""
+    """Media of the moving digits, where a latent frame is a pixel frame, so that only the last one counts."""
 
     def as_image(frozen, latents):
         del frozen
@@ -44,7 +44,7 @@ def digits_media(codec: PatchCodec) -> Media:
 
 
 def wan_media(config: VaeConfig) -> Media:
-    """Latents of Wan's VAE, whose parameters are `frozen["vae"]`; batches hold latents, as `latent` [B, F, H, W, C].
+    """Media of Wan's VAE, whose parameters are `frozen["vae"]`; batches hold latents as `latent` [B, F, H, W, C].
 
     Source: official `SelfForcingModel._run_generator`.
     """
@@ -57,7 +57,7 @@ def wan_media(config: VaeConfig) -> Media:
             cache, pixels = vae.apply(params, carry[0], latent[:, None], method="stream")
             return (cache, pixels[:, -1:]), None
 
-        # The decoder looks back over all frames, but of the pixels only the last frame is kept.
+        # The decoder needs all earlier frames, but only the last pixel frame is kept.
         first = vae.apply(params, None, latents[:, :1], method="stream")
         (_, pixels), _ = jax.lax.scan(step, first, jnp.moveaxis(latents[:, 1:], 1, 0))
         image = vae.apply(params, jnp.clip(pixels, -1.0, 1.0), method="encode")
@@ -68,7 +68,7 @@ def wan_media(config: VaeConfig) -> Media:
         return to_uint8(vae.apply({"params": params}, latents, method="decode"))
 
     def pixels(frozen, latents):
-        # one video at a time: the decoder's memory is that of its pixels
+        # One video at a time, as the decoder's memory grows with the pixels.
         return np.concatenate([np.asarray(decode(frozen["vae"], latents[i : i + 1])) for i in range(len(latents))])
 
     return Media(lambda batch: batch["latent"], as_image, pixels, fps=16.0)

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, a progress bar with the time left, and the search for NaN and Inf."""
+"""The log of a run: JSON lines, a progress bar with the remaining time, and the detection of NaN and Inf."""
 
 import contextlib
 import json
@@ -19,9 +19,9 @@ from sf_jax.files import replacing
 from sf_jax.training.health import SIGNS, warnings
 from sf_jax.training.sinks import Sink
 
-# What of a line depends on the machine; everything else is the same however often a run is interrupted.
+# Fields of a line that depend on the machine; all others are the same however often a run is interrupted.
 TIMING = ("seconds_per_step", "frames_per_second", "model_flop_utilization")
-# Dense bfloat16 peak of a device in FLOP/s, by the beginning of its kind; the longest that fits counts.
+# Dense bfloat16 peak of a device in FLOP/s, by a prefix of its kind; the longest match counts.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -43,17 +43,17 @@ PEAK_FLOPS = {
 
 
 def peak_flops(kind: str) -> float | None:
-    """Peak of a device kind (`jax.Device.device_kind`), or None where it is not known, as for CPUs."""
+    """Peak of a device kind (`jax.Device.device_kind`), or None if unknown, as for CPUs."""
     found = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
 def measured_flops(devices: Sequence[jax.Device], dtype: str) -> float:
-    """FLOP/s that devices of this process reach together in products of square matrices, which double until they last.
+    """FLOP/s that devices of this process reach together in square matmuls, doubling the size until they take 20 ms.
 
     Args:
-      devices: to be used at the same time; those of one CPU share its cores.
-      dtype: of the matrices.
+      devices: the devices, used at the same time; those of one CPU share its cores.
+      dtype: type of the matrices.
     """
     product, size, seconds = jax.jit(jnp.matmul), 512, 0.0
     while seconds < 0.02 and size < 8192:
@@ -72,8 +72,8 @@ def measured_flops(devices: Sequence[jax.Device], dtype: str) -> float:
 class Log:
     """Writes `log.jsonl`, a progress bar and other logs.
 
-    Metrics stay on the device until a line is due, so logging never makes a step wait. Of every step until then all are
-    kept: the first step that was not finite can be named. Figures that run away are warned of.
+    Metrics stay on the device until a line is due, so logging never blocks a step. All metrics of every step are kept
+    until then, so that the first step that was not finite can be named. Metrics that jump or drift cause warnings.
     """
 
     def __init__(
@@ -90,21 +90,21 @@ class Log:
         carried: Mapping | None = None,
         frames: float = 0,
     ):
-        """Opens the log; lines after step `start` (of a run that was killed) are dropped.
+        """Opens the log and drops lines after step `start` (of a run that was killed).
 
-        A file with anything else than such lines is kept under another name, and its good lines go on here.
+        A file with invalid lines is kept under another name, and the valid lines continue here.
 
         Args:
-          path: of `log.jsonl`.
-          start: iterations done.
+          path: path of `log.jsonl`.
+          start: number of finished iterations.
           steps: iterations of the whole run.
           every: iterations between lines.
-          title: of the progress bar.
+          title: title of the progress bar.
           sinks: other logs.
           leaf_names: prefix of an update's metrics -> names of the entries of its metric `nonfinite`.
-          skip: updates that are not finite were skipped by the update itself, and are only counted.
-          carried: what `settle` returned at step `start`.
-          frames: latent frames of an iteration's batch on average, for the rate.
+          skip: whether updates skip themselves if they are not finite, and are only counted here.
+          carried: the result of `settle` at step `start`.
+          frames: mean number of latent frames in an iteration's batch, for the rate.
         """
         lines = [(text, line) for text, line in _read_lines(path) if line["step"] <= start]
         with replacing(path) as unfinished:
@@ -138,7 +138,7 @@ class Log:
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Leaves the time of the block out of the time of a step."""
+        """Excludes the time of the block from the time per step."""
         began = time.perf_counter()
         try:
             yield
@@ -146,10 +146,10 @@ class Log:
             self._left_out += time.perf_counter() - began
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of iteration `step` (counted from 1), and writes a line where one is due.
+        """Adds the metrics of iteration `step` (counted from 1), and writes a line if one is due.
 
         Raises:
-          FloatingPointError: if a metric of this step or of one since the last line is not finite.
+          FloatingPointError: if a metric of this step, or of an earlier one since the last line, is not finite.
         """
         self._pending.append((step, metrics))
         self._counted += 1
@@ -159,10 +159,10 @@ class Log:
             self._write(step)
 
     def settle(self) -> dict:
-        """Takes what is on the devices; returns what a run that goes on from here must be given as `carried`.
+        """Fetches the metrics from the devices; returns the value of `carried` for a run that resumes here.
 
         Raises:
-          FloatingPointError: naming the first step, and what of it is not finite.
+          FloatingPointError: if a metric is not finite; names the first step and its nonfinite metrics.
         """
         pending, self._pending = jax.device_get(self._pending), []
         for step, metrics in pending:
@@ -179,16 +179,16 @@ class Log:
         return {"values": dict(self._values), "skipped": self._skipped}
 
     def note(self, step: int, **values) -> None:
-        """Writes a line of its own about `step`."""
+        """Writes an extra line about `step`."""
         self._line({"step": step, **values})
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Closes the bar and the files."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._bar.close)
             for sink in self._sinks:
                 stack.callback(sink.close)
-            with contextlib.suppress(OSError):  # what cannot be written has been told already
+            with contextlib.suppress(OSError):  # a failed write has already been reported
                 self._file.close()
 
     def _write(self, step: int) -> None:
@@ -241,12 +241,12 @@ class Log:
 
 
 def _is_verdict(name: str) -> bool:
-    """Whether a metric tells that an update was finite, as all its numbers are."""
+    """Whether a metric says that all numbers of an update were finite."""
     return name.endswith("finite") and not name.endswith("nonfinite")
 
 
 def _faults(metrics: Mapping[str, np.ndarray], leaf_names: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names of what is not finite in the metrics of a step, the gradients' tensors before the numbers made of them."""
+    """Names of what is not finite in the metrics of a step: gradient tensors first, then scalars."""
     found, scalars = [], []
     for name, value in metrics.items():
         prefix = name.removesuffix("nonfinite")
@@ -264,7 +264,7 @@ def _is_number(value: object) -> bool:
 
 
 def _read_lines(path: pathlib.Path) -> list[tuple[str, dict]]:
-    """The lines of a log, as texts and as what they say; a file with others in it is moved aside, and this is told."""
+    """The valid lines of a log, as text and parsed; a file with invalid lines is copied aside and reported."""
     if not path.exists():
         return []
     if not path.is_file():
@@ -277,7 +277,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[str, dict]]:
             if not _is_number(line.get("step")):
                 raise ValueError("it has no step")
         except ValueError:
-            # A last line without its end was cut short by a kill, and counts as never written.
+            # A last line without a newline was cut off by a kill and counts as never written.
             damaged += bool(text.strip()) and number < len(texts)
             continue
         lines.append((text.decode("utf-8-sig"), line))
@@ -287,7 +287,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[str, dict]]:
             for i in range(10_000)
             if not (name := path.with_name(f"{path.name}.damaged{f'.{i}' * (i > 0)}")).exists()
         )
-        shutil.copyfile(path, aside)  # the good lines take the log's name when they are written
+        shutil.copyfile(path, aside)  # the valid lines replace the log when they are written
         print(
             f"{path} is damaged, {damaged} of its lines are none of a log: kept as {aside}, {len(lines)} go on",
             flush=True,

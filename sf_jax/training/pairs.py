@@ -1,4 +1,4 @@
-"""Generates the ODE pairs that stage "init" learns from, on all devices of the mesh."""
+"""Generates the ODE pairs for stage "init" on all devices of the mesh."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,19 +29,19 @@ def open_pairs(
     source: Source,
     mesh: Mesh,
 ) -> ode_pairs.PairSource:
-    """The ODE pairs of a config, generated where they are missing.
+    """Opens the ODE pairs of a config; generates those that are missing.
 
-    A single process makes them on the whole mesh; several share the files, each on its own devices.
+    A single process generates them on the whole mesh; several divide the files, each using its own devices.
 
     Args:
-      config: of stage "init".
-      workdir: the folder they are kept in if `ode.dir` is None.
-      load_teacher: mesh -> parameters on it, of a bidirectional or causal network, as `ode.teacher` says.
-      source: of the prompts, or with a causal teacher of the captioned videos, which are taken in turn.
+      config: the configuration of stage "init".
+      workdir: the folder that contains them if `ode.dir` is None.
+      load_teacher: mesh -> parameters on it, of a bidirectional or causal network, depending on `ode.teacher`.
+      source: source of the prompts or, with a causal teacher, of the captioned videos, which are used in turn.
       mesh: devices that share a batch.
 
     Raises:
-      ValueError: see `ode_pairs.open_pairs`; or the devices cannot share a batch.
+      ValueError: see `ode_pairs.open_pairs`; also if the devices cannot share a batch.
     """
     if jax.process_count() > 1:
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
@@ -56,7 +56,7 @@ def open_pairs(
     params = load_teacher(mesh)
 
     def make(first: int, stop: int) -> Iterator[tuple[np.ndarray, str]]:
-        # always a whole batch: a pair does not depend on how many are made, and one program serves all
+        # Always a whole batch: a pair does not depend on how many are generated, and one program serves all.
         index = np.arange(first, first + ode.batch_size)
         chosen = [(source.clip if causal else source.prompt)(int(i)) for i in index]
         with jax.set_mesh(mesh):
@@ -69,7 +69,7 @@ def open_pairs(
                 clean = source.media.clean(clips)
                 inputs = (params, noise, clean, text, negative)
                 path = many_step.forced_trajectory(model, config.rollout, *arguments, rows, *inputs)
-                path = jnp.concatenate([path, clean[None]])  # what the student sees, too
+                path = jnp.concatenate([path, clean[None]])  # the student's context
             else:
                 path = teacher_trajectory(model, *arguments, params, noise, text, negative)[np.asarray(rows)]
         path = np.moveaxis(np.asarray(path), 1, 0)
@@ -123,14 +123,14 @@ def pair_iterator(
 
     Args:
       source: the pairs.
-      config: its seed determines the order, its batch size is that of all processes.
-      prompts: of the texts (and videos), as `open_pairs` was given.
-      process_index: which of the processes this is.
-      process_count: how many share a batch; each gets, and reads, its own contiguous rows.
+      config: the configuration; its seed determines the order, its batch size counts all processes.
+      prompts: source of the texts (and videos), the same as for `open_pairs`.
+      process_index: index of this process.
+      process_count: number of processes that share a batch; each reads only its own contiguous rows.
 
     Returns:
-      An iterator over dictionaries: trajectory float32 [B, S, F, H, W, C], text float32 [B, L, D], and with a causal
-      teacher context float32 [B, F, H, W, C], the real videos.
+      An iterator over dictionaries: trajectory float32 [B, S, F, H, W, C], text float32 [B, L, D] and, with a causal
+      teacher, context float32 [B, F, H, W, C], the real videos.
 
     Raises:
       ValueError: see `pipeline.row_iterator`.

@@ -1,4 +1,4 @@
-"""The compiled updates, and how much arithmetic they are."""
+"""The compiled updates, and their FLOP counts."""
 
 import dataclasses
 import math
@@ -25,15 +25,15 @@ def jit_updates(
     state_shardings,
     frozen_shardings,
 ) -> list:
-    """(name, jitted update with donated state, due) of updates.
+    """Jits updates with donated state; returns (name, jitted update, due) for each.
 
     Args:
       updates: (name, update, due), see `stages.Stage`.
-      keys: what of a batch is split over the devices.
-      constants: names of the arrays that every device gets whole.
+      keys: entries of a batch that are split over the devices.
+      constants: entries of a batch that are replicated.
       mesh: the devices.
-      state_shardings: of the state.
-      frozen_shardings: of the frozen networks.
+      state_shardings: shardings of the state.
+      frozen_shardings: shardings of the frozen networks.
     """
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     batch_shardings = dict.fromkeys(keys, split) | dict.fromkeys(constants, everywhere)
@@ -57,8 +57,8 @@ class Program:
     """One update, compiled once.
 
     Attributes:
-      name: of the update.
-      update: jitted.
+      name: name of the update.
+      update: the jitted update.
       due: whether an iteration runs it.
       mesh: the devices.
     """
@@ -75,26 +75,26 @@ class Program:
         return self._compiled is not None
 
     def lower(self, state, frozen, batch) -> jax.stages.Lowered:
-        """Traces the update for arguments like these; they are not used up."""
-        with jax.set_mesh(self.mesh):  # activations are split as it says
+        """Lowers the update for arguments like these, without donating them."""
+        with jax.set_mesh(self.mesh):  # determines the sharding of activations
             return self.update.lower(state, frozen, batch)
 
     def use(self, compiled: jax.stages.Compiled) -> None:
-        """Takes what was compiled of `lower`."""
+        """Sets the compiled program, from the result of `lower`."""
         self._compiled = compiled
 
     def compile(self, state, frozen, batch) -> None:
-        """Compiles the update for arguments like these; they are not used up."""
+        """Compiles the update for arguments like these, without donating them."""
         self.use(self.lower(state, frozen, batch).compile())
 
     def __call__(self, state, frozen, batch):
-        """The update."""
+        """Runs the update."""
         return self._compiled(state, frozen, batch)
 
 
 def compile_all(programs: Sequence[Program], state, frozen, batch) -> None:
-    """Compiles programs for arguments like these, side by side; several processes keep one order."""
-    # Traced here: settings such as `jax.default_matmul_precision` belong to a thread.
+    """Compiles programs for arguments like these in parallel; with several processes, in one fixed order."""
+    # Traced in this thread, as settings such as `jax.default_matmul_precision` are thread-local.
     lowered = [program.lower(state, frozen, batch) for program in programs]
     workers = max(1, len(programs)) if jax.process_count() == 1 else 1
     with ThreadPoolExecutor(workers) as pool:
@@ -103,18 +103,18 @@ def compile_all(programs: Sequence[Program], state, frozen, batch) -> None:
 
 
 def rate(due: Callable[[int], bool], steps: int) -> float:
-    """How often an iteration runs an update, on average."""
+    """The mean number of times that an iteration runs an update."""
     count = min(steps, _SAMPLE)
     return sum(due(step) for step in range(count)) / count
 
 
 def countable(config: TrainConfig, recompute: bool = False) -> TrainConfig:
-    """The same computation written so that `matmul_flops` counts its products, attention's included.
+    """The same computation in a form in which `matmul_flops` counts all matmuls, including those of attention.
 
     Args:
-      config: of the run.
-      recompute: whether to count what `remat` computes again for the backward pass; the model's own arithmetic is
-        without it. What an attention kernel computes again is never counted.
+      config: the run's configuration.
+      recompute: whether to count the recomputation of `remat` in the backward pass, which is not part of the model's
+        own FLOPs. Recomputation inside attention kernels is never counted.
     """
     changes = {"attention": "whole"} | ({} if recompute else {"remat": "none"})
     models = {name: getattr(config, name) for name in ("model", "teacher", "critic") if getattr(config, name)}
@@ -126,19 +126,19 @@ def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable
     """Floating-point operations of one call of each update, over all devices.
 
     Args:
-      config: of the run.
+      config: the run's configuration.
       updates: (name, update, due), made from `countable(config)`.
       arguments: (state, frozen, batch) as arrays or shapes.
 
     Returns:
-      name -> operations of matrix products and convolutions.
+      name -> operations of matmuls and convolutions.
     """
     trips = rollout_trips(config)
     return {name: matmul_flops(jax.make_jaxpr(update)(*arguments), trips) for name, update, _ in updates}
 
 
 def rollout_trips(config: TrainConfig) -> float:
-    """Mean number of the network's calls per chunk of a rollout: up to the exit step, then any clean pass."""
+    """Mean number of network calls per chunk of a rollout: denoising steps up to the exit step, plus any clean pass."""
     given = int(config.image_to_video)
     steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(config.data.frames - given, given)[1])
     return (config.rollout.context == "clean") * (1 - 1 / chunks) + (
@@ -147,14 +147,14 @@ def rollout_trips(config: TrainConfig) -> float:
 
 
 def matmul_flops(jaxpr, dynamic_trips: float = 1.0, largest: bool = False) -> float:
-    """Floating-point operations of all matrix products and convolutions of a traced program, over all devices.
+    """Floating-point operations of all matmuls and convolutions of a traced program, over all devices.
 
-    XLA's own count (`cost_analysis`) takes every loop for one pass, and the layers here are a loop.
+    XLA's own count (`cost_analysis`) counts every loop once, and the layers here are a loop.
 
     Args:
-      jaxpr: of `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
-      dynamic_trips: passes to count for loops whose number of passes is known only when they run.
-      largest: whether to count of a choice the branch with the most operations, a full cache's, and not their mean.
+      jaxpr: from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
+      dynamic_trips: iterations to assume for loops whose number is known only at run time.
+      largest: whether to count a conditional's branch with the most operations (a full cache) instead of the mean.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -169,7 +169,7 @@ def matmul_flops(jaxpr, dynamic_trips: float = 1.0, largest: bool = False) -> fl
             inner = math.prod(kernel) // kernel[features]
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         elif name == "cond":
-            # a chunk attends to as much as is cached, to each length once (`Layout.prefixes`)
+            # A chunk attends to all that is cached; each branch is one length (`Layout.prefixes`).
             branches = [matmul_flops(branch, dynamic_trips, largest) for branch in given["branches"]]
             branches = [flops for flops in branches if flops] or [0.0]
             total += max(branches) if largest else sum(branches) / len(branches)

@@ -1,4 +1,4 @@
-"""The programs of Self Forcing (paper, Algorithm 1) and of the baselines without rollouts: student and critic."""
+"""The student and critic programs of Self Forcing (paper, Algorithm 1) and of the baselines without rollouts."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from sf_jax.training.media import Media
 from sf_jax.training.step import Loss, Program, critic_params, model_params
 from sf_jax.training.supervised import chunks_of, layout_of, per_chunk_index, per_example
 
-# What keys of an iteration are folded with, beside the small numbers below.
+# Numbers that are folded into an iteration's key, in addition to the small literals below.
 PROMPT_SWITCH, SWITCHED_NOISE = 9, 10
 OBJECTIVES = {"dmd": dmd.generator_loss, "sid": sid.generator_loss}
 
@@ -32,9 +32,9 @@ class Networks:
 
 
 def programs(config: TrainConfig, media: Media) -> list[Program]:
-    """Student and critic programs of every rollout length; the student's come first in an iteration.
+    """Student and critic programs for every rollout length; the student's run first in an iteration.
 
-    With `share_rollout` the iterations that update the student run one program for both networks.
+    With `share_rollout`, iterations that update the student run one program for both networks.
     """
     networks = Networks(*(WanTransformer(c) for c in (config.model, config.teacher_model, config.critic_model)))
     lengths = config.rollout_frames or (config.data.frames,)
@@ -63,7 +63,7 @@ def _of_length(config, media, networks, frames, mine, suffix) -> list[Program]:
 
 
 def _chosen(seed: int, index: int, count: int):
-    """Whether an iteration (on the host) has the rollout length `index` of `count`."""
+    """A function (run on the host) that says whether an iteration uses rollout length `index` of `count`."""
 
     def chosen(step: int) -> bool:
         return count == 1 or np.random.default_rng((seed, int(Purpose.ROLLOUT_FRAMES), step)).integers(count) == index
@@ -73,7 +73,7 @@ def _chosen(seed: int, index: int, count: int):
 
 @dataclasses.dataclass(frozen=True)
 class _Fake:
-    """What a program's losses share: the student's input, and where the scores are asked."""
+    """Inputs shared by the losses of one update: the rollout, and the timestep and noise of the scores."""
 
     past: ro.Rollout | None
     forced: tuple | None
@@ -88,7 +88,7 @@ jax.tree_util.register_dataclass(_Fake)
 
 
 def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: int):
-    """Makes the `prepare` of a purpose: a rollout (or noised real videos), and the scores' time and noise."""
+    """Makes the `prepare` of a purpose: a rollout (or noised real videos), and the scores' timesteps and noise."""
 
     def of(purpose):
         def prepare(state, frozen, batch, examples):
@@ -100,7 +100,7 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
                 past = _student_rollout(config, media, networks.student, params, batch, key, examples, exits, frames)
                 metrics = _health(past.video) if purpose == Purpose.GENERATOR else {}
             else:
-                # With diffusion forcing a clean chunk is what the cache will hold: context here, not learned.
+                # Diffusion forcing also needs clean chunks, as the cache will hold; they are context, without a loss.
                 forced = _noised(config, media, batch, key, examples, config.student_input == "diffusion_forcing")
             shape = (len(examples), config.data.frames, config.data.height, config.data.width, config.model.channels)
             t, noise = _score_draws(config, key, examples, exits, shape)
@@ -122,7 +122,7 @@ def _exits(config: TrainConfig, key: jax.Array, frames: int) -> jax.Array:
 
 
 def _student_rollout(config, media, student, params, batch, key, examples, exits, frames) -> ro.Rollout:
-    """A training rollout from fresh noise, behind the given image where there is one."""
+    """A training rollout from fresh noise, after the given image if there is one."""
     given, data = int(config.image_to_video), config.data
     shape = (len(examples), frames - given, data.height, data.width, config.model.channels)
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
@@ -136,11 +136,11 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
 
 
 def _switched_rollout(config, student, params, prompts, sources, exits, initial) -> ro.Rollout:
-    """A rollout whose prompt was another before the first chunk that learns; all frames before it count as given.
+    """A rollout whose prompt changes before the first chunk that takes a gradient; earlier frames count as given.
 
-    The cache goes on as it is (mode "swap" of `inference.stream`), or is computed again under the new prompt
-    ("recache"), by half of the videos each; a noisy context cannot be computed again. Source: the long tuning of
-    LongLive (arXiv 2509.22622).
+    Half of the videos keep the cache unchanged (mode "swap" of `inference.stream`), the others recompute it under the
+    new prompt ("recache"); a noisy context cannot be recomputed. Source: the long tuning of LongLive
+    (arXiv 2509.22622).
     """
     key, examples, noise, draw = sources
     rollout, given = config.rollout, 0 if initial is None else initial.shape[1]
@@ -159,7 +159,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial)
     bounds = attention.chunk_bounds(sum(chunks, ()))
 
     def write(cache, text, video, index):
-        """A chunk's clean pass, as the rollout has it (but for its last chunk)."""
+        """A chunk's clean pass, as in the rollout (which skips it for the last chunk)."""
         first, last = bounds[index]
         part, t = video[:, first:last], 0.0
         if index >= len(chunks[0]):
@@ -183,7 +183,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial)
 
 
 def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
-    """Real videos, a denoising timestep for every chunk (0 too, with `clean_chunks`), and noise."""
+    """Real videos, a random denoising timestep per chunk (including 0 with `clean_chunks`), and noise."""
     clean = media.clean(batch)
     steps = jnp.asarray(config.rollout.timesteps + (0.0,) * clean_chunks, jnp.float32)
     t = steps[per_chunk_index(config, jax.random.fold_in(key, 1), examples, len(steps))]
@@ -192,7 +192,7 @@ def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
 
 
 def _score_draws(config, key, examples, exits, shape):
-    """Random times [B, 1] and noise [B, F, H, W, C] at which the scores are asked."""
+    """Random timesteps [B, 1] and noise [B, F, H, W, C] of the scores."""
     bounds = jnp.int32(config.rollout.schedule.steps), jnp.int32(0)
     if config.student_input == "rollout" and config.exits != "per_chunk":
         bounds = ro.exit_range(config.rollout, exits[0])
@@ -203,7 +203,7 @@ def _score_draws(config, key, examples, exits, shape):
 
 
 def _health(video: jax.Array) -> dict:
-    """What shows a student going wrong: latents that leave their range, and videos that stand still."""
+    """Metrics that show a student going wrong: latents out of range, and videos that stand still."""
     video = jax.lax.stop_gradient(video)
     return {
         "saturation": (jnp.abs(video) > 3).mean(dtype=jnp.float32),
@@ -212,7 +212,7 @@ def _health(video: jax.Array) -> dict:
 
 
 def _video(config, media, networks, params, frozen, batch, fake: _Fake):
-    """The student's videos of the scores' length, differentiable in `params`, and where their loss counts."""
+    """The student's videos with the length of the scores, differentiable in `params`, and the loss's mask."""
     if fake.forced is not None:
         clean, t, noise = fake.forced
         layout = layout_of(config, config.student_input == "teacher_forcing")
@@ -221,7 +221,7 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
         )
         return video, (t != 0)[:, :, None, None, None]
     total, window = fake.past.video.shape[1], config.data.frames
-    # behind a switch all frames before the first chunk that learns are given ones
+    # After a prompt switch, all frames before the first chunk that takes a gradient count as given.
     switched = fake.past.initial_frames > int(config.image_to_video)
     first_live = 0 if switched else _first_live(config, total)
     video = replay(
@@ -231,7 +231,7 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
 
 
 def _first_live(config: TrainConfig, total: int) -> int:
-    """The first new chunk that takes a gradient: no chunk that begins before the last `data.frames` does."""
+    """The first new chunk that takes a gradient, which is the first to begin within the last `data.frames`."""
     given = int(config.image_to_video)
     chunks = config.rollout.chunks(total - given, given)[1]
     starts = given + np.cumsum((0, *chunks[:-1]))
@@ -239,9 +239,9 @@ def _first_live(config: TrainConfig, total: int) -> int:
 
 
 def _last_window(config, media, frozen, video, window):
-    """The last `window` frames of a rollout, the first of them encoded again as an image, and the loss's mask.
+    """The last `window` frames of a rollout, the first of them re-encoded as an image, and the loss's mask.
 
-    Source: official `SelfForcingModel._run_generator`; the mask leaves out the first chunk, which holds that image.
+    Source: official `SelfForcingModel._run_generator`; the mask excludes the first chunk, which holds that image.
     """
     total = video.shape[1]
     if total == window:
@@ -253,15 +253,15 @@ def _last_window(config, media, frozen, video, window):
 
 
 def _given_mask(config):
-    """Where the loss counts: not on a given first frame."""
+    """The loss's mask, which excludes a given first frame; None without one."""
     return (jnp.arange(config.data.frames) >= 1)[None, :, None, None, None] if config.image_to_video else None
 
 
 def _regression(config, media, networks, params, batch, fake: _Fake):
-    """Mean squared error of the clean prediction of real chunks, each behind the real clean chunks before it.
+    """Mean squared error of the clean prediction of real chunks, each conditioned on the real clean chunks before it.
 
-    What goes on is all but determined by what came before, so the mean that a regression learns is sharp; the first
-    chunk is not, and is left out.
+    The past nearly determines the next chunk, so the mean that a regression learns is sharp. This does not hold for the
+    first chunk, which is excluded.
     """
     clean, t, noise = _noised(config, media, batch, jax.random.fold_in(fake.key, 8), fake.examples)
     layout = layout_of(config, True)
@@ -272,7 +272,7 @@ def _regression(config, media, networks, params, batch, fake: _Fake):
 
 
 def _student_loss(config: TrainConfig, media: Media, networks: Networks):
-    """The student's loss: that of its objective, and a regression on real videos where one is asked for."""
+    """The student's loss: its objective, plus a regression on real videos if configured."""
     objective = _objective_loss(config, media, networks)
 
     def loss(params, state, frozen, batch, fake):
@@ -296,7 +296,7 @@ def _objective_loss(config: TrainConfig, media: Media, networks: Networks):
         if config.objective == "gan":
             real = media.clean(batch)
             real_noise = ro.example_noise(jax.random.fold_in(fake.key, 5), fake.examples, real.shape)
-            # A discriminator sees whole videos: what does not count has no gradient.
+            # A discriminator sees whole videos, so the masked part gets no gradient instead.
             video = video if mask is None else jnp.where(mask, video, jax.lax.stop_gradient(video))
             value, aux = gan.generator_loss(
                 video,

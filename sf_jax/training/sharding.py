@@ -1,6 +1,6 @@
-"""How a training run's state and batches are spread over devices, by the one table of `parallel/params.py`.
+"""Sharding of a training run's state and batches, by the table in `parallel/params.py`.
 
-Sharding is XLA's: programs are written for one device and jitted with shardings.
+XLA does the partitioning: programs are written for one device and jitted with shardings.
 """
 
 import math
@@ -39,13 +39,13 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def frozen_shardings(frozen: dict, mesh: Mesh, offload: Sequence[str] = ()) -> dict:
-    """Shardings of frozen networks; of those to `offload` the kernels of all blocks are in the host's memory."""
+    """Shardings of frozen networks; those in `offload` keep the kernels of their blocks in host memory."""
     found = tree_shardings(frozen, mesh)
     return found | {name: offloaded(found[name]) for name in offload if name in found}
 
 
 def offloaded(shardings: dict) -> dict:
-    """The shardings of a network whose blocks' kernels, nearly all of it, are in the host's memory."""
+    """The shardings of a network with its blocks' kernels, nearly all of its memory, on the host."""
 
     def leaf(path, target):
         names = names_of(path)
@@ -55,30 +55,30 @@ def offloaded(shardings: dict) -> dict:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over all data-parallel devices."""
+    """Splits the leading axis over all data-parallel devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Replicates on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def put(tree, shardings):
-    """Places parameters, or a state, as `shardings` says; every process holds the whole of it in host memory."""
+    """Places parameters, or a state, with `shardings`; every process must have all of it in host memory."""
     return jax.tree.map(_place, tree, shardings)
 
 
 def put_whole(tree, mesh: Mesh):
-    """Places arrays whole on every device."""
+    """Replicates arrays on every device."""
     return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """Places a batch: every process gives its own rows, the first process the first ones."""
+    """Places a batch; every process passes its own rows, the first process the first ones."""
     split, count = batch_sharding(mesh), jax.process_count()
     rows = {name: np.asarray(x) for name, x in batch.items()}
-    # The whole shape is told: inferred from a mesh that `check_config` would refuse, it could be a part of it.
+    # Passes the global shape explicitly; JAX would infer a wrong one for meshes that split a process's rows.
     return {
         name: jax.make_array_from_process_local_data(split, x, (len(x) * count, *x.shape[1:]))
         for name, x in rows.items()
@@ -86,17 +86,17 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
 
 
 def _place(x, target: NamedSharding) -> jax.Array:
-    """An array on devices that may be other processes' too: each process places its parts."""
+    """Places an array on devices of one or several processes; each process places its parts."""
     if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, target)
     return jax.make_array_from_callback(x.shape, target, lambda index: np.asarray(x)[index])
 
 
 def check_config(config: TrainConfig, mesh: Mesh) -> None:
-    """Refuses meshes that do not divide what the config wants to split.
+    """Checks that the mesh divides everything that it splits.
 
     Raises:
-      ValueError: naming the mesh axes and what they must divide.
+      ValueError: if it does not; names the mesh axes and what they must divide.
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.batch_size % (parts * config.accumulate):
@@ -121,7 +121,7 @@ def check_config(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _rows_are_own(mesh: Mesh, parts: int) -> bool:
-    """Whether process i of P holds the i-th P-th of a batch in `parts` parts, and no other does."""
+    """Whether, of a batch in `parts` parts, process i of P holds exactly the i-th of P equal shares."""
     processes = sorted({device.process_index for device in mesh.devices.flat})
     share = parts // len(processes)
     if share * len(processes) != parts:
@@ -131,7 +131,7 @@ def _rows_are_own(mesh: Mesh, parts: int) -> bool:
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
-    """Refuses batches that cannot be split evenly."""
+    """Checks that a batch can be split evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % parts:
         raise ValueError(f"{name} is {batch_size}: it must be a multiple of mesh.data x mesh.fsdp = {parts}")

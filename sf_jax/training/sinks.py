@@ -1,4 +1,4 @@
-"""Where a log goes beside `log.jsonl`: TensorBoard and Weights & Biases, both optional."""
+"""Optional logs in addition to `log.jsonl`: TensorBoard and Weights & Biases."""
 
 import importlib
 from pathlib import Path
@@ -12,13 +12,13 @@ _EXTRA = "pip install 'sf_jax[logs]'"
 
 
 class Sink(Protocol):
-    """Takes the values of a log line."""
+    """Receives the values of log lines."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Takes one line."""
+        """Writes one line."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the log."""
 
 
 class TensorBoard:
@@ -28,28 +28,28 @@ class TensorBoard:
         """Opens a new event file."""
         from tensorboardX import SummaryWriter
 
-        # TensorBoard drops steps from `purge_step` on that earlier files hold.
+        # TensorBoard drops steps from `purge_step` on in earlier files.
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Takes one line."""
+        """Writes one line."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases; its id is kept in `workdir/wandb_id.txt`, so that a resumed run goes on in it."""
+    """A run of Weights & Biases; its id is stored in `workdir/wandb_id.txt`, so that a resumed run continues it."""
 
     def __init__(self, workdir: Path, config: TrainConfig):
-        """Opens the run, or the run that was interrupted.
+        """Opens a new run, or continues the interrupted one.
 
         Raises:
-          ValueError: if Weights & Biases refuses, for example because nobody is logged in.
+          ValueError: if Weights & Biases fails, for example because the user is not logged in.
         """
         import wandb
 
@@ -64,24 +64,24 @@ class WandB:
                 config=to_dict(config),
                 name=workdir.name,
             )
-        except Exception as error:  # wandb raises kinds of its own
+        except Exception as error:  # wandb raises its own exception types
             raise ValueError(f"log.wandb_project is {config.log.wandb_project!r}: wandb says: {error}") from error
         kept.write_text(f"{self._run.id}\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Takes one line."""
+        """Writes one line."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the upload."""
+        """Finishes the upload."""
         self._run.finish()
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuses logs whose package is not installed.
+    """Checks that the packages of the configured logs are installed.
 
     Raises:
-      ValueError: naming the field and what to install.
+      ValueError: if one is not; names the field and what to install.
     """
     wanted = {
         "tensorboardX": config.log.tensorboard and "log.tensorboard is True",
@@ -96,7 +96,7 @@ def check_packages(config: TrainConfig) -> None:
 
 
 def open_sinks(config: TrainConfig, workdir: Path, start: int) -> list[Sink]:
-    """The logs that the config asks for; only the first process has any."""
+    """Opens the logs that the config enables; only the first process has any."""
     if jax.process_index():
         return []
     found: list[Sink] = [TensorBoard(workdir, start)] if config.log.tensorboard else []

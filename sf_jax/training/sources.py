@@ -1,4 +1,4 @@
-"""What a run is trained on: the embedded moving digits, or prepared prompts and videos of Wan2.1."""
+"""Training data: the moving digits of this package, or prepared prompts and videos for Wan2.1."""
 
 import dataclasses
 import functools
@@ -18,25 +18,25 @@ from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import VaeConfig
 from sf_jax.training.media import Media, digits_media, wan_media
 
-# what of a batch holds the real videos
+# Entry of a batch that holds the real videos.
 VIDEO_KEYS = {"digits": "video", "wan": "latent"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where batches come from; every process gets its own rows of them.
+    """A source of batches; every process gets its own rows.
 
     Attributes:
-      media: latents of the batches.
-      negative: [1, L, D], embedding of what guidance leads away from.
-      video_key: what of a batch holds the real videos.
-      prompt: index -> (caption, embedding [L, D]); any whole number, prompts are taken in turn.
-      clip: index -> (caption, embedding [L, D], a batch's entry of the video); the same with real videos.
+      media: converts between the batches' videos, latents and pixels.
+      negative: [1, L, D], embedding of the negative prompt.
+      video_key: entry of a batch that holds the real videos.
+      prompt: index -> (caption, embedding [L, D]); takes any integer, as prompts are used in turn.
+      clip: index -> (caption, embedding [L, D], the video as in a batch); the same with real videos.
       prompts: opens endless batches of embedded prompts.
       videos: opens endless batches of captioned videos.
-      digest: hash of what the data was made from, wherever it is kept.
-      records: hash of the records that are read, in their order; None where nothing is read from files.
-      samples: opens what sample videos show, a batch: `caption` [N], `text` [N, L, D] and, if need be, real videos.
+      digest: hash of what the data was made from, independent of its location.
+      records: hash of the records to read, in order; None if no files are read.
+      samples: opens the batch for sample videos: `caption` [N], `text` [N, L, D] and, if needed, real videos.
     """
 
     media: Media
@@ -52,7 +52,7 @@ class Source:
 
 
 def digest_of(parts) -> str:
-    """A hash of what JSON can hold."""
+    """A hash of JSON-serializable values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -60,12 +60,12 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
     """Opens the data of a config.
 
     Args:
-      config: of the run.
-      needs_videos: whether the stage reads videos; the digits' are built where they are missing.
-      vae: Wan's, where the run needs it.
+      config: the run's configuration.
+      needs_videos: whether the stage reads videos; missing videos of digits are generated.
+      vae: sizes of Wan's VAE, if the run needs it.
 
     Raises:
-      ValueError: if data is missing or of other sizes, naming the field.
+      ValueError: if data is missing or has other sizes; names the field.
     """
     share = {
         "batch_size": config.batch_size,
@@ -73,7 +73,7 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    # only networks that are sampled with guidance need to know the empty prompt
+    # Only networks that are sampled with guidance need to learn the empty prompt.
     dropout = config.data.text_dropout if config.stage in ("teacher", "causal") else 0.0
     return (_digits if config.data.name == "digits" else _wan)(config, needs_videos, vae, share, dropout)
 
@@ -93,7 +93,7 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         by_first(lambda: moving_digits.build(folder))
         return moving_digits.source(folder, "train")
 
-    if needs_videos:  # here, where all processes are: opening waits for the first of them
+    if needs_videos:  # here, which all processes reach, as opening waits for the first of them
         open_clips()
 
     def clip(index):
@@ -159,7 +159,7 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
         return entry["caption"], entry["text"], entry["latent"]
 
     def samples():
-        shown = found if needs_videos or not config.image_to_video else open_clips()  # those begin with real frames
+        shown = found if needs_videos or not config.image_to_video else open_clips()  # for the given first frames
         rows = [shown[i % len(shown)] for i in range(config.log.sample_count)]
         batch = {name: [row[name] for row in rows] for name in rows[0]}
         return {name: column if name == "caption" else np.stack(column) for name, column in batch.items()}
@@ -179,7 +179,7 @@ def _wan(config, needs_videos, vae, share, dropout) -> Source:
 
 
 def _check_digits(config: TrainConfig, codec: PatchCodec, text: WordEmbedding) -> None:
-    """Refuses sizes that moving digits do not have."""
+    """Checks that the sizes are those of the moving digits."""
     side = moving_digits.CANVAS // codec.spatial_factor
     wanted = {
         "model.channels": (config.model.channels, codec.channels),

@@ -1,4 +1,4 @@
-"""What each stage starts from, is fed with, and leaves behind."""
+"""The inputs and outputs of each training stage: weights, data, update programs and the exported package."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import Package, check_told_sizes, load_package, read_header, shipped_path
 from sf_jax.weights.transformer import naming_of
 
-RECORDS = "records"  # among the digests, what is read from `data.dir` and `ode.dir`
+RECORDS = "records"  # digest of the records that are read from `data.dir` and `ode.dir`
 Update = tuple[str, steps.Step, Callable[[int], bool]]
 
 
@@ -37,14 +37,14 @@ class Stage:
     Attributes:
       params: parameters to start from, or None for random ones.
       critic: the critic's parameters to start from, or None.
-      frozen: trees that the updates read but never change.
-      constants: arrays that belong to every batch.
-      keys: what of a batch the updates read.
+      frozen: frozen parameters, which the updates read.
+      constants: arrays that are added to every batch.
+      keys: entries of a batch that the updates read.
       iterator: endless batches, with `get_state` and `set_state`.
       updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
-      source: where batches and latents come from.
-      digests: hashes of data and frozen networks, by the config's field that names their place.
-      adapters: those to start from, see `lora.read_start`.
+      source: source of batches and latents.
+      digests: hashes of data and frozen networks, by the config field with their path.
+      adapters: adapters to start from, see `lora.read_start`.
     """
 
     params: dict | None
@@ -60,10 +60,10 @@ class Stage:
 
 
 def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = True) -> Stage:
-    """Prepares the stage of a config; may build the data set, and the ODE pairs of "init".
+    """Prepares the stage of a config; may build the dataset, and the ODE pairs of "init".
 
-    Weights are placed on the mesh as they are read. A run that is not `fresh` goes on from a checkpoint: the weights
-    that it once started from are not read again, but for those that adapters are added to.
+    Weights are placed on the mesh as they are read. A run that is not `fresh` resumes from a checkpoint: its initial
+    weights are not read again, except the base of adapters.
 
     Raises:
       ValueError: if data or weights are missing or do not fit.
@@ -115,9 +115,9 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
 
 
 def _digests(config: TrainConfig, frozen: dict, source: Source, made: PairSource | None = None) -> dict[str, str]:
-    """What the updates read beside the config, as hashes; a VAE that only shows samples is none.
+    """Hashes of what the updates read in addition to the config; excludes a VAE that is only used for samples.
 
-    Networks are hashed whole, records as `shards.file_digests` does, under the name `RECORDS`.
+    Networks are hashed as a whole; records are hashed as in `shards.file_digests`, under the name `RECORDS`.
     """
     fields = {
         "vae": "vae_weights" if config.rollout_frames else None,
@@ -148,9 +148,9 @@ def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
 
 
 def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What of a batch the updates read, and which arrays belong to every batch.
+    """Entries of a batch that the updates read, and names of the arrays that are added to every batch.
 
-    The seed is one of them, so that runs with different seeds are one compiled program.
+    The seed is one of these, so that runs with different seeds share a compiled program.
     """
     if config.stage == "init" and config.init == "ode":
         return ("trajectory", "text") + (("context",) if config.ode.teacher == "causal" else ()), ("seed",)
@@ -161,20 +161,20 @@ def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def needs_teacher(config: TrainConfig) -> bool:
-    """Whether the updates ask a frozen teacher; a discriminator needs none."""
+    """Whether the updates evaluate a frozen teacher; the GAN objective needs none."""
     return (config.stage == "distill" and config.objective != "gan") or (
         config.stage == "init" and config.init == "consistency"
     )
 
 
 def uses_vae(config: TrainConfig) -> bool:
-    """Whether the run turns latents to pixels, as long rollouts and sample videos of Wan do."""
+    """Whether the run decodes latents to pixels, as long rollouts and sample videos of Wan do."""
     long = config.stage == "distill" and any(frames > config.data.frames for frames in config.rollout_frames)
     return config.data.name == "wan" and (long or config.log.sample_every > 0)
 
 
 def _vae(config: TrainConfig, mesh: Mesh) -> tuple[VaeConfig, dict]:
-    """Wan's VAE, whole on every device."""
+    """Wan's VAE, replicated on every device."""
     if config.vae_weights is None:
         raise ValueError(
             "vae_weights is None: rollouts longer than data.frames and sample videos (log.sample_every) need Wan's "
@@ -195,7 +195,7 @@ def _cast(params: dict, dtype: str) -> dict:
 
 
 def _header_of(path: Path, field: str) -> tuple[Package | None, bool]:
-    """What a file or shards of sf_jax.train say of themselves, and whether their names are official."""
+    """The header of a file or shards written by sf_jax.train, and whether their names are the official ones."""
     header = read_header(path)
     if header is None:
         return None, False
@@ -209,9 +209,9 @@ def _header_of(path: Path, field: str) -> tuple[Package | None, bool]:
 def _load(
     path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh, offload: bool = False
 ) -> tuple[dict, str | None]:
-    """A transformer of the wanted sizes, placed on the mesh, and what its file says it is (None if it does not).
+    """Loads a transformer of the wanted sizes onto the mesh; also returns its kind from the file (None if missing).
 
-    The file is one that training wrote, or one with the official or diffusers names (also `.pt` checkpoints).
+    The file was written by training, or has the official or diffusers names (including `.pt` checkpoints).
     """
 
     def places(like):
@@ -223,7 +223,7 @@ def _load(
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     header, official = _header_of(path, field)
-    # In shards, and under the names of diffusers, it is read as others' files are.
+    # Sharded files and files with diffusers names are read like those of others.
     if header is not None and official and path.is_file() and path.suffix != ".json":
         package = load_package(path)
         same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
@@ -247,7 +247,7 @@ def _teacher_field(config: TrainConfig) -> str:
 
 
 def _teacher(config: TrainConfig, mesh: Mesh, dtype: str, offload: bool = False) -> dict:
-    """The stage's teacher: bidirectional, but for starts that follow a causal one."""
+    """The stage's teacher: bidirectional, except for stage "init" with a causal teacher."""
     params, kind = _load(_teacher_field(config), config.teacher_model, "teacher_weights", dtype, mesh, offload)
     causal = config.stage == "init" and (config.init == "consistency" or config.ode.teacher == "causal")
     wanted = "causal" if causal else "teacher"
@@ -259,7 +259,7 @@ def _teacher(config: TrainConfig, mesh: Mesh, dtype: str, offload: bool = False)
 
 
 def adapted_base(config: TrainConfig, mesh: Mesh) -> dict:
-    """The frozen network that adapters are added to, in the type that it is kept in."""
+    """The frozen base network of the adapters, in `frozen_dtype`."""
     params = start_params(config, mesh)
     if params is None:
         raise ValueError("init_weights is None: lora.rank is above 0, and adapters need a network to be added to")
@@ -267,7 +267,7 @@ def adapted_base(config: TrainConfig, mesh: Mesh) -> dict:
 
 
 def start_params(config: TrainConfig, mesh: Mesh) -> dict | None:
-    """The trained network's parameters to start from: those given, else the teacher's if they fit, else None."""
+    """The trained network's initial parameters: those given, else the teacher's if they fit, else None."""
     if config.init_weights is not None:
         return _load(config.init_weights, config.model, "init_weights", "float32", mesh)[0]
     from_teacher = config.stage in ("init", "distill") and config.model == config.teacher_model
@@ -277,7 +277,7 @@ def start_params(config: TrainConfig, mesh: Mesh) -> dict | None:
 
 
 def _critic(config: TrainConfig, mesh: Mesh) -> dict:
-    """The critic's parameters to start from."""
+    """The critic's initial parameters."""
     if config.critic_weights is not None:
         return _load(config.critic_weights, config.critic_model, "critic_weights", "float32", mesh)[0]
     if config.critic_model != config.teacher_model:
@@ -286,7 +286,7 @@ def _critic(config: TrainConfig, mesh: Mesh) -> dict:
 
 
 def package_of(config: TrainConfig, params: dict) -> Package:
-    """What a finished run leaves: the averaged weights of the whole network with all that is needed to use them."""
+    """The exported result of a finished run: the given weights of the whole network, with the settings to use them."""
     kind = config.stage if config.stage in ("teacher", "causal") else "student"
     return Package(
         kind=kind,

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and how optimizers update it."""
+"""The state of a training run, and its update by optimizers."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from sf_jax.config import EmaConfig, OptimizerConfig
 
 @flax.struct.dataclass
 class Network:
-    """A trained network: float32 parameters, optimizer state, and an average of the parameters (or None)."""
+    """A trained network: float32 parameters, optimizer state, number of updates, and the parameters' EMA (or None)."""
 
     params: dict
     opt_state: optax.OptState
@@ -22,7 +22,7 @@ class Network:
 
 @flax.struct.dataclass
 class TrainState:
-    """Iteration, the trained network, and the critic where there is one. Donated to every update."""
+    """Iteration, trained network, and critic if there is one; donated to every update."""
 
     step: jax.Array
     model: Network
@@ -30,7 +30,7 @@ class TrainState:
 
 
 def _is_matrix(path, leaf) -> bool:
-    """Kernels of the blocks (a discriminator has them deeper), which Muon orthogonalises; the rest gets AdamW."""
+    """Whether a leaf is a block's kernel (at any depth, as in a discriminator): Muon for these, AdamW for the rest."""
     names = [part.key for part in path]
     return "blocks" in names and names[-1] == "kernel"
 
@@ -44,7 +44,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     else:
         lr = config.lr
     if config.name == "muon":
-        # kernels are stacked: [layers, in, out]
+        # Kernels are stacked: [layers, in, out].
         matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
 
         def dimension_numbers(params):
@@ -66,7 +66,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def new_network(params: dict, optimizer: optax.GradientTransformation, ema: bool) -> Network:
-    """A network at its start."""
+    """The initial state of a network."""
     return Network(
         params=params,
         opt_state=optimizer.init(params),
@@ -86,11 +86,11 @@ def update(
     """One optimizer step; also returns the gradient's global norm before clipping.
 
     Args:
-      network: what is updated.
-      grads: of its parameters.
-      optimizer: how.
-      ema: of the average; None where there is none.
-      step: iterations done.
+      network: the network to update.
+      grads: gradients of its parameters.
+      optimizer: the optimizer.
+      ema: settings of the EMA; None if there is none.
+      step: number of finished iterations.
       scale: (path of a parameter, updates so far) -> factor of its change; None is 1 for all.
     """
     changes, opt_state = optimizer.update(grads, network.opt_state, network.params)

@@ -1,7 +1,7 @@
-"""The machinery of update programs: each is one jitted, donated function (state, frozen, batch) -> (state, metrics).
+"""The mechanics of update programs: functions (state, frozen, batch) -> (state, metrics), jitted with donated state.
 
-What is computed is in `supervised.py` and `self_forcing.py`; here it is done in parts of the batch, checked for
-numbers that are not finite, and applied.
+`supervised.py` and `self_forcing.py` define the losses. This module accumulates their gradients over parts of the
+batch, checks that they are finite, and applies them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from sf_jax.training import lora
 from sf_jax.training.state import Network, TrainState, make_optimizer, new_network, update
 
 Step = Callable[[TrainState, dict, dict], tuple[TrainState, dict]]
-# Entries of a batch that belong to all its examples.
+# Entries of a batch that all its examples share.
 CONSTANTS = ("seed", "negative")
 
 
@@ -30,7 +30,7 @@ class Loss:
 
     Attributes:
       network: which network it trains, "model" or "critic".
-      prefix: of the names of its metrics.
+      prefix: prefix of its metrics' names.
       function: (params, state, frozen, batch, prepared) -> (scalar, metrics), differentiated in `params`.
     """
 
@@ -44,11 +44,11 @@ class Program:
     """One update program.
 
     Attributes:
-      name: what the progress and the documents call it.
+      name: its name in reports and in the documentation.
       prepare: (state, frozen, batch, examples) -> (prepared, metrics), without gradient; `examples` int32 [B] are the
         global indices of the batch's examples, from which all noise is drawn.
-      losses: what is differentiated; every loss sees the state as it was before the program.
-      ends: whether the iteration ends with it.
+      losses: the losses to differentiate; each gets the state from before the program.
+      ends: whether it ends the iteration.
       due: whether an iteration (counted from 0) runs it.
     """
 
@@ -68,7 +68,7 @@ class Optimizers:
 
 
 def make_optimizers(config: TrainConfig) -> Optimizers:
-    """The optimizers of a run; decays end with the run."""
+    """The optimizers of a run; learning-rate decay ends with the run."""
     updates = config.steps
     if config.stage == "distill":
         warmup = config.gan.warmup if config.objective == "gan" else 0
@@ -81,8 +81,8 @@ def new_state(
 ) -> TrainState:
     """The state at step 0, from given parameters or random ones.
 
-    With adapters, the given parameters are the frozen network's and the state holds the adapters alone; `adapters` are
-    those that start from a file (`lora.read_start`).
+    With adapters, the given parameters are the frozen network's, and the state holds only the adapters; `adapters` are
+    initial values from a file (`lora.read_start`).
     """
     optimizers = make_optimizers(config)
     if params is None:
@@ -106,12 +106,12 @@ def new_state(
 
 
 def model_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
-    """The student's parameters, from what is trained of it."""
+    """The student's parameters, from its trained parameters or adapters."""
     return lora.attach(frozen["model_base"], params, config.lora) if config.lora.rank else params
 
 
 def critic_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
-    """The critic's parameters, from what is trained of it (with the GAN's head beside them)."""
+    """The critic's parameters (with the GAN's head, if any), from its trained parameters or adapters."""
     return lora.attach(frozen["critic_base"], params, config.critic_lora) if config.critic_lora.rank else params
 
 
@@ -120,7 +120,7 @@ def make_step(config: TrainConfig, program: Program) -> Step:
     optimizers = make_optimizers(config)
 
     def step(state, frozen, batch):
-        if config.prompt_switch:  # here, as a neighbor may be in another part of the batch
+        if config.prompt_switch:  # on the whole batch, as a neighbor may be in another part of it
             batch = batch | {"other_text": jnp.roll(batch["text"], 1, axis=0)}
         grads, metrics = _gradients(program, state, frozen, batch, config.accumulate)
         before = state
@@ -143,7 +143,7 @@ def make_step(config: TrainConfig, program: Program) -> Step:
 
 
 def _gradients(program, state, frozen, batch, parts):
-    """Mean gradients of all losses and mean metrics, over `parts` parts of the batch one after the other."""
+    """Mean gradients of all losses and mean metrics, over `parts` parts of the batch, computed sequentially."""
     constants = {name: batch[name] for name in CONSTANTS if name in batch}
     split = {name: value for name, value in batch.items() if name not in constants}
     examples = jnp.arange(jax.tree.leaves(split)[0].shape[0], dtype=jnp.int32)
@@ -164,7 +164,7 @@ def _gradients(program, state, frozen, batch, parts):
         return one(split, examples)
 
     def interleaved(x):
-        # [B / parts, parts]: every device keeps its examples
+        # [B / parts, parts], so that every device keeps its examples.
         return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
     xs = jax.tree.map(interleaved, (split, examples))
@@ -178,7 +178,7 @@ def _gradients(program, state, frozen, batch, parts):
 
 
 def _change_scale(config: TrainConfig):
-    """How the critic's changes are scaled, (path, updates so far) -> factor; None where they are not."""
+    """A function (path, updates so far) -> factor that scales the critic's changes; None for no scaling."""
     if config.objective != "gan":
         return None
 
@@ -191,7 +191,7 @@ def _change_scale(config: TrainConfig):
 
 
 def _apply(network: Network, grads: dict, loss: jax.Array, optimizer, ema, step, scale) -> tuple[Network, dict]:
-    """The updated network, or the old one where the loss or a gradient is not finite."""
+    """The updated network, or the old one if the loss or a gradient is not finite; and metrics."""
     new, norm = update(network, grads, optimizer, ema, step, scale)
     wrong = jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in jax.tree.leaves(grads)])
     finite = jnp.isfinite(loss) & (wrong.sum() == 0)
@@ -206,12 +206,12 @@ def leaf_names(params: dict) -> list[str]:
 
 
 def student_params(network: Network) -> dict:
-    """What is trained of the student, averaged where there is an average."""
+    """The student's trained parameters: their EMA if there is one."""
     return network.params if network.ema is None else network.ema
 
 
 def whole_params(config: TrainConfig, params: dict, frozen: dict) -> dict:
-    """The network that `student_params` are of, with its adapters, if it has any, in its kernels."""
+    """The whole network of `student_params`, with any adapters merged into its kernels."""
     if not config.lora.rank:
         return params
     return jax.jit(lambda *trees: lora.merge(*trees, config.lora))(frozen["model_base"], params)

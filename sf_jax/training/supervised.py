@@ -1,4 +1,4 @@
-"""The programs of the stages that learn from data: teacher, causal diffusion, ODE pairs, consistency."""
+"""The programs of the stages that train on data: teacher, causal diffusion, ODE pairs, consistency."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from sf_jax.training.step import Loss, Program, model_params
 
 
 def chunks_of(config: TrainConfig) -> tuple[int, ...]:
-    """Chunk sizes of a training video, a given first frame included."""
+    """Chunk sizes of a training video, including a given first frame."""
     return attention.split_chunks(config.data.frames, config.rollout.chunk, config.rollout.first_frame_alone)
 
 
@@ -29,12 +29,12 @@ def layout_of(config: TrainConfig, teacher_forcing: bool) -> Layout:
 
 
 def per_example(key: jax.Array, examples: jax.Array, draw) -> jax.Array:
-    """`draw(key)` for each example, keyed by its global index: the same however the batch is split."""
+    """`draw(key)` for each example, keyed by its global index, so that it does not depend on how the batch is split."""
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(examples)
 
 
 def per_chunk_index(config: TrainConfig, key: jax.Array, examples: jax.Array, count: int) -> jax.Array:
-    """int32 [B, F]: a random whole number in [0, count) for every chunk."""
+    """int32 [B, F]: a random integer in [0, count) for every chunk."""
     chunks = chunks_of(config)
     drawn = per_example(key, examples, lambda k: jax.random.randint(k, (len(chunks),), 0, count))
     return jnp.repeat(drawn, np.asarray(chunks), axis=1, total_repeat_length=sum(chunks))
@@ -53,7 +53,7 @@ def teacher_program(config: TrainConfig, media: Media) -> Program:
         del frozen
         key = key_for(batch["seed"], state.step, Purpose.FLOW)
         clean = media.clean(batch)
-        # stratified: the batch covers all noise levels evenly
+        # Stratified, so that the batch covers all noise levels evenly.
         place = (examples + jax.random.uniform(jax.random.fold_in(key, config.batch_size))) / config.batch_size
         t = jnp.asarray(schedule.timesteps)[(place * TRAIN_STEPS).astype(jnp.int32)][:, None]
         return (clean, t, ro.example_noise(key, examples, clean.shape)), {}
@@ -72,7 +72,7 @@ def causal_program(config: TrainConfig, media: Media) -> Program:
     model, schedule = WanTransformer(config.model), config.rollout.schedule
     forcing = config.causal.forcing == "teacher"
     layout = layout_of(config, forcing)
-    # entries of the table, which descends, that are at most the highest timestep of the context
+    # Number of entries of the descending table that are at most the context's highest timestep.
     quiet = int((schedule.timesteps <= config.causal.context_noise).sum())
     if config.causal.context_noise and not quiet:
         lowest = schedule.timesteps[-1]
@@ -108,7 +108,7 @@ def causal_program(config: TrainConfig, media: Media) -> Program:
 def ode_program(config: TrainConfig) -> Program:
     """Regression on ODE pairs; the batch holds `trajectory` [B, S + 1, F, H, W, C] and `text` [B, N, text_dim].
 
-    With a causal teacher it also holds `context` [B, F, H, W, C], the real videos behind which the pairs were made.
+    With a causal teacher it also holds `context` [B, F, H, W, C], the real videos that the pairs were conditioned on.
     """
     behind_real = config.ode.teacher == "causal"
     model, schedule, layout = WanTransformer(config.model), config.rollout.schedule, layout_of(config, behind_real)
@@ -117,8 +117,8 @@ def ode_program(config: TrainConfig) -> Program:
     def prepare(state, frozen, batch, examples):
         del frozen
         key = key_for(batch["seed"], state.step, Purpose.ODE_INDEX)
-        # The clean entry too: a clean chunk is what the cache will hold, and it is context here, not learned. Behind
-        # real chunks the student has clean context anyway, and with a noisy context it never has.
+        # Includes the clean entry, as the cache will hold clean chunks; it is context, without a loss. After real
+        # chunks the student has clean context anyway, and with a noisy context it never has.
         entries = len(timesteps) - (behind_real or config.rollout.context == "noisy")
         index = per_chunk_index(config, key, examples, entries)
         if config.image_to_video:
@@ -144,7 +144,7 @@ def ode_program(config: TrainConfig) -> Program:
 
 
 def consistency_program(config: TrainConfig, media: Media) -> Program:
-    """Causal consistency distillation on real videos; frozen holds the causal `teacher`, the batch `negative`."""
+    """Causal consistency distillation on real videos; `frozen` has the causal `teacher`, the batch has `negative`."""
     model, teacher = WanTransformer(config.model), WanTransformer(config.teacher_model)
     solver = FlowSchedule(config.rollout.shift, config.consistency.solver_steps)
     guidance = np.full(config.data.frames, config.consistency.guidance, np.float32)
@@ -175,7 +175,7 @@ def consistency_program(config: TrainConfig, media: Media) -> Program:
 
     def loss(params, state, frozen, batch, prepared):
         clean, stepped, index, noise = prepared
-        # until `ema.start` the average is the parameters themselves
+        # Until `ema.start`, the EMA equals the parameters.
         average = state.model.ema
         params, target = (model_params(config, tree, frozen) for tree in (params, average))
         return consistency.consistency_loss(

@@ -1,4 +1,4 @@
-"""How the tensors of a file are read: with a bar that shows how far, or not at all."""
+"""Wrappers of tensor files: one shows a progress bar, one returns zeros without reading."""
 
 import contextlib
 import functools
@@ -12,20 +12,20 @@ from sf_jax.weights.tensors import Float8, TensorFile, empty_aligned
 
 _TITLES = {"umt5": "text encoder", "vae": "VAE", "tiny_vae": "tiny VAE"}
 _Read = Callable[[str], np.ndarray]
-_LONG = 100_000_000  # bytes: what is read at once needs no bar
+_LONG = 100_000_000  # bytes; smaller files need no progress bar
 
 
 @contextlib.contextmanager
 def shown(tensors: TensorFile, kind: str) -> Iterator[TensorFile]:
-    """The same tensors, whose reading moves a bar with bytes, rate and the time left, on a terminal.
+    """The same tensors; reading them updates a progress bar (bytes, rate, remaining time) on a terminal.
 
     Args:
       tensors: the file; each of its tensors is read once.
-      kind: of network, the bar's title.
+      kind: the kind of network, shown as the bar's title.
     """
     total = sum(math.prod(tensors.shapes[name]) * tensors.dtypes[name].itemsize for name in tensors)
     options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True}
-    # None is for terminals alone
+    # `disable=None` shows the bar only on a terminal.
     with tqdm(total=total, desc=_TITLES.get(kind, kind), disable=None if total >= _LONG else True, **options) as bar:
 
         def read(name, how=tensors.__getitem__):
@@ -37,12 +37,12 @@ def shown(tensors: TensorFile, kind: str) -> Iterator[TensorFile]:
             return read(name, lambda name: tensors.float8[name].read())
 
         yield _with(tensors, read, stored, lambda name: tensors.float8[name].scale())
-        bar.update(total - bar.n)  # what was not asked for
+        bar.update(total - bar.n)  # tensors that were not read
 
 
 @contextlib.contextmanager
 def zeros(tensors: TensorFile) -> Iterator[TensorFile]:
-    """Tensors of the same names, shapes and types that are zeros; nothing is read."""
+    """Zeros with the same names, shapes and types; reads nothing."""
 
     def zeros(shape, dtype):
         value = empty_aligned(shape, np.dtype(dtype))
@@ -58,7 +58,7 @@ def zeros(tensors: TensorFile) -> Iterator[TensorFile]:
 
 
 def _with(tensors: TensorFile, read: _Read, stored: _Read, scale: _Read) -> TensorFile:
-    """The same names, read in another way; `stored` and `scale` read what the file has of scaled float8."""
+    """The same names with other readers; `stored` and `scale` read the numbers and scales of scaled float8 tensors."""
     float8 = {
         name: Float8(matrix.dtype, functools.partial(stored, name), functools.partial(scale, name))
         for name, matrix in tensors.float8.items()
