@@ -307,7 +307,8 @@ def denoise_chunk(
         grid = model.config.grid(*noise.shape[2:4])
         rotation = rope.rotation(layout.context_frames, grid, model.config.head_dim)
         seen = layout.prefixes[-1] if layout.prefixes else cache.capacity
-        empty = take_apart(cache, text, rotation, noise.shape[1] * grid[0] * grid[1], seen)
+        multiple = attention.key_multiple(model.config.attention, model.config.dtype, model.config.head_dim)
+        empty = take_apart(cache, text, rotation, noise.shape[1] * grid[0] * grid[1], seen, multiple)
     else:
         kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)

@@ -13,7 +13,7 @@ from sf_jax import config as configuration
 from sf_jax import rollout as ro
 from sf_jax.inference import load
 from sf_jax.inference.load import load_pipeline
-from sf_jax.models import wan
+from sf_jax.models import attention, wan
 from sf_jax.models.slots import stack_layers, unstack_layers
 from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
 
@@ -66,7 +66,8 @@ def test_outputs_taps_and_gradients_are_those_of_a_scan(remat):
         *(pytest.param(case, marks=(pytest.mark.slow, pytest.mark.exhaustive)) for case in ROLLOUTS[2:]),
     ],
 )
-def test_rollouts_are_those_of_a_scan(changes):
+def test_rollouts_are_those_of_a_scan(changes, monkeypatch):
+    monkeypatch.setattr(attention, "key_multiple", lambda *_: 50)  # as kernels that read keys in blocks have it
     config = ro.RolloutConfig(**changes)
     noise, text, draw = inputs(13 if config.first_frame_alone else 12)
     params = random_params()
@@ -136,9 +137,16 @@ def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart
     )
     assert relative(ours, theirs) <= 1e-5
     assert "layers apart" in apart.describe() and "layers apart" not in scanned.describe()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     wide = wan.wan_1_3b()
-    assert load._reads_in_place(dataclasses.replace(wide, dtype="bfloat16")) and not load._reads_in_place(wide)
+    half = dataclasses.replace(wide, dtype="bfloat16")
+    assert not load._reads_in_place(half)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert load._reads_in_place(half) and not load._reads_in_place(wide)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert load._reads_in_place(half) and load._reads_in_place(wide)
+    assert (
+        attention.key_multiple("auto", "bfloat16", 128) == 512 and attention.key_multiple("xla", "bfloat16", 128) == 1
+    )
 
 
 def test_training_scans():

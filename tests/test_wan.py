@@ -46,6 +46,16 @@ def test_rotations_only_depend_on_distance():
     assert relative(logits(900), logits(0)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotations_on_tpus_are_the_same(dtype, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 3, 16)).astype(dtype)
+    turn = rope.rotation(np.array([0, 3, 700]), (1, 2), 16)
+    plain = rope.rotate(x, turn)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    other = rope.rotate(x, turn)
+    assert other.dtype == plain.dtype and relative(other, plain) < (1e-7 if dtype == "float32" else 1e-3)
+
+
 def test_traced_positions_equal_static_ones():
     positions = np.array([0, 5, 1023])
     traced = jax.jit(lambda p: rope.rotation(p, (2, 3), 16))(positions)

@@ -420,7 +420,7 @@ def _reads_in_place(config: WanConfig) -> bool:
     """Whether attention is told how many keys to read: then nothing needs to be copied out of stacked layers."""
     head = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
     counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
-    return attention.choose(config.attention, head, [counted]) == "cudnn"
+    return attention.choose(config.attention, head, [counted]) in ("cudnn", "splash")
 
 
 def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig, limit: int | None) -> bool:

@@ -202,6 +202,13 @@ def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> st
     return "splash" if platform == "tpu" and q.shape[-1] % attention_kernels.LANES == 0 else "xla"
 
 
+def key_multiple(implementation: str, dtype: jnp.dtype | str, head_dim: int) -> int:
+    """How many keys the kernel reads at once; it copies all of them at every call if they are no multiple of it."""
+    head = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.dtype(dtype))
+    counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
+    return attention_kernels.BLOCK if choose(implementation, head, [counted]) == "splash" else 1
+
+
 def attend(
     q: jax.Array,
     segments: Sequence[Segment],

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sf_jax.models import partition
+
 # The official code has 1024 rows and truncates longer videos; `RolloutConfig.check_frames` raises on more frames.
 MAX_FRAMES = 1024
 
@@ -64,8 +66,20 @@ def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: in
 
 def rotate(x: jax.Array, rotations: jax.Array) -> jax.Array:
     """Rotates the channel pairs of `x` [B, T, N, D] by `rotations` [2, T, D/2] in float32; returns the dtype of `x`."""
+    if partition.platform() == "tpu":
+        return _rotate_by_product(x, rotations)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = rotations[0][:, None], rotations[1][:, None]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_by_product(x, rotations):
+    """The same with a matrix that swaps the channels of a pair: for an axis of two, TPUs rearrange `x` in memory."""
+    dim = x.shape[-1]
+    swap = np.eye(dim, dtype=np.float32)[np.arange(dim) ^ 1]
+    signs = np.where(np.arange(dim) % 2, 1.0, -1.0).astype(np.float32)
+    cos, sin = (jnp.repeat(table, 2, axis=-1)[:, None] for table in rotations)
+    partner = jnp.matmul(x, swap.astype(x.dtype), precision="highest", preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + partner * (signs * sin)).astype(x.dtype)

@@ -22,7 +22,7 @@ class Slots:
     """The keys and values of one layer.
 
     Attributes:
-      k: [B, (n + m) * tokens, N, D] keys with rotary embedding: of the n own frames, then of m cached ones.
+      k: [B, (n + m) * tokens + padding, N, D] keys with rotary embedding: of the n own frames, then of m cached ones.
       v: values of the same frames.
       projected: [B, n * tokens, dim] output of the key projection for the own tokens. The cache stores it normalized;
         `WanTransformer.own_keys_values` normalizes it once per chunk.
@@ -43,7 +43,9 @@ class Slots:
         return self.replace(k=front(self.k, rotated_k), v=front(self.v, v), projected=projected)
 
 
-def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, seen: int) -> tuple[Slots, ...]:
+def take_apart(
+    cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, seen: int, multiple: int = 1
+) -> tuple[Slots, ...]:
     """Makes the slots of every layer for a chunk; its own slots are still empty.
 
     Args:
@@ -52,14 +54,16 @@ def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, 
       rotation: [2, capacity * tokens, D/2], rotations of the cached frames as this chunk sees them.
       own: number of tokens of the chunk.
       seen: number of the cache's first slots that the chunk can see.
+      multiple: the number of keys is padded to a multiple of this, see `attention.key_multiple`.
     """
     tokens = seen * cache.tokens_per_frame
+    padding = ((0, 0), (0, -(own + tokens) % multiple), (0, 0), (0, 0))
 
     def slots(layer):
         k, v = (a[layer, :, :tokens].astype(text.k.dtype) for a in (cache.k, cache.v))
         room = jnp.zeros((k.shape[0], own, *k.shape[2:]), k.dtype)
         k, v = (
-            constrain(jnp.concatenate([room, a], axis=1), "batch", None, "heads", None)
+            constrain(jnp.pad(jnp.concatenate([room, a], axis=1), padding), "batch", None, "heads", None)
             for a in (rope.rotate(k, rotation[:, :tokens]), v)
         )
         projected = jnp.zeros((*room.shape[:2], room.shape[2] * room.shape[3]), text.k.dtype)
@@ -71,11 +75,11 @@ def take_apart(cache: KVCache, text: KeysValues, rotation: jax.Array, own: int, 
 def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     """Self-attention [B, T, N, D] of one chunk's queries (without rotary embedding) over its slots."""
     own, tokens = slots.projected.shape[1], shared.tokens
-    mask = shared.context_mask[: (slots.k.shape[1] - own) // tokens]
     if shared.mask_is_prefix:
-        mask = own + mask.sum(dtype=jnp.int32) * tokens
+        mask = own + shared.context_mask.sum(dtype=jnp.int32) * tokens
     else:
-        mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(mask, tokens)])
+        mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(shared.context_mask, tokens)])
+        mask = jnp.pad(mask, (0, max(0, slots.k.shape[1] - len(mask))))[: slots.k.shape[1]]
     segment = (slots.k.astype(q.dtype), slots.v.astype(q.dtype), mask)
     return attention.attend(rope.rotate(q, shared.own_rotation), [segment], shared.implementation)
 
