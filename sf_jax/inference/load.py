@@ -111,7 +111,7 @@ class WanOptions:
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if not isinstance(self.mesh, (str, Mapping, type(None))):
             raise ValueError(f"mesh is {self.mesh!r}: give axes with their sizes, such as 'tensor:2,context:2'")
-        self.device_mesh  # noqa: B018 (refuses sizes that do not fit the devices)
+        self.device_mesh  # noqa: B018 (validates the sizes)
         if self.checkpoint is None:
             for name in ("part", "rollout", "scan_layers", "cache_dtype"):
                 if getattr(self, name) is not None:

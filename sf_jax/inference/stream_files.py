@@ -156,7 +156,7 @@ def _flat(one: StreamState) -> dict[str, Any]:
 def _described(spec: StreamSpec) -> dict[str, Any]:
     """The settings that must match for a stream to continue."""
     fields = {f"model.{name}": value for name, value in dataclasses.asdict(spec.model.config).items()}
-    for name in ("remat", "attention", "scan_layers"):  # these do not change what is computed
+    for name in ("remat", "attention", "scan_layers"):  # these only change how it is computed
         del fields[f"model.{name}"]
     fields |= {f"rollout.{name}": value for name, value in dataclasses.asdict(spec.rollout).items()}
     fields |= {"size": spec.size, "noise_number": spec.noise_number, "cache_dtype": spec.cache_dtype}

@@ -163,7 +163,7 @@ class Umt5TextEncoder:
           prompts: B prompts.
 
         Returns:
-          [B, 512, dim], zeros behind each prompt's end.
+          [B, 512, dim], zeros after each prompt's end.
 
         Raises:
           ValueError: if a weight file is damaged, or tokenizer and encoder do not belong together.
@@ -178,7 +178,7 @@ class Umt5TextEncoder:
             self._length = embedder.tokenizer.length
             for prompt, (embedding, count) in zip(missing, embedder.embed(missing), strict=True):
                 self._embeddings[prompt] = embedding[:count].copy()
-        for prompt in prompts:  # the newest last
+        for prompt in prompts:  # moves them to the end, as the newest
             self._embeddings[prompt] = self._embeddings.pop(prompt)
         rows = [self._embeddings[prompt] for prompt in prompts]
         out = np.zeros((len(rows), self._length, rows[0].shape[1]), rows[0].dtype)

@@ -93,7 +93,7 @@ class Model:
             raise ValueError(f"{min(self.options)} is given without model: it is for Wan")
         if self.folder is not None and self.checkpoint is None:
             raise ValueError("checkpoint is missing: the network of a model folder is bidirectional and cannot stream")
-        self.devices  # noqa: B018 (refuses what is no mesh)
+        self.devices  # noqa: B018 (validates the mesh)
 
     @property
     def devices(self) -> int:

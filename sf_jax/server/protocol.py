@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-MAX_PROMPT = 2000  # characters
-MAX_MESSAGE = 16 * 2**10  # bytes
+MAX_PROMPT = 2000  # in characters
+MAX_MESSAGE = 16 * 2**10  # in bytes
 MAX_FRAMES = 2**31
 ERROR_LENGTH = 300  # maximum number of characters in an error message to a client
 
