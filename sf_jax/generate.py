@@ -11,10 +11,10 @@ otherwise.
 
     python -m sf_jax.generate --compile_only=h100:1 --model=1.3B --window=12 --sink=3 --positions=relative
 
-compiles the same programs for devices that need not be attached: GPUs (`pip install "sf_jax[gpu_aot]"`) or a TPU slice
-(`pip install "sf_jax[aot]"`, --compile_only=v6e:2x2). It prints what each program needs per chip: memory, arithmetic,
-bytes moved, kernels, attention, and a lower bound on its time. No weights are read: --model may be a folder with only a
-config.json, or a size, 1.3B or 14B. Without --checkpoint and --solver, the network is a few-step student.
+This compiles the same programs for devices that need not be attached: GPUs (`pip install "sf_jax[gpu_aot]"`) or a TPU
+slice (`pip install "sf_jax[aot]"`, --compile_only=v6e:2x2). It prints what each program needs per chip: memory,
+arithmetic, bytes moved, kernels, attention, and a lower bound on its time. No weights are read: --model may be a folder
+with only a config.json, or a size, 1.3B or 14B. Without --checkpoint and --solver, the network is a few-step student.
 """
 
 from absl import flags

@@ -1,7 +1,7 @@
 """Trains a stage: `python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill`.
 
-Any field can be set on the command line, such as `--config.steps=100 --config.optimizer.lr=1e-4`. Repeating the command
-resumes from the newest complete checkpoint in the workdir. SIGTERM and Ctrl-C save a checkpoint first.
+Any config field can be set on the command line, such as `--config.steps=100 --config.optimizer.lr=1e-4`. Repeating the
+command resumes from the newest complete checkpoint in the workdir. SIGTERM and Ctrl-C save a checkpoint first.
 
 `--dry_run` prints the sizes of the networks, the memory per device, the FLOPs of an update and the sharding of every
 array, without reading weights. `--compile_only=v5p:4x4x4` compiles the updates for a TPU slice that need not be
