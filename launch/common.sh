@@ -23,7 +23,7 @@ die() {
   exit 1
 }
 
-# "3.12" for a Python that runs, nothing otherwise.
+# Prints the version of a Python that runs, such as "3.12", and nothing otherwise.
 _python_version() {
   "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
@@ -32,7 +32,7 @@ _new_enough() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# Prints a Python >= 3.11 that can make virtual environments.
+# Prints a Python >= 3.11 that can create virtual environments.
 _find_python() {
   local candidate version seen=""
   local -a candidates=(python3.12 python3.11 python3)
@@ -71,11 +71,11 @@ _make_venv() {
   fi
   python="$(_find_python)" || exit 1 # an error in $(...) ends only the subshell
   say "making .venv with $python (Python $(_python_version "$python"))"
-  # --clear: the leftovers of a broken or interrupted attempt are replaced.
+  # --clear: replaces the remains of a broken or interrupted attempt.
   "$python" -m venv --clear "$VENV_DIR" || die "'$python -m venv' failed (see above)"
 }
 
-# ",cuda" or ",tpu" where there is such a machine and nothing otherwise: the extra that brings JAX's backend.
+# Prints the extra of JAX's backend for this machine, ",cuda" or ",tpu", and nothing otherwise.
 accelerator_extra() {
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     printf ',cuda\n'
@@ -84,7 +84,7 @@ accelerator_extra() {
   fi
 }
 
-# What an installation depends on: setup.py, the extras, the place, the top-level packages.
+# Everything that an installation depends on: setup.py, the extras, the location, the top-level packages.
 _install_key() {
   {
     cat setup.py
@@ -95,8 +95,8 @@ _install_key() {
   } | cksum
 }
 
-# setup_venv [extras]: makes .venv if needed and installs the package there, editable.
-# pip runs only when something changed since the last time, so later calls need no network.
+# setup_venv [extras]: creates .venv if needed and installs the package there, editable.
+# pip runs only if something has changed since the last call, so later calls need no network.
 setup_venv() {
   local extras="${1:-test}" key stamp log started=$SECONDS
   stamp="$VENV_DIR/.sf_jax-installed-${extras//,/+}"

@@ -3,9 +3,10 @@
 #
 #   bash launch/download_wan.sh [FOLDER]     default: weights
 #
-# About 17 GB for the model (11 GB of it the text encoder) and 6 GB for the checkpoint. A download that was interrupted
-# goes on where it stopped. Without a network, copy the folders by hand (the script says which files). JAX is installed
-# for the machine's GPU or TPU, where it has one.
+# Downloads about 17 GB for the model (11 GB of it for the text encoder) and 6 GB for the checkpoint.
+# Running the script again resumes an interrupted download.
+# Without a network, copy the folders by hand (the script prints which files).
+# Also installs JAX for the machine's GPU or TPU, if there is one.
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 set -euo pipefail
 

@@ -3,10 +3,10 @@
 #
 #   bash launch/multi_gpu.sh [--processes=N] --config=configs/wan_distill.py:1_3b --workdir=runs/wan [more flags]
 #
-# Makes .venv with JAX for the machine's GPUs, then starts `python -m sf_jax.train` with all the other flags. One process
-# drives all GPUs; --processes=N starts N processes with an even share each, which helps where one Python cannot feed
-# them all. The output of process 0 is shown, that of the others is in WORKDIR/process_K.log. SIGTERM and Ctrl-C reach
-# every process: a checkpoint is saved, and the same command goes on from it. If one process fails, the others are ended.
+# Creates .venv with JAX for the machine's GPUs, then starts `python -m sf_jax.train` with all other flags. One process
+# drives all GPUs. --processes=N starts N processes with an equal share each, which helps if one Python process cannot
+# keep all GPUs busy. Process 0 prints to the terminal, the others to WORKDIR/process_K.log. SIGTERM and Ctrl-C reach all
+# processes: they save a checkpoint, from which the same command resumes. If one process fails, the others are killed.
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 set -euo pipefail
 
@@ -63,11 +63,11 @@ pass_on() {
   say "SIG$1: passed on to the processes"
   kill -s "$1" -- "${running[@]}" 2>/dev/null || true
 }
-# JAX agrees on the step to stop after when it gets SIGTERM, so Ctrl-C becomes one.
+# JAX's processes agree on a step to stop after when one gets SIGTERM, so Ctrl-C is passed on as SIGTERM.
 trap 'pass_on TERM' TERM INT
 for ((k = 0; k < processes; k++)); do
   devices="$(seq -s, $((k * share)) $((k * share + share - 1)))"
-  # Process groups of their own: the terminal's Ctrl-C comes to this script alone.
+  # Separate process groups: the terminal's Ctrl-C reaches only this script.
   if ((k == 0)); then
     SF_JAX_PROCESS_ID=0 SF_JAX_LOCAL_DEVICES="$devices" setsid "${train[@]}" &
   else
@@ -77,7 +77,7 @@ for ((k = 0; k < processes; k++)); do
   running+=("$!")
 done
 
-# `wait -n` also returns when a signal came, so the processes themselves are asked.
+# `wait -n` also returns after a signal, so this checks the processes themselves.
 status=0
 while ((${#running[@]})); do
   wait -n "${running[@]}" || true

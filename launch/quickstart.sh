@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Self Forcing end to end on a plain CPU: data, few-step initialization, distillation, videos, figures.
-# Everything lands in runs/quickstart (or in the folder given as the first argument).
+# Self Forcing end to end on a plain CPU: data, few-step initialization, distillation, videos, metrics.
+# Writes everything to runs/quickstart, or to the folder given as the first argument.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Sets up .venv, then runs every check: ruff, shellcheck, the fast tests, the slow tests.
 #
-#   bash launch/test.sh          everything but what --exhaustive adds
+#   bash launch/test.sh          everything except what --parity, --all and --exhaustive add
 #   bash launch/test.sh --fast   without the slow tests
 #   bash launch/test.sh --parity also what needs PyTorch, diffusers and transformers
-#   bash launch/test.sh --all    also what needs libtpu, Ray, selenium (1 GB more to install in all); the page is tested
-#                                where Chromium and its driver are installed (Debian: chromium, chromium-driver)
-#   bash launch/test.sh --exhaustive   --all, and the slow tests that are close to another slow test
+#   bash launch/test.sh --all    also what needs libtpu, Ray, selenium (1 GB more to install in all); tests the page
+#                                if Chromium and its driver are installed (Debian: chromium, chromium-driver)
+#   bash launch/test.sh --exhaustive   --all, and the slow tests that are similar to another slow test
 #
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 # Tests run on the CPU unless JAX_PLATFORMS is set.
@@ -49,7 +49,7 @@ part() {
   say "== $name: $((SECONDS - started)) s"
 }
 
-# The last part of a run: pytest's own summary line, which has the time, is to be the last output.
+# The last part of a run: replaces this shell, so that pytest's summary line, with the time, is the last output.
 last_part() {
   say "== $1 (the last part; $SECONDS s so far)"
   shift
@@ -61,12 +61,12 @@ part "ruff check" "$VENV_PYTHON" -m ruff check .
 part "ruff format" "$VENV_PYTHON" -m ruff format --check .
 part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch benchmarks/*.sh .ci/run
 
-# Two processes: most of a test is one-threaded compilation, so all take XLA's quick one. The rollout and DMD are
-# compared with the official code once more as users run them: fully optimized.
-# Runs that are killed and started again, and the tests that do so, find their programs compiled.
+# Two processes: most of a test is single-threaded compilation. All tests use XLA's quick compilation, except that the
+# rollout and DMD are compared with the official code once more as users run them, fully optimized. The cache of
+# compiled programs serves runs that are killed and restarted, and tests that do so.
 quick=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/compiled"
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5)
-# Where there is a choice (JAX 0.10, not 0.12), XLA's older code for fused operations compiles faster by 2.8.
+# Where there is a choice (JAX 0.10, not 0.12), XLA's older code for fused operations compiles 2.8 times faster.
 older="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
 if env "XLA_FLAGS=$older" "$VENV_PYTHON" -c "import jax; jax.devices()" > /dev/null 2>&1; then
   quick+=("XLA_FLAGS=$older")

@@ -2,19 +2,20 @@
 # Trains on a Cloud TPU slice of any size, from your own machine with gcloud.
 #
 #   export TPU_NAME=sf ZONE=us-east5-a ACCELERATOR_TYPE=v5p-128
-#   bash launch/tpu_pod.sh create                     make the slice (SPOT=1: one that may be taken away)
+#   bash launch/tpu_pod.sh create                     create the slice (SPOT=1: a preemptible one)
 #   bash launch/tpu_pod.sh install                    copy the committed code to all workers and install it there
 #   bash launch/tpu_pod.sh mount HOST:/SHARE          mount an NFS share (Filestore) at /mnt/share on all workers
 #   bash launch/tpu_pod.sh prepare FLAGS              python -m sf_jax.prepare on all workers, in the background
 #   bash launch/tpu_pod.sh train FLAGS                python -m sf_jax.train on all workers, in the background
-#   bash launch/tpu_pod.sh log [WORKER]               follow what a worker prints (0)
+#   bash launch/tpu_pod.sh log [WORKER]               follow the output of a worker (default: 0)
 #   bash launch/tpu_pod.sh stop                       save a checkpoint and end the run
-#   bash launch/tpu_pod.sh delete                     give the slice back
+#   bash launch/tpu_pod.sh delete                     delete the slice
 #
-# Data and --workdir must be on a file system that all workers share: /mnt/share after `mount`. `train` with the same
-# flags goes on from the newest checkpoint, on a new slice, too (create, install, mount, train), of another size if wanted.
-# RUNTIME_VERSION is the software of the VMs; by default it follows from ACCELERATOR_TYPE. PROJECT, NETWORK as gcloud
-# has them by default.
+# Data and --workdir must be on a file system that all workers share: /mnt/share after `mount`.
+# `train` with the same flags resumes from the newest checkpoint, also on a new slice (create, install, mount, train),
+# even of another size.
+# RUNTIME_VERSION is the software version of the VMs; the default depends on ACCELERATOR_TYPE.
+# PROJECT and NETWORK default to those of gcloud.
 set -euo pipefail
 
 usage() {
@@ -46,7 +47,7 @@ on() {
   "${tpu[@]}" ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"
 }
 
-# The software that Google names for each kind of slice.
+# The software version that Google names for each kind of slice.
 runtime() {
   case "$ACCELERATOR_TYPE" in
     v4-*) printf 'tpu-ubuntu2204-base' ;;
@@ -73,7 +74,7 @@ install() {
   git archive --format=tar.gz --prefix=sf_jax/ --output="$archive" HEAD
   "${tpu[@]}" scp "$archive" "$TPU_NAME:sf_jax.tar.gz" "${where[@]}" --worker=all
   rm -r -- "${archive%/*}"
-  # The images have Python 3.10; Ubuntu 22.04 has 3.11 in its archive.
+  # The images have Python 3.10; Ubuntu 22.04 packages 3.11.
   on all 'set -e
 tar -xzf sf_jax.tar.gz
 if ! python3.12 -c "import venv" 2>/dev/null && ! python3.11 -c "import venv, ensurepip" 2>/dev/null; then
@@ -93,7 +94,7 @@ mountpoint -q /mnt/share || sudo mount -t nfs -o hard $share /mnt/share
 test -w /mnt/share || sudo chmod 1777 /mnt/share"
 }
 
-# background MODULE FLAGS: starts a command on all workers that outlives this connection.
+# background MODULE FLAGS: starts a command on all workers that keeps running after this connection ends.
 background() {
   local module="$1" flags
   shift

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# VBench as Self Forcing reports it: videos of rewritten prompts, under the names of VBench's own, and their scores.
+# VBench as Self Forcing reports it: videos of the rewritten prompts, named by VBench's own prompts, and their scores.
 #
 #   bash launch/vbench.sh lists                      fetch the lists of prompts and check them
-#   bash launch/vbench.sh generate FLAGS             5 videos of each prompt; FLAGS are those of sf_jax.generate
-#   bash launch/vbench.sh score                      run VBench's 16 dimensions, where it is installed
+#   bash launch/vbench.sh generate FLAGS             5 videos per prompt; FLAGS are those of sf_jax.generate
+#   bash launch/vbench.sh score                      run VBench's 16 dimensions, if it is installed
 #   bash launch/vbench.sh all FLAGS                  all three
 #
-# Before FLAGS:  --folder=FOLDER   where everything is kept (runs/vbench)
-#                --limit=N         the first N prompts alone, to try it out
-#                --samples=N       videos of each prompt (5)
-#                --prompts=FILE --names=FILE   other lists, a prompt and its name a line
-#                --dry-run         print the commands and run none
+# Before FLAGS:  --folder=FOLDER   folder for all files (runs/vbench)
+#                --limit=N         only the first N prompts, to try it out
+#                --samples=N       videos per prompt (5)
+#                --prompts=FILE --names=FILE   other lists, with one prompt or name per line
+#                --dry-run         print the commands without running them
 #
-# What is there is kept: a run that was stopped goes on where it was; a folder of other FLAGS is refused. Prompts are those of docs/results/protocol.md.
-# VBENCH=/path/to/vbench names the program where VBench has an environment of its own (it needs an older PyTorch).
+# Existing files are kept, so a stopped run resumes. FLAGS must match those of the folder. Prompts: docs/results/protocol.md.
+# VBENCH=/path/to/vbench names the program, if VBench has its own environment (it needs an older PyTorch).
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 set -euo pipefail
 
@@ -45,7 +45,7 @@ for argument in "$@"; do
     --names=*) names="${argument#*=}" ;;
     --dry-run) dry_run=1 ;;
     -*)
-      # as absl reads flags: with one dash or two, the value after "=" or in the next argument
+      # like absl: one dash or two, with the value after "=" or in the next argument
       name="${argument#-}" name="${name#-}" name="${name%%=*}"
       case "$name" in
         out | num_samples | vbench_names | novbench_names | if_exists | flagfile)
@@ -70,7 +70,7 @@ dimensions=(subject_consistency background_consistency temporal_flickering motio
   aesthetic_quality imaging_quality object_class multiple_objects human_action color spatial_relationship scene
   appearance_style temporal_style overall_consistency)
 
-# Both at commits that are named in docs/results/protocol.md.
+# Both at the commits that docs/results/protocol.md names.
 SELF_FORCING=https://raw.githubusercontent.com/guandeh17/Self-Forcing/33593df3e81fa3ec10239271dd2c100facac6de1/prompts/vbench
 VBENCH_INFO=https://raw.githubusercontent.com/Vchitect/VBench/45e79ec14e69a2187202c675d2dbce1a71843d53/vbench/VBench_full_info.json
 
@@ -83,7 +83,7 @@ run() {
   fi
 }
 
-# fetch URL SHA256: the file of that hash, in the folder.
+# fetch URL SHA256: downloads a file to the folder and checks its hash.
 fetch() {
   local path="$folder/${1##*/}"
   if [[ -f "$path" ]] && sha256sum --check --status <<<"$2  $path"; then return 0; fi
@@ -114,7 +114,7 @@ lists() {
   fi
 }
 
-# first LIST FILE: the first lines of a list, in a file.
+# first LIST FILE: writes the first lines of a list to a file.
 first() {
   if ((dry_run)); then
     printf 'head -n %q -- %q >%q\n' "$limit" "$1" "$2"
@@ -123,7 +123,7 @@ first() {
   fi
 }
 
-# What the videos depend on; not --limit, as the videos of a part of the list are the same.
+# Everything that the videos depend on; not --limit, which does not change the videos of the first prompts.
 describe_origin() {
   local argument
   printf '%s\n' "--samples=$samples" "prompts: $(cksum <"$prompts")" "names: $(cksum <"$names")"
@@ -137,7 +137,7 @@ describe_origin() {
   done
 }
 
-# Refuses a folder whose videos another command made.
+# Rejects a folder whose videos were made with other flags.
 check_origin() {
   local record="$folder/generated_by.txt"
   if [[ -f "$record" && "$(<"$record")" == "$origin" ]]; then return 0; fi
@@ -159,7 +159,7 @@ generate() {
   run cd -- "$REPO_ROOT"
 }
 
-# Refuses scores of other videos.
+# Rejects a folder whose scores are of other videos.
 check_scores() {
   local record="$folder/scores/scored.txt" scored
   scored="$({
@@ -192,7 +192,7 @@ score() {
     run "$program" evaluate --videos_path "$videos" --dimension "$dimension" --output_path "$folder/scores/$dimension/" \
       ${info[@]+"${info[@]}"}
     ((dry_run)) && continue
-    # it ends with 0 whatever happened
+    # VBench exits with 0 even if it failed
     compgen -G "$folder/scores/$dimension/*_eval_results.json" >/dev/null || die "VBench wrote no result for $dimension: see above"
   done
   say "scores are in $folder/scores; their weighted means: VBench's scripts/cal_final_score.py (docs/results/protocol.md)"

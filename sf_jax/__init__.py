@@ -1,14 +1,14 @@
 """Self Forcing (arXiv 2506.08009) in JAX and Flax: train and stream causal, few-step video diffusion models.
 
-Public names are imported when they are first used:
+Public names are imported on first use:
 
 - `load_pipeline`, `VideoPipeline`, `Sampling`, `Solver`, `Chunk`, `WanOptions`: video from a prompt; `TextEncoder`,
-  `Decoder`, `Encoder`: what a pipeline needs of them;
-- `Stream`: video that never ends, several at once, with prompts that change;
-- `keep_compiled`: lets later runs find what this one compiles, as the commands do;
-- `train`, `TrainConfig`: training, as `python -m sf_jax.train` does (after `import sf_jax.train`, the name is that of
+  `Decoder`, `Encoder`: interfaces of a pipeline's parts;
+- `Stream`: endless video, several streams at once, with prompts that change;
+- `keep_compiled`: enables the on-disk cache of compiled programs, as the commands do;
+- `train`, `TrainConfig`: training, as `python -m sf_jax.train` does (after `import sf_jax.train`, the name refers to
   the command's module, and the function is `sf_jax.train.train`);
-- `WanConfig`, `WanTransformer`, `RolloutConfig`: the network, and how it generates;
+- `WanConfig`, `WanTransformer`, `RolloutConfig`: the network, and its generation settings;
 - the modules `rollout` and `replay`: Algorithm 1, as `rollout.rollout` and `replay.replay`;
 - `dmd_loss`, `dmd_critic_loss`, `sid_loss`, `gan_loss`, `gan_critic_loss`, `ode_loss`, `consistency_loss`,
   `causal_loss`, `flow_loss`: the losses.
@@ -104,7 +104,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used."""
+    """Imports a public name on first use."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sf_jax' has no attribute {name!r}")
     place, attribute = _PUBLIC[name]

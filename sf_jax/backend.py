@@ -1,14 +1,14 @@
-"""JAX's backends: what keeps one from starting, told before XLA ends the process and without a traceback."""
+"""Error messages for JAX backends that cannot start, without a traceback and before XLA kills the process."""
 
 import os
 import re
 import subprocess
 import sys
 
-# Reads XLA_FLAGS as a backend does; a flag that it does not know ends that process, and not this one.
+# Parses XLA_FLAGS as a backend does, in a child process: an unknown flag kills the process that parses it.
 _READ_FLAGS = "from jaxlib import xla_client as x; x._xla.CompileOptions().executable_build_options.debug_options"
 _SECONDS = 60
-# What JAX and the plugins of GPUs and TPUs say where a backend cannot start or the machine does not fit.
+# Messages of JAX and its GPU and TPU plugins if a backend cannot start or does not fit the machine.
 _START = re.compile(
     r"unable to initialize backend|is not in the list of known backends|unknown backend|no backend|"
     r"driver version is insufficient|cuda driver|CUDA_ERROR|cudaError|cuInit|hipError|"
@@ -18,10 +18,10 @@ _START = re.compile(
 
 
 def check_xla_flags(environ: os._Environ | dict[str, str] = os.environ) -> None:
-    """Refuses an `XLA_FLAGS` that would end the process as soon as JAX starts.
+    """Validates `XLA_FLAGS`, as an invalid value kills the process as soon as JAX starts.
 
     Raises:
-      ValueError: naming what XLA says of it.
+      ValueError: if it is invalid; quotes XLA's message.
     """
     value = environ.get("XLA_FLAGS", "").strip()
     if not value or _started():
@@ -31,7 +31,7 @@ def check_xla_flags(environ: os._Environ | dict[str, str] = os.environ) -> None:
             [sys.executable, "-c", _READ_FLAGS], env=dict(environ), capture_output=True, timeout=_SECONDS
         )
     except (OSError, subprocess.SubprocessError):
-        return  # JAX itself will tell
+        return  # JAX reports the problem
     if done.returncode == 0:
         return
     output = done.stderr.decode(errors="replace")
@@ -48,16 +48,16 @@ def check_xla_flags(environ: os._Environ | dict[str, str] = os.environ) -> None:
 
 
 def _started() -> bool:
-    """Whether a backend runs already, which has read its flags."""
+    """Whether a backend is already running, and has thus parsed its flags."""
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bool(getattr(bridge, "_backends", None))
 
 
 def start_problem(error: BaseException) -> str | None:
-    """What to tell the user where JAX's backend cannot start; None where the error is about something else."""
+    """The message for the user if JAX's backend cannot start; None if the error has another cause."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     text = " ".join(str(error).split())
-    if isinstance(error, AssertionError):  # JAX's own, where JAX_PLATFORMS names a GPU and no plugin is installed
+    if isinstance(error, AssertionError):  # raised by JAX if JAX_PLATFORMS names a GPU and no plugin is installed
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next

@@ -24,10 +24,10 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command as its module would run as a script.
+    """Runs a command as `python -m sf_jax.COMMAND` would.
 
     Args:
-      arguments: of the command line, without the program's name; None takes those of the process.
+      arguments: the command line without the program's name; None is that of the process.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "-help", "help"):

@@ -1,4 +1,4 @@
-"""How every command starts: mistakes of its user end in one line and a non-zero exit, whatever finds them."""
+"""Runs a command; user errors exit non-zero with a one-line message."""
 
 import codecs
 import contextlib
@@ -19,30 +19,30 @@ from sf_jax.files import local_path
 from sf_jax.weights import hub
 
 SMALLER = "use smaller batches, fewer or smaller frames, or more devices"
-LONGEST = 1000  # characters of an error message
+LONGEST = 1000  # maximum number of characters in an error message
 TERMINATED, INTERRUPTED, _BROKEN_PIPE = 143, 130, 141  # exit codes: SIGTERM, Ctrl-C, SIGPIPE
 _ENDS = {signal.SIGTERM: (TERMINATED, "SIGTERM"), signal.SIGINT: (INTERRUPTED, "Ctrl-C")}
 _SECONDS_TO_UNWIND, _SECONDS_TO_NEXT = 5, 0.1
 
-flags.disclaim_key_flags()  # flags that `define_path` defines are those of the command
+flags.disclaim_key_flags()  # flags that `define_path` defines belong to the calling command
 
 
 class _PathParser(flags.ArgumentParser):
-    """Reads paths of this machine; see `files.local_path`."""
+    """Parses local paths; see `files.local_path`."""
 
     syntactic_help = "a path of this machine"
 
     def parse(self, argument: str) -> str:
-        """The path."""
+        """The checked path, with `~` expanded."""
         return local_path(argument)
 
     def flag_type(self) -> str:
-        """What --help calls it."""
+        """The type's name in --help."""
         return "path"
 
 
 class _WeightsParser(_PathParser):
-    """Reads paths of this machine and names of the Hugging Face hub."""
+    """Parses local paths and names on the Hugging Face hub."""
 
     syntactic_help = "a path of this machine, or a name of the Hugging Face hub"
 
@@ -54,19 +54,19 @@ class _WeightsParser(_PathParser):
 def define_weights(
     name: str, default: str | None, help: str, flag_values: flags.FlagValues = flags.FLAGS
 ) -> flags.FlagHolder:
-    """Defines a flag that is a path of weights, or their name on the hub; see `weights.hub`."""
+    """Defines a flag for weights: a local path, or a name on the hub; see `weights.hub`."""
     return flags.DEFINE(_WeightsParser(), name, default, help, flag_values, flags.ArgumentSerializer())
 
 
 class _Printed(flags.BooleanFlag):
-    """A flag such as --version: prints a text and ends the process without an error."""
+    """A flag such as --version: prints a text and exits with code 0."""
 
     def __init__(self, name: str, text: Callable[[], str], help: str, short_name: str | None = None):
         self._text = text
         super().__init__(name, False, help, short_name=short_name, allow_override=True)
 
     def parse(self, argument: str | bool | None) -> None:
-        """Prints the text, unless the flag is set to false."""
+        """Prints the text and exits, unless the flag is set to false."""
         super().parse(argument)
         if self.value:
             print(self._text())
@@ -76,7 +76,7 @@ class _Printed(flags.BooleanFlag):
 def define_path(
     name: str, default: str | None, help: str, flag_values: flags.FlagValues = flags.FLAGS
 ) -> flags.FlagHolder:
-    """Defines a flag that is a path: "~" is understood, addresses such as gs://bucket are refused."""
+    """Defines a flag for a local path: expands "~" and rejects addresses such as gs://bucket."""
     return flags.DEFINE(_PathParser(), name, default, help, flag_values, flags.ArgumentSerializer())
 
 
@@ -87,14 +87,14 @@ def run(
     groups: Mapping[str, Sequence[str]] | None = None,
     more_help: Callable[[Sequence[str]], str] | None = None,
 ) -> None:
-    """Reads the flags and calls `main`.
+    """Parses the flags and calls `main`.
 
     Args:
-      main: the command; what it raises of ValueError, OSError and FloatingPointError is meant for the user.
+      main: the command. Its ValueErrors, OSErrors and FloatingPointErrors are user errors.
       required: flags that must be given.
-      smaller: what to do where the memory of a device does not suffice, for the message.
-      groups: titles of --help and the flags under each; flags that are in none come under a title of their own.
-      more_help: (arguments of the command line) -> what --help adds.
+      smaller: advice if a device runs out of memory, for the error message.
+      groups: section titles of --help and the flags in each; other flags get a section of their own.
+      more_help: (command-line arguments) -> text appended to --help.
     """
     escape_output()
 
@@ -119,17 +119,17 @@ def run(
         flags.mark_flags_as_required(list(required))
         try:
             rest = flags.FLAGS(arguments)
-        except RecursionError:  # absl compares an unknown name with all others, letter by letter
+        except RecursionError:  # absl recurses over the letters of an unknown name to find similar flags
             fail("a name on the command line is too long: flags look like --name=value")
-        # Config files and fields that are not there raise nearly anything.
+        # Invalid config files and unknown fields raise almost any exception.
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
             lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
             fail(lines[-1] if lines else type(error).__name__)
-        except SyntaxError as error:  # of a config file
+        except SyntaxError as error:  # in a config file
             fail(f"{error.filename}, line {error.lineno}: {error.msg}")
         for name in flags.FLAGS:
             value = flags.FLAGS[name].value
-            if isinstance(value, float) and not math.isfinite(value):  # absl's bounds let NaN through
+            if isinstance(value, float) and not math.isfinite(value):  # absl's bounds accept NaN
                 fail(f"flag --{name}={value}: it must be a finite number")
         if len(rest) > 1:
             fail(f'unexpected argument {rest[1]!r}: flags look like --name=value, texts need quotes ("...")')
@@ -146,7 +146,7 @@ def run(
 
 
 def escape_output() -> None:
-    """Lets stdout show what its encoding lacks with backslashes: names of files may hold any bytes."""
+    """Makes stdout backslash-escape characters that its encoding lacks, as file names can contain any bytes."""
     stream = sys.stdout
     if not isinstance(stream, io.TextIOWrapper):
         return
@@ -156,14 +156,14 @@ def escape_output() -> None:
 
 
 def versions() -> str:
-    """What --version prints."""
+    """The text of --version."""
     from importlib import metadata
 
     return f"sf_jax {__version__} (JAX {metadata.version('jax')}, Python {platform.python_version()})"
 
 
 def one_line(text: str) -> str:
-    """A message in one line of at most `LONGEST` printable characters; of longer ones the middle is left out."""
+    """Shortens a message to one line of at most `LONGEST` printable characters; omits the middle of longer ones."""
     if len(text) > 4 * LONGEST:
         text = f"{text[: 2 * LONGEST]} {text[-2 * LONGEST :]}"
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text.split()))
@@ -174,13 +174,13 @@ def one_line(text: str) -> str:
 
 
 def fail(text: str) -> NoReturn:
-    """Ends the process with an error message of one line."""
+    """Exits with a one-line error message."""
     sys.exit(f"error: {one_line(text)}")
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C unwind the stack, without a traceback, so that temporary files and child processes go."""
+    """Makes SIGTERM and Ctrl-C unwind the stack without a traceback, so that files and processes are cleaned up."""
     codes: list[int] = []
 
     def unwind(number, frame):
@@ -189,7 +189,7 @@ def ended_by_signals() -> Iterator[None]:
         if not codes:
             codes.append(code)
             print(f"error: ended by {name}", file=sys.stderr, flush=True)
-            # Libraries swallow what is raised in their callbacks, and wait for programs that they compile.
+            # Libraries swallow exceptions in their callbacks, and wait for compilations, so this forces an exit.
             _start_timer(_SECONDS_TO_UNWIND, os._exit, code)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
@@ -200,7 +200,7 @@ def ended_by_signals() -> Iterator[None]:
             hook(swallowed)
             return
         number = signal.SIGINT if isinstance(swallowed.exc_value, KeyboardInterrupt) else signal.SIGTERM
-        _start_timer(_SECONDS_TO_NEXT, _raise_in_main_thread, number)  # outside of the callback
+        _start_timer(_SECONDS_TO_NEXT, _raise_in_main_thread, number)  # raises again outside of the callback
 
     defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main_thread = threading.current_thread() is threading.main_thread()
@@ -226,11 +226,11 @@ def ended_by_signals() -> Iterator[None]:
     if codes:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        os._exit(codes[0])  # XLA's threads may be compiling, and Python's own end would crash under them
+        os._exit(codes[0])  # XLA's threads may still be compiling, and would crash a normal exit
 
 
 def _raise_in_main_thread(number: int) -> None:
-    """Sends this process a signal that ends what its main thread waits for, where the system can."""
+    """Sends this process a signal, interrupting what its main thread waits for where the OS supports it."""
     if hasattr(signal, "pthread_kill"):  # not on Windows
         signal.pthread_kill(threading.main_thread().ident, number)
     else:
@@ -238,7 +238,7 @@ def _raise_in_main_thread(number: int) -> None:
 
 
 def _start_timer(seconds: float, function: Callable, *arguments) -> None:
-    """Calls a function later, unless the process ends before."""
+    """Calls a function after a delay, unless the process ends first."""
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     timer.start()
@@ -246,15 +246,15 @@ def _start_timer(seconds: float, function: Callable, *arguments) -> None:
 
 @contextlib.contextmanager
 def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
-    """Ends the process with one line for what is meant for the user; other errors are bugs, and keep their traceback.
+    """Exits with a one-line message for user errors; other exceptions are bugs and keep their traceback.
 
     Args:
-      smaller: as in `run`.
+      smaller: see `run`.
     """
     try:
         yield
-    except BrokenPipeError:  # who read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    except BrokenPipeError:  # the reader of the output has exited, like `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the final flush of the buffer then succeeds
         sys.exit(_BROKEN_PIPE)
     except (ValueError, FloatingPointError, OSError) as error:
         fail(str(error) or type(error).__name__)
@@ -274,14 +274,14 @@ def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
 
 
 def _of_jax(error: BaseException) -> bool:
-    """Whether JAX's runtime raised it."""
-    from jax.errors import JaxRuntimeError  # here, as not every command needs JAX
+    """Whether JAX's runtime raised the error."""
+    from jax.errors import JaxRuntimeError  # imported here, as not every command needs JAX
 
     return isinstance(error, JaxRuntimeError)
 
 
 def _check_jax_settings() -> None:
-    """Ends the process where the environment has a setting that JAX refuses, which it reads when it is imported."""
+    """Exits with an error if the environment has an invalid JAX setting; JAX reads these when it is imported."""
     if not any(name.startswith("JAX_") for name in os.environ):
         return
     try:
@@ -290,4 +290,4 @@ def _check_jax_settings() -> None:
         fail(f"JAX does not take a variable of the environment ({error}): correct or unset it")
 
 
-_check_jax_settings()  # here, as the commands import JAX after this module and before `run`
+_check_jax_settings()  # at import: the commands import JAX after this module, but before `run`

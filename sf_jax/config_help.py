@@ -1,4 +1,4 @@
-"""What `python -m sf_jax.train --help` says of configurations: their variants, their fields, types, defaults."""
+"""The configuration part of `python -m sf_jax.train --help`: variants, fields, types and defaults."""
 
 import dataclasses
 import importlib.util
@@ -20,10 +20,10 @@ SHIPPED = ("configs/digits.py", "configs/wan_distill.py")
 
 
 def of_arguments(arguments: Sequence[str]) -> str:
-    """The part of --help about the configuration that a command line names, or about those of the repository.
+    """The help text for the configuration on a command line; without one, for those in the repository.
 
     Raises:
-      SystemExit: the configuration cannot be read; the message is one line.
+      SystemExit: if the configuration cannot be read, with a one-line message.
     """
     path = _value("config", arguments)
     if path is None:
@@ -35,14 +35,14 @@ def of_arguments(arguments: Sequence[str]) -> str:
         return "\n\n".join([*parts, f"--config={SHIPPED[0]} --help lists the variants and fields of a configuration."])
     try:
         return text_of(path)
-    except Exception as error:  # configurations are programs
+    except Exception as error:  # a configuration is a program, which can raise anything
         from sf_jax.command import fail
 
         fail(f"config is {path}: {error}")
 
 
 def _value(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of a flag of a command line that need not be right otherwise."""
+    """The value of a flag on a command line that may otherwise be invalid."""
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag == name:
@@ -51,10 +51,11 @@ def _value(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def load(path: str) -> types.ModuleType:
-    """The module of a configuration file.
+    """Imports a configuration file as a module.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: if the file cannot be read.
+      ValueError: if its name does not end in .py.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is a folder" if path and Path(path).is_dir() else f"{path} does not exist")
@@ -67,13 +68,13 @@ def load(path: str) -> types.ModuleType:
 
 
 def read(config: str) -> Mapping:
-    """What a configuration file returns; it is a program and may raise anything.
+    """The configuration that a file returns; the file is a program and can raise anything.
 
     Args:
-      config: the file, with `:VARIANT` for what its `get_config` takes.
+      config: the file, optionally with `:VARIANT`, the argument of its `get_config`.
 
     Raises:
-      ValueError: it cannot be read; the message is one line.
+      ValueError: if it cannot be read, with a one-line message.
     """
     path, colon, variant = config.partition(":")
     try:
@@ -95,37 +96,37 @@ def read(config: str) -> Mapping:
 
 
 def _line(error: BaseException, path: str) -> str:
-    """Where in a file an error was raised; nothing where it was raised elsewhere."""
+    """The line of a file that raised an error; empty if the error was raised elsewhere."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f", line {lines[-1]}" if lines else ""
 
 
 class ConfigParser(flags.ArgumentParser):
-    """Reads the flag --config."""
+    """Parses the flag --config."""
 
     syntactic_help = "a configuration file"
 
     def parse(self, argument: str) -> Mapping:
-        """The configuration, without room for fields that it does not have."""
+        """Reads the configuration and locks it, so that setting an unknown field raises an error."""
         values = read(argument)
         if hasattr(values, "lock"):
             values.lock()
         return values
 
     def flag_type(self) -> str:
-        """What --help calls it."""
+        """The type's name in --help."""
         return "config object"
 
 
 def text_of(config: str) -> str:
-    """Variants and fields of a configuration.
+    """Describes the variants and fields of a configuration.
 
     Args:
-      config: its file, with `:VARIANT` for the defaults of a variant.
+      config: its file, optionally with `:VARIANT` to show that variant's values.
     """
     path, _, variant = config.partition(".py:")
     path = f"{path}.py" if variant else path
-    values = read(config)  # says what is wrong with the file
+    values = read(config)  # raises if the file is invalid
     module = load(path)
     variants = _variants(module)
     lines = [inspect.getdoc(module) or "", ""] if module.__doc__ else []
@@ -139,7 +140,7 @@ def text_of(config: str) -> str:
 
 
 def _variants(module: types.ModuleType) -> dict[str, str]:
-    """Names of the variants and the first lines of what they are."""
+    """The variants' names and the first paragraphs of their docstrings."""
     variants = getattr(module, "VARIANTS", {})
     if not isinstance(variants, Mapping):
         return {}
@@ -149,7 +150,7 @@ def _variants(module: types.ModuleType) -> dict[str, str]:
 
 
 def fields_of(config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, value and description of every field of a config dataclass, those of its groups after it."""
+    """Yields name, type, value and description of every field of a config dataclass, including nested groups."""
     docs, hints = attribute_docs(type(config)), typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
@@ -161,7 +162,7 @@ def fields_of(config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
 
 
 def _kind(hint) -> str:
-    """The type of a field, in a few words."""
+    """A short name of a field's type."""
     if isinstance(hint, types.UnionType):
         return " or ".join(_kind(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -175,7 +176,7 @@ def _kind(hint) -> str:
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
-    """Descriptions of a dataclass's fields, from the section `Attributes` of its docstring."""
+    """Descriptions of a dataclass's fields, from the `Attributes` section of its docstring."""
     _, _, section = (inspect.getdoc(kind) or "").partition("Attributes:\n")
     docs, name = {}, None
     for line in section.splitlines():

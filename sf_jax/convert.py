@@ -1,28 +1,36 @@
-"""Rewrites weight files: other tensor names, another number type, another container.
+"""Converts weight files: tensor names, data type and container format.
 
-Names between the official code, diffusers and transformers, tensor by tensor and bit by bit:
-`python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --output=diffusion_pytorch_model.safetensors --to=diffusers`.
-The input is a safetensors file, a folder (or the index) of shards, a model folder (for its transformer) or a .pt file;
-what it is, is recognized. `--part`
-chooses from a checkpoint of several networks, and names the network in a `.pt` output:
-`python -m sf_jax.convert --input=self_forcing_dmd.pt --output=student.safetensors --part=generator_ema`.
+Renames tensors between the official code, diffusers and transformers, bit for bit:
 
-A whole model folder into one that diffusers' `from_pretrained` opens, with a student in place of its transformer (or
-without); `--to=official` is the way back, `--to=comfy` gives ComfyUI's three files:
-`python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --checkpoint=student.safetensors --output=student/ --to=diffusers`.
+    python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --output=diffusion_pytorch_model.safetensors --to=diffusers
 
-The averaged student of a training run, from its newest checkpoint, finished or not, under the official names:
-`python -m sf_jax.convert --from=runs/wan` writes `runs/wan/student_STEP.safetensors`; `--output` another file (a .pt as
-generator_ema). A model card is written beside it, as beside folders.
+The input is a safetensors file, a folder of shards or its index, a model folder (for its transformer) or a .pt file;
+its kind is detected. `--part` selects a network from a checkpoint with several, and names the network in a .pt output:
 
-Adapters (LoRA): `--lora=FILE[:SCALE]` merges them into the input's transformer. Those of a training run, without its
-network, with `python -m sf_jax.convert --from=runs/wan --part=lora --to=diffusers --output=adapter.safetensors` (or
-`--to=kohya`, as ComfyUI and musubi write them); an adapter file as `--input` gets other names the same way.
+    python -m sf_jax.convert --input=self_forcing_dmd.pt --output=student.safetensors --part=generator_ema
 
-A file of the output's name is refused; `--overwrite` replaces it.
+Converts a whole model folder for diffusers' `from_pretrained`, optionally with a student as its transformer;
+`--to=official` converts back, and `--to=comfy` writes ComfyUI's three files:
 
-Files that sf_jax.train wrote, in another number type: `python -m sf_jax.convert --input=A --output=B --dtype=float16`.
-This is how the weights that the package ships were made from those that training left.
+    python -m sf_jax.convert --input=Wan2.1-T2V-1.3B --checkpoint=student.safetensors --output=student/ --to=diffusers
+
+Exports the averaged (EMA) student of a training run, finished or not, from its newest checkpoint under the official
+names. This writes `runs/wan/student_STEP.safetensors`, or the file that `--output` names (a .pt holds it as
+generator_ema), and a model card next to it, as in converted folders:
+
+    python -m sf_jax.convert --from=runs/wan
+
+Exports the LoRA adapters of a training run without the network (`--to=kohya` writes the format of ComfyUI and musubi).
+An adapter file as `--input` is renamed the same way. `--lora=FILE[:SCALE]` merges adapters into the input's
+transformer:
+
+    python -m sf_jax.convert --from=runs/wan --part=lora --to=diffusers --output=adapter.safetensors
+
+Changes the data type of a file that sf_jax.train wrote. The shipped weights were converted this way:
+
+    python -m sf_jax.convert --input=A --output=B --dtype=float16
+
+An existing output file is an error, unless `--overwrite` is set.
 """
 
 import dataclasses
@@ -81,7 +89,7 @@ GROUPS = {
 
 
 def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
-    """Writes the tensors as the flags say; returns what it did, and the network."""
+    """Converts the tensors as the flags say; returns a summary and the network."""
     network = export.read_network(tensors, _TO.value)
     if _DTYPE.value:
         network = dataclasses.replace(network, tensors=network.tensors.astype(_DTYPES[_DTYPE.value]))
@@ -93,7 +101,7 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
         if to_torch:
             raise ValueError(f"output is {output}: files for ComfyUI are .safetensors")
         if network.kind == "umt5":
-            if any(name.endswith(export.SPIECE) for name in tensors):  # the input is ComfyUI's own
+            if any(name.endswith(export.SPIECE) for name in tensors):  # the input is in ComfyUI's format
                 spiece = read_tensor(tensors.path)
             else:
                 spiece = export_folder.read_spiece(export_folder.spiece_folders(tensors.path))
@@ -103,7 +111,7 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
     config = None if to_torch else _config_beside(network, output)
     with export.progress([network]) as (counted,):
         if to_torch:
-            # In the official checkpoints of several networks a transformer sits in a wrapper that calls it `model`.
+            # In official checkpoints with several networks, the transformer is the attribute `model` of a wrapper.
             prefix = "model." if part and (network.kind, network.naming) == ("transformer", "official") else ""
             write_torch(output, counted.tensors.renamed({prefix + name: name for name in counted.tensors}), part)
         else:
@@ -116,7 +124,11 @@ def _convert(tensors: TensorFile, output: Path) -> tuple[str, export.Network]:
 
 
 def _config_beside(network: export.Network, output: Path) -> dict | None:
-    """What the libraries need beside the file; refused where another `config.json` is in the way."""
+    """Content of the `config.json` that the libraries need with the file; None if they need none or it is unknown.
+
+    Raises:
+      ValueError: if the folder has a different `config.json`.
+    """
     if _TO.value not in ("diffusers", "transformers"):
         return None
     if network.config is None:
@@ -153,8 +165,8 @@ def _card(
 
 
 def _export(output: Path | None) -> tuple[str, Path]:
-    """Writes the averaged network of a training run; returns what it did, and the file."""
-    from sf_jax.training.export import load_run  # here, as Orbax and tfds take seconds that no other use needs
+    """Exports the averaged network of a training run; returns a summary and the file."""
+    from sf_jax.training.export import load_run  # imported here: Orbax and tfds are slow, and only --from needs them
 
     if _TO.value not in (None, "official"):
         raise ValueError(f"to is {_TO.value!r}: --from writes the official names, convert its output for others")
@@ -163,7 +175,7 @@ def _export(output: Path | None) -> tuple[str, Path]:
     if _PART.value not in (None, *PARTS):
         raise ValueError(f"part is {_PART.value!r}: with --from it must be one of {', '.join((*PARTS, 'lora'))}")
     step, package = load_run(_FROM.value)
-    # Not the name of a finished run's file, which means that there is nothing left to train.
+    # A finished run's file name would make sf_jax.train treat the run as complete.
     output = output or Path(_FROM.value) / f"{package.kind}_{step:06d}.safetensors"
     dtype = _DTYPE.value or "float32"
     tensors = load.file_tensors(transformer.entries(package.config), package.params).astype(_DTYPES[dtype])
@@ -182,7 +194,7 @@ def _export(output: Path | None) -> tuple[str, Path]:
 
 
 def _write_folder(output: Path, loras: Sequence[Lora]) -> str:
-    """Writes a folder; returns what it did."""
+    """Writes a folder; returns a summary."""
     if _TO.value is None:
         raise ValueError(f"output is {output}, a folder: say whose with --to=official, diffusers or comfy")
     checkpoint = Path(hub.local_file(_CHECKPOINT.value)) if _CHECKPOINT.value else None
@@ -201,12 +213,12 @@ def _write_folder(output: Path, loras: Sequence[Lora]) -> str:
 
 
 def _is_folder(text: str) -> bool:
-    """Whether an output is a folder: one that is there, or a name that has no ending of a file."""
+    """Whether an output is a folder: it exists as one, or its name has no file suffix."""
     if Path(text).is_dir() or text.endswith(("/", "\\")):
         return True
     if Path(text).suffix in (".safetensors", *TORCH_SUFFIXES):
         return False
-    if re.fullmatch(r"\.[a-z]{2,}\d*", Path(text).suffix.lower()):  # not that of Wan2.1-T2V-1.3B
+    if re.fullmatch(r"\.[a-z]{2,}\d*", Path(text).suffix.lower()):  # does not match the .3B of Wan2.1-T2V-1.3B
         raise ValueError(
             f"output is {text}: the name of a file must end in .safetensors or {', '.join(TORCH_SUFFIXES)}; "
             "that of a folder in /"
@@ -215,7 +227,7 @@ def _is_folder(text: str) -> bool:
 
 
 def _check_flags(output: Path | None, folder: bool) -> None:
-    """Refuses flags that would be ignored, and an output that is the input."""
+    """Rejects flags without effect, and an output that is part of the input or would be overwritten."""
     for name, flag in (("checkpoint", _CHECKPOINT), ("max_shard_size", _SHARD_SIZE)):
         if flag.value is not None and not folder:
             raise ValueError(f"{name} is {flag.value}: it is for a folder as output")
@@ -240,7 +252,7 @@ def _check_flags(output: Path | None, folder: bool) -> None:
 
 
 def _convert_adapter(output: Path | None) -> str:
-    """Writes an adapter file, of a training run or of the input; returns what it did."""
+    """Writes the adapters of a training run or of the input; returns a summary."""
     if _PART.value not in (None, "lora"):
         raise ValueError(f"part is {_PART.value!r}: {_INPUT.value} is an adapter, leave part out")
     if output is None or output.suffix != ".safetensors":
@@ -250,7 +262,7 @@ def _convert_adapter(output: Path | None) -> str:
         raise ValueError(f"to is {naming!r}: for an adapter it must be one of {', '.join(adapter_export.NAMINGS)}")
     dtype = _DTYPES[_DTYPE.value] if _DTYPE.value else None
     if _FROM.value is not None:
-        from sf_jax.training.export import load_adapters  # here, as no other use needs Orbax
+        from sf_jax.training.export import load_adapters  # imported here, as only --from needs Orbax
 
         trained = load_adapters(_FROM.value)
         adapter_export.write_trained(output, trained, naming, dtype)
@@ -309,7 +321,7 @@ def main() -> None:
 
 
 def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
-    """Writes one file from one file; returns what it did."""
+    """Converts one file to one file; returns a summary."""
     to_torch = output.suffix in TORCH_SUFFIXES
     with open_tensors(_INPUT.value, _PART.value, need_part=not to_torch) as tensors:
         ours, adapters = "sf_jax" in tensors.metadata, describe(loras)

@@ -1,12 +1,13 @@
-"""Several processes that work as one: how a command finds the others.
+"""Multi-process runs: how the processes of a command find each other.
 
-`python -m sf_jax.train` and `python -m sf_jax.prepare` start alone unless their environment says otherwise:
+`python -m sf_jax.train` and `python -m sf_jax.prepare` run as a single process unless the environment says otherwise:
 
     SF_JAX_COORDINATOR=HOST:PORT SF_JAX_NUM_PROCESSES=N SF_JAX_PROCESS_ID=K   any machines; HOST is that of process 0
-    SF_JAX_LOCAL_DEVICES=0,1      with these: which of the machine's devices are this process's (all)
-    SF_JAX_DISTRIBUTED=1          TPU slices and clusters that JAX knows: it asks them itself
+    SF_JAX_LOCAL_DEVICES=0,1      with these: the local devices that this process uses (default: all)
+    SF_JAX_DISTRIBUTED=1          TPU slices and clusters that JAX detects automatically
 
-Tasks of one SLURM step (`srun --ntasks=N`) find each other without any of these, as JAX has it: one device a task.
+The tasks of one SLURM step (`srun --ntasks=N`) find each other without any of these. JAX then assigns one device per
+task.
 """
 
 import os
@@ -21,17 +22,17 @@ from jax.experimental import multihost_utils
 
 _COORDINATOR, _COUNT, _INDEX = "SF_JAX_COORDINATOR", "SF_JAX_NUM_PROCESSES", "SF_JAX_PROCESS_ID"
 _DEVICES, _AUTOMATIC = "SF_JAX_LOCAL_DEVICES", "SF_JAX_DISTRIBUTED"
-# Network file systems show new files to other machines after a while.
+# New files may appear with a delay on other machines of a network file system.
 _SECONDS_TO_APPEAR = 30
-# Texts that processes tell each other are filled up to a multiple of this, so that few sizes occur.
+# Texts exchanged between processes are padded to a multiple of this, so that few array shapes occur.
 _TEXT_BYTES = 512
 
 
 def initialize(environ: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes, if the environment says that there are any; before JAX looks for devices.
+    """Joins the other processes, if the environment specifies any; must run before JAX looks for devices.
 
     Raises:
-      ValueError: if a variable is missing or wrong, or the others cannot be reached.
+      ValueError: if a variable is missing or invalid, or the other processes cannot be reached.
     """
     given = {name: environ[name] for name in (_COORDINATOR, _COUNT, _INDEX) if environ.get(name)}
     automatic = environ.get(_AUTOMATIC, "")
@@ -52,7 +53,7 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
         return
     try:
         jax.distributed.initialize(**arguments)
-    except Exception as error:  # Clusters and the network raise what they like.
+    except Exception as error:  # Cluster detection and the network can raise anything.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{told}: the processes did not find each other ({reason})") from error
 
@@ -81,10 +82,10 @@ def _explicit(given: Mapping[str, str], devices: str) -> dict:
 
 
 def check_shared(folder: Path, field: str) -> None:
-    """Makes sure that all processes see the same folder; every process must ask.
+    """Checks that all processes see the same folder; every process must call this.
 
     Raises:
-      ValueError: if one does not see what process 0 writes there.
+      ValueError: if a process does not see what process 0 writes there.
     """
     if jax.process_count() == 1:
         return
@@ -108,7 +109,7 @@ def check_shared(folder: Path, field: str) -> None:
 
 
 def appears(path: Path) -> bool:
-    """Whether a file that another process has written is seen, after a while if need be."""
+    """Waits for a file written by another process; returns whether it has become visible."""
     until = time.monotonic() + _SECONDS_TO_APPEAR
     while not (seen := path.exists()) and time.monotonic() < until:
         time.sleep(0.5)
@@ -116,7 +117,7 @@ def appears(path: Path) -> bool:
 
 
 def first_told(text: str | None) -> str | None:
-    """The text of the first process that has one, or None; every process must ask."""
+    """The text of the first process that has one, or None; every process must call this."""
     if jax.process_count() == 1:
         return text
     given = (text or "").encode()
@@ -130,16 +131,16 @@ def first_told(text: str | None) -> str | None:
 
 
 def by_first(action: Callable[[], None]) -> None:
-    """Runs `action` in the first process while the others wait; every process must call this.
+    """Runs `action` in process 0 while the others wait; every process must call this.
 
     Raises:
-      OSError: in every process, if it fails (where there is one process, what it raises).
+      OSError: in every process, if it fails (a single process raises the original exception).
     """
     reason = None
     if jax.process_index() == 0:
         try:
             action()
-        except Exception as error:  # whatever it is, the others would wait for ever
+        except Exception as error:  # without this, the other processes would wait forever
             if jax.process_count() == 1:
                 raise
             reason = str(error) or type(error).__name__

@@ -2,7 +2,7 @@
 
   python -m sf_jax.evaluate --checkpoint=before.safetensors,after.safetensors --names=before,after --out=DIR
 
-Without --checkpoint it evaluates the shipped student; --train_judge=FILE trains another judge instead.
+Without --checkpoint it evaluates the shipped student. With --train_judge=FILE it only trains a new judge.
 """
 
 import math
@@ -20,7 +20,7 @@ from sf_jax.evaluation import metrics, report
 from sf_jax.weights import hub
 
 REAL = "real clips"
-MAX_BATCH, MAX_FRAMES = 4096, 2**22  # videos made at once; frames of a model's videos, all of which are in memory
+MAX_BATCH, MAX_FRAMES = 4096, 2**22  # videos generated at once; frames of one model's videos, which are all in memory
 GROUPS = {
     "Models": ("checkpoint", "names", "guidance"),
     "Videos": ("frames", "train_frames", "num_samples", "batch_size", "seed"),
@@ -29,19 +29,19 @@ GROUPS = {
 
 
 class Pipe(Protocol):
-    """What is evaluated. Attribute `only_frames`: the only length it makes, or None for any."""
+    """A model to evaluate. Attribute `only_frames`: the only length it generates, or None for any."""
 
     only_frames: int | None
 
     def chunk_starts(self, frames: int) -> tuple[int, ...]:
-        """First frames of the chunks in which it makes a video."""
+        """First frame of each chunk of a video."""
 
     def __call__(self, prompts: list[str], *, frames: int, seed: int, first_index: int = 0) -> np.ndarray:
-        """Makes the videos of B prompts, uint8 [B, frames, 24, 24, 1]."""
+        """Generates the videos of B prompts, uint8 [B, frames, 24, 24, 1]."""
 
 
 def generate(pipe: Pipe, name: str, prompts: Sequence[str], frames: int, seed: int, batch: int) -> np.ndarray:
-    """Makes all videos in batches of one size, so that a model is compiled once; prints the progress."""
+    """Generates all videos in batches of one size, so that a model compiles only once; prints the progress."""
     videos, begun = [], time.monotonic()
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
@@ -66,16 +66,19 @@ def evaluate(
     """Evaluates models on the same prompts and writes the report.
 
     Args:
-      pipes: By name.
+      pipes: The models by name.
       out: Folder for the report.
-      frames: Length of the videos; a pipe with `only_frames` makes that many instead.
+      frames: Length of the videos; a pipe with `only_frames` generates that many instead.
       train_frames: Length the models were trained on, for the plot.
-      num_samples: Videos of each model.
+      num_samples: Videos per model.
       seed: Seed of the models' noise and of the real clips.
-      batch_size: Videos made at once.
+      batch_size: Videos generated at once.
 
     Returns:
-      The report and the paths written; raises ValueError if an argument is out of range.
+      The report and the paths written.
+
+    Raises:
+      ValueError: If an argument is out of range.
     """
     check_amounts(frames, train_frames, num_samples, batch_size)
     out, judge = files.check_writable(out), judging.load()
@@ -84,14 +87,14 @@ def evaluate(
     lengths = {name: pipe.only_frames or frames for name, pipe in pipes.items()}
     lengths[REAL] = max(lengths.values(), default=frames)
     for length in lengths.values():
-        metrics.quarters(length)  # Refuses what is too short before anything long begins.
+        metrics.quarters(length)  # Rejects short videos before any slow work.
     if (out / report.RESULTS).exists():
         print(f"{out / report.RESULTS} is there already: this report replaces it", flush=True)
-    # The reference and the ceiling are different draws, or the ceiling's distance would be zero.
+    # The reference and the row of real clips are different draws, or the distance of that row would be zero.
     real, ceiling = (metrics.real_clips(kinds, lengths[REAL], 2 * seed + i) for i in range(2))
     references, figures, paths = {}, {}, []
     starts = {name: pipe.chunk_starts(lengths[name]) for name, pipe in pipes.items()}
-    # Real clips have no chunks; judged at a model's borders they show what the measure says of perfect ones.
+    # Real clips have no chunks; measured at a model's chunk borders, they show the figures of perfect borders.
     starts[REAL] = max((starts[name] for name in pipes if lengths[name] == lengths[REAL]), key=len, default=(0,))
     for name, length in lengths.items():
         if length not in references:
@@ -108,10 +111,10 @@ def evaluate(
 
 
 def check_amounts(frames: int, train_frames: int | None, num_samples: int, batch_size: int) -> None:
-    """Refuses more than memory holds, before anything is built.
+    """Rejects more than fits in memory, before anything is built.
 
     Raises:
-      ValueError: naming the limit.
+      ValueError: if an amount is out of range; names the limits.
     """
     if not 1 <= batch_size <= MAX_BATCH:
         raise ValueError(f"batch_size: got {batch_size}, allowed: 1 to {MAX_BATCH}")
@@ -124,7 +127,7 @@ def check_amounts(frames: int, train_frames: int | None, num_samples: int, batch
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the command line; not on import, where the flags would clash with other commands'."""
+    """Defines the command line; not on import, as the flags would clash with those of other commands."""
     number = flags.DEFINE_integer
     flags.DEFINE_list("checkpoint", [], "Weights, or student or teacher for the shipped ones", flag_values=values)
     flags.DEFINE_list("names", [], "Names of the checkpoints in the report", flag_values=values)
@@ -139,7 +142,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
-    """Loads the checkpoints of the command line, by name."""
+    """Loads the checkpoints on the command line, by name."""
     from sf_jax.inference.load import load_digits  # Training a judge needs no models.
 
     paths = [hub.weights_path(path) for path in values.checkpoint] or ["student"]
@@ -151,13 +154,13 @@ def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
         raise ValueError(f"guidance is {values.guidance}: a student has none (it was distilled from a guided teacher)")
     for name, pipe in pipes.items():
         pipe.check_frames(pipe.only_frames or values.frames)
-        if values.guidance is not None and pipe.kind != "student":  # Networks of many steps take it.
+        if values.guidance is not None and pipe.kind != "student":  # Only many-step networks use it.
             pipes[name] = pipe.with_sampling(guidance=values.guidance)
     return pipes
 
 
 def run(values: flags.FlagValues) -> list[Path]:
-    """Does what the command line says; returns the paths written."""
+    """Runs the command; returns the paths written."""
     if values.train_judge is not None:
         return [judging.make(values.train_judge, values.seed)]
     numbers = ("frames", "train_frames", "num_samples", "batch_size", "seed")

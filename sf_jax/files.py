@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that can be written."""
+"""Atomic file writes, folder locks and writability checks."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# What libraries say of a file system, among much else.
+# File-system errors to look for in the longer messages of libraries.
 _KNOWN = (
     "No space left on device",
     "Disk quota exceeded",
@@ -26,7 +26,7 @@ _KNOWN = (
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something failed, in a few words."""
+    """The reason of a failure, in a few words."""
     text, seen = "", error
     while seen is not None:
         text += f" {seen} {getattr(seen, 'strerror', None) or ''}"
@@ -39,11 +39,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def local_path(value: str) -> str:
-    """A path of this machine: the home folder of "~" put in, other places refused.
+    """Checks a local path, and expands "~".
 
     Raises:
-      ValueError: on an address such as gs://bucket/folder, on a path of Windows on another system, and on what is no
-        path at all: an empty text, or one with a NUL.
+      ValueError: if it is an address such as gs://bucket/folder, a Windows path on another system, empty, contains a
+        NUL, or begins with an unknown home folder.
     """
     if not value.strip() or "\0" in value:
         raise ValueError(f"the path is {value!r}: give the name of a file or folder, or leave it out")
@@ -64,17 +64,17 @@ def local_path(value: str) -> str:
 
 
 def check_writable(folder: str | Path, field: str = "out") -> Path:
-    """Makes a folder, unless it is there, and tries to write in it.
+    """Creates a folder if it is missing, and checks that it is writable.
 
     Args:
       folder: The folder.
-      field: What the error message calls it.
+      field: Name of the folder's option in the error message.
 
     Returns:
       The folder's path.
 
     Raises:
-      ValueError: The folder cannot be made, or nothing can be written in it.
+      ValueError: The folder cannot be created, or is not writable.
     """
     folder = Path(folder)
     try:
@@ -89,7 +89,7 @@ def check_writable(folder: str | Path, field: str = "out") -> Path:
 
 
 def check_utf8(path: str, field: str) -> None:
-    """Refuses a name that writers of datasets do not take.
+    """Checks that a name is UTF-8, as the writers of datasets require.
 
     Raises:
       ValueError: the path is not UTF-8.
@@ -102,16 +102,16 @@ def check_utf8(path: str, field: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, field: str) -> Iterator[None]:
-    """Keeps a folder from other processes that ask for it; one that is killed has it no longer.
+    """Locks a folder against other processes that call this; the lock of a killed process is released.
 
     Args:
-      folder: The folder, in which an empty file `.lock` is made.
-      field: What the error message calls it.
+      folder: The folder, in which an empty file `.lock` is created.
+      field: Name of the folder's option in the error message.
 
     Raises:
-      ValueError: Another process has it.
+      ValueError: Another process holds the lock.
     """
-    # No marker file where the file system has no locks: it would stay behind a process that is killed.
+    # No soft lock on file systems without locks: its marker file would outlive a killed process.
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -130,20 +130,20 @@ def locked(folder: Path, field: str) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """A hidden name for what is to become `name`, which tells `remove_leftovers` whose it is.
+    """A hidden temporary name for the file `name`; `remove_leftovers` reads the owner from it.
 
-    It holds the number of the process and a mark of its machine: processes of several machines have the same numbers.
+    It contains the process id and a hash of the machine, as ids repeat across machines.
     """
-    name = os.fsdecode(os.fsencode(name)[:190])  # of the 255 bytes that file systems take
+    name = os.fsdecode(os.fsencode(name)[:190])  # file systems allow 255 bytes
     return f".{name}.{os.getpid()}.{_machine()}{secrets.token_hex(4)}.tmp"
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes what killed processes have left unfinished in a folder, as far as they are known to be gone.
+    """Removes unfinished files of killed processes from a folder, if the processes are known to be gone.
 
-    That is what has a `temporary_name` of a process of this machine that runs no more. Where the machine is not known
-    (earlier versions did not write it down) it is also left alone for an hour after it was last changed. What belongs
-    to another machine is never touched.
+    These are files with the `temporary_name` of a process on this machine that no longer runs. If the machine is
+    unknown (earlier versions did not record it), the file must also be unchanged for an hour. Files of other machines
+    are never touched.
     """
     for path in Path(folder).glob(".*"):
         with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ def remove_leftovers(folder: str | Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-# name, process, machine (unless an earlier version made it) and a random part; and what earlier versions made besides.
+# Name, process, machine (missing in earlier versions) and a random part; then names without a process.
 _TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.([0-9a-f]{8})?[0-9a-f]{8}\.tmp", re.DOTALL)
 _NAMELESS = re.compile(r"\.metadata\.[a-z0-9_]{8}|\.shared\.[0-9a-f]{8}")
 _QUIET_SECONDS = 3600
@@ -171,52 +171,52 @@ def _is_leftover(path: Path) -> bool:
 
 
 def is_quiet(path: Path) -> bool:
-    """Whether nothing of a file or folder was changed in the last hour."""
+    """Whether a file or folder has been unchanged for an hour."""
     paths = (path, *path.rglob("*")) if path.is_dir() and not path.is_symlink() else (path,)
     return time.time() - max(each.lstat().st_mtime for each in paths) > _QUIET_SECONDS
 
 
 def _machine() -> str:
-    """A mark of this machine; containers have process numbers of their own, and count as machines."""
+    """A hash of this machine; containers have process ids of their own, and count as machines."""
     marks = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError):  # not Linux
         marks.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    with contextlib.suppress(OSError):  # machines that share a folder may share a name, too
+    with contextlib.suppress(OSError):  # machines that share a folder may also share a host name
         marks.append(Path("/etc/machine-id").read_text(encoding="utf-8").strip())
     return hashlib.sha256(" ".join(marks).encode()).hexdigest()[:8]
 
 
 def _is_running(process: int) -> bool:
-    if os.name == "nt":  # where signal 0 is Ctrl-C
+    if os.name == "nt":  # signal 0 is Ctrl-C there
         return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # of another user
+    except OSError:  # the process belongs to another user
         return True
     return True
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder that takes the final name if the block succeeds.
+    """Yields a temporary path in the same folder, which is renamed to `path` if the block succeeds.
 
     Args:
-      path: The final name; a file there is kept until the new one is complete.
+      path: The final path; an existing file is kept until the new one is complete.
 
     Yields:
       The path to write to. It is removed if the block raises.
 
     Raises:
-      ValueError: The folder cannot be written.
+      ValueError: The folder is not writable, or the path is a folder.
       OSError: The disk is full.
     """
     path = Path(path)
     check_writable(path.parent, "path")
     if path.is_dir():
         raise ValueError(f"path: got the folder {path}, allowed: the name of a file")
-    # Not tempfile, whose files only their owner may read, which the final file would inherit.
+    # Not `tempfile`: only the owner can read its files, and the final file would inherit that.
     temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary

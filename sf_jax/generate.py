@@ -1,19 +1,20 @@
-"""Video from a prompt.
+"""Generates video from a prompt.
 
     python -m sf_jax.generate --prompt="a 7 moving left, fast"
     python -m sf_jax.generate --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt --prompt="a cat in the snow"
 
-Without --model, the shipped student of moving digits; with it (or with --transformer, --vae, --text_encoder and
---tokenizer, the files of its parts), Wan2.1 and what was distilled from it. Weights are paths, or names of the Hugging
-Face hub. Writes an mp4 per video and a contact sheet while later chunks are still being generated. Files that are there
-already are kept: the new video's name gets a number, unless --if_exists says otherwise.
+Without --model, the command uses the shipped student of moving digits. With --model (or the files of its parts:
+--transformer, --vae, --text_encoder and --tokenizer), it uses Wan2.1 or a model distilled from it. Weights are paths,
+or names on the Hugging Face hub. The command writes an mp4 per video (for Wan, while later chunks are still being
+generated) and a contact sheet. Existing files are kept: a new video's name gets a number, unless --if_exists says
+otherwise.
 
     python -m sf_jax.generate --compile_only=h100:1 --model=1.3B --window=12 --sink=3 --positions=relative
 
-compiles what would run for devices that need not be here, GPUs (`pip install "sf_jax[gpu_aot]"`) or a TPU slice
-(`pip install "sf_jax[aot]"`, --compile_only=v6e:2x2), and says what each of them needs: memory, arithmetic, bytes
-moved, kernels, attention, and how long that takes at least. No weights are read: --model may be a folder with a
-config.json alone, or a size, 1.3B or 14B; without --checkpoint and --solver it is a few-step student.
+This compiles the same programs for devices that need not be attached: GPUs (`pip install "sf_jax[gpu_aot]"`) or a TPU
+slice (`pip install "sf_jax[aot]"`, --compile_only=v6e:2x2). It prints what each program needs per chip: memory,
+arithmetic, bytes moved, kernels, attention, and a lower bound on its time. No weights are read: --model may be a folder
+with only a config.json, or a size, 1.3B or 14B. Without --checkpoint and --solver, the network is a few-step student.
 """
 
 from absl import flags
@@ -41,7 +42,7 @@ _NAMES = command.define_path(
 _COMPILE_ONLY = flags.DEFINE_string(
     "compile_only", None, "Devices to compile for, and generate nothing: GPUs such as h100:1, or a TPU slice, v6e:2x2"
 )
-# Flags whose names are fields of `Job`; None means that the model's default stands.
+# Flags whose names are fields of `Job`; None means the model's default.
 _JOB = {
     "model": command.define_weights(
         "model", None, "Wan: model folder, official or of diffusers, or its name on the hub (Wan-AI/Wan2.1-T2V-1.3B)"
@@ -135,7 +136,7 @@ _LISTS = ("denoising_steps", "first_chunk_steps")
 
 
 def _prompts(default: str | None) -> list[str]:
-    """The prompts of the command line; `default` is Wan's, which has none of its own."""
+    """The prompts of the command line; `default` is used for Wan, which has no default prompt."""
     if _PROMPTS.value is None:
         wan = any(_JOB[name].value for name in ("model", "transformer", "text_encoder", "tokenizer", "vae"))
         missing = [] if default is None else [default]
@@ -155,13 +156,13 @@ def _steps(name: str, values: list[str]) -> tuple[int, ...]:
 
 
 def job(prompt: str | None = None) -> Job:
-    """What the command line asks for.
+    """The job that the command line describes.
 
     Args:
-      prompt: what to show with Wan where no flag says it.
+      prompt: the prompt for Wan if no flag gives one.
 
     Raises:
-      ValueError: if it contradicts itself or a file.
+      ValueError: if a flag contradicts another one or a file.
     """
     fields = {name: flag.value for name, flag in _JOB.items() if flag.value is not None}
     fields |= {name: _steps(name, fields[name]) for name in _LISTS if name in fields}
@@ -177,7 +178,7 @@ def job(prompt: str | None = None) -> Job:
 def main() -> None:
     """Command line: see the module's docstring."""
     if _COMPILE_ONLY.value is not None:
-        from sf_jax.perf import compile, generation, report  # here, as no other run needs them
+        from sf_jax.perf import compile, generation, report  # imported here, as no other run needs them
 
         compile.compile_anew()
         for line in report.generation_report(generation.generation_of(job()), _COMPILE_ONLY.value):

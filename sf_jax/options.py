@@ -1,4 +1,4 @@
-"""The groups of a configuration, frozen dataclasses that refuse what cannot be; `config.py` puts them together."""
+"""The groups of a configuration: validated, frozen dataclasses that `config.py` combines."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ FORCINGS = ("teacher", "diffusion")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is none of those allowed."""
+    """Validates that a value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {quoted(value)}: it must be one of {', '.join(allowed)}")
 
 
 def at_least(config, low: float, *names: str, group: str = "") -> None:
-    """Refuses fields of `config` below a bound."""
+    """Validates lower bounds of fields of `config`."""
     for name in names:
         if getattr(config, name) < low:
             raise ValueError(f"{group}{name} is {getattr(config, name)}: it must be at least {low}")
@@ -29,10 +29,10 @@ class OptimizerConfig:
     Attributes:
       name: "adamw", or "muon" (Muon for matrices, AdamW for the rest; optax.contrib).
       lr: peak learning rate.
-      beta1: decay of the first moment (of AdamW; Muon's momentum is 0.95).
+      beta1: decay of AdamW's first moment (Muon's momentum is 0.95).
       beta2: decay of the second moment.
       weight_decay: decoupled weight decay.
-      clip: largest global gradient norm.
+      clip: maximum global gradient norm.
       warmup: steps of linear warm-up.
       decay: "constant", or "cosine" to zero at the last step.
     """
@@ -47,7 +47,7 @@ class OptimizerConfig:
     decay: str = "constant"
 
     def __post_init__(self):
-        """Refuses values that no optimizer can have."""
+        """Validates names and ranges."""
         one_of("name", self.name, OPTIMIZERS)
         one_of("decay", self.decay, DECAYS)
         at_least(self, 0, "lr", "weight_decay", "warmup")
@@ -59,18 +59,18 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the trained weights.
+    """Exponential moving average (EMA) of the trained weights.
 
     Attributes:
       decay: share of the old average that an update keeps.
-      start: iteration from which on weights are averaged; before it the average is the weights.
+      start: iteration at which averaging begins; until then the average equals the weights.
     """
 
     decay: float = 0.99
     start: int = 200
 
     def __post_init__(self):
-        """Refuses decays that never forget."""
+        """Validates ranges."""
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}: it must be in [0, 1)")
         at_least(self, 0, "start", group="ema.")
@@ -78,13 +78,13 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 and takes what is left.
+    """Devices per mesh axis; one axis may be -1 and takes the remaining devices.
 
     Attributes:
-      data: over these the batch is split, and parameters are copied.
-      fsdp: over these the batch and the parameters are split.
-      context: over these the tokens of a video are split.
-      tensor: over these heads and hidden features are split.
+      data: splits the batch, and replicates the parameters.
+      fsdp: splits the batch and the parameters.
+      context: splits the tokens of a video.
+      tensor: splits heads and hidden features.
     """
 
     data: int = -1
@@ -98,13 +98,14 @@ class OdeConfig:
     """ODE pairs for the student's initialization.
 
     Attributes:
-      teacher: "bidirectional" (trajectories of whole videos; the student sees noisy chunks before a noisy one; CausVid)
-        or "causal" (one per chunk, behind the clean chunks of real videos, which the student sees too; Causal Forcing).
-      pairs: how many trajectories to generate.
+      teacher: "bidirectional" (one trajectory per video; the student sees noisy earlier chunks; CausVid) or "causal"
+        (one trajectory per chunk, given the clean earlier chunks of real videos, which the student sees too; Causal
+        Forcing).
+      pairs: number of trajectories to generate.
       solver_steps: Euler steps of the teacher; a multiple of `1000 / step spacing`, so that every rollout step is hit.
       guidance: the teacher's guidance scale.
-      dir: where they are kept; None is a folder inside the workdir.
-      batch_size: pairs made together, and kept in a file; a run that is killed loses the batch it was at.
+      dir: folder of the pairs; None is a folder inside the workdir.
+      batch_size: pairs generated together, and stored in one file; a killed run loses its current batch.
     """
 
     teacher: str = "bidirectional"
@@ -115,7 +116,7 @@ class OdeConfig:
     dir: str | None = None
 
     def __post_init__(self):
-        """Refuses empty sets."""
+        """Validates names and ranges."""
         one_of("ode.teacher", self.teacher, ("bidirectional", "causal"))
         at_least(self, 1, "pairs", "solver_steps", "batch_size")
 
@@ -125,16 +126,16 @@ class CausalConfig:
     """Causal diffusion training (stage "causal").
 
     Attributes:
-      forcing: "teacher" (the chunks before are clean) or "diffusion" (they have noise levels of their own).
-      context_noise: with teacher forcing, the highest timestep to which the clean chunks are noised; 0 is none. Each
-        chunk draws its level evenly from the schedule's entries up to it.
+      forcing: "teacher" (earlier chunks are clean) or "diffusion" (every chunk has its own noise level).
+      context_noise: with teacher forcing, the highest timestep of the noise added to the clean chunks; 0 adds none.
+        Each chunk draws its level uniformly from the schedule's entries up to it.
     """
 
     forcing: str = "teacher"
     context_noise: float = 0.0
 
     def __post_init__(self):
-        """Refuses noise where there is no clean context."""
+        """Validates values; only teacher forcing has context noise."""
         one_of("causal.forcing", self.forcing, FORCINGS)
         if not 0 <= self.context_noise <= 1000:
             raise ValueError(f"causal.context_noise is {self.context_noise}: it must be in [0, 1000]")
@@ -147,10 +148,11 @@ class ConsistencyConfig:
     """Causal consistency distillation (stage "init" with `init` "consistency").
 
     Attributes:
-      solver_steps: entries of the teacher's Euler table; neighbours must agree on where they lead.
+      solver_steps: entries of the teacher's Euler table; the student learns to map neighboring entries to the same
+        result.
       guidance: the teacher's guidance scale.
-      later_guidance: its scale for all chunks but the first, which have a context that shows what the prompt wants;
-        None is `guidance`. Guidance keeps a chunk from going on exactly as its context did.
+      later_guidance: guidance scale for all chunks except the first, whose context already shows the prompt's content;
+        None is `guidance`. Guidance keeps a chunk from continuing exactly like its context.
     """
 
     solver_steps: int = 48
@@ -158,18 +160,18 @@ class ConsistencyConfig:
     later_guidance: float | None = None
 
     def __post_init__(self):
-        """Refuses tables without neighbours."""
+        """Validates that the table has neighboring entries."""
         at_least(self, 2, "solver_steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) in place of all parameters of a trained network.
+    """Low-rank adapters (arXiv 2106.09685), trained instead of all parameters of a network.
 
     Attributes:
-      rank: of the adapters of every matrix in the blocks; 0 trains the network itself.
-      alpha: the adapters' product counts `alpha / rank`.
-      init: file of adapters to start from; with rank 0, rank and alpha are those of the file.
+      rank: rank of the adapters of every matrix in the blocks; 0 trains the network itself.
+      alpha: the adapters' product is scaled by `alpha / rank`.
+      init: file of adapters to start from; with rank 0, the file sets rank and alpha.
     """
 
     rank: int = 0
@@ -177,7 +179,7 @@ class LoraConfig:
     init: str | None = None
 
     def __post_init__(self):
-        """Refuses negative ranks and adapters that do nothing."""
+        """Validates ranges."""
         at_least(self, 0, "rank")
         if self.alpha <= 0:
             raise ValueError(f"alpha is {self.alpha}: it must be above 0")
@@ -187,17 +189,17 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """The training data.
 
     Attributes:
       name: "digits" (the embedded moving digits) or "wan" (prompt embeddings and latents of Wan2.1).
-      dir: where the dataset is: that of the moving digits is built there, prepared data must be there.
+      dir: folder of the dataset. The moving digits are generated there; prepared data must already exist.
       frames: latent frames of a training video.
       height: latent rows.
       width: latent columns.
-      text_dropout: share of the captions that "teacher" and "causal" replace by the empty prompt.
-      cut: share of the digits' clips whose first `rollout.sink` frames are shifted around the canvas: to a chunk that
-        is generated much later, the sink shows what the digit looks like, and not where it is.
+      text_dropout: share of captions that "teacher" and "causal" replace by the empty prompt.
+      cut: share of digit clips whose first `rollout.sink` frames are shifted around the canvas. For a much later chunk,
+        the sink then shows what the digit looks like, but not where it is.
     """
 
     name: str = "digits"
@@ -209,7 +211,7 @@ class DataConfig:
     cut: float = 0.0
 
     def __post_init__(self):
-        """Refuses sizes that no video has."""
+        """Validates names and ranges."""
         one_of("data.name", self.name, ("digits", "wan"))
         if not 0 <= self.cut <= 1 or (self.cut and self.name != "digits"):
             raise ValueError(f"data.cut is {self.cut}: it must be in [0, 1], and 0 but for the data 'digits'")
@@ -220,14 +222,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run shows beside `log.jsonl`.
+    """Outputs of a run in addition to `log.jsonl`.
 
     Attributes:
       tensorboard: write event files to `workdir/tensorboard` (needs tensorboardX).
-      wandb_project: project of Weights & Biases to log to (needs wandb); None is none.
-      sample_every: iterations between sample videos of the averaged weights in `workdir/samples`; 0 is never.
-      sample_prompts: what they show, of moving digits. Empty is the data's first `sample_count` prompts.
-      sample_count: how many videos, where no prompts are given.
+      wandb_project: Weights & Biases project to log to (needs wandb); None disables it.
+      sample_every: iterations between sample videos of the averaged weights in `workdir/samples`; 0 disables them.
+      sample_prompts: prompts of the samples, for moving digits. Empty is the data's first `sample_count` prompts.
+      sample_count: number of samples, if no prompts are given.
     """
 
     tensorboard: bool = False
@@ -237,6 +239,6 @@ class LogConfig:
     sample_count: int = 2
 
     def __post_init__(self):
-        """Refuses samples of nothing."""
+        """Validates ranges."""
         at_least(self, 0, "sample_every", group="log.")
         at_least(self, 1, "sample_count", group="log.")

@@ -1,10 +1,9 @@
-"""Data for training at Wan's size: prompt embeddings, and latents of videos.
+"""Prepares training data at Wan's size: prompt embeddings, and latents of videos.
 
     python -m sf_jax.prepare --prompts=prompts.txt --model=Wan2.1-T2V-1.3B --output=data/wan
     python -m sf_jax.prepare --videos=videos --model=Wan2.1-T2V-1.3B --output=data/wan
 
-A command that was stopped goes on where it was when it is given again. Several processes may fill one folder, each with
---process_index of its own.
+Repeating a stopped command resumes it. Several processes can fill one folder, each with its own --process_index.
 """
 
 from absl import flags
@@ -15,7 +14,7 @@ from sf_jax.inference.prepare_job import Job
 
 _MODEL = command.define_weights("model", None, "Model folder of Wan2.1, official or of diffusers; also of the hub")
 _OUTPUT = command.define_path("output", None, "Data folder, the config's data.dir")
-# Flags whose names are fields of `Job`; None means that the job's default stands.
+# Flags whose names are fields of `Job`; None means the job's default.
 _FIELDS = {
     "prompts": command.define_path(
         "prompts", None, "Prompts: a line each, or prompt, caption or text in a .csv, .tsv, .json or .jsonl"
@@ -45,10 +44,10 @@ GROUPS = {
 
 
 def job() -> Job:
-    """The job of the command line.
+    """The job that the command line describes.
 
     Raises:
-      ValueError: a flag has a value that it cannot have, or would change nothing.
+      ValueError: a flag has an invalid value or no effect.
     """
     given = {name: flag.value for name, flag in (_FIELDS | _OF_VIDEOS).items() if flag.value is not None}
     if "prompts" in given:
@@ -57,7 +56,7 @@ def job() -> Job:
                 raise ValueError(f"{name} changes nothing here: it is for --videos")
     if ("process_index" in given) != ("process_count" in given):
         raise ValueError("process_index and process_count: give both or none")
-    import jax  # `command` has checked its settings
+    import jax  # `command` has validated JAX's settings
 
     default = {"dtype": "float32" if jax.default_backend() == "cpu" else Job.dtype}
     default |= {"process_index": jax.process_index(), "process_count": jax.process_count()}

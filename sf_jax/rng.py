@@ -1,4 +1,4 @@
-"""Random numbers of a training run: a pure function of (seed, step, purpose), so nothing of it needs to be saved."""
+"""Random keys of a training run: a pure function of (seed, step, purpose), so there is no random state to save."""
 
 import enum
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Purpose(enum.IntEnum):
-    """What a key is for; numbers are part of the reproducible stream and never change."""
+    """What a key is used for; the numbers are part of the reproducible stream and never change."""
 
     INIT = 0
     CRITIC_INIT = 1
@@ -25,5 +25,5 @@ class Purpose(enum.IntEnum):
 
 
 def key_for(seed: int, step: jax.Array | int, purpose: Purpose) -> jax.Array:
-    """The key of one purpose at one step; the same on every host and number of devices."""
+    """The key of one purpose at one step; the same on every host and for any number of devices."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)

@@ -1,10 +1,10 @@
-"""A page and a server for endless video: type a prompt, watch it live, change it while it plays.
+"""Serves endless video on a web page: type a prompt, watch it live, change it while it plays.
 
     python -m sf_jax.serve
     python -m sf_jax.serve --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt
 
-Without --model, the shipped student of moving digits. Open the address that it prints. docs/serve.md has the messages,
-and how to run it where others can reach it.
+Without --model, the server plays the shipped student of moving digits. Open the address that it prints. docs/serve.md
+describes the messages, and how to make the server reachable from other machines.
 """
 
 import ipaddress
@@ -71,7 +71,7 @@ MISSING = "sf_jax.serve needs packages that are not installed ({}): pip install 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -79,16 +79,16 @@ def is_loopback(host: str) -> bool:
 
 
 def host_names(names: list[str], host: str) -> tuple[str, ...]:
-    """Names under which a browser may reach the server, as a Host header has them, without ports."""
+    """Names under which browsers may reach the server, as in a Host header but without port."""
     own = f"[{host.strip('[]')}]" if ":" in host else host
     return (*(name.rpartition(":")[0] or name for name in map(str.lower, names)), own.lower(), *LOOPBACK)
 
 
 def read_token() -> str:
-    """The token that was given, or a new one.
+    """The given token, or a new one.
 
     Raises:
-      ValueError: if it is too short, or its file cannot be read.
+      ValueError: if it is too short or not printable ASCII, or its file cannot be read.
     """
     token, source = os.environ.get("SF_JAX_TOKEN"), "SF_JAX_TOKEN"
     if _TOKEN_FILE.value is not None:
@@ -105,7 +105,7 @@ def read_token() -> str:
 
 
 def _given(**named) -> dict:
-    """Values of the flags that were given."""
+    """Values of the flags that are set."""
     return {name: flag.value for name, flag in named.items() if flag.value is not None}
 
 

@@ -1,7 +1,7 @@
-"""JSON of unknown origin: read within limits of size and depth, and with numbers that are finite.
+"""Strict JSON parsing for untrusted input: limits on size and depth, and only finite numbers.
 
-Python's own reader takes Infinity and NaN, whole numbers of any length, and ends in a RecursionError where values are
-nested deeply. Here all of these are a ValueError of one line.
+Python's own parser accepts Infinity, NaN and integers of any length, and raises RecursionError for deeply nested
+values. Here, all of these raise a one-line ValueError.
 """
 
 import json
@@ -28,13 +28,13 @@ def parse(
 
     Args:
       text: a text, or bytes in UTF-8 (a byte order mark is skipped).
-      kind: `dict` or `list`, what it must hold; None is anything.
-      pairs: makes an object of its (key, value) pairs; None is `dict`, where the last of equal keys counts.
-      finite: refuse numbers that are not finite, and whole ones beyond 64 bits. Files of other programs may have them
-        where nothing of ours reads; whoever takes a number from such a file must check it.
+      kind: type of the top-level value, `dict` or `list`; None accepts any.
+      pairs: builds an object from its (key, value) pairs; None is `dict`, in which the last of equal keys wins.
+      finite: whether to reject non-finite numbers, and integers beyond 64 bits. Files of other programs may contain
+        them in parts that are never read; callers must check the numbers that they use from such a file.
 
     Raises:
-      ValueError: it is no JSON, holds something else, is nested deeper than `MAX_DEPTH`, or has such a number.
+      ValueError: if it is not JSON, has another type, is nested deeper than `MAX_DEPTH`, or has such a number.
     """
     numbers = {"parse_constant": _constant, "parse_float": _fraction, "parse_int": _whole} if finite else {}
     try:
@@ -55,8 +55,8 @@ def read(path: Path | str, kind: type | None = dict, max_bytes: int = MAX_BYTES,
     """Parses a file of at most `max_bytes`; see `parse`.
 
     Raises:
-      ValueError: see `parse`, or it is longer. The message does not name the file.
-      OSError: it cannot be read.
+      ValueError: see `parse`, or if the file is longer. The message does not name the file.
+      OSError: if the file cannot be read.
     """
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)

@@ -1,14 +1,14 @@
 """Trains a stage: `python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill`.
 
-Any field can be changed on the command line, e.g. `--config.steps=100 --config.optimizer.lr=1e-4`. Running the same
-command again continues from the newest checkpoint in the workdir that is whole; SIGTERM and Ctrl-C save one.
+Any config field can be set on the command line, such as `--config.steps=100 --config.optimizer.lr=1e-4`. Repeating the
+command resumes from the newest complete checkpoint in the workdir. SIGTERM and Ctrl-C save a checkpoint first.
 
-`--dry_run` says how large the networks are, what a device holds, how much arithmetic an update is and how every array
-is split, without reading a weight. `--compile_only=v5p:4x4x4` compiles the updates for a TPU slice that need not be
-there (`pip install "sf_jax[aot]"`), `--compile_only=h100:8` for GPUs (`pip install "sf_jax[gpu_aot]"`), and says what
-each of them needs and what bounds an iteration. Neither needs a workdir.
+`--dry_run` prints the sizes of the networks, the memory per device, the FLOPs of an update and the sharding of every
+array, without reading weights. `--compile_only=v5p:4x4x4` compiles the updates for a TPU slice that need not be
+attached (`pip install "sf_jax[aot]"`), `--compile_only=h100:8` for GPUs (`pip install "sf_jax[gpu_aot]"`). It prints
+what each update needs and what bounds an iteration. Neither flag needs a workdir.
 
-Several processes train as one when their environment says so, see `sf_jax.distributed` and the scripts in launch/.
+Several processes train together if their environment says so; see `sf_jax.distributed` and the scripts in launch/.
 """
 
 from collections.abc import Iterable
@@ -39,11 +39,11 @@ GROUPS = {"The run": ("config", "workdir", "allow_config_change"), "Instead of a
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    import jax  # `command` has checked its settings
+    import jax  # `command` has validated JAX's settings
 
     config = resolved(from_dict(_CONFIG.value))
     if _COMPILE_ONLY.value is not None:
-        from sf_jax.perf import compile, training  # here, as no other run needs them
+        from sf_jax.perf import compile, training  # imported here, as no other run needs them
 
         compile.compile_anew()
         return _print(training.training_report(config, _COMPILE_ONLY.value))

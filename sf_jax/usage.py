@@ -1,4 +1,4 @@
-"""The text of --help: what a command does and its flags, in groups."""
+"""The text of --help: a command's description, and its flags in groups."""
 
 import inspect
 import re
@@ -12,12 +12,12 @@ from absl import flags
 OTHERS = "Other flags"
 EVERYWHERE = "--help, --version, --helpfull (flags of libraries, too), --flagfile=FILE (flags from a file)"
 COMMON = ("help", "helpshort", "helpfull", "helpxml", "version")
-_COLUMN = 28  # where the texts of flags begin
+_COLUMN = 28  # column where the descriptions of flags begin
 _TYPES = {"int": "NUMBER", "float": "NUMBER", "path": "PATH", "comma separated list of strings": "A,B,...", "": "TEXT"}
 
 
 def module_name(main: Callable[[], None]) -> str:
-    """The full name of the module that a command's `main` is of, also where it runs as a script."""
+    """The full name of the module of a command's `main`, even if it runs as a script."""
     if main.__module__ != "__main__":
         return main.__module__
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -25,12 +25,12 @@ def module_name(main: Callable[[], None]) -> str:
 
 
 def describe(main: Callable[[], None], values: flags.FlagValues, groups: Mapping[str, Sequence[str]]) -> str:
-    """What a command does, and its flags.
+    """Describes a command and its flags.
 
     Args:
       main: the command.
-      values: its flags; those of libraries are left out.
-      groups: titles and the flags under each. Flags that are in none of them come last, under a title of their own.
+      values: its flags; those of libraries are omitted.
+      groups: section titles and the flags in each. Flags in no group come last, in a section of their own.
 
     Returns:
       The text, as wide as the terminal.
@@ -60,14 +60,14 @@ def _flag(flag: flags.Flag) -> Iterable[str]:
         allowed = getattr(flag.parser, "enum_values", None)
         kind = "|".join(allowed) if allowed else _TYPES.get(flag.flag_type(), "TEXT")
         left = f"--{flag.name}={kind}"
-    text = re.sub(r"^<.*?>: ", "", " ".join((flag.help or "").split()))  # absl puts an enum's values there
+    text = re.sub(r"^<.*?>: ", "", " ".join((flag.help or "").split()))  # absl adds an enum's values there
     if flag.default not in (None, False, []) and not flag.boolean:
         text += f" (default: {flag.default})"
     return entry(left, text)
 
 
 def entry(left: str, text: str) -> list[str]:
-    """A name and its text in two columns, as lines as wide as the terminal."""
+    """A name and its description in two columns, as lines as wide as the terminal."""
     width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
     space = " " * _COLUMN
     lines = textwrap.wrap(text, width, initial_indent=space, subsequent_indent=space) or [space]

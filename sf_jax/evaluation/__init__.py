@@ -1,1 +1,1 @@
-"""A judge of generated clips, figures computed with it, and their report."""
+"""A judge of generated clips, metrics computed with it, and their report."""

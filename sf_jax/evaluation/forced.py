@@ -1,6 +1,7 @@
-"""Generation behind real clips: every chunk sees the real frames before it, not the network's own.
+"""Generation conditioned on real clips: every chunk sees the real frames before it, not the network's own.
 
-Against ordinary generation this tells how much of an error comes from the network's own outputs (exposure bias).
+Compared with ordinary generation, this shows how much of an error is due to conditioning on the network's own outputs
+(exposure bias).
 """
 
 import dataclasses
@@ -27,21 +28,21 @@ def generate_behind_real(
     first_index: int = 0,
     only_first: bool = False,
 ) -> np.ndarray:
-    """Videos whose chunks were each generated behind the real frames before them, or behind a first real chunk.
+    """Generates each chunk of a video given the real frames before it, or given only a real first chunk.
 
     Args:
-      pipe: a causal network, of few or many steps.
+      pipe: a causal network, few-step or many-step.
       prompts: B prompts.
       clips: uint8 [B, F, h, w, 1] real clips of these prompts; F is a multiple of the network's chunk.
       seed: seed of the noise.
-      first_index: index of the first prompt; the others count on.
-      only_first: whether only the first chunk is real, and the others are generated behind their own video.
+      first_index: number of the first prompt's video; the others follow.
+      only_first: whether only the first chunk is real, and later chunks see the generated ones before them.
 
     Returns:
-      uint8 [B, F, h, w, 1]; the first chunk is the clips' own, as there is nothing before it.
+      uint8 [B, F, h, w, 1]; the first chunk is the clips' own, as nothing comes before it.
 
     Raises:
-      ValueError: if the network is bidirectional or caches noisy chunks, or the frames are no chunks of it.
+      ValueError: if the network is bidirectional or caches noisy chunks, or the frames do not form whole chunks.
     """
     if pipe.rollout is None:
         raise ValueError("the network is bidirectional: it generates whole videos behind nothing")
@@ -54,7 +55,7 @@ def generate_behind_real(
     source = (key_for(seed, 0, Purpose.SAMPLE), examples, pipe.noise_number)
     real = encode_pixels(pipe.encoder, clips)
     size = real.shape[2:]
-    if many:  # prompts and empty prompts in turn, as `next_chunk` takes them
+    if many:  # interleaved with empty prompts, as `next_chunk` takes them
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(-1, *text.shape[1:])
         real = jnp.repeat(real, 2, axis=0)
     text = encode_text(model, params, text)
@@ -64,7 +65,7 @@ def generate_behind_real(
         given, place, own = real[:, start : start + count], (jnp.int32(start), jnp.int32(chunk)), None
         parts.append(clips[:, :count])
         if chunk:
-            # the cache before it is needed for the real chunk, too: `next_chunk` takes a copy's memory
+            # `next_chunk` donates its cache, but the real chunk needs the same one, so it gets a copy
             copy = jax.tree.map(jnp.copy, cache)
             own, latents = next_chunk(model, config, many, (count, *size), params, text, copy, source, (*place, False))
             _, pixels = decode(pipe.decoder, pipe.decoder.init_cache(len(prompts), *size[:2]), latents)
@@ -84,21 +85,22 @@ def measure_behind_real(
     real: metrics.Reference,
     chunk_starts: Sequence[int],
 ) -> metrics.Figures:
-    """Figures of videos that `generate_behind_real` made.
+    """Metrics of videos from `generate_behind_real`.
 
-    Neighboring chunks go on from real frames, not from one another. So a window that crosses a border is judged with
-    the real frames before the border, and the jump there is the generated frame's from the real one's.
+    Neighboring chunks continue real frames, not each other. A window that crosses a chunk border is therefore judged
+    with the real frames before the border, and the jump there is measured between the last real and the first generated
+    frame.
 
     Args:
       videos: uint8 [N, F, h, w, 1], generated.
-      clips: uint8 [N, F, h, w, 1], what they were generated behind.
-      targets: what the prompts asked for.
+      clips: uint8 [N, F, h, w, 1], the real clips that they are conditioned on.
+      targets: the prompts' targets.
       judge: the judge.
-      real: the reference, of other real clips of the same length.
+      real: the reference, from other real clips of the same length.
       chunk_starts: first frames of the chunks, of which all but the first were generated.
 
     Returns:
-      The figures. Those per window leave out the first chunk, which is real.
+      The metrics. Those per window exclude the first chunk, which is real.
     """
     figures = metrics.measure(videos, targets, judge, real, chunk_starts)
     usual = np.median(metrics.steps(clips), axis=1)
@@ -127,7 +129,7 @@ def measure_behind_real(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _write(model, config, few, params, text, cache, real, source, place):
-    """The cache with a real chunk in it."""
+    """Writes a real chunk to the cache."""
     (key, examples), (start, chunk), t = source, place, 0.0
     if few:
         real, t = ro.context_input(config, real, ro.key_draw(key, examples), chunk), config.context_timestep

@@ -1,7 +1,6 @@
-"""The judge: a small network that tells which digit a short piece of video shows and where it moves.
+"""The judge: a small classifier of the digit and its direction in a short piece of video.
 
-It is trained on scans that no generator is trained on, and tested on scans that neither has seen. The
-file shipped with the package is made by
+No generator is trained on the judge's training scans, and neither has seen its test scans. The shipped file was made by
 
   python -m sf_jax.evaluate --train_judge=sf_jax/assets/digits_judge.safetensors
 """
@@ -36,7 +35,7 @@ _BATCH = 256
 
 
 class Opinion(NamedTuple):
-    """What the judge says about N windows.
+    """The judge's output for N windows.
 
     Attributes:
       digit: Logits, float32 [N, 10].
@@ -50,12 +49,12 @@ class Opinion(NamedTuple):
 
 
 class JudgeNet(nn.Module):
-    """Convolutions over a canvas that wraps round, and a mean over it: position does not matter.
+    """Convolutions with circular padding, then a mean over the canvas, so that position does not matter.
 
     Attributes:
-      kernels: Side of the kernels of each layer.
-      strides: Strides of each layer.
-      widths: Channels of each layer.
+      kernels: Kernel side length per layer.
+      strides: Stride per layer.
+      widths: Channels per layer.
     """
 
     kernels: tuple[int, ...] = (5, 3, 3, 3)
@@ -65,11 +64,11 @@ class JudgeNet(nn.Module):
     @nn.compact
     def __call__(self, windows: jax.Array) -> Opinion:
         """Judges windows of consecutive frames, float32 [N, h, w, WINDOW] in [-1, 1], oldest first."""
-        x = (windows + 1) / 2  # Empty canvas should be zero: digits are learned much faster.
+        x = (windows + 1) / 2  # An empty canvas should be zero: digits are learned much faster.
         for i, (side, stride, width) in enumerate(zip(self.kernels, self.strides, self.widths, strict=True)):
             x = jnp.pad(x, [(0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)], mode="wrap")
             x = nn.Conv(width, (side, side), (stride, stride), padding="VALID", name=f"conv{i}")(x)
-            # The first layer goes without: normalizing would amplify the noise of empty canvas.
+            # Not in the first layer: normalization would amplify the noise of an empty canvas.
             x = nn.gelu(nn.LayerNorm(name=f"norm{i}")(x) if i else x)
         x = nn.LayerNorm(name="pooled")(x.mean(axis=(1, 2)))
         features = nn.gelu(nn.Dense(FEATURES, name="features")(x))
@@ -95,10 +94,10 @@ class Judge:
           videos: uint8 [N, F, h, w, 1], F at least WINDOW.
 
         Returns:
-          The opinions as numpy arrays, [N, F - WINDOW + 1, ...].
+          The output as numpy arrays, [N, F - WINDOW + 1, ...].
 
         Raises:
-          ValueError: The videos are not of this form.
+          ValueError: The videos have another type or shape.
         """
         videos = np.asarray(videos)
         if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 1:
@@ -110,7 +109,7 @@ class Judge:
         parts = []
         for begin in range(0, len(flat), _BATCH):
             part = flat[begin : begin + _BATCH]
-            # A last batch of another size would be compiled anew.
+            # Pads the last batch, as another size would be compiled anew.
             padded = np.concatenate([part, np.zeros((_BATCH - len(part), *part.shape[1:]), np.uint8)])
             parts.append([np.asarray(x)[: len(part)] for x in _judge(self.params, padded)])
         joined = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -123,7 +122,7 @@ def _judge(params, windows):
 
 
 def save(judge: Judge, path: str | Path) -> None:
-    """Writes a judge as safetensors in float16, which halves the file and does not change opinions."""
+    """Writes a judge as safetensors in float16, which halves the file and does not change its decisions."""
     flat = flax.traverse_util.flatten_dict(judge.params, sep=".")
     tensors = {name: np.ascontiguousarray(value, np.float16) for name, value in flat.items()}
     with files.replacing(path) as temporary:
@@ -131,10 +130,10 @@ def save(judge: Judge, path: str | Path) -> None:
 
 
 def load(path: str | Path | None = None) -> Judge:
-    """Reads a judge; without a path, the one shipped for the moving digits.
+    """Loads a judge; without a path, the shipped one for the moving digits.
 
     Raises:
-      ValueError: The file is not there or is not a judge.
+      ValueError: The file is missing or is not a judge.
     """
     source = importlib.resources.files("sf_jax").joinpath("assets", ASSET) if path is None else Path(path)
     allowed = "allowed: a file that `python -m sf_jax.evaluate --train_judge=...` has written"
@@ -161,14 +160,14 @@ def _init(seed: int):
 
 
 def warp_scans(scans: np.ndarray, variants: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws slightly turned, sheared, scaled and bent versions of scans.
+    """Draws slightly rotated, sheared, scaled and bent versions of scans.
 
-    The few hundred scans of one split alone would be learned by heart.
+    Without them, the judge would memorize the few hundred scans of its split.
 
     Args:
       scans: uint8 [S, h, w].
-      variants: V, for each scan.
-      rng: Generator.
+      variants: Number V of versions per scan.
+      rng: Random generator.
 
     Returns:
       uint8 [S, V, h, w].
@@ -189,13 +188,13 @@ def warp_scans(scans: np.ndarray, variants: int, rng: np.random.Generator) -> np
 
 
 def training_windows(steps: int, batch_size: int, seed: int, variants: int) -> Iterator[dict[str, Any]]:
-    """Yields batches of windows of the judge's own split, every one with a motion of its own.
+    """Yields batches of windows from the judge's own split, each window with its own motion.
 
     Args:
-      steps: How many batches.
+      steps: Number of batches.
       batch_size: N.
       seed: Seed.
-      variants: Warped versions of each scan.
+      variants: Warped versions per scan.
 
     Yields:
       windows uint8 [N, 24, 24, WINDOW], digit and direction int64 [N].
@@ -214,7 +213,7 @@ def training_windows(steps: int, batch_size: int, seed: int, variants: int) -> I
 
 
 def degrade(key: jax.Array, windows: jax.Array, codec: PatchCodec) -> jax.Array:
-    """Makes windows a little like generated ones: codec blur for half of them, noise, other contrast.
+    """Makes windows more like generated ones: codec blur for half of them, noise, a different contrast.
 
     Args:
       key: Random key.
@@ -256,8 +255,8 @@ def train_judge(
     Args:
       steps: Optimizer steps.
       seed: Seed.
-      batch_size: Windows a step.
-      variants: Warped versions of each scan.
+      batch_size: Windows per step.
+      variants: Warped versions per scan.
       log_every: Steps between printed lines; 0 prints nothing.
 
     Returns:
@@ -293,9 +292,9 @@ def make(path: str | Path, seed: int = 0) -> Path:
       The path.
 
     Raises:
-      ValueError: The folder cannot be written.
+      ValueError: The folder is not writable.
     """
-    files.check_writable(Path(path).parent, "train_judge")  # Not only after the training.
+    files.check_writable(Path(path).parent, "train_judge")  # Fails before the training instead of after it.
     save(train_judge(seed=seed), path)
     shares = accuracy(load(path)).items()
     print("judge on test scans:", ", ".join(f"{name} {share:.4f}" for name, share in shares), flush=True)
@@ -308,11 +307,11 @@ def accuracy(judge: Judge, split: str = "test", num_clips: int = 1600, num_frame
     Args:
       judge: The judge.
       split: One of moving_digits.SPLITS.
-      num_clips: Clips; multiples of 160 hold every digit, direction and speed equally often.
-      num_frames: Frames a clip.
+      num_clips: Number of clips; in multiples of 160, all digits, directions and speeds are equally frequent.
+      num_frames: Frames per clip.
 
     Returns:
-      Shares of the windows judged rightly: digit, direction, and joint (both at once).
+      Shares of correctly judged windows: digit, direction, and joint (both correct).
     """
     clips = moving_digits.plan_clips(split, num_clips)
     scans, _ = moving_digits.load_scans()

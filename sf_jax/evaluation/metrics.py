@@ -1,8 +1,8 @@
-"""Prompts for an evaluation, real clips of the same, and figures on the clips that a model generates.
+"""Prompts for an evaluation, real clips for the same prompts, and metrics of generated clips.
 
-Per frame, figure i is that of the window of frames i to i + WINDOW - 1. A quarter is a quarter of the windows: with
-four times the training length the first one is, but for its last window, what a model was trained on, and the others
-are what it extrapolates.
+Entry i of a per-frame metric belongs to the window of frames i to i + WINDOW - 1. A quarter is a quarter of the
+windows. In videos of four times the training length, a model was trained on the first quarter (except for its last
+window) and extrapolates in the others.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ SAMPLES_PER_PROMPT = 4
 IDENTITY_LAG = 5
 _KINDS = (10, len(moving_digits.DIRECTIONS), len(moving_digits.SPEEDS))
 _NUM_KINDS = math.prod(_KINDS)
-_STRIDE = 61  # Coprime to the number of kinds; of all such, the one with which any first few are best balanced.
+_STRIDE = 61  # Coprime to the number of kinds; of all such numbers, it balances any first few prompts best.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Targets:
     Attributes:
       digit: int64 [N].
       direction: Index into moving_digits.DIRECTIONS, int64 [N].
-      prompt: Which samples are of the same prompt, int64 [N].
+      prompt: Index of the sample's prompt, int64 [N].
     """
 
     digit: np.ndarray
@@ -50,12 +50,12 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """What the figures are compared with: real clips with the same targets.
+    """Values of real clips with the same targets, for comparison.
 
     Attributes:
       features: The judge's features, float32 [N, F - WINDOW + 1, 64].
       spread: See `diversity`.
-      spread_per_quarter: The same for the windows within each quarter.
+      spread_per_quarter: The same for the windows of each quarter.
       style_spread: See `style_diversity`.
       brightness: Mean pixel, 0 to 255.
       motion: Mean absolute difference of consecutive frames, 0 to 255.
@@ -71,35 +71,35 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Figures of one model.
+    """Metrics of one model.
 
     Attributes:
       frames: Length of the videos, F.
-      samples: Number of the videos.
-      digit: Share of the windows whose digit is the prompt's.
-      direction: Share of the windows whose direction is the prompt's.
-      joint: Share of the windows where both are.
+      samples: Number of videos.
+      digit: Share of windows with the prompt's digit.
+      direction: Share of windows with the prompt's direction.
+      joint: Share of windows with both.
       digit_per_frame: The same for each first frame of a window, F - WINDOW + 1 values.
       direction_per_frame: As above.
       joint_per_frame: As above.
-      joint_inside: Share of the windows within one chunk where both are right; NaN where no window is.
-      joint_across: The same for the windows that cross a border between chunks.
-      border_jump: Median over borders and videos of how far the digit's step across a border is from its usual step
-        inside chunks, in pixels.
-      inside_jump: The same for the other steps, which is the measure's own floor.
-      joint_per_quarter: Share of the windows within each quarter where both are right.
-      frechet_per_quarter: Frechet distance of the features to those of real clips, each
-        quarter. It depends on the number of videos: compare it with that of other real clips.
-      diversity: Distance between samples of the same prompt, relative to real clips; 1 is ideal, 0 is
-        one and the same sample. A digit that changes while it moves has less, too.
-      diversity_per_quarter: The same, with the windows of each quarter alone.
-      style_diversity: The same, by the power spectra of the frames instead of the judge's features.
-      identity: How far a digit keeps its shape while it moves, see `identity`; 1 is ideal, 0 is another shape.
-      saturation: Share of the pixels at 255.
+      joint_inside: Share of windows within one chunk where both are correct; NaN if there are none.
+      joint_across: The same for windows that cross a chunk border.
+      border_jump: Median over borders and videos of the distance between the digit's step across a border and its usual
+        step inside chunks, in pixels.
+      inside_jump: The same for all other steps, which is the metric's own floor.
+      joint_per_quarter: Share of each quarter's windows where both are correct.
+      frechet_per_quarter: Frechet distance of the features to those of real clips, per quarter. It depends on the
+        number of videos: compare it with the distance of other real clips.
+      diversity: Distance between samples of the same prompt, relative to real clips; 1 is ideal, 0 means identical
+        samples. A digit that changes while it moves lowers it, too.
+      diversity_per_quarter: The same, for the windows of each quarter.
+      style_diversity: The same, with the frames' power spectra instead of the judge's features.
+      identity: How well a digit keeps its shape while it moves, see `identity`; 1 is ideal, 0 is another shape.
+      saturation: Share of pixels at 255.
       brightness: Mean pixel relative to real clips; 1 is ideal.
-      brightness_per_quarter: The same for each quarter, which shows drift.
-      motion: Mean absolute frame difference relative to real clips; 1 is ideal, 0 is a frozen picture.
-      motion_per_quarter: The same for each quarter.
+      brightness_per_quarter: The same per quarter, which shows drift.
+      motion: Mean absolute frame difference relative to real clips; 1 is ideal, 0 is a still image.
+      motion_per_quarter: The same per quarter.
     """
 
     frames: int
@@ -128,10 +128,11 @@ class Figures:
 
 
 def choose_prompts(num_samples: int) -> tuple[list[str], np.ndarray, Targets]:
-    """Chooses prompts balanced over digits, directions and speeds, each for several samples.
+    """Chooses prompts balanced over digits, directions and speeds, with several samples each.
 
     Args:
-      num_samples: N; for multiples of 64 directions and speeds are equally frequent, of 640 digits too.
+      num_samples: N; in multiples of 64 all directions and speeds are equally frequent, in multiples of 640 all digits,
+        too.
 
     Returns:
       The N prompts, the kind of each (index into digits x directions x speeds) and the targets.
@@ -146,7 +147,7 @@ def choose_prompts(num_samples: int) -> tuple[list[str], np.ndarray, Targets]:
 
 
 def real_clips(kinds: np.ndarray, frames: int, seed: int) -> np.ndarray:
-    """Renders clips of the `test` scans that show given kinds; uint8 [N, frames, 24, 24, 1]."""
+    """Renders clips of given kinds from the `test` scans; uint8 [N, frames, 24, 24, 1]."""
     rounds = int(np.bincount(kinds).max())
     plan = moving_digits.plan_clips("test", rounds * _NUM_KINDS, seed=seed)
     planned = np.ravel_multi_index((plan.digit, plan.direction, plan.speed), _KINDS)
@@ -163,10 +164,10 @@ def quarters(frames: int) -> list[tuple[slice, slice]]:
       frames: F.
 
     Returns:
-      For each quarter the slice of its frames, and the slice of its share of the windows.
+      For each quarter, the slice of its frames and the slice of its windows.
 
     Raises:
-      ValueError: A quarter would have no motion to see.
+      ValueError: A quarter would be too short to show motion.
     """
     if frames < MIN_FRAMES:
         raise ValueError(f"frames: got {frames}, allowed: {MIN_FRAMES} or more")
@@ -179,14 +180,14 @@ def quarters(frames: int) -> list[tuple[slice, slice]]:
 
 
 def correctness(opinion: Opinion, targets: Targets) -> dict[str, np.ndarray]:
-    """Compares opinions with what was asked for.
+    """Compares the judge's output with the targets.
 
     Args:
-      opinion: Of N videos with W windows, [N, W, ...].
-      targets: Of the N videos.
+      opinion: Output for N videos with W windows, [N, W, ...].
+      targets: Targets of the N videos.
 
     Returns:
-      "digit", "direction" and "joint" (both right at once): bool [N, W].
+      "digit", "direction" and "joint" (both correct): bool [N, W].
     """
     if len(opinion.digit) != len(targets):
         raise ValueError(f"targets: got {len(targets)}, allowed: one for each of {len(opinion.digit)} videos")
@@ -206,13 +207,13 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
       |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)), A and B the covariances.
 
     Raises:
-      ValueError: The sets do not fit together or are too small.
+      ValueError: The sets have different dimensions or are too small.
     """
     a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features: got {a.shape} and {b.shape}, allowed: [N, D] and [M, D], N and M above 1")
     cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    # The symmetric form has real, non-negative eigenvalues but for rounding; A B itself need not.
+    # Up to rounding, the symmetric form has real, non-negative eigenvalues; A B itself need not.
     root_a = _symmetric_root(cov_a)
     values = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
     cross = np.sqrt(np.maximum(values, 0)).sum()
@@ -228,12 +229,12 @@ def diversity(features: np.ndarray, prompt: np.ndarray) -> float:
     """Mean distance between different samples of the same prompt.
 
     Args:
-      features: [N, W, D]; samples are compared by their mean over the W windows, in which the position
-        on the canvas cancels out and the shape of the digit remains.
-      prompt: Which samples are of the same prompt, [N].
+      features: [N, W, D]; samples are compared by their mean over the W windows, which averages out the position on the
+        canvas and keeps the digit's shape.
+      prompt: Index of each sample's prompt, [N].
 
     Returns:
-      The Euclidean distance, the mean over all pairs; NaN if there is no pair.
+      The mean Euclidean distance over all pairs; NaN if there is no pair.
     """
     return _mean_distance(np.asarray(features, np.float64).mean(axis=1), prompt)
 
@@ -250,11 +251,11 @@ def _mean_distance(points: np.ndarray, prompt: np.ndarray) -> float:
 
 
 def style_diversity(videos: np.ndarray, prompt: np.ndarray) -> float:
-    """`diversity` without the judge: by the magnitudes of the frames' Fourier transforms, which ignore the position.
+    """`diversity` without the judge: uses the magnitudes of the frames' Fourier transforms, which ignore the position.
 
     Args:
       videos: uint8 [N, F, h, w, 1].
-      prompt: Which samples are of the same prompt, [N].
+      prompt: Index of each sample's prompt, [N].
     """
     spectra = np.stack([np.abs(np.fft.rfft2(video[..., 0] / 255.0)).mean(axis=0) for video in videos])
     return _mean_distance(spectra.reshape(len(videos), -1), prompt)
@@ -263,16 +264,16 @@ def style_diversity(videos: np.ndarray, prompt: np.ndarray) -> float:
 def identity(videos: np.ndarray, prompt: np.ndarray, lag: int = IDENTITY_LAG) -> float:
     """Correlation of a digit's shape with its shape `lag` frames later.
 
-    The shape is the magnitude of the Fourier transform, averaged over WINDOW frames, less its mean over the samples of
+    The shape is the magnitude of the Fourier transform, averaged over WINDOW frames, minus its mean over the samples of
     the same prompt, so that what all 3s have in common does not count.
 
     Args:
       videos: uint8 [N, F, h, w, 1].
-      prompt: Which samples are of the same prompt, [N].
+      prompt: Index of each sample's prompt, [N].
       lag: Frames between the two; at least WINDOW, or they share frames.
 
     Returns:
-      The correlation over all windows; NaN where no video is long enough or no prompt has two samples.
+      The correlation over all windows; NaN if no video is long enough or no prompt has two samples.
     """
     spectra = np.abs(np.fft.rfft2(videos[..., 0] / 255.0)).reshape(*videos.shape[:2], -1)
     shapes = np.stack([spectra[:, i : i + WINDOW].mean(axis=1) for i in range(videos.shape[1] - WINDOW + 1)], axis=1)
@@ -290,10 +291,10 @@ def steps(videos: np.ndarray) -> np.ndarray:
       videos: uint8 [N, F, h, w, 1].
 
     Returns:
-      float64 [N, F - 1, 2], the shortest on the canvas that wraps round, between the centers of brightness.
+      float64 [N, F - 1, 2], the shortest displacements of the center of brightness on the wrapping canvas.
     """
     places = []
-    for axis in (2, 3):  # the phase of the first Fourier mode is the center, also where the digit wraps round
+    for axis in (2, 3):  # the phase of the first Fourier mode is the center, even if the digit wraps around
         side = videos.shape[axis]
         profile = videos[..., 0].sum(axis=5 - axis, dtype=np.float64)
         turns = np.exp(2j * np.pi * np.arange(side) / side)
@@ -302,15 +303,15 @@ def steps(videos: np.ndarray) -> np.ndarray:
 
 
 def jumps(videos: np.ndarray, chunk_starts: Sequence[int]) -> tuple[float, float]:
-    """How far steps are from a video's usual step, its median step inside chunks.
+    """Distances of steps from a video's usual step, its median step inside chunks.
 
     Args:
       videos: uint8 [N, F, h, w, 1].
       chunk_starts: First frames of the chunks.
 
     Returns:
-      Medians over videos and steps, in pixels: of the steps across borders (NaN without borders), and of the others
-      (without any of those, the usual step is the median of all steps, and this is NaN).
+      Medians over videos and steps, in pixels: for steps across borders (NaN without borders), and for all others.
+      Without any others, the usual step is the median of all steps, and the second median is NaN.
     """
     moved = steps(videos)
     across = np.isin(np.arange(1, videos.shape[1]), chunk_starts)
@@ -331,7 +332,7 @@ def motion(videos: np.ndarray) -> float:
 
 
 def reference(videos: np.ndarray, targets: Targets, judge: Judge) -> Reference:
-    """Takes the figures of real clips that others are compared with.
+    """Computes the values of real clips that models are compared with.
 
     Args:
       videos: Real clips, uint8 [N, F, 24, 24, 1].
@@ -355,20 +356,21 @@ def reference(videos: np.ndarray, targets: Targets, judge: Judge) -> Reference:
 def measure(
     videos: np.ndarray, targets: Targets, judge: Judge, real: Reference, chunk_starts: Sequence[int] = (0,)
 ) -> Figures:
-    """Takes all figures.
+    """Computes all metrics.
 
     Args:
       videos: uint8 [N, F, 24, 24, 1], F at least MIN_FRAMES.
-      targets: What the prompts asked for.
+      targets: The prompts' targets.
       judge: The judge.
-      real: The reference, of clips of the same length.
-      chunk_starts: First frames of the chunks that the videos were made in; of whole videos the first frame alone.
+      real: The reference, from clips of the same length.
+      chunk_starts: First frames of the chunks in which the videos were generated; only the first frame for whole
+        videos.
 
     Returns:
-      The figures.
+      The metrics.
 
     Raises:
-      ValueError: The videos are too short, or targets or reference do not fit them.
+      ValueError: The videos are too short, or do not match the targets or the reference.
     """
     frames = videos.shape[1]
     parts = quarters(frames)
@@ -414,7 +416,7 @@ def _flat(features: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean; NaN of nothing."""
+    """The mean; NaN if there are no values."""
     return float(values.mean()) if values.size else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""Writes figures for people: a table, a plot, contact sheets; and results.json for programs."""
+"""Writes the results for people (a table, a plot, contact sheets) and for programs (results.json)."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ _SHEET_ROWS, _SHEET_FRAMES = 12, 16
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of an evaluation.
+    """The result of an evaluation.
 
     Attributes:
-      settings: How it was made, JSON-serializable.
-      figures: By name of the model; real clips are the last.
-      train_frames: Length the models were trained on, in frames; None where unknown.
-      borders: Frames at which a new chunk begins, to be marked in the plot.
+      settings: Settings of the evaluation, JSON-serializable.
+      figures: Metrics by model name; real clips come last.
+      train_frames: Length the models were trained on, in frames; None if unknown.
+      borders: Frames at which a new chunk begins, for marks in the plot.
     """
 
     settings: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Report:
 
 
 def rows(figures: Figures) -> dict[str, str]:
-    """Returns one column of the table: what is measured, and the value as text."""
+    """Returns one column of the table: names of the metrics, and their values as text."""
     quarters = range(QUARTERS)
     return {
         "frames": str(figures.frames),
@@ -69,7 +69,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def table(report: Report) -> str:
-    """Returns the figures as a Markdown table that also reads well as plain text."""
+    """Returns the metrics as a Markdown table that is also readable as plain text."""
     columns = [rows(figures) for figures in report.figures.values()]
     names = list(columns[0])
     cells = [["", *report.figures], *([name, *(column[name] for column in columns)] for name in names)]
@@ -83,13 +83,13 @@ def table(report: Report) -> str:
 
 
 def plot(report: Report) -> Figure:
-    """Draws joint accuracy over the frames, and the Frechet distance of the quarters."""
+    """Plots joint accuracy over the frames, and the Frechet distance per quarter."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)  # Given directly, so that pyplot and its global backend stay untouched.
+    FigureCanvasAgg(figure)  # Used directly, so that pyplot and its global backend stay untouched.
     left, right = figure.subplots(1, 2)
     share = 0.8 / len(report.figures)
     for i, (name, figures) in enumerate(report.figures.items()):
-        # At a window's last frame, so that what lies left of the training length was trained on.
+        # Plotted at a window's last frame, so that everything left of the training length was trained on.
         left.plot(range(WINDOW - 1, figures.frames), figures.joint_per_frame, label=name)
         places = np.arange(QUARTERS) + (i + 0.5) * share - 0.4
         right.bar(places, figures.frechet_per_quarter, width=share, label=name)
@@ -117,7 +117,7 @@ def write_sheet(folder: str | Path, name: str, videos: np.ndarray, captions: Seq
     """Writes a contact sheet of a model's first videos.
 
     Args:
-      folder: Where to.
+      folder: Output folder.
       name: The model's name.
       videos: uint8 [N, F, h, w, c].
       captions: N captions.
@@ -136,14 +136,14 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     """Writes results.json, the table and the plot.
 
     Args:
-      folder: Where to; made where missing.
-      report: The outcome.
+      folder: Output folder; created if missing.
+      report: The result.
 
     Returns:
       The paths written.
 
     Raises:
-      ValueError: The folder cannot be written.
+      ValueError: The folder is not writable.
     """
     folder = files.check_writable(folder)
     content = {
@@ -162,7 +162,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
 
 
 def _finite(value):
-    """NaN and infinity become None: they are not JSON."""
+    """Replaces NaN and infinity by None: they are not valid JSON."""
     if isinstance(value, Mapping):
         return {key: _finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The work of `python -m sf_jax.generate`: generates the videos of many prompts and writes their files."""
+"""Implements `python -m sf_jax.generate`: generates the videos of many prompts and writes their files."""
 
 import contextlib
 import dataclasses
@@ -25,20 +25,20 @@ from sf_jax.parallel.mesh import video_devices
 from sf_jax.weights.networks import check_network, describe_network
 
 DIGITS_FPS, WAN_FPS = 12.0, 16.0
-DIGITS_FRAMES = 2**17  # of all digits' videos that are made together
-DIFFERENT_CHUNKS = 3  # of a video: a lone first frame, the first one of full size, and all later ones
-LABEL = 200  # characters of a prompt on a contact sheet
+DIGITS_FRAMES = 2**17  # limit for the frames of all digit videos generated together
+DIFFERENT_CHUNKS = 3  # kinds of chunks in a video: a lone first frame, the first one of full size, and all later ones
+LABEL = 200  # maximum number of a prompt's characters on a contact sheet
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How videos become files.
+    """How videos are written to files.
 
     Attributes:
-      fps: frames a second.
-      scale: enlargement of the pixels.
-      gif: whether to write a GIF, too: for small videos, all of whose frames are kept.
-      sheet: name of the contact sheet that the videos of a batch share, under their prompts; None is one for each.
+      fps: frames per second.
+      scale: enlargement factor of the pixels.
+      gif: whether to write a GIF, too: for small videos, whose frames are all kept.
+      sheet: name of the contact sheet that a batch of videos shares, with their prompts; None writes one per video.
       latents: whether to write the latents, too.
       only_videos: whether to write nothing else.
     """
@@ -53,7 +53,7 @@ class Style:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkTime:
-    """How long a new chunk took: seconds until its latents were there, then until its pixels; frames of all videos."""
+    """Duration of a new chunk: seconds until its latents, then its pixels, were ready; frames of all videos."""
 
     denoise: float
     decode: float
@@ -66,15 +66,15 @@ class Times:
     """Times of a job.
 
     Attributes:
-      first: seconds until the first new frames were there, of each batch.
-      chunks: the new chunks; those for which programs were compiled count only where there are no others.
+      first: seconds until the first new frames of each batch were ready.
+      chunks: the new chunks; those during which programs were compiled count only if there are no others.
     """
 
     first: list[float] = dataclasses.field(default_factory=list)
     chunks: list[ChunkTime] = dataclasses.field(default_factory=list)
 
     def summary(self) -> str:
-        """The line at the end."""
+        """The summary line at the end of a job."""
         if not self.chunks:
             return "no video for this process"
         compiling = " (compilation included)"
@@ -92,14 +92,14 @@ class Times:
 
 
 def run(job: Job, executables: Executables | None = None) -> list[Path]:
-    """Does the job; prints a line per chunk and, at the end, the times. Returns the files.
+    """Runs the job; prints a line per chunk and the times at the end. Returns the files.
 
     Args:
       job: what to generate.
-      executables: where compiled programs are kept, if they are.
+      executables: cache of compiled programs; None if there is none.
 
     Raises:
-      ValueError: if something given is wrong; the message says what to change.
+      ValueError: if an input is invalid; the message says what to change.
       OSError: if a file cannot be written.
     """
     out, names = files.check_writable(job.out), video_names(job)
@@ -139,24 +139,24 @@ def run(job: Job, executables: Executables | None = None) -> list[Path]:
 
 
 def compile_programs(job: Job, executables: Executables | None = None) -> Iterator[str]:
-    """Compiles what `run` needs for the same job, by generating on weights that are zeros, until nothing new comes.
+    """Compiles the programs that `run` needs for a job, by generating with zero weights until no new ones occur.
 
-    Every call is one of `run`'s own, with arrays of the same shapes, types and places, so that no program can be
-    forgotten. No file of Wan's weights is read and none is written.
+    It makes the same calls as `run`, with arrays of the same shapes, types and shardings, so that no program is missed.
+    It reads none of Wan's weights and writes no files.
 
     Args:
-      job: what is to be generated later.
-      executables: where compiled programs are kept, if they are.
+      job: the job to run later.
+      executables: cache of compiled programs; None if there is none.
 
     Yields:
-      What has been done, a few words each.
+      What has been compiled, in a few words each.
 
     Raises:
       ValueError: see `run`.
     """
     plan = _plan(job, len(job.video_prompts()), executables, unread=True)
     pipe = plan.pipe
-    if pipe.rollout is None:  # all steps are one program
+    if pipe.rollout is None:  # all steps share one program
         solver = dataclasses.replace(pipe.sampling.solver, steps=min(2, pipe.sampling.solver.steps))
         plan = dataclasses.replace(plan, pipe=pipe.with_sampling(solver=solver))
     yield "text encoder" if job.is_wan else "network"
@@ -165,19 +165,19 @@ def compile_programs(job: Job, executables: Executables | None = None) -> Iterat
         jax.block_until_ready((chunk.latents, chunk.pixels))
         generated += not chunk.initial
         yield f"chunk {index + 1}"
-        if generated == DIFFERENT_CHUNKS and not job.scenes:  # a schedule has others where its prompts change
+        if generated == DIFFERENT_CHUNKS and not job.scenes:  # a schedule has other chunks where its prompts change
             break
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How a job is done.
+    """The parts of a job.
 
     Attributes:
-      pipe: what generates.
-      initial: latents [1, I, H, W, C] to go on from.
-      size: videos of a batch.
-      style: of the files.
+      pipe: the pipeline.
+      initial: latents [1, I, H, W, C] to continue from.
+      size: videos per batch.
+      style: how files are written.
     """
 
     pipe: VideoPipeline
@@ -202,7 +202,7 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
         fps=job.fps or style.fps,
         scale=job.scale or style.scale,
         latents=job.save_latents,
-        only_videos=job.vbench_names,  # VBench's folders hold videos alone
+        only_videos=job.vbench_names,  # VBench's folders contain only videos
     )
     pipe = pipe if executables is None else dataclasses.replace(pipe, executables=executables)
     return _Plan(pipe, initial, size, style)
@@ -210,7 +210,7 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
 
 def _chunks(job: Job, plan: _Plan, numbers: list[int]) -> Iterator[Chunk]:
     """Generates the videos of a batch."""
-    # every part of the mesh needs a video; what is there twice is written once
+    # every part of the mesh needs a video; duplicates are written only once
     padded = numbers + numbers[:1] * (plan.size - len(numbers))
     initial = None if plan.initial is None else np.repeat(plan.initial, len(padded), axis=0)
     if job.scenes:
@@ -220,7 +220,7 @@ def _chunks(job: Job, plan: _Plan, numbers: list[int]) -> Iterator[Chunk]:
 
 
 def _devices(job: Job, videos: int) -> tuple:
-    """This process's devices that have a video, or a part of one; fewer where there are not as many."""
+    """This process's devices that generate a video, or a part of one; no more than the videos need."""
     here, shared = jax.local_devices(), video_devices(job.mesh_sizes)
     data = job.mesh_sizes.get("data", max(1, min(len(here) // shared, videos)))
     return tuple(here[: data * shared])
@@ -229,7 +229,7 @@ def _devices(job: Job, videos: int) -> tuple:
 def _wan(
     job: Job, devices: tuple, executables: Executables | None, unread: bool
 ) -> tuple[VideoPipeline, np.ndarray | None]:
-    """Wan's pipeline and the latents to go on from; one large network after the other is in memory."""
+    """Wan's pipeline, and the latents to continue from; loads large networks one after another to save memory."""
     pixels, options = job.initial_pixels(), job.wan_options(devices, unread)
     if not unread:
         print(f"loading for {len(devices)} x {devices[0].device_kind}, {options.compute_dtype}", flush=True)
@@ -255,14 +255,14 @@ def _write(
     times: Times,
     label: str,
 ) -> list[Path]:
-    """Writes the files of one batch while later chunks are being generated; `videos` are paths and prompts."""
+    """Writes a batch's files while later chunks are being generated; `videos` are paths and prompts."""
     began = before = time.perf_counter()
     cold, latents, small, done = not times.first, [], [], 0
     paths, frames = [path.with_name(f"{path.name}.mp4") for path, _ in videos], pipe.sampling.frames
     size = (pipe.sampling.height * style.scale, pipe.sampling.width * style.scale)
     step = max(1, pipe.sampling.height // 120)
     with contextlib.ExitStack() as stack:
-        # small videos are written afterwards, one by one: there may be hundreds
+        # small videos are written later, one by one: there may be hundreds
         open_now = [] if style.gif else paths
         writers = [stack.enter_context(video_io.Mp4Writer(path, style.fps, size)) for path in open_now]
         first = None
@@ -273,7 +273,7 @@ def _write(
             decoded = time.perf_counter()
             if not chunk.initial:
                 first = chunk.start if first is None else first
-                # a compiler works before the first new chunk and before the first two decoded frames
+                # programs compile for the first new chunk, and for the first two decoded latent frames
                 compiled = cold and chunk.start <= max(first, 1)
                 times.chunks.append(
                     ChunkTime(denoised - before, decoded - denoised, pixels.shape[1] * len(videos), compiled)

@@ -1,4 +1,4 @@
-"""Latents to pixels, chunk by chunk: Wan's video VAE and the tiny decoder behind one interface."""
+"""Decodes latents to pixels chunk by chunk: one interface to Wan's video VAE and the tiny decoder."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from sf_jax.models.streaming import StreamCache, empty_decode_cache
 
 
 class Decoder(Protocol):
-    """Decodes latents to pixels, causally in time; a registered pytree, so that a jitted function takes it.
+    """Decodes latents to pixels, causally in time; a registered pytree, so that jitted functions accept it.
 
-    A video's first latent frame gives one pixel frame, every other one `temporal_factor`.
+    A video's first latent frame becomes one pixel frame, every later one `temporal_factor`.
     """
 
     temporal_factor: int
@@ -35,16 +35,16 @@ class Encoder(Protocol):
 
 
 def by_columns(tree: Any) -> Any:
-    """Latents and caches [B, F, H, W, C] as a mesh decodes them: the devices of a video each have some of its columns.
+    """Shards latents and caches [B, F, H, W, C] for decoding on a mesh: the devices of a video split its columns.
 
-    Convolutions then exchange a column with each neighbor, where columns of whole rows are split evenly; otherwise
-    every device of a video decodes all of it.
+    Convolutions then exchange one column with each neighbor. If the devices do not divide the columns evenly, each
+    decodes the whole video.
     """
     return jax.tree.map(lambda a: constrain(a, *column_axes(a)), tree)
 
 
 def column_axes(a: jax.Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-    """Names of the axes of an array in latents or in a decoder's cache; see `partition.constrain`."""
+    """Axis names of an array in latents or in a decoder's cache; see `partition.constrain`."""
     return ("batch", None, None, "columns", None) if a.ndim == 5 else ("batch", *[None] * (a.ndim - 1))
 
 
@@ -63,12 +63,12 @@ class VaeDecoder:
 
     @property
     def temporal_factor(self) -> int:
-        """Pixel frames per latent frame, except for a video's first, which gives one."""
+        """Pixel frames per latent frame, except for a video's first, which becomes one."""
         return self.module.config.temporal_factor
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent position, along each side."""
+        """Pixels per latent position along each side."""
         return self.module.config.spatial_factor
 
     def init_cache(self, batch: int, height: int, width: int) -> StreamCache:
@@ -76,7 +76,7 @@ class VaeDecoder:
         return empty_decode_cache(self.module, batch, height, width)
 
     def decode_chunk(self, cache: StreamCache, latents: jax.Array) -> tuple[StreamCache, jax.Array]:
-        """Decodes the next latents [B, n, H, W, C] to pixels float32 [B, m, h, w, 3]; returns the new cache, too."""
+        """Decodes the next latents [B, n, H, W, C] to pixels float32 [B, m, h, w, 3]; also returns the new cache."""
         return self.module.apply({"params": self.params}, cache, latents, method="decode_chunk")
 
 

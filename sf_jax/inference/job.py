@@ -1,4 +1,4 @@
-"""What `python -m sf_jax.generate` was asked for, and which pipeline that is."""
+"""The job of `python -m sf_jax.generate`, and the pipeline settings that it requires."""
 
 import collections
 import dataclasses
@@ -29,60 +29,60 @@ from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.adapter_list import Lora
 from sf_jax.weights.package import Package
 
-NAME_BYTES = 180  # of 255 that file systems take, with room for the index and the suffix
-# VBench's own names are whole; VBench 2.0 cuts those that no file name holds at 180 characters.
+NAME_BYTES = 180  # file systems allow 255; leaves room for the index and the suffix
+# VBench looks for whole prompts; VBench 2.0 cuts those too long for a file name to 180 characters.
 VBENCH_BYTES, VBENCH_CHARACTERS = 240, 180
 WAN_ONLY = ("part", "height", "width", "image", "video", "vae", "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to generate; one field per flag of the command. None stands for what the model has.
+    """What to generate; one field per flag of the command. None is the model's default.
 
     Attributes:
-      prompts: texts.
-      model: folder of Wan2.1, or its name on the hub; None for the moving digits, or where all parts are named.
+      prompts: the prompts.
+      model: folder of Wan2.1, or its name on the hub; None for the moving digits, or if options name all parts.
       transformer: file of the bidirectional transformer, instead of the model folder's.
       text_encoder: file of the text encoder, instead of the model folder's.
       tokenizer: file or folder of the tokenizer, instead of the model folder's or the text encoder's.
       checkpoint: Wan: weights of a causal transformer; None is the folder's own bidirectional one. Digits: see
         `load_digits`.
-      part: which network of the checkpoint.
+      part: which network of the checkpoint to use.
       lora: adapters to merge into the network.
-      frames: pixel frames of the whole video, given ones included.
+      frames: pixel frames of the whole video, including given ones.
       height: pixel rows.
       width: pixel columns.
       seed: seed of the noise.
       num_samples: videos per prompt.
-      fps: frames a second of the files.
-      scale: enlargement of the pixels in the files.
+      fps: frames per second of the files.
+      scale: enlargement factor of the pixels in the files.
       out: folder for the files.
       image: first frame.
       video: video to extend.
       solver: "few" (a distilled student) or one of `solvers.SOLVERS`.
-      steps: evaluations of the solver.
+      steps: number of solver steps.
       shift: shift of the schedule.
-      guidance: scale, where there is a solver.
-      negative_prompt: what to guide away from.
-      denoising_steps: of the few-step student, on the even scale.
+      guidance: guidance scale, with a solver.
+      negative_prompt: prompt to guide away from.
+      denoising_steps: steps of a few-step student, on the even (unshifted) scale.
       first_chunk_steps: as `denoising_steps`, for the first chunk of a video.
       chunk: latent frames generated together.
-      window: latent frames that a chunk sees, itself included.
-      sink: first latent frames that stay visible.
-      positions: "absolute", or "relative" to the window (videos without end).
+      window: latent frames visible to a chunk, including its own.
+      sink: first latent frames, which always stay visible.
+      positions: "absolute", or "relative" to the window (endless videos).
       context: "clean", or "noisy" for a few-step student that was trained to cache its last denoising step.
       schedule: file of prompts that change while the video plays (`scenes.read_schedule`), in place of `prompts`.
       vae: "wan" or "tiny", or the file of a VAE.
-      dtype: of parameters and computation.
+      dtype: type of parameters and computation.
       quantize: "int8" or "fp8", for the network's weights.
-      cache_dtype: of a causal network's cached keys and values, one of `kv_cache.DTYPES`.
+      cache_dtype: type of a causal network's cached keys and values, one of `kv_cache.DTYPES`.
       mesh: how devices share a video, such as "tensor:2,context:2".
-      save_latents: whether to write the latents beside the videos.
+      save_latents: whether to write the latents next to the videos.
       vbench_names: whether to name the files `prompt-index.mp4`.
-      names: what videos are named after, one for each prompt; empty is the prompts themselves.
-      abstract: whether nothing is generated, and no weights need be there: without checkpoint and solver, a few-step
-        student is described.
-      if_exists: what to do where a file of a name is there, one of `names.IF_EXISTS`; None is "number", and "refuse"
+      names: texts for the file names, one per prompt; empty uses the prompts themselves.
+      abstract: whether nothing is generated and no weights are needed; without checkpoint and solver, the network is
+        then a few-step student.
+      if_exists: what to do if a file of the same name exists, one of `names.IF_EXISTS`; None is "number", or "refuse"
         with `vbench_names`, whose names have a meaning.
     """
 
@@ -129,7 +129,7 @@ class Job:
     abstract: bool = False
 
     def __post_init__(self):
-        """Refuses what can be seen to be wrong before anything is loaded."""
+        """Validates everything that can be checked before loading."""
         for field in ("checkpoint", "image", "video", "model", "out", "schedule", "vae", *NAMED_PARTS):
             if getattr(self, field) == "":
                 raise ValueError(f"{field} is empty: give a path or leave it out")
@@ -162,7 +162,7 @@ class Job:
             self._check_wan()
 
     def _check_amounts(self) -> None:
-        """Refuses what no machine can make, before anything is built of it."""
+        """Validates sizes and counts, before anything is built from them."""
         limits = {"frames": MAX_VIDEO_FRAMES, "height": MAX_SIDE, "width": MAX_SIDE, "scale": MAX_SIDE}
         limits |= {"steps": MAX_STEPS, "num_samples": MAX_VIDEOS, "guidance": 1000, "shift": 1000}
         for field, high in limits.items():
@@ -231,7 +231,7 @@ class Job:
             lengths.check_frames(rollout, latent, 1 if self.image else 0, WAN_FACTOR)
 
     def _check_trained(self, trained: Package) -> None:
-        """Refuses what contradicts the header of the checkpoint."""
+        """Checks the options against the header of the checkpoint."""
         file, rollout = f"checkpoint {self.checkpoint}", trained.generation_rollout
         if trained.kind == "causal" and self.few_steps:
             raise ValueError(f"{file} takes many steps (its header says so): choose a solver, such as unipc")
@@ -252,61 +252,61 @@ class Job:
 
     @property
     def is_wan(self) -> bool:
-        """Whether the network is one of Wan's: it has a model folder, or its parts are named one by one."""
+        """Whether the network is one of Wan's: a model folder is given, or files of its parts."""
         parts = any(getattr(self, name) is not None for name in ("model", *NAMED_PARTS))
         return parts or self.vae not in (None, *VAES)
 
     @property
     def is_causal(self) -> bool:
-        """Whether Wan's network makes videos chunk by chunk."""
+        """Whether Wan's network generates videos chunk by chunk."""
         return self.checkpoint is not None or (self.abstract and self.few_steps)
 
     @functools.cached_property
     def mesh_sizes(self) -> dict[str, int]:
-        """Devices per axis of the mesh that is asked for."""
+        """Devices per axis of the requested mesh."""
         return {} if self.mesh is None else mesh_sizes(self.mesh)
 
     @functools.cached_property
     def trained(self) -> Package | None:
-        """What the header of Wan's checkpoint says, where sf_jax.train wrote it."""
+        """The header of Wan's checkpoint, if sf_jax.train wrote it."""
         return causal_header(self.checkpoint) if self.is_wan and self.checkpoint is not None else None
 
     @functools.cached_property
     def scenes(self) -> tuple[Scene, ...]:
-        """The scenes of the schedule; none without one."""
+        """The scenes of the schedule; empty without one."""
         return () if self.schedule is None else read_schedule(self.schedule)
 
     @property
     def all_prompts(self) -> tuple[str, ...]:
-        """All texts that are to be embedded."""
+        """All prompts to embed."""
         return self.prompts or tuple(scene.prompt for scene in self.scenes)
 
     @property
     def few_steps(self) -> bool:
-        """Whether Wan's network is to run in the few steps of a student."""
+        """Whether Wan's network runs with the few steps of a student."""
         return self.solver in (None, "few")
 
     @property
     def wan_frames(self) -> int:
-        """Pixel frames of Wan's videos; by default as many as a usual one has, and more where chunks need it."""
+        """Pixel frames of Wan's videos; the default is the usual length, rounded up to whole chunks."""
         frames, rollout = Sampling().frames, self.wan_rollout
         if self.frames is not None or rollout is None:
             return frames if self.frames is None else self.frames
-        # whole chunks, behind the frame that is one by itself
+        # whole chunks, after a first frame that is a chunk of its own
         alone = int(rollout.first_frame_alone)
         count = -(-(lengths.latent_frames(frames, WAN_FACTOR) - alone) // rollout.chunk) * rollout.chunk
         return 1 + WAN_FACTOR * (count + alone - 1)
 
     @property
     def rollout_changes(self) -> dict:
-        """Fields of `RolloutConfig` that are asked for."""
+        """The requested fields of `RolloutConfig`."""
         fields = {"steps": self.denoising_steps, "first_steps": self.first_chunk_steps}
         fields |= {name: getattr(self, name) for name in ("chunk", "window", "sink", "positions", "context")}
         return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def wan_rollout(self) -> RolloutConfig | None:
-        """Chunks and steps of Wan's causal network; None for its bidirectional one."""
+        """Rollout settings of Wan's causal network; None for its bidirectional one."""
         if not self.is_causal:
             return None
         shift = {} if self.shift is None or not self.few_steps else {"shift": self.shift}
@@ -316,7 +316,7 @@ class Job:
         return RolloutConfig(**self.rollout_changes | shift | alone, context_noise="none")
 
     def wan_options(self, devices: tuple | None = None, unread: bool = False) -> WanOptions:
-        """What `load_pipeline` is told of Wan."""
+        """The options of `load_pipeline` for Wan."""
         named = {name: getattr(self, name) for name in ("vae", *NAMED_PARTS)}
         named = {name: value for name, value in named.items() if value is not None}
         return WanOptions(
@@ -334,10 +334,10 @@ class Job:
         )
 
     def check_naming(self, naming: str) -> None:
-        """Refuses the files of NVlabs/rcm without the flags that say how they generate.
+        """Checks that files of NVlabs/rcm come with the flags that set their chunks and steps.
 
         Args:
-          naming: the names that the checkpoint's tensors have; see `weights.recognize.NAMINGS`.
+          naming: the naming of the checkpoint's tensors; see `weights.recognize.NAMINGS`.
         """
         fields = ("chunk", "denoising_steps") if self.few_steps else ("chunk", "shift")
         missing = [f"--{field}" for field in fields if getattr(self, field) is None]
@@ -346,13 +346,13 @@ class Job:
 
     @property
     def sampling_changes(self) -> dict:
-        """Fields of `Sampling` that are asked for, but for the solver."""
+        """The requested fields of `Sampling`, except the solver."""
         names = ("frames", "height", "width", "seed", "guidance", "negative_prompt")
         fields = {name: getattr(self, name) for name in names}
         return {name: value for name, value in fields.items() if value is not None}
 
     def wan_sampling(self, pipe: VideoPipeline) -> VideoPipeline:
-        """A pipeline of Wan's that generates what the job asks for."""
+        """The given Wan pipeline with the job's sampling settings."""
         changes = self.sampling_changes | {"frames": self.wan_frames}
         if not self.few_steps:
             shift = pipe.sampling.solver.shift if pipe.sampling.solver else 5.0
@@ -361,7 +361,7 @@ class Job:
         return pipe.with_sampling(**changes)
 
     def digits_pipeline(self) -> VideoPipeline:
-        """The pipeline of moving digits that the job asks for."""
+        """The job's pipeline of moving digits."""
         pipe, changes = (
             load_digits(self.checkpoint, self.lora, self.quantize, self.cache_dtype),
             self.rollout_changes,
@@ -385,7 +385,7 @@ class Job:
         return pipe
 
     def initial_pixels(self) -> np.ndarray | None:
-        """Pixels uint8 [F, h, w, 3] of the given image or video; None where there is none."""
+        """Pixels uint8 [F, h, w, 3] of the given image or video; None without one."""
         height, width = self.height or Sampling().height, self.width or Sampling().width
         if self.image is not None:
             return video_io.read_image(self.image, height, width)[None]
@@ -393,7 +393,7 @@ class Job:
             return None
         chunk, whole = self.wan_rollout.chunk, self.wan_frames
         pixels = video_io.read_end(self.video, height, width, whole)
-        # as many of the last frames as make whole chunks, and leave one to generate
+        # as many of the last frames as form whole chunks, leaving at least one chunk to generate
         latent = ((len(pixels) - 1) // WAN_FACTOR + 1) // chunk * chunk
         if latent < 1:
             raise ValueError(
@@ -410,19 +410,19 @@ class Job:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """What videos are named after: the names, the prompts, or the first prompt of a schedule."""
+        """Texts for the file names: the names, the prompts, or the first prompt of a schedule."""
         return self.names or self.prompts or (self.scenes[0].prompt,)
 
     def video_prompts(self) -> list[str]:
-        """The prompt of every video, each prompt's samples in order."""
+        """The prompt of every video, with each prompt's samples in order."""
         return [prompt for prompt in self.prompts or self.titles for _ in range(self.num_samples)]
 
 
 def video_names(job: Job) -> list[str]:
-    """File names, without suffix, of the videos, every prompt's samples in order.
+    """File names of the videos, without suffix, with each prompt's samples in order.
 
-    VBench wants the prompt itself and the number of the sample; a prompt that comes again is counted on. VBench 2.0
-    takes the first 180 characters of prompts that no file name holds (its `prompt[:180]`).
+    VBench expects the prompt itself and the index of the sample; a repeated prompt continues the count. VBench 2.0
+    expects the first 180 characters of prompts that are too long for a file name (its `prompt[:180]`).
     """
     names, seen = [], collections.Counter()
     for title in job.titles:

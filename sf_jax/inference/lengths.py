@@ -1,19 +1,19 @@
-"""How long and how large a video can be: pixel frames, latent frames, chunks, files."""
+"""Limits on the lengths and sizes of videos: pixel frames, latent frames, chunks, files."""
 
 import math
 
 from sf_jax import rollout as ro
 from sf_jax.io.video_write import MAX_SIDE
 
-WAN_FACTOR, WAN_SIDE = 4, 16  # Wan: pixel frames per latent frame but the first, and pixels per token along each side
-# What one command makes at most; beyond are mistakes, or more than memory and disks hold.
+WAN_FACTOR, WAN_SIDE = 4, 16  # Wan: pixel frames per latent frame (except the first), pixels per token along each side
+# Limits per command; larger values are mistakes, or exceed memory and disks.
 MAX_VIDEOS, MAX_VIDEO_FRAMES, MAX_STEPS, MAX_PROMPT = 100_000, 100_000, 1000, 100_000
-DIGITS_SCALE = 12  # enlargement of the digits' videos
-MAX_HELD_PIXELS = 2**31  # of an enlarged video that is in memory as a whole
+DIGITS_SCALE = 12  # enlargement factor of digit videos
+MAX_HELD_PIXELS = 2**31  # limit for an enlarged video that is held in memory
 
 
 def latent_frames(frames: int, factor: int) -> int:
-    """Latent frames of a video of `frames` pixel frames, `factor` for each latent frame but the first.
+    """Latent frames of a video of `frames` pixel frames, `factor` for each latent frame except the first.
 
     Raises:
       ValueError: unless it is 1 + a multiple of the factor.
@@ -26,16 +26,16 @@ def latent_frames(frames: int, factor: int) -> int:
 
 
 def check_frames(config: ro.RolloutConfig, frames: int, initial: int = 0, factor: int = 1) -> None:
-    """Refuses a number of latent frames that a causal network cannot generate, in terms of the video's frames.
+    """Checks that a causal network can generate a length; the error is in pixel frames.
 
     Args:
-      config: the chunks.
-      frames: latent frames, the initial ones included.
-      initial: latent frames to go on from.
+      config: rollout settings with the chunk size.
+      frames: number of latent frames, including the initial ones.
+      initial: number of given latent frames to continue from.
       factor: pixel frames per latent frame.
 
     Raises:
-      ValueError: naming lengths that would do.
+      ValueError: if it cannot; names valid lengths.
     """
 
     def fits(count):
@@ -63,16 +63,16 @@ def check_frames(config: ro.RolloutConfig, frames: int, initial: int = 0, factor
 
 
 def check_scale(scale: int, height: int, width: int, frames: int = 1) -> None:
-    """Refuses an enlargement that makes files too large.
+    """Checks that an enlargement does not make the files too large.
 
     Args:
-      scale: pixels that a pixel becomes, along each side.
+      scale: enlargement factor of the pixels along each side.
       height: pixel rows.
       width: pixel columns.
-      frames: pixel frames that are enlarged together.
+      frames: number of pixel frames enlarged together.
 
     Raises:
-      ValueError: naming the largest scale that would do.
+      ValueError: if it does; names the largest valid scale.
     """
     high = min(MAX_SIDE // max(height, width), math.isqrt(MAX_HELD_PIXELS // (frames * height * width)))
     if scale > max(1, high):

@@ -1,4 +1,4 @@
-"""Pipelines from weight files: the embedded moving digits, and Wan2.1 with what was distilled from it."""
+"""Loads pipelines from weight files: the embedded moving digits, and Wan2.1 with models distilled from it."""
 
 import dataclasses
 import functools
@@ -35,8 +35,8 @@ from sf_jax.weights.networks import check_network, load_network, network_kind, r
 from sf_jax.weights.package import SHIPPED, Package, check_told_sizes, load_package, read_header, shipped_path
 
 VAES = {"wan": "vae", "tiny": "tiny_vae", "none": None}
-NAMED_PARTS = ("transformer", "text_encoder", "tokenizer")  # that options name beside a model folder, or without one
-# `net.` files of NVlabs/rcm do not say how they generate; source: its Causal_rCM.md and inference scripts.
+NAMED_PARTS = ("transformer", "text_encoder", "tokenizer")  # options can name these, with or without a folder
+# NVlabs/rcm's `net.` files lack their sampling settings; source: its Causal_rCM.md and inference scripts.
 RCM = (
     "{} is of NVlabs/rcm and does not say how it generates: give {}. Of Causal-rCM's files c3-3 means chunks of 3 and "
     "c1-1 of 1, with the steps 1000,750,500,250; those of 2 steps have them in the first chunk, then 1000,500. "
@@ -49,30 +49,30 @@ DEFAULT_LATENT_FRAMES = 21
 
 @dataclasses.dataclass(frozen=True)
 class WanOptions:
-    """What `load_pipeline` makes of a model folder.
+    """Options of `load_pipeline` for a model folder.
 
     Attributes:
       checkpoint: weights of a causal transformer, .pt or .safetensors; None is the folder's own bidirectional one.
-      part: which network of a checkpoint with several; None takes the averaged generator.
+      part: which network of a checkpoint with several; None is the averaged generator.
       vae: decoder: "wan", "tiny" (fast), or "none" to stop at the latents; or the file of a VAE of either kind.
-      dtype: of parameters and computation, "bfloat16" or "float32"; None is bfloat16, on a CPU float32.
-      rollout: chunks, window and steps of a causal network; None is what the header of a file of sf_jax.train says, and
-        of other files chunks of 3 and the official steps.
-      encoder: whether to load the VAE's encoder, for videos that go on from an image or a video.
+      dtype: type of parameters and computation, "bfloat16" or "float32"; None is bfloat16, or float32 on a CPU.
+      rollout: chunks, window and steps of a causal network; None reads them from the header of a file of sf_jax.train,
+        and is chunks of 3 and the official steps for other files.
+      encoder: whether to load the VAE's encoder, to continue an image or a video.
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
-      scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`); None is no where
-        cuDNN's attention is chosen and the memory allows a second copy of the window, as it is faster there.
+      scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`). None is False if
+        cuDNN's attention is used and memory allows a second copy of the window, which is faster, and else True.
       loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
-      devices: that share the videos of a batch, as many on each; None is the default device alone, or with `mesh` as
-        many of this process's as it needs.
+      devices: devices that share the videos of a batch equally; None is the default device only, or with `mesh` as many
+        of this process's devices as it needs.
       mesh: how devices share a video, such as "tensor:2,context:2" or {"tensor": 2}; see docs/streaming.md.
       transformer: file of the bidirectional transformer, instead of the folder's; with a checkpoint it gives the sizes.
       text_encoder: file of the text encoder, instead of the folder's.
-      tokenizer: its tokenizer.json, spiece.model or the folder of one, instead of the folder's; without either, what
-        the file of the text encoder holds.
-      unread: whether zeros take the place of all weights: for `sf_jax.warm`, which compiles and shows nothing.
+      tokenizer: its tokenizer.json, spiece.model or the folder of one, instead of the folder's; without either, the one
+        in the text encoder's file.
+      unread: whether to use zeros instead of all weights: for `sf_jax.warm`, which only compiles.
       quantize: "int8" or "fp8" for the transformer's weights (`eight_bit.LAYERS`); None keeps `dtype`.
-      cache_dtype: of a causal network's cached keys and values, one of `kv_cache.DTYPES`; None is `dtype`.
+      cache_dtype: type of a causal network's cached keys and values, one of `kv_cache.DTYPES`; None is `dtype`.
     """
 
     checkpoint: str | Path | None = None
@@ -94,7 +94,7 @@ class WanOptions:
     cache_dtype: str | None = None
 
     def __post_init__(self):
-        """Validates names."""
+        """Validates the options."""
         check_eight_bit(self.quantize, self.cache_dtype)
         if self.dtype not in (None, "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}: it must be one of bfloat16, float32")
@@ -111,7 +111,7 @@ class WanOptions:
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if not isinstance(self.mesh, (str, Mapping, type(None))):
             raise ValueError(f"mesh is {self.mesh!r}: give axes with their sizes, such as 'tensor:2,context:2'")
-        self.device_mesh  # noqa: B018 (refuses sizes that do not fit the devices)
+        self.device_mesh  # noqa: B018 (validates the sizes)
         if self.checkpoint is None:
             for name in ("part", "rollout", "scan_layers", "cache_dtype"):
                 if getattr(self, name) is not None:
@@ -126,10 +126,10 @@ class WanOptions:
 
     @property
     def device_mesh(self) -> Mesh | None:
-        """The mesh; None for the default device alone.
+        """The mesh; None for the default device only.
 
         Raises:
-          ValueError: if there are too few devices for `mesh`, or it has other axes.
+          ValueError: if there are too few devices for `mesh`, or it has unknown axes.
         """
         if self.mesh is None and self.devices is None:
             return None
@@ -137,7 +137,7 @@ class WanOptions:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Parts of the model folder that must be there."""
+        """The required parts of the model folder."""
         parts = {"text_encoder", "tokenizer", VAES.get(self.vae), "vae" if self.encoder else None}
         return (*sorted(parts - {None}), *([] if self.checkpoint else ["transformer"]))
 
@@ -146,18 +146,18 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     """Loads a model.
 
     `load_pipeline()` is the student of moving digits that the package ships, and
-    `load_pipeline("weights/Wan2.1-T2V-1.3B", checkpoint="self_forcing_dmd.pt")` a student of Wan's.
+    `load_pipeline("weights/Wan2.1-T2V-1.3B", checkpoint="self_forcing_dmd.pt")` is a student distilled from Wan.
 
     Args:
-      model: a folder of Wan2.1, as it was published or of diffusers, or its name on the Hugging Face hub; a
-        .safetensors file of moving digits that training wrote; "student" or "teacher" for the shipped ones. None is
-        the shipped student, or, where `transformer` or `text_encoder` is given, no folder.
+      model: a folder of Wan2.1, in the official or the diffusers layout, or its name on the Hugging Face hub; a
+        .safetensors file of moving digits that training wrote; "student" or "teacher" for the shipped ones. None is the
+        shipped student, or no folder if `transformer` or `text_encoder` is given.
       checkpoint: with a folder, weights of a causal transformer; None is the folder's own bidirectional one.
-      **options: with a folder, other fields of `WanOptions`; `loras`, adapters to merge, `quantize` and `cache_dtype`
-        also without.
+      **options: with a folder, other fields of `WanOptions`; without one, only `loras` (adapters to merge), `quantize`
+        and `cache_dtype`.
 
     Raises:
-      ValueError: if a file is missing, damaged, or something else.
+      ValueError: if a file is missing, damaged, or of another kind.
     """
     if not isinstance(model, (str, Path, type(None))) or model == "":
         raise ValueError(f"model is {model!r}: give a folder of Wan2.1 or a .safetensors file of moving digits")
@@ -179,7 +179,7 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
 
 
 def _is_wan(model: str | Path | None, options: dict) -> bool:
-    """Whether a model is one of Wan's: a folder, a repository of the hub, or parts that are named one by one."""
+    """Whether a model is one of Wan's: a folder, a repository on the hub, or named files of its parts."""
     if model is None:
         return any(name in options for name in NAMED_PARTS)
     place = hub.parse(str(model))
@@ -187,7 +187,7 @@ def _is_wan(model: str | Path | None, options: dict) -> bool:
 
 
 def check_eight_bit(quantize: str | None, cache_dtype: str | None) -> None:
-    """Refuses types that weights or caches cannot have."""
+    """Validates the types of weights and caches."""
     for name, value, allowed in (("quantize", quantize, eight_bit.DTYPES), ("cache_dtype", cache_dtype, CACHE_DTYPES)):
         if value is not None and value not in allowed:
             raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
@@ -201,7 +201,7 @@ def load_digits(
     quantize: str | None = None,
     cache_dtype: str | None = None,
 ) -> VideoPipeline:
-    """Loads a network of moving digits: a .safetensors file that training wrote, "student" or "teacher" (shipped ones).
+    """Loads a network of moving digits: a .safetensors file that training wrote, or the shipped "student" or "teacher".
 
     Args:
       checkpoint: the file; None is the shipped student.
@@ -210,7 +210,7 @@ def load_digits(
       cache_dtype: see `WanOptions`.
 
     Raises:
-      ValueError: if the file is missing, damaged, or something else.
+      ValueError: if the file is missing, damaged, or of another kind.
     """
     check_eight_bit(quantize, cache_dtype)
     checkpoint = "student" if checkpoint is None else checkpoint
@@ -227,10 +227,10 @@ def load_digits(
 
 
 def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
-    """A network of moving digits with their words and their codec; `title` names it in errors.
+    """The pipeline of a network of moving digits, with their vocabulary and codec; `title` names it in errors.
 
     Raises:
-      ValueError: if it is not one of moving digits.
+      ValueError: if it is not a network of moving digits.
     """
     codec, text = PatchCodec.load(), WordEmbedding()
     config = package.config
@@ -260,11 +260,11 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
 
 
 def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
-    """The files of a model, checked by names and shapes alone: nothing long begins before.
+    """Finds the files of a model, and checks their names and shapes before any slow work.
 
     Args:
-      folder: the model folder, or its name on the hub; None where the options name every part.
-      options: what to make of it.
+      folder: the model folder, or its name on the hub; None if the options name every part.
+      options: the options.
 
     Raises:
       ValueError: naming what is missing or does not fit.
@@ -308,20 +308,20 @@ def find_wan(folder: str | Path | None, options: WanOptions) -> ModelFiles:
 
 
 def _reads_scaled(files: ModelFiles, options: WanOptions) -> bool:
-    """Whether scaled float8 is read: of a transformer that is named for it, or where float8 is asked for anyway."""
+    """Whether to accept scaled float8 weights: from a transformer that its option names, or with `quantize` "fp8"."""
     named = "transformer" in files.named and options.checkpoint is None
     return named or options.quantize == "fp8"
 
 
 def _check_header(path: Path, config: WanConfig) -> None:
-    """Refuses a network whose header contradicts the sizes that its shapes do not show."""
+    """Checks the header of a network against sizes that its shapes do not determine."""
     header = read_header(path)
     if header is not None:
         check_told_sizes(path, header, config, "the config.json of the model")
 
 
 def _refuse_causal(path: Path) -> None:
-    """Refuses a folder's transformer that says of itself that it is not the bidirectional network of many steps."""
+    """Rejects a transformer of a folder if its header says that it is not a bidirectional many-step network."""
     header = read_header(path)
     if header is not None and header.kind != "teacher":
         kind = "causal student" if header.kind == "student" else "causal network"
@@ -333,7 +333,7 @@ def _transformer_path(files: ModelFiles, options: WanOptions) -> Path:
 
 
 def _named_files(options: WanOptions) -> dict[str, Path]:
-    """The files that options name one by one, by the field of `ModelFiles`."""
+    """The files that options name individually, by field of `ModelFiles`."""
     named = {name: getattr(options, name) for name in NAMED_PARTS if getattr(options, name) is not None}
     found = {}
     for name, value in named.items():
@@ -352,8 +352,8 @@ def _named_files(options: WanOptions) -> dict[str, Path]:
 
 
 def _held_tokenizer(folder: str | Path | None, named: dict[str, Path]) -> Path | None:
-    """The named text encoder's file if it holds a tokenizer that may be needed, as ComfyUI's do."""
-    # What a repository has is told only when it is fetched, and Wan's have a tokenizer.
+    """The named text encoder's file if it contains a tokenizer that may be needed, as ComfyUI's files do."""
+    # A repository's files are known only after fetching, and Wan's repositories have a tokenizer.
     fetched = folder is not None and hub.parse(str(folder)) is not None
     if fetched or "tokenizer" in named or "text_encoder" not in named:
         return None
@@ -361,14 +361,14 @@ def _held_tokenizer(folder: str | Path | None, named: dict[str, Path]) -> Path |
 
 
 def decoder_kind(files: ModelFiles, options: WanOptions) -> str | None:
-    """Which field of `ModelFiles` has the decoder, None where no pixels are wanted."""
+    """The field of `ModelFiles` that has the decoder; None if no pixels are wanted."""
     if options.vae in VAES:
         return VAES[options.vae]
     return "tiny_vae" if "tiny_vae" in files.named else "vae"
 
 
 def causal_header(checkpoint: str | Path) -> Package | None:
-    """What a checkpoint of sf_jax.train says of itself; None of other files.
+    """The header of a checkpoint that sf_jax.train wrote; None for other files.
 
     Raises:
       ValueError: if the file is damaged, or its network is bidirectional.
@@ -388,13 +388,13 @@ def load_encoder(files: ModelFiles) -> VaeEncoder:
 def generation_network(
     config: WanConfig, params: dict, rollout: RolloutConfig, scan_layers: bool | None = None
 ) -> tuple[WanConfig, dict]:
-    """A causal transformer as the device generates fastest with it; see `WanOptions.scan_layers`.
+    """Converts a causal transformer to the form that generates fastest on the device; see `WanOptions.scan_layers`.
 
     Args:
-      config: of the transformer.
-      params: stacked; each stack is freed where the layers are taken apart.
-      rollout: how it generates.
-      scan_layers: True keeps the stacks, False takes them apart, None chooses.
+      config: the transformer's sizes.
+      params: stacked parameters; if the layers are separated, each stack is freed.
+      rollout: the rollout settings.
+      scan_layers: True keeps the stacks, False separates the layers, None chooses.
     """
     if scan_layers is None:
         limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -405,33 +405,33 @@ def generation_network(
 
 
 def layers_apart(config: WanConfig, params: dict, rollout: RolloutConfig, memory: int | None) -> bool:
-    """Whether a device of so many bytes (None: any) generates fastest with the layers taken apart, and can hold that.
+    """Whether a device generates fastest with separate parameters per layer, and has the memory for it.
 
     Args:
-      config: of the transformer.
+      config: the transformer's sizes.
       params: arrays or shapes.
-      rollout: how it generates.
-      memory: bytes that a program can have.
+      rollout: the rollout settings.
+      memory: bytes available to a program; None is unlimited.
     """
     return _reads_in_place(config) and _window_fits_twice(config, params, rollout, memory)
 
 
 def _reads_in_place(config: WanConfig) -> bool:
-    """Whether attention is told how many keys to read: then nothing needs to be copied out of stacked layers."""
+    """Whether attention takes the number of keys to read, so that separate layers' keys need no copies."""
     head = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
     counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
     return attention.choose(config.attention, head, [counted]) in ("cudnn", "splash")
 
 
 def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig, limit: int | None) -> bool:
-    """Whether weights, cache and slots of one video of 480x832 leave a quarter of the device's memory."""
+    """Whether weights, cache and slots of one 480x832 video leave a quarter of the device's memory free."""
     if limit is None:
         return True
     frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, 30 * 52
     cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     held = held_bytes(params)
-    return held + 2 * cache * held / whole <= 0.75 * limit  # a mesh splits the cache no less than this
+    return held + 2 * cache * held / whole <= 0.75 * limit  # a mesh splits the cache at least as much as these
 
 
 def wan_pipeline(
@@ -440,13 +440,13 @@ def wan_pipeline(
     files: ModelFiles | None = None,
     text_encoder: Umt5TextEncoder | None = None,
 ) -> VideoPipeline:
-    """Loads transformer and decoder of a model folder, and the encoder where it is asked for.
+    """Loads the transformer and the decoder of a model, and the encoder if requested.
 
     Args:
       folder: the model folder; see `find_wan`.
-      options: what to make of it.
-      files: what `find_wan` found there; None looks.
-      text_encoder: one that has embedded the prompts already; None makes one.
+      options: the options.
+      files: the result of `find_wan`; None calls it.
+      text_encoder: one that has already embedded the prompts; None creates one.
 
     Raises:
       ValueError: see `find_wan`.

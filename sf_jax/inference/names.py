@@ -1,4 +1,4 @@
-"""File names of videos: made of texts, valid everywhere, and never those of files that are there already."""
+"""File names of videos: made from texts, valid everywhere, and never those of existing files."""
 
 import os
 import re
@@ -7,28 +7,28 @@ from pathlib import Path
 
 IF_EXISTS = ("number", "replace", "skip", "refuse")
 SUFFIXES = (".mp4", ".png", ".gif", ".npy")
-# No file of Windows may have these names, whatever its suffix.
+# Windows reserves these names, with any suffix.
 _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])", re.IGNORECASE)
-# What no file name holds, and characters that change how a terminal or a list of files looks.
+# Characters that file names cannot contain, or that change how a terminal or a list of files looks.
 _VBENCH_EXCLUDED = re.compile(r"[/\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _WINDOWS_EXCLUDED = re.compile(r'[<>:"|?*\\]')
 
 
 def plain_name(text: str, limit: int) -> str:
-    """Letters, digits and underscores of a text, at most `limit` bytes; a name on every system."""
+    """Letters, digits and underscores of a text, at most `limit` bytes; a valid name on every system."""
     name = re.sub(r"\W+", "_", text.lower()).strip("_").encode()[:limit].decode(errors="ignore") or "video"
     return f"{name}_" if _DEVICES.fullmatch(name) else name
 
 
 def vbench_name(text: str, windows: bool = os.name == "nt") -> str:
-    """A prompt as VBench looks for it.
+    """A prompt as the file name that VBench expects.
 
     Args:
       text: the prompt.
-      windows: whether the file is to have a name of Windows.
+      windows: whether the name must be valid on Windows.
 
     Raises:
-      ValueError: on a character that Windows has in no file name.
+      ValueError: if Windows does not allow one of the characters.
     """
     excluded = _WINDOWS_EXCLUDED.search(text) if windows else None
     if excluded:
@@ -40,7 +40,7 @@ def vbench_name(text: str, windows: bool = os.name == "nt") -> str:
 
 
 def check_folders(names: Sequence[str], out: Path) -> None:
-    """Refuses names that folders have, before anything long begins."""
+    """Checks before any slow work that no folder has the name of a file to write."""
     for name in names:
         for suffix in SUFFIXES:
             if (out / f"{name}{suffix}").is_dir():
@@ -48,20 +48,20 @@ def check_folders(names: Sequence[str], out: Path) -> None:
 
 
 def free_names(names: Sequence[str], out: Path, if_exists: str, suffixes: Sequence[str] = SUFFIXES) -> list[str | None]:
-    """Names under which nothing is lost.
+    """Names that overwrite no file unless requested.
 
     Args:
-      names: without suffix, all different.
+      names: distinct names without suffix.
       out: folder of the files.
-      if_exists: what to do where a file of that name is there: "number" the new one, "replace" the old one, "skip" the
+      if_exists: what to do if a file of that name exists: "number" the new one, "replace" the old one, "skip" the
         video, or "refuse".
-      suffixes: of the files that are to be written.
+      suffixes: suffixes of the files to write.
 
     Returns:
-      The names to take, in order; None for videos to leave out.
+      The names to use, in order; None for videos to skip.
 
     Raises:
-      ValueError: a file is there and `if_exists` is "refuse".
+      ValueError: a file exists and `if_exists` is "refuse".
     """
     taken, chosen = {name.casefold() for name in names}, []
     for name in names:

@@ -1,4 +1,4 @@
-"""The work of `python -m sf_jax.prepare`: prompts to embeddings, and videos to latents, with the networks of Wan."""
+"""Implements `python -m sf_jax.prepare`: encodes prompts to embeddings, and videos to latents, with Wan's networks."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,7 @@ from sf_jax.models.vae import WanVae
 from sf_jax.weights.folders import ModelFiles, find_model
 from sf_jax.weights.networks import identify, load_network
 
-# What the official configs guide away from.
+# The official configs' negative prompt.
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
@@ -46,17 +46,17 @@ class Job:
     Attributes:
       model: model folder.
       output: data folder.
-      prompts: file of prompts; None where `videos` is given.
+      prompts: file of prompts; None if `videos` is given.
       videos: folder of captioned videos.
-      negative_prompt: what guidance leads away from.
-      dtype: of the text encoder's computation and of the embeddings; latents are float32.
+      negative_prompt: prompt that guidance leads away from.
+      dtype: type of the text encoder's computation and of the embeddings; latents are float32.
       frames: latent frames of a clip.
       height: pixel rows of a clip.
       width: pixel columns of a clip.
-      fps: frames a second that videos are resampled to; None keeps their own.
-      clips_per_video: consecutive clips taken of a video, at most.
-      process_index: which of the processes that fill the folder this is.
-      process_count: how many there are.
+      fps: frames per second to resample videos to; None keeps their own.
+      clips_per_video: maximum number of consecutive clips per video.
+      process_index: index of this process among those that fill the folder.
+      process_count: number of these processes.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Job:
     process_count: int = 1
 
     def __post_init__(self):
-        """Refuses what can be seen to be wrong before anything is loaded."""
+        """Validates everything that can be checked before loading."""
         if (self.prompts is None) == (self.videos is None):
             raise ValueError("prompts and videos: give one of them, a file of prompts or a folder of videos")
         for field in ("model", "output", "prompts", "videos"):
@@ -111,10 +111,10 @@ class Job:
 
 
 def run(job: Job) -> bool:
-    """Does this process's part of the job; what is there already is kept. Returns whether the dataset is complete.
+    """Runs this process's part of the job and keeps existing results. Returns whether the dataset is complete.
 
     Raises:
-      ValueError: if something given is wrong; the message says what to change.
+      ValueError: if an input is invalid; the message says what to change.
       OSError: if a file cannot be written.
     """
     needed = ("text_encoder", "tokenizer", *(["vae"] if job.videos else []))
@@ -157,14 +157,14 @@ def _told(done: bool, what: str, folder: Path) -> bool:
 
 
 def _check_folders_of_frames(job: Job, found: Sequence[captions.Video]) -> None:
-    """Refuses to resample images, which have no rate."""
+    """Checks that no folders of images, which have no frame rate, are to be resampled."""
     folders = [] if job.fps is None else [video.name for video in found if video.path.is_dir()]
     if folders:
         raise ValueError(f"fps is {job.fps}: folders of frames such as {folders[0]} have no rate, leave fps out")
 
 
 def _write_texts(job: Job, model: ModelFiles, folder: Path, texts: Sequence[str]) -> bool:
-    """Writes the embeddings; the encoder is in memory only meanwhile, and only where something is missing."""
+    """Writes the embeddings; loads the text encoder only if some are missing, and frees it afterwards."""
     tokenizer = load_tokenizer(model.tokenizer)
     config, encoder = identify(model.text_encoder, "umt5")
 
@@ -229,7 +229,7 @@ def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[capt
 
 
 def _tell_room(folder: Path, clips: int, size: int) -> None:
-    """Says before the work where the disk may not hold the latents of so many clips of `size` bytes."""
+    """Warns before the work if the disk may be too small for the latents of `clips` clips of `size` bytes each."""
     there = sum(file.stat().st_size for file in folder.glob("*.array_record-*"))
     place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     free, needed = shutil.disk_usage(place).free, clips * size - there
@@ -242,7 +242,7 @@ def _tell_room(folder: Path, clips: int, size: int) -> None:
 
 
 def _clips(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, np.ndarray]]:
-    """The clips of videos: number, pixels uint8 [F, H, W, 3]. Tells of videos, or their rests, that are left out."""
+    """Yields the clips of videos: number, pixels uint8 [F, H, W, 3]. Reports videos, or their rests, left out."""
     for i, k, pixels in _ahead(_read(job, found)):
         if isinstance(pixels, np.ndarray):
             yield i * job.clips_per_video + k, pixels
@@ -251,7 +251,7 @@ def _clips(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, np.
 
 
 def _read(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, int, np.ndarray | str]]:
-    """Number of the video, number of the clip in it, and its pixels or why there are none; reads one clip at a time."""
+    """Yields the video's index, the clip's index in it, and its pixels or why it has none; reads one clip at a time."""
     length = job.pixel_frames
     for i, video in enumerate(found):
         k = 0
@@ -276,7 +276,7 @@ def _frames(job: Job, video: captions.Video) -> Iterator[np.ndarray]:
 
 
 def _ahead(items: Iterable) -> Iterator:
-    """The items; the next one is made in a thread while the last one is used."""
+    """Yields the items; a thread prepares the next one while the current one is used."""
     items, end = iter(items), object()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, end)
@@ -287,7 +287,7 @@ def _ahead(items: Iterable) -> Iterator:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Encoder:
-    """The VAE's encoder on the devices of a mesh, a clip on each."""
+    """The VAE's encoder on the devices of a mesh, one clip per device."""
 
     vae: VaeEncoder
     mesh: Mesh

@@ -1,4 +1,4 @@
-"""How the prompt of a stream changes: the modes, and a change on its way."""
+"""Changes of a stream's prompt: the modes, and a pending change."""
 
 import dataclasses
 
@@ -7,20 +7,21 @@ import numpy as np
 from sf_jax.diffusion.schedule import TRAIN_STEPS
 
 MODES = ("swap", "recache", "flush", "cut")
-OVERSHOOT_CHUNKS = 3  # how long an embedding stays beyond the new prompt's
+OVERSHOOT_CHUNKS = 3  # chunks for which an embedding overshoots the new prompt's
 MAX_OVERSHOOT = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A prompt on its way to another.
+    """A pending change from one prompt to another.
 
     Attributes:
-      old: float32 [1, S, D], the embedding before.
-      new: float32 [1, S, D], the embedding afterwards.
-      weights: of the new embedding in the chunks to come, the last one 1; the old one's is the rest.
+      old: float32 [1, S, D], the embedding before the change.
+      new: float32 [1, S, D], the embedding after it.
+      weights: weights of the new embedding in the coming chunks, ending with 1; the old one's are 1 minus these.
       mode: one of `MODES`.
-      context_timestep: at which what is kept is computed again; None is the rollout's own, for "recache" alone.
+      context_timestep: timestep for recomputing the kept frames; None recomputes them only with "recache", at the
+        rollout's own timestep.
     """
 
     old: np.ndarray
@@ -31,11 +32,11 @@ class Change:
 
     @property
     def recaches(self) -> bool:
-        """Whether what is kept is computed again."""
+        """Whether the kept frames are recomputed."""
         return self.mode == "recache" or self.context_timestep is not None
 
     def next(self) -> tuple[np.ndarray, "Change | None"]:
-        """The embedding of the next chunk, and what is left of the change."""
+        """The embedding of the next chunk, and the rest of the change."""
         weight, *rest = self.weights
         if not rest:
             return self.new, None
@@ -44,16 +45,16 @@ class Change:
 
 
 def change_weights(transition_chunks: int, overshoot: float) -> tuple[float, ...]:
-    """Weights of the new prompt's embedding, chunk by chunk: even steps, then beyond it, then 1."""
+    """Weights of the new prompt's embedding, per chunk: even steps, then the overshoot, then 1."""
     steps = [i / (transition_chunks + 1) for i in range(1, transition_chunks + 1)]
     return (*steps, *[1.0 + overshoot] * (OVERSHOOT_CHUNKS if overshoot else 0), 1.0)
 
 
 def check_change(mode: str, transition_chunks: int, context_timestep: float | None, overshoot: float) -> None:
-    """Refuses a change of prompt that is out of range, or of which a part has no effect.
+    """Validates the options of a prompt change, including options that would have no effect.
 
     Raises:
-      ValueError: saying which and why.
+      ValueError: naming the option and the reason.
     """
     if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(MODES)}")

@@ -1,4 +1,4 @@
-"""What a pipeline is asked for, and what it gives out."""
+"""Sampling settings of a pipeline, and the chunks that it yields."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ class Sampling:
     """How a video is generated.
 
     Attributes:
-      frames: pixel frames of the whole video, initial ones included.
+      frames: pixel frames of the whole video, including initial ones.
       height: pixel rows.
       width: pixel columns.
       seed: seed of the noise.
-      solver: many guided steps; None is the few steps of a distilled student.
-      guidance: scale of the many steps.
-      negative_prompt: what the many steps are guided away from.
+      solver: solver for many guided steps; None uses the few steps of a distilled student.
+      guidance: guidance scale, with a solver.
+      negative_prompt: prompt to guide away from, with a solver.
     """
 
     frames: int = 81
@@ -50,13 +50,13 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A chunk of the videos of a batch, on the devices.
+    """A chunk of a batch of videos, on the devices.
 
     Attributes:
       latents: float32 [B, n, H, W, C].
       pixels: uint8 [B, m, h, w, c]; None without a decoder.
       start: first latent frame.
-      initial: whether it was given and not generated.
+      initial: whether it was given instead of generated.
     """
 
     latents: jax.Array
@@ -66,14 +66,14 @@ class Chunk:
 
 
 def example_numbers(first: int | Sequence[int], count: int) -> np.ndarray:
-    """Numbers int32 [count] of videos; the noise of a video depends on its number and the seed alone.
+    """Numbers int32 [count] of videos; a video's noise depends only on its number and the seed.
 
     Args:
-      first: the first number, or all.
-      count: how many there are.
+      first: the first number, or all of them.
+      count: number of videos.
 
     Raises:
-      ValueError: unless the numbers are whole, as many as wanted, and in the range of int32.
+      ValueError: unless there are `count` integers in the range of int32.
     """
     try:
         if isinstance(first, (Sequence, np.ndarray)):

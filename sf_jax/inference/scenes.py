@@ -1,12 +1,12 @@
-"""Prompts that change while a video plays, from a file: what `sf_jax.generate --schedule` shows.
+"""Schedules of prompts that change while a video plays, for `sf_jax.generate --schedule`.
 
-The file is a JSON list, a scene an entry:
+The file is a JSON list with one entry per scene:
 
     [{"time": 0, "prompt": "a 7 moving left, fast"},
      {"time": 2.5, "prompt": "a 2 moving up", "mode": "recache", "transition_chunks": 2}]
 
 `time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode`, `transition_chunks`,
-`context_timestep` and `overshoot` are those of `Stream.prompt`, by default "swap", 0, none and 0.
+`context_timestep` and `overshoot` are those of `Stream.prompt`, with the defaults "swap", 0, none and 0.
 """
 
 import collections
@@ -30,7 +30,7 @@ _MAX_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One entry of a schedule; see the module."""
+    """One entry of a schedule; see the module's docstring."""
 
     time: float
     prompt: str
@@ -54,7 +54,7 @@ def read_schedule(path: str | Path) -> tuple[Scene, ...]:
     """Reads a schedule.
 
     Raises:
-      ValueError: if the file cannot be read, or an entry is wrong; the message names file and entry.
+      ValueError: if the file cannot be read, or an entry is invalid; names the file and the entry.
     """
     try:
         entries = strict_json.read(path, None, _MAX_BYTES, finite=False)
@@ -89,20 +89,20 @@ def scheduled_chunks(
     fps: float,
     initial: np.ndarray | None = None,
 ) -> Iterator[Chunk]:
-    """Videos whose prompts change together.
+    """Generates videos whose prompts change at the same times.
 
     Args:
-      pipe: a few-step student with a window; its `sampling` says how long, how large, and the seed.
+      pipe: a few-step student with a window; its `sampling` sets length, size and seed.
       scenes: the prompts.
       numbers: number of each video, for its noise.
-      fps: frames a second, for the scenes' times.
-      initial: latents [B, I, H, W, C] to go on from.
+      fps: frames per second, for the scenes' times.
+      initial: latents [B, I, H, W, C] to continue from.
 
     Yields:
-      The chunks, pixels cut to `sampling.frames` in all; the first one with the given frames.
+      The chunks, with `sampling.frames` pixel frames in all; the first one includes the given frames.
 
     Raises:
-      ValueError: if the network cannot make such videos.
+      ValueError: if the network cannot generate such videos.
     """
     stream_spec(pipe)
     given = 0 if initial is None else initial.shape[1]
@@ -110,7 +110,7 @@ def scheduled_chunks(
     starts = scene_starts(pipe, scenes, fps, given)
     for number, scene in enumerate(scenes, 1):
         try:
-            pipe.embed([scene.prompt])  # before anything long begins
+            pipe.embed([scene.prompt])  # checks the prompts before any slow work
         except ValueError as error:
             raise ValueError(f"schedule: scene {number}: {error}") from error
     stream, seed = Stream(pipe, len(numbers)), pipe.sampling.seed
@@ -123,10 +123,10 @@ def scheduled_chunks(
 
 
 def scene_starts(pipe: VideoPipeline, scenes: Sequence[Scene], fps: float, given: int = 0) -> dict[int, Scene]:
-    """The chunk with which each scene but the first begins.
+    """Maps the first chunk of each scene to the scene, except for the first scene.
 
     Raises:
-      ValueError: if a scene would begin behind the video's end, or in the same chunk as another.
+      ValueError: if a scene would begin after the video's end, or in the same chunk as another.
     """
     chunk, factor, alone = pipe.rollout.chunk, pipe.temporal_factor, pipe.rollout.first_frame_alone
     starts, shown, index, due = {}, 0, 0, collections.deque(enumerate(scenes[1:], 2))
@@ -168,7 +168,7 @@ def _chunks(pipe, stream, ids, starts, initial) -> Iterator[Chunk]:
 
 
 def _ahead(pipe, stream: Stream, ids: Sequence[int], starts: dict[int, Scene]) -> Iterator[Frames]:
-    """The steps of a video; on a GPU or TPU each is handed out when the next one has been started."""
+    """Yields the steps of a video; on a GPU or TPU, each one after the next has been dispatched."""
     ready, shown, index = collections.deque(), 0, 0
     while shown < pipe.sampling.frames:
         if index in starts:

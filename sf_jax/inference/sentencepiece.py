@@ -1,8 +1,8 @@
-"""Tokenizers from SentencePiece models: `spiece.model`, and the same bytes as a tensor of ComfyUI's text encoders.
+"""Tokenizers from SentencePiece models: `spiece.model`, or the same bytes as a tensor in ComfyUI's text encoders.
 
-The file is a protobuf message; format: sentencepiece_model.proto of google/sentencepiece. Of what SentencePiece can do
-this is what UMT5's model needs. What becomes of it in the `tokenizers` library: T5Converter of Hugging Face
-transformers (convert_slow_tokenizer.py).
+The file is a protobuf message; format: sentencepiece_model.proto of google/sentencepiece. Only the features of UMT5's
+model are supported. Source of the conversion to the `tokenizers` library: T5Converter of Hugging Face transformers
+(convert_slow_tokenizer.py).
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ from sf_jax.weights.files import open_tensors
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_BYTES = 16 << 20  # UMT5's model has 4.5 MB
-_MAX_PIECES, _MAX_MARKS = 500_000, 10_000  # of which control symbols and the user's own
-_MAX_CHARACTERS = 128  # of a piece; prompts are cut to as many a token
-_MAX_EXPANSION = 256  # bytes that one character may become; the most in Unicode's NFKC is 33
+_MAX_PIECES, _MAX_MARKS = 500_000, 10_000  # the latter for control symbols and user-defined pieces
+_MAX_CHARACTERS = 128  # per piece; prompts are cut to as many characters per token
+_MAX_EXPANSION = 256  # limit for the bytes that replace one character; Unicode's NFKC needs at most 33
 _TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
 _ADVICE = "take google/umt5-xxl's spiece.model"
-# UMT5 has 300 tokens behind its pieces, of which the model file does not know; the last comes first.
+# UMT5 has 300 tokens after its pieces that are not in the model file; the last comes first.
 _UMT5_PIECES, _UMT5_EXTRA = 256_000, 300
 _TENSOR = re.compile(r"(^|\.)spiece_model$")
-# Wire types of protobuf.
+# Protobuf wire types.
 _VARINT, _EIGHT, _SIZED, _FOUR = 0, 1, 2, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceModel:
-    """What tokens depend on.
+    """The parts of a model that determine the tokens.
 
     Attributes:
       pieces: text and log probability of each token.
-      types: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED or BYTE, one a piece.
-      byte_fallback: whether what no piece matches becomes its bytes; else the unknown token.
-      charsmap: the compiled map of characters, mostly NFKC; empty for none.
-      dummy_prefix: whether a space is put before the text.
-      single_spaces: whether spaces at the ends and repeated ones are dropped.
+      types: type of each piece: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED or BYTE.
+      byte_fallback: whether text that no piece matches becomes its bytes; otherwise the unknown token.
+      charsmap: the compiled character map, mostly NFKC; empty for none.
+      dummy_prefix: whether to put a space before the text.
+      single_spaces: whether to remove leading, trailing and repeated spaces.
     """
 
     pieces: tuple[tuple[str, float], ...]
@@ -55,11 +55,11 @@ class SentencePieceModel:
 
 
 def parse_model(data: bytes, title: str) -> SentencePieceModel:
-    """Reads a serialized `ModelProto`.
+    """Parses a serialized `ModelProto`.
 
     Args:
       data: the message.
-      title: the file, for messages.
+      title: name of the file in error messages.
 
     Raises:
       ValueError: if it is damaged, or a model of another kind than UMT5's.
@@ -100,12 +100,12 @@ def parse_model(data: bytes, title: str) -> SentencePieceModel:
 
 
 def build_tokenizer(model: SentencePieceModel, extra_ids: int | None = None) -> tokenizers.Tokenizer:
-    """Makes a tokenizer of the `tokenizers` library, which ends texts with `</s>` as T5's do.
+    """Builds a tokenizer of the `tokenizers` library, which ends texts with `</s>` as T5's tokenizers do.
 
     Args:
       model: the model.
-      extra_ids: number of tokens `<extra_id_0>` and so on behind the pieces; None is 300 for a vocabulary of UMT5's
-        size, else 0.
+      extra_ids: number of tokens `<extra_id_0>` and so on after the pieces; None is 300 for a vocabulary of UMT5's
+        size, and 0 for others.
     """
     vocabulary = [text for text, _ in model.pieces]
     unigrams = models.Unigram(list(model.pieces), model.types.index(UNKNOWN), model.byte_fallback)
@@ -130,7 +130,7 @@ def build_tokenizer(model: SentencePieceModel, extra_ids: int | None = None) -> 
 
 
 def find_tensor(path: str | pathlib.Path) -> pathlib.Path | None:
-    """The weight file, if it holds a tokenizer as ComfyUI's text encoders do; else None.
+    """The weight file, if it contains a tokenizer as ComfyUI's text encoders do; else None.
 
     Args:
       path: weights of a text encoder, or of several networks.
@@ -143,7 +143,7 @@ def find_tensor(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def read_tensor(path: str | pathlib.Path) -> bytes:
-    """The SentencePiece model that a weight file holds as its tensor `spiece_model`.
+    """The SentencePiece model in a weight file's tensor `spiece_model`.
 
     Args:
       path: weights of a text encoder, or of several networks.
@@ -164,12 +164,12 @@ def read_tensor(path: str | pathlib.Path) -> bytes:
         return tensors[names[0]].tobytes()
 
 
-# Fields of TrainerSpec and NormalizerSpec that change tokens -> their wire types.
+# Fields of TrainerSpec and NormalizerSpec that affect the tokens, with their wire types.
 _SPECS = ({3: _VARINT, 24: _VARINT, 35: _VARINT}, {2: _SIZED, 3: _VARINT, 4: _VARINT, 5: _VARINT})
 
 
 def _read_message(data: memoryview) -> tuple[list[tuple[str, float]], list[int], tuple[bytes, bytes]]:
-    """Pieces, their types, and the messages TrainerSpec and NormalizerSpec."""
+    """The pieces, their types, and the messages TrainerSpec and NormalizerSpec."""
     pieces, types = [], []
     specs = {2: [], 3: []}
     for number, kind, value in _fields(data):
@@ -183,7 +183,7 @@ def _read_message(data: memoryview) -> tuple[list[tuple[str, float]], list[int],
             types.append(type_)
         elif number in specs:
             specs[number].append(value)
-    # Protobuf merges a message that comes in parts.
+    # Protobuf merges the parts of a message that is split.
     return pieces, types, (b"".join(specs[2]), b"".join(specs[3]))
 
 
@@ -215,7 +215,7 @@ def _read_piece(data: memoryview, row: int) -> tuple[str, float, int]:
 
 
 def _read_spec(data: bytes, kinds: dict[int, int]) -> Iterator[tuple[int, int | bytes]]:
-    """The fields that are asked for; of one that repeats, the last counts."""
+    """Yields the fields in `kinds`; of repeated fields, the last one counts."""
     for number, kind, value in _fields(memoryview(data)):
         if number in kinds:
             if kind != kinds[number]:
@@ -224,7 +224,7 @@ def _read_spec(data: bytes, kinds: dict[int, int]) -> Iterator[tuple[int, int | 
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """Number, wire type and value of the fields of a message."""
+    """Yields number, wire type and value of a message's fields."""
     at, end = 0, len(data)
     while at < end:
         key, at = _varint(data, at)
@@ -245,7 +245,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number of at most 64 bits, and where it ends."""
+    """A number of at most 64 bits, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -278,7 +278,7 @@ def _check_pieces(pieces: list[tuple[str, float]], types: list[int]) -> None:
 
 
 def _check_charsmap(charsmap: bytes) -> None:
-    """Checks the map's frame: its size, a tree of 32-bit units, then the texts that characters become."""
+    """Checks the map's structure: its size, a tree of 32-bit units, then the replacement texts."""
     if not charsmap:
         return
     size = int.from_bytes(charsmap[:4], "little")

@@ -1,4 +1,7 @@
-"""A stream in a file: it goes on in another process, to the same bits."""
+"""Stream files, from which another process can continue a stream.
+
+With the same number of slots, it continues bit-identically, unless the file is compact.
+"""
 
 import dataclasses
 import hashlib
@@ -19,7 +22,7 @@ from sf_jax.weights.tensors import TensorFile
 
 FORMAT = "sf_jax stream 3"
 KEYS_VALUES = ("k", "v")
-SAMPLE = 4  # entries of every axis but the first, that of the layers, which the digest reads
+SAMPLE = 4  # entries per axis that the digest reads; of the first axis (the layers) it reads all
 
 
 def write(
@@ -35,12 +38,12 @@ def write(
 
     Args:
       path: the file.
-      spec: what the stream is compiled for; `read` refuses another.
-      weights: `params` of the student and `decoder`, by whose digest `read` knows them.
-      one: the stream's state, with an axis of length 1.
-      host: what the host knows of it, ready for JSON.
-      embeddings: float32 [1, S, D] of the prompt, or [3, S, D] with those between which it changes.
-      compact: whether to leave out keys and values.
+      spec: the stream's static settings, which must match in `read`.
+      weights: `params` of the student and `decoder`; `read` compares their digest.
+      one: the stream's state, with a stream axis of length 1.
+      host: the host's state of the stream, JSON-serializable.
+      embeddings: float32 [1, S, D] of the prompt, or [3, S, D] with the old and the new one of a pending change.
+      compact: whether to omit keys and values.
 
     Raises:
       ValueError: if the path cannot be written.
@@ -61,20 +64,20 @@ def write(
 def read(
     path: Path, spec: StreamSpec, weights: Any, like: StreamState
 ) -> tuple[StreamState, dict[str, Any], np.ndarray, bool]:
-    """Reads what `write` wrote.
+    """Reads a file that `write` wrote.
 
     Args:
       path: the file.
-      spec: what the streams here are compiled for.
+      spec: the static settings of the streams here.
       weights: `params` of the student and `decoder`.
       like: shapes of the stream's state.
 
     Returns:
-      The state (its prompt's keys and values, and all keys and values of a compact file, are zeros), what the host
-      knew, the embeddings, and whether the file is compact.
+      The state, the host's state, the embeddings, and whether the file is compact. The prompt's keys and values in the
+      state are zeros, as are all other keys and values from a compact file.
 
     Raises:
-      ValueError: if the file is damaged, or of another model or other sizes.
+      ValueError: if the file is damaged, or was written with another model or other sizes.
     """
     try:
         file = open_safetensors(path)
@@ -115,12 +118,12 @@ def read(
 
 
 def _is_cache(name: str) -> bool:
-    """Whether an array is one of the keys and values, or of their scales."""
+    """Whether an array holds keys or values, or their scales."""
     return name.partition(".")[0] in KEYS_VALUES
 
 
 def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray) -> None:
-    """Refuses what the host cannot have known of such a state."""
+    """Checks that the host's state is consistent with the stream's."""
 
     def whole(values):
         return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
@@ -145,15 +148,15 @@ def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray)
 
 
 def _flat(one: StreamState) -> dict[str, Any]:
-    """The arrays by name, but for the prompt's keys and values, which its embedding gives again."""
+    """The arrays by name, except the prompt's keys and values, which are recomputed from its embedding."""
     leaves = jax.tree_util.tree_leaves_with_path(one.replace(text=()))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _described(spec: StreamSpec) -> dict[str, Any]:
-    """What must be the same where a stream goes on."""
+    """The settings that must match for a stream to continue."""
     fields = {f"model.{name}": value for name, value in dataclasses.asdict(spec.model.config).items()}
-    for name in ("remat", "attention", "scan_layers"):  # the same numbers, computed in another way
+    for name in ("remat", "attention", "scan_layers"):  # these only change how it is computed
         del fields[f"model.{name}"]
     fields |= {f"rollout.{name}": value for name, value in dataclasses.asdict(spec.rollout).items()}
     fields |= {"size": spec.size, "noise_number": spec.noise_number, "cache_dtype": spec.cache_dtype}
@@ -161,7 +164,7 @@ def _described(spec: StreamSpec) -> dict[str, Any]:
 
 
 def _digest(weights: Any) -> str:
-    """A digest of some numbers of `params` and `decoder`, of every layer; the same whether they are stacked or not."""
+    """A digest of samples of `params` and `decoder` from every layer; the same for stacked and separate layers."""
     digest = hashlib.sha256()
     samples = {"params": _sampled(weights["params"]), "decoder": jax.tree.map(_sample, weights["decoder"])}
     for path, leaf in jax.tree_util.tree_leaves_with_path(samples):
@@ -171,12 +174,12 @@ def _digest(weights: Any) -> str:
 
 
 def _sample(leaf):
-    """Some numbers of an array, of all of its first axis."""
+    """Samples of an array, for all of its first axis."""
     return np.asarray(leaf[tuple(slice(SAMPLE if axis else None) for axis in range(np.ndim(leaf)))])
 
 
 def _sampled(params):
-    """Some numbers of the student's parameters, of all layers."""
+    """Samples of the student's parameters, for all layers."""
     if "blocks" not in params:
         few = {name: jax.tree.map(lambda a: a[(slice(SAMPLE),) * a.ndim], params[name]) for name in _layers(params)}
         params = stack_layers(params | few)

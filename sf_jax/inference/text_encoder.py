@@ -1,4 +1,4 @@
-"""Prompts to the embeddings that Wan's transformer attends to: tokenizer and text encoder of a model folder."""
+"""Embeds prompts for Wan's transformer, with the tokenizer and text encoder of a model folder."""
 
 import dataclasses
 import functools
@@ -17,26 +17,26 @@ from sf_jax.parallel.params import GENERATION, tree_shardings
 from sf_jax.weights.folders import ModelFiles
 from sf_jax.weights.networks import describe_network, load_network
 
-REMEMBERED = 64  # embeddings of an encoder that stays in memory
+REMEMBERED = 64  # number of cached embeddings if the encoder stays in memory
 
 
 class TextEncoder(Protocol):
     """Embeds prompts."""
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings [B, S, D] of B prompts; zeros behind each prompt's last token."""
+        """Embeddings [B, S, D] of B prompts; zeros after each prompt's last token."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """Embeds prompts: one on each device at a time, or one after the other where all devices share the parameters.
+    """Embeds prompts: one per device at a time, or one after another if all devices share the parameters.
 
     Attributes:
       tokenizer: the tokenizer.
       config: sizes of the encoder; its `dtype` is that of computation and embeddings.
       params: the encoder's parameters, on every device of the mesh, or split over its axis `tensor`.
-      mesh: devices, axes `data` and `tensor`.
-      executables: where its compiled program is kept, if it is.
+      mesh: devices, with axes `data` and `tensor`.
+      executables: cache of compiled programs; None if there is none.
     """
 
     tokenizer: Tokenizer
@@ -49,7 +49,7 @@ class Embedder:
         """Embeds prompts in order.
 
         Yields:
-          For each prompt its embedding [512, dim], zeros behind the text's end, and the number of its tokens.
+          For each prompt its embedding [512, dim], zeros after the text's end, and its number of tokens.
         """
         split = NamedSharding(self.mesh, PartitionSpec("data"))
         size = self.mesh.shape["data"]
@@ -65,12 +65,15 @@ class Embedder:
 
 @functools.partial(jax.jit, static_argnums=0)
 def embed_tokens(config: Umt5Config, params: dict, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Prompt embeddings [B, L, dim] of tokens int32 [B, L], in the type of computation; see `Umt5Encoder.embed`."""
+    """Prompt embeddings [B, L, dim] of tokens int32 [B, L], in the compute type; see `Umt5Encoder.embed`."""
     return Umt5Encoder(config).apply({"params": params}, ids, mask, method="embed").astype(config.dtype)
 
 
 def encoder_mesh(devices: Sequence[jax.Device], shared: Umt5Config | None = None) -> Mesh:
-    """Devices that embed a prompt each, or share the parameters of an encoder of such sizes: as many as divide them."""
+    """A mesh of devices that embed one prompt each, or share an encoder's parameters.
+
+    With the encoder's sizes `shared`, it has as many devices as divide the parameters.
+    """
     if shared is not None:
         devices = devices[: math.gcd(len(devices), shared.dim_attn, shared.dim_ffn, shared.vocab)]
     shape = (len(devices), 1) if shared is None else (1, len(devices))
@@ -88,9 +91,9 @@ def load_embedder(
 
     Args:
       model: the model folder's files.
-      dtype: of computation and embeddings, "bfloat16" or "float32".
-      devices: that share the prompts; None is the default device alone.
-      split: whether they share the parameters instead, as many of them as divide these.
+      dtype: type of computation and embeddings, "bfloat16" or "float32".
+      devices: devices that share the prompts; None is the default device only.
+      split: whether they share the parameters instead; uses as many devices as divide these.
       unread: see `load_network`.
 
     Raises:
@@ -103,7 +106,7 @@ def load_embedder(
     config, params = load_network(
         model.text_encoder,
         "umt5",
-        dtype=dtype if named and dtype == "bfloat16" else None,  # scaled float8 would take twice the memory
+        dtype=dtype if named and dtype == "bfloat16" else None,  # otherwise scaled float8 would take twice the memory
         sharding=functools.partial(tree_shardings, mesh=mesh, rules=GENERATION),
         scaled=named,
         unread=unread,
@@ -117,10 +120,10 @@ def load_embedder(
 
 
 class Umt5TextEncoder:
-    """Wan's text encoder behind the pipeline's interface.
+    """Wan's text encoder, as the pipeline's `TextEncoder`.
 
-    The encoder of Wan2.1 takes 11 GB: it is loaded for prompts that have no embedding yet, and dropped again unless
-    `keep` is set. Embeddings are remembered, without the zeros behind each prompt's end.
+    The encoder of Wan2.1 takes 11 GB. It is loaded for prompts that are not embedded yet, and freed afterwards unless
+    `keep` is set. Embeddings are cached without the zeros after each prompt's end.
     """
 
     def __init__(
@@ -133,22 +136,22 @@ class Umt5TextEncoder:
         executables: Executables | None = None,
         unread: bool = False,
     ):
-        """Nothing is loaded yet.
+        """Stores the settings; loads nothing yet.
 
         Args:
           files: the model folder's files.
-          dtype: of computation and embeddings, "bfloat16" or "float32".
+          dtype: type of computation and embeddings, "bfloat16" or "float32".
           keep: whether to keep the weights in memory, for prompts that change while a video plays.
-          mesh: the pipeline's; where its devices share videos, they share the encoder, too. Otherwise it is on the
-            default device.
-          executables: where compiled programs are kept, as the commands do.
+          mesh: the pipeline's mesh; if its devices share videos, they share the encoder, too. Otherwise the encoder is
+            on the default device.
+          executables: cache of compiled programs, as used by the commands.
           unread: see `load_network`.
         """
         self.files, self.dtype, self.keep = files, dtype, keep
         self.executables, self.unread = executables, unread
         shared = mesh is not None and mesh.shape["data"] < mesh.size
         self._devices = tuple(mesh.devices.flat) if shared else None
-        # with the weights at hand old embeddings can be computed again
+        # with the weights in memory, evicted embeddings can be recomputed
         self._remembered = REMEMBERED if keep else None
         self._embedder: Embedder | None = None
         self._embeddings: dict[str, np.ndarray] = {}
@@ -160,7 +163,7 @@ class Umt5TextEncoder:
           prompts: B prompts.
 
         Returns:
-          [B, 512, dim], zeros behind each prompt's end.
+          [B, 512, dim], zeros after each prompt's end.
 
         Raises:
           ValueError: if a weight file is damaged, or tokenizer and encoder do not belong together.
@@ -175,7 +178,7 @@ class Umt5TextEncoder:
             self._length = embedder.tokenizer.length
             for prompt, (embedding, count) in zip(missing, embedder.embed(missing), strict=True):
                 self._embeddings[prompt] = embedding[:count].copy()
-        for prompt in prompts:  # the newest last
+        for prompt in prompts:  # moves them to the end, as the newest
             self._embeddings[prompt] = self._embeddings.pop(prompt)
         rows = [self._embeddings[prompt] for prompt in prompts]
         out = np.zeros((len(rows), self._length, rows[0].shape[1]), rows[0].dtype)

@@ -1,7 +1,7 @@
-"""Prompts to the tokens of the text encoder.
+"""Converts prompts to the text encoder's tokens.
 
-Source: official `HuggingfaceTokenizer` with `clean='whitespace'` (wan/modules/tokenizers.py), on the `tokenizers`
-library alone.
+Source: official `HuggingfaceTokenizer` with `clean='whitespace'` (wan/modules/tokenizers.py), using only the
+`tokenizers` library.
 """
 
 import base64
@@ -21,24 +21,24 @@ from sf_jax import strict_json
 from sf_jax.inference import sentencepiece
 from sf_jax.messages import quoted, shortened
 
-# Where the tokenizer is: its own folder, the official model folder, a diffusers model folder.
+# Possible places of the tokenizer: its own folder, the official model folder, a diffusers model folder.
 FOLDERS = ("", "google/umt5-xxl", "tokenizer")
-# The files that are read, the first that is there.
+# Supported files; the first that exists is read.
 NAMES = ("tokenizer.json", "spiece.model")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 PAD, END = ("<pad>", 0), ("</s>", 1)
-# No token of UMT5 has more than 16 characters, so that what is cut off would be cut from the tokens, too.
+# UMT5's tokens have at most 16 characters, so text beyond this would exceed the token limit anyway.
 _CHARACTERS_PER_TOKEN = 128
 _MAX_BYTES = 256 << 20  # of tokenizer.json; UMT5's has 17 MB
-_MAX_GROWTH = 256  # how many times longer the steps of a tokenizer may make a text; UMT5's at most 66 times
+_MAX_GROWTH = 256  # limit on the factor by which a tokenizer's steps lengthen a text; UMT5's is at most 66
 _MAX_STEPS = 64
-# Text of many kinds: a tokenizer that cannot take it is damaged.
+# Varied texts: a tokenizer that fails on one of them is damaged.
 _TRIAL = ("", "a cat", "\u00e9\u732b \U0001f408\u200b\ufffd", "a" * 300 + "!", " a" * 300, "\t\x00 \n")
 
 
 def clean_text(prompt: str) -> str:
-    """A prompt as the tokenizer wants it: broken Unicode and HTML entities repaired, white space single."""
-    import ftfy  # here, as the moving digits' words need none
+    """Cleans a prompt for the tokenizer: repairs broken Unicode, unescapes HTML entities, collapses white space."""
+    import ftfy  # imported here, as the moving digits do not need it
 
     # Twice, because entities are often escaped themselves: "&amp;lt;".
     unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -47,7 +47,7 @@ def clean_text(prompt: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Turns prompts into tokens.
+    """Converts prompts to tokens.
 
     Attributes:
       backend: the tokenizer of the `tokenizers` library, which pads and truncates to `length`.
@@ -59,21 +59,21 @@ class Tokenizer:
 
     @property
     def vocab(self) -> int:
-        """Number of tokens, by the highest; the encoder's embedding must have at least as many rows."""
+        """Highest token id plus one; the encoder's embedding must have at least as many rows."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of prompts.
+        """Tokenizes prompts.
 
         Args:
           prompts: B prompts; the empty one is the unconditional input.
 
         Returns:
-          ids int32 [B, length]: the text, cut where it is too long, then `</s>`, then `<pad>`; mask int32
-          [B, length]: 1 up to and including `</s>`, then 0.
+          ids int32 [B, length]: the text, truncated if too long, then `</s>`, then `<pad>`; mask int32 [B, length]: 1
+          up to and including `</s>`, then 0.
 
         Raises:
-          ValueError: if `prompts` is not a sequence of strings, or the tokenizer cannot take one.
+          ValueError: if `prompts` is not a sequence of strings, or the tokenizer fails on one.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts: got the single string {quoted(prompts)}, allowed: a sequence of strings")
@@ -81,7 +81,7 @@ class Tokenizer:
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise ValueError(f"prompts[{row}]: got {type(prompt).__name__}, allowed: a string")
-            # Cut before it is tokenized, as megabytes of text take minutes.
+            # Truncated first, as tokenizing megabytes of text takes minutes.
             prompt = prompt.lstrip()[: _CHARACTERS_PER_TOKEN * self.length]
             with _in_one_line(f"prompts[{row}]: the tokenizer cannot take {quoted(prompt)}"):
                 encoding = self.backend.encode(clean_text(prompt))
@@ -90,11 +90,11 @@ class Tokenizer:
 
 
 def find_file(place: str | pathlib.Path) -> pathlib.Path:
-    """The file of a tokenizer.
+    """Finds the file of a tokenizer.
 
     Args:
       place: the tokenizer's folder, or the model folder that has it as `google/umt5-xxl` or `tokenizer`; or its file: a
-        `tokenizer.json`, a SentencePiece model, or weights that hold one.
+        `tokenizer.json`, a SentencePiece model, or weights that contain one.
 
     Raises:
       ValueError: if there is none.
@@ -110,17 +110,17 @@ def find_file(place: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
-    """Reads `tokenizer.json`, or a SentencePiece model.
+    """Loads `tokenizer.json`, or a SentencePiece model.
 
-    Both give the same tokens, but for characters that no token has: as SentencePiece does, and so ComfyUI, a model
-    with `byte_fallback` makes bytes of them, a `tokenizer.json` only if it says so.
+    Both give the same tokens, except for characters that no token contains. A model with `byte_fallback` converts these
+    to bytes, as SentencePiece and thus ComfyUI do; a `tokenizer.json` does so only if it is configured to.
 
     Args:
-      folder: where it is, see `find_file`.
-      length: tokens per prompt, `</s>` included; the length that Wan2.1 was trained with is 512.
+      folder: its location, see `find_file`.
+      length: tokens per prompt, including `</s>`; Wan2.1 was trained with 512.
 
     Raises:
-      ValueError: if there is no such file, if it is damaged, or if it is the tokenizer of another model.
+      ValueError: if there is no such file, it is damaged, or it is the tokenizer of another model.
     """
     if length < 1:
         raise ValueError(f"length is {length}: it must be at least 1")
@@ -139,7 +139,7 @@ def load_tokenizer(folder: str | pathlib.Path, length: int = 512) -> Tokenizer:
         backend.enable_padding(length=length, pad_id=PAD[1], pad_token=PAD[0])
         numbers = {token: backend.token_to_id(token) for token, _ in (PAD, END)}
         trials = [backend.encode(text).ids for text in _TRIAL]
-        np.asarray(trials, np.int32)  # an OverflowError where a token has a number beyond
+        np.asarray(trials, np.int32)  # raises OverflowError if a token id exceeds int32
         ends = backend.num_special_tokens_to_add(False) == 1 and trials[0][0] == END[1]
     for token, expected in (PAD, END):
         if numbers[token] != expected:
@@ -159,7 +159,7 @@ def _is_weights(path):
 
 
 def _read_model(path):
-    """The SentencePiece model of a file, None for a tokenizer.json."""
+    """The SentencePiece model of a file; None for a tokenizer.json."""
     if _is_weights(path):
         return sentencepiece.parse_model(sentencepiece.read_tensor(path), f"spiece_model of {path}")
     if path.suffix == ".json":
@@ -171,7 +171,7 @@ def _read_model(path):
 
 
 def _check_growth(stored: dict) -> None:
-    """Refuses a tokenizer.json that makes long texts of short ones: the library would end the process for its memory.
+    """Rejects a tokenizer.json that makes short texts very long, as the library would run out of memory and abort.
 
     Raises:
       ValueError: its steps could make a text more than `_MAX_GROWTH` times longer, or are too many.
@@ -187,7 +187,7 @@ def _check_growth(stored: dict) -> None:
 
 
 def _steps(part) -> Iterator[dict]:
-    """The steps of a part of a tokenizer, those of sequences within sequences too."""
+    """Yields the steps of a part of a tokenizer, including those of nested sequences."""
     if not isinstance(part, dict):
         return
     nested = [part[key] for key in ("normalizers", "pretokenizers", "processors") if isinstance(part.get(key), list)]
@@ -199,21 +199,21 @@ def _steps(part) -> Iterator[dict]:
 
 
 def _longest(step: dict, length: int) -> int:
-    """The most characters that a step makes of `length`; what is wrong with it is left to the library."""
+    """The maximum length of a step's output for `length` characters; the library reports invalid steps."""
     kind = step.get("type")
     if kind == "Replace":
         pattern, content = step.get("pattern"), str(step.get("content"))
         text = pattern.get("String") if isinstance(pattern, dict) else pattern
         if isinstance(text, str) and text:
             return max(length, -(-length // len(text)) * len(content))
-        return length * (1 + len(content))  # an expression may match between all characters
+        return length * (1 + len(content))  # a regular expression may match between all characters
     if kind == "Prepend":
         return length + len(str(step.get("prepend")))
     if kind == "ByteLevel":
-        return 4 * length  # a character for each byte
+        return 4 * length  # one character per byte
     if kind == "Precompiled":
         charsmap = base64.b64decode(str(step.get("precompiled_charsmap")))
-        texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]  # behind a search tree of so many bytes
+        texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]  # after a search tree of so many bytes
         return length * max(1, *map(len, texts.decode(errors="replace").split("\0")))
     if kind == "TemplateProcessing" and isinstance(step.get("single"), list):
         return length * max(1, sum("Sequence" in piece for piece in step["single"] if isinstance(piece, dict)))
@@ -222,11 +222,11 @@ def _longest(step: dict, length: int) -> int:
 
 @contextlib.contextmanager
 def _in_one_line(what: str, advice: str = "") -> Iterator[None]:
-    """Turns what the library raises into a ValueError: exceptions of any kind, and the panics of Rust."""
+    """Converts everything that the library raises to ValueError: any exception, and Rust's panics."""
     try:
         yield
     except BaseException as error:
-        # Panics are no Exception, and their class cannot be imported; Ctrl-C must pass.
+        # Panics are not Exceptions, and their class cannot be imported; Ctrl-C must pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{what} ({shortened(str(error), 120) or type(error).__name__}){advice}") from error
@@ -234,7 +234,7 @@ def _in_one_line(what: str, advice: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_panics() -> Iterator[None]:
-    """Keeps what Rust prints of a panic off the terminal; for the start of a program, when no other thread prints."""
+    """Hides what Rust prints for a panic; only for a program's start, when no other thread prints."""
     sys.stderr.flush()
     with open(os.devnull, "wb") as nowhere:
         stderr = os.dup(2)
@@ -247,7 +247,7 @@ def _without_panics() -> Iterator[None]:
 
 
 def _missing(place):
-    """Why there is no tokenizer, and what to do."""
+    """The reason why there is no tokenizer, and what to do."""
     if place.is_file():
         return (
             f"{place} is no tokenizer: allowed are tokenizer.json, spiece.model and weights that hold the latter; take "

@@ -1,1 +1,1 @@
-"""Endless video over WebSocket and HTTP, and the page that shows it; `python -m sf_jax.serve`."""
+"""Endless video over WebSocket and HTTP, with a web page that plays it; `python -m sf_jax.serve`."""

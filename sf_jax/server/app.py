@@ -1,4 +1,4 @@
-"""The ASGI app: the page, the WebSocket, REST, health and metrics."""
+"""The ASGI app: the page, the WebSocket, the REST API, health checks and metrics."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from sf_jax.server.protocol import RequestError
 from sf_jax.server.sessions import Connection, Limits, Playback, check_ready, frame_size
 
 ENCODERS = 2  # threads
-FRAGMENTS = 4  # chunks of a video that wait for a slow client
+FRAGMENTS = 4  # maximum number of a video's chunks that wait for a slow client
 STATUS = {"busy": 503, "starting": 503, "internal": 500, "generation_failed": 500, "shutdown": 503}
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -37,14 +37,14 @@ PAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """What the app serves.
+    """The configuration of the app.
 
     Attributes:
-      engine: makes the chunks.
+      engine: generates the chunks.
       playback: how they are shown.
-      limits: what a client may ask for.
-      rules: who may ask.
-      name: of the model.
+      limits: limits on what a client may request.
+      rules: access rules.
+      name: name of the model.
       examples: prompts that the page suggests.
     """
 
@@ -57,20 +57,20 @@ class Service:
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """The reason why a request was rejected."""
 
     code: str
     message: str
 
 
 class ProblemBody(BaseModel):
-    """The body of a refusal."""
+    """The body of an error response."""
 
     error: Problem
 
 
 class VideoRequest(BaseModel):
-    """A video to be made."""
+    """A request for a whole video."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Annotated[str, Field(min_length=1, max_length=protocol.MAX_PROMPT)]
@@ -82,11 +82,11 @@ class VideoRequest(BaseModel):
 
 
 def make_app(service: Service, wait: bool = False) -> ASGIApp:
-    """The app; it starts the engine when the server starts, and ends it with the server.
+    """Makes the app, which starts and stops the engine together with the server.
 
     Args:
-      service: what it serves.
-      wait: whether to take no request before the engine is ready; if it cannot be, the start fails.
+      service: the app's configuration.
+      wait: whether to accept no requests before the engine is ready; the server then fails to start if the engine does.
     """
     encoders = ThreadPoolExecutor(ENCODERS, "encoder")
 
@@ -110,7 +110,7 @@ def make_app(service: Service, wait: bool = False) -> ASGIApp:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page's files, by routes of their own: no path comes from a client."""
+    """Serves the page's files by fixed routes, so that no path comes from a client."""
     for route, (name, kind) in PAGE.items():
         content = (resources.files("sf_jax.server") / "page" / name).read_bytes()
         app.get(route, include_in_schema=False)(_constant(content, kind))
@@ -126,12 +126,12 @@ def _constant(content: bytes, kind: str):
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def alive() -> dict[str, str]:
-        """The process answers."""
+        """Reports that the process is alive."""
         return {"status": "alive"}
 
     @app.get("/readyz", responses={503: {"model": ProblemBody}})
     async def ready() -> dict[str, str]:
-        """Weights are loaded and every program is compiled; 503 until then, and while the server drains."""
+        """Reports readiness: weights loaded and all programs compiled; 503 before that, and while the server drains."""
         check_ready(service.engine)
         if service.engine.draining:
             raise RequestError("shutdown", "the server is shutting down")
@@ -144,7 +144,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/info", responses={503: {"model": ProblemBody}})
     async def info() -> dict:
-        """What this server makes."""
+        """Describes the model and the settings of this server."""
         check_ready(service.engine)
         pipe, (height, width) = service.engine.pipe, frame_size(service.engine, service.playback)
         return {
@@ -175,7 +175,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         status = STATUS.get(error.code, 400)
         if status == 503:
             headers["retry-after"] = str(service.engine.retry_after())
-        if request.url.path != "/readyz":  # whose probes are no requests
+        if request.url.path != "/readyz":  # its probes do not count as requests
             service.engine.metrics.refused.labels(error.code).inc()
         return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status, headers)
 
@@ -200,7 +200,7 @@ def _add_video(app: FastAPI, service: Service, encoders: ThreadPoolExecutor) -> 
         responses={200: {"content": {"video/mp4": {}}, "description": "Fragmented MP4, H.264"}, **refusals},
     )
     async def video(request: VideoRequest, http: Request) -> StreamingResponse:
-        """Makes a whole video; its bytes come as they are made."""
+        """Generates a whole video, and streams it during generation."""
         check_ready(service.engine)
         if request.num_frames > service.limits.video_frames:
             most = service.limits.video_frames
@@ -211,7 +211,7 @@ def _add_video(app: FastAPI, service: Service, encoders: ThreadPoolExecutor) -> 
 async def _video(
     request: VideoRequest, http: Request, service: Service, encoders: ThreadPoolExecutor
 ) -> StreamingResponse:
-    """Waits for the first chunk, so that a refusal can still be told, and answers with all of them."""
+    """Waits for the first chunk, so that an error can still set the status, then streams all chunks."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
     def send(event):
@@ -255,7 +255,7 @@ async def _video(
 
 
 async def _first_chunk(events: asyncio.Queue, http: Request) -> engine.Chunk:
-    """The first chunk, unless the client goes while it waits for a slot."""
+    """The first chunk, unless the client disconnects while waiting for a slot."""
     task = asyncio.create_task(_next_chunk(events))
     try:
         while not (await asyncio.wait({task}, timeout=1.0))[0]:
@@ -270,7 +270,7 @@ async def _next_chunk(events: asyncio.Queue) -> engine.Chunk | None:
     """The next chunk; None at the end.
 
     Raises:
-      RequestError: if there is none because something went wrong.
+      RequestError: if the video ended early or failed.
     """
     while True:
         match await events.get():

@@ -1,6 +1,7 @@
-"""One thread that owns the devices: it lets sessions in, steps their streams in one batch, and changes their prompts.
+"""The engine: one thread that owns the devices, admits sessions, steps their streams in one batch, changes prompts.
 
-Everything here happens in that thread. Others put commands into its queue and get events back by `Session.send`.
+Everything here runs in that thread. Other threads put commands into its queue and receive events through
+`Session.send`.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from sf_jax.server.metrics import Metrics
 from sf_jax.server.protocol import Interaction, RequestError
 
 log = logging.getLogger(__name__)
-REPORT_SECONDS = 0.1  # by which a viewer's own account of where it is may lag behind
+REPORT_SECONDS = 0.1  # maximum delay of a viewer's reported position
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Place of a session among those that wait for a slot; 0 is next."""
+    """A session's place in the queue for a slot; 0 is next."""
 
     place: int
 
@@ -42,11 +43,11 @@ class Chunk:
     """Frames of a session.
 
     Attributes:
-      index: of the chunk, from 0.
+      index: index of the chunk, from 0.
       frames: uint8 [m, h, w, c].
-      seconds: that the step took, for all streams together.
-      ahead: chunks that the viewer has not played yet, this one included.
-      started, active, completed: ids of interactions that first affect it, contribute to it, and are done with it.
+      seconds: duration of the step, which all streams share.
+      ahead: number of chunks that the viewer has not played yet, including this one.
+      started, active, completed: ids of the interactions that begin with it, affect it, and end with it.
     """
 
     index: int
@@ -60,7 +61,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """Something that the client asked for did not work; `ends` says whether the session is over."""
+    """A client's request failed; `ends` is whether this ends the session."""
 
     error: RequestError
     ends: bool
@@ -68,7 +69,7 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """The session is over: "completed", "stopped", "lifetime" or "shutdown"."""
+    """The session has ended: "completed", "stopped", "lifetime" or "shutdown"."""
 
     reason: str
 
@@ -79,16 +80,16 @@ class Session:
 
     Attributes:
       request_id: its name.
-      prompt: the first one.
-      seed: of its noise.
-      fps: frames a second at which it is played.
-      num_frames: how long it is; None is without end.
-      send: takes events, in the engine's thread; it must not block.
-      wants_more: whether the client can take another chunk; None plays in real time.
+      prompt: the first prompt.
+      seed: seed of its noise.
+      fps: frames per second of playback.
+      num_frames: its length; None is endless.
+      send: receives events in the engine's thread; must not block.
+      wants_more: whether the client can take another chunk; None generates in real time.
       lifetime: seconds after which it ends.
-      buffer: seconds that are made ahead of `position`, where the viewer tells it; None plays in real time.
-      position: seconds that the viewer has played, by its own account.
-      has_room: whether its connection can take another chunk; None always can.
+      buffer: seconds to generate ahead of `position`, if the viewer reports it; None assumes playback in real time.
+      position: seconds that the viewer has played, as reported.
+      has_room: whether its connection can take another chunk; None is always.
     """
 
     request_id: str
@@ -107,39 +108,39 @@ class Session:
     stream: int | None = None
     chunks: int = 0
     frames: int = 0
-    clock: float | None = None  # when its first frame was played, had it never paused
+    clock: float | None = None  # time at which its first frame was played, shifted by pauses and underruns
     paused_at: float | None = None
-    last: float | None = None  # when its last chunk was made
-    interaction: tuple[str, int] | None = None  # the id of the one in effect, and chunks until it is done
-    begins: bool = False  # whether that one has not affected a chunk yet
+    last: float | None = None  # when its last chunk was generated
+    interaction: tuple[str, int] | None = None  # id of the current one, and chunks until it is complete
+    begins: bool = False  # whether that interaction has not affected a chunk yet
     over: bool = False
 
     def lead(self, now: float) -> float:
-        """Seconds of video that the viewer has not played."""
+        """Seconds of video that the viewer has not played yet."""
         if self.buffer is not None:
             return self.frames / self.fps - self.position
         return self._real_lead(now)
 
     def _real_lead(self, now: float) -> float:
-        """The same, of a viewer who plays in real time."""
+        """The same, assuming playback in real time."""
         if self.clock is None:
             return 0.0
         return self.frames / self.fps - ((self.paused_at or now) - self.clock)
 
     def due(self, now: float, ahead: float) -> float:
-        """Seconds until the next chunk is to be made, so that `ahead` seconds are ready; infinity while paused."""
+        """Seconds until the next chunk is due, so that `ahead` seconds are ready; infinity while paused."""
         if self.paused_at is not None or (self.has_room is not None and not self.has_room()):
             return math.inf
         if self.wants_more is not None:
             return 0.0 if self.wants_more() else math.inf
         if self.buffer is None:
             return self.lead(now) - ahead
-        # a viewer who claims to play faster than in real time gets no more for it
+        # a viewer that reports playing faster than real time gets no extra chunks
         return max(0.0, self._real_lead(now) - self.buffer - ahead) if self.lead(now) < self.buffer else math.inf
 
 
 class Engine:
-    """Streams of one pipeline for many sessions."""
+    """Runs the streams of many sessions on one pipeline."""
 
     def __init__(
         self,
@@ -153,17 +154,17 @@ class Engine:
         mode: str = "swap",
         context_timestep: float | None = None,
     ):
-        """Nothing is loaded before `start`.
+        """Creates the thread; nothing is loaded before `start`.
 
         Args:
-          load: makes the pipeline.
-          metrics: what it counts.
-          slots: streams at once.
-          waiting: sessions that may wait for a slot.
-          ahead: chunks that are made before they are played.
+          load: loads the pipeline.
+          metrics: the metrics to update.
+          slots: maximum number of simultaneous streams.
+          waiting: maximum number of sessions that wait for a slot.
+          ahead: number of chunks to generate ahead of playback.
           memory: see `Stream`.
-          mode: of a new prompt, where the client does not say.
-          context_timestep: with that mode.
+          mode: mode of a prompt change, if the client does not set it.
+          context_timestep: context timestep for that mode.
         """
         self.mode, self.context_timestep = mode, context_timestep
         self._load, self.metrics, self.slots, self.waiting, self.ahead = load, metrics, slots, waiting, ahead
@@ -184,11 +185,11 @@ class Engine:
         self._thread.start()
 
     def drain(self) -> None:
-        """Admits no new sessions."""
+        """Stops admitting new sessions."""
         self.draining = True
 
     def end_all(self) -> None:
-        """Ends all sessions because the server is shutting down."""
+        """Ends all sessions for a shutdown."""
         self._commands.put(lambda: [self._end(session, "shutdown") for session in [*self._playing, *self._queue]])
 
     def close(self, timeout: float | None = None) -> None:
@@ -199,20 +200,20 @@ class Engine:
 
     @property
     def full(self) -> bool:
-        """Whether another session would be refused."""
+        """Whether another session would be rejected."""
         return len(self._playing) + len(self._queue) >= self.slots + self.waiting
 
     @property
     def used(self) -> int:
-        """Sessions that play or wait."""
+        """Number of sessions that play or wait."""
         return len(self._playing) + len(self._queue)
 
     def retry_after(self) -> int:
-        """Seconds after which it is worth asking again; a guess."""
+        """Rough estimate of the seconds after which a retry may succeed."""
         return 5 + 2 * len(self._queue)
 
     def submit(self, session: Session) -> None:
-        """Lets a session in, or has it wait; its events come by `session.send`."""
+        """Admits or queues a session; its events arrive through `session.send`."""
         self._commands.put(lambda: self._submit(session))
 
     def interact(self, session: Session, interaction: Interaction) -> None:
@@ -220,32 +221,32 @@ class Engine:
         self._commands.put(lambda: self._interact(session, interaction))
 
     def pause(self, session: Session, paused: bool) -> None:
-        """Stops making chunks of a session, or goes on."""
+        """Pauses or resumes a session."""
         self._commands.put(lambda: self._pause(session, paused))
 
     def play(self, session: Session, position: float) -> None:
-        """Tells how many seconds of its video a viewer has played."""
+        """Reports how many seconds of its video a viewer has played."""
         self._commands.put(lambda: self._play(session, position))
 
     def end(self, session: Session, reason: str = "stopped") -> None:
-        """Ends a session; its slot is free."""
+        """Ends a session and frees its slot."""
         self._commands.put(lambda: self._end(session, reason))
 
     def wake(self) -> None:
-        """Looks at `wants_more` again."""
+        """Makes the engine check `wants_more` and `has_room` again."""
         self._commands.put(lambda: None)
 
     def _run(self) -> None:
         try:
             self.pipe = self._load()
             self._chunk_frames = self.pipe.rollout.chunk * self.pipe.temporal_factor
-            # a text encoder that is kept takes its memory before the slots are counted
+            # loads a text encoder that stays in memory before the memory for slots is measured
             self.pipe.text_encoder.encode([""])
             self._stream = self._new_stream()
             self._warm()
             self.ready.set()
             self._serve()
-        except BaseException as error:  # whoever waits for `ready` or `ended` reports it
+        except BaseException as error:  # reported by those who wait for `ready` or `ended`
             self.error = error
             if self.ready.is_set():
                 log.error("the engine ended", exc_info=error)
@@ -268,7 +269,7 @@ class Engine:
         return Stream(self.pipe, self.slots, memory=self._memory)
 
     def _warm(self) -> None:
-        """Runs every program once: those of a window that is full, and those of one that was flushed."""
+        """Runs every program once, with a full window and with a flushed one."""
         stream, prompt = self._stream, np.zeros((self._text.text_len, self._text.text_dim), np.float32)
         one = stream.join(prompt)
         for _ in range(-(-self.pipe.rollout.window // self.pipe.rollout.chunk)):
@@ -278,7 +279,7 @@ class Engine:
             stream.prompt(one, prompt, mode, context_timestep=timestep)
             stream.step([one])[one]
         for mode, timestep in [("recache", None), ("flush", 400.0)] if recaches else [("flush", None)]:
-            stream.prompt(one, prompt, "flush")  # forgets at once, and the next prompt takes its place
+            stream.prompt(one, prompt, "flush")  # takes effect at once; the next prompt replaces it
             stream.prompt(one, prompt, mode, context_timestep=timestep)
             stream.step([one])[one]
         stream.prompt(one, prompt, "cut")
@@ -293,14 +294,14 @@ class Engine:
         return self._chunk_frames / session.fps
 
     def _wait(self, now: float) -> float | None:
-        """Seconds until something is to be done; None is until a command comes."""
+        """Seconds until the next action; None waits for a command."""
         dues = [s.due(now, self.ahead * self._chunk_seconds(s)) for s in self._playing]
         ends = [s.admitted + s.lifetime - now for s in self._playing]
         least = min(dues + ends, default=math.inf)
         return None if math.isinf(least) else max(0.0, least)
 
     def _commanded(self, timeout: float | None) -> bool:
-        """Does what was asked for; False when the engine is to end."""
+        """Executes the queued commands; False if the engine must end."""
         try:
             command = self._commands.get(timeout=timeout) if timeout != 0 else self._commands.get_nowait()
             while True:
@@ -332,7 +333,7 @@ class Engine:
             error = RequestError("not_started", "the video has not begun: wait for video.start", name)
             session.send(Failed(error, ends=False))
             return
-        # a transition of one chunk reaches its end in the first: the protocol's 0 and 1 are the same
+        # The protocol's transition of N chunks ends in the Nth, so 0 and 1 are the same.
         blends = max(0, interaction.transition_chunks - 1)
         if interaction.mode == "cut" and blends:
             count = interaction.transition_chunks
@@ -353,7 +354,7 @@ class Engine:
                 context_timestep=timestep,
                 overshoot=overshoot,
             )
-        except BaseException as error:  # a tokenizer's panic is no Exception
+        except BaseException as error:  # a tokenizer's panic is not an Exception
             session.send(Failed(_request_error(error, "invalid_interaction", name), ends=False))
             return
         session.interaction = (name, blends + (OVERSHOOT_CHUNKS if overshoot else 0) + 1)
@@ -396,7 +397,7 @@ class Engine:
             session = self._queue.popleft()
             try:
                 session.stream = self._stream.join(session.prompt, seed=session.seed)
-            except BaseException as error:  # a tokenizer's panic is no Exception
+            except BaseException as error:  # a tokenizer's panic is not an Exception
                 self._fail(session, _request_error(error, "invalid_prompt"))
                 continue
             self._playing.append(session)
@@ -410,13 +411,13 @@ class Engine:
         self.metrics.queue.set(len(self._queue))
 
     def _step(self, now: float) -> None:
-        """Makes the next chunk of the sessions that are due, and of those that soon will be."""
+        """Generates the next chunk of the sessions that are due or soon will be."""
         for session in [s for s in self._playing if now - s.admitted > s.lifetime]:
             self._end(session, "lifetime")
         ahead = {s: self.ahead * self._chunk_seconds(s) for s in self._playing}
         if not any(s.due(now, ahead[s]) <= 0 for s in self._playing):
             return
-        # one batch for all: those who would follow within half a chunk come along
+        # one batch for all: includes sessions that are due within half a chunk
         due = [s for s in self._playing if s.due(now, ahead[s]) <= self._chunk_seconds(s) / 2]
         frames = self._stepped(due)
         done = time.monotonic()
@@ -425,18 +426,18 @@ class Engine:
             self._deliver(session, pixels, done, done - now)
 
     def _stepped(self, due: list[Session]) -> dict[Session, np.ndarray]:
-        """Frames of a step of these sessions; those for which it fails are over, the others go on."""
+        """Frames of one step of these sessions; if the step fails for some, only those end."""
         try:
             step = self._stream.step([s.stream for s in due])
             return {s: step[s.stream] for s in due}
-        except ValueError as error:  # one of the streams is at its end
+        except ValueError as error:  # one of the streams has reached its end
             if len(due) > 1:
                 return {s: pixels for one in due for s, pixels in self._stepped([one]).items()}
             self._fail(due[0], _request_error(error, "generation_failed"))
         except Exception as error:
             log.error("a step failed", exc_info=error)
             lost = [s for s in self._playing if s.stream not in self._stream.playing]
-            if not lost:  # the state may be gone
+            if not lost:  # the state may be lost
                 lost, self._stream = list(self._playing), self._new_stream()
             for session in lost:
                 self._fail(session, _request_error(error, "generation_failed"))
@@ -451,7 +452,7 @@ class Engine:
             session.clock = now
             metrics.first_chunk.observe(now - session.asked)
         elif session.wants_more is None:
-            # a position that a viewer told is a little old
+            # a reported position is slightly old
             late = (REPORT_SECONDS if session.buffer is not None else 0.0) - session.lead(now)
             if late >= 0:
                 session.clock += late
@@ -476,7 +477,7 @@ class Engine:
 
 
 def _request_error(error: BaseException, code: str, event_id: str | None = None) -> RequestError:
-    """What a client may know of an error: mistakes of its own, never what went on inside."""
+    """The part of an error that a client may see: its own mistakes, but no internals."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, ValueError):

@@ -1,4 +1,4 @@
-"""Who may ask: token, origin, host, rates and sizes, before anything else looks at a request."""
+"""Access control: checks token, origin, host, rates and sizes before a request reaches the app."""
 
 import asyncio
 import dataclasses
@@ -17,7 +17,7 @@ from sf_jax.server import protocol
 COOKIE = "sf_jax_token"
 OPEN = ("/healthz", "/readyz")
 COUNTED = ("/v1/realtime/video", "/v1/videos")
-ADDRESSES = 4096  # whose rates are remembered
+ADDRESSES = 4096  # maximum number of addresses whose rates are remembered
 MAX_BODY = protocol.MAX_MESSAGE
 BODY_SECONDS = 10
 HEADERS = {
@@ -31,14 +31,14 @@ HEADERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Who may ask.
+    """The access rules.
 
     Attributes:
-      token: that every request needs, but for those in `OPEN`; None asks for none.
-      origins: of other pages that may use the server, such as "https://example.org"; "*" is all.
-      hosts: names under which browsers may reach it; None is any.
-      burst, rate: sessions and videos of one address at once, and a second.
-      connections: requests and WebSockets at once.
+      token: required for every request, except those in `OPEN`; None requires none.
+      origins: origins of other pages that may use the server, such as "https://example.org"; "*" allows all.
+      hosts: names under which browsers may reach it; None allows any.
+      burst, rate: sessions and videos per address, at once and per second.
+      connections: maximum number of simultaneous requests and WebSockets.
     """
 
     token: str | None = None
@@ -50,16 +50,16 @@ class Rules:
 
 
 class Guard:
-    """ASGI middleware that refuses what the rules do not allow, and adds security headers to what it lets through."""
+    """ASGI middleware that rejects what the rules do not allow, and adds security headers to responses."""
 
     def __init__(self, app: ASGIApp, rules: Rules, refused):
-        """Wraps an app; `refused` is the counter, by code."""
+        """Wraps an app; `refused` counts rejections by code."""
         self.app, self.rules, self.refused = app, rules, refused
         self._rates: OrderedDict[str, protocol.RateLimit] = OrderedDict()
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request or WebSocket."""
+        """Handles one request or WebSocket."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         refusal = self._refusal(scope)
@@ -82,7 +82,7 @@ class Guard:
             self._open -= 1
 
     def _refusal(self, scope: Scope) -> tuple[int, str, str, dict] | None:
-        """Status, code, message and headers, where a request is refused."""
+        """Status, code, message and headers of a rejection; None if the request is allowed."""
         rules, headers = self.rules, _headers(scope)
         host = headers.get("host", "")
         if rules.hosts is not None and _name(host) not in rules.hosts:
@@ -111,7 +111,7 @@ class Guard:
         return any([_same(token, self.rules.token) for token in tokens])
 
     def _login(self, scope: Scope) -> tuple[str, str] | None:
-        """Where a page opened with its token in the address goes on without it, and the cookie that it gets."""
+        """If the page's address contains the token: the address without it for a redirect, and a cookie with it."""
         if self.rules.token is None or scope["path"] != "/" or b"token=" not in scope["query_string"]:
             return None
         secure = "; Secure" if scope["scheme"] == "https" else ""
@@ -131,11 +131,11 @@ class TooLarge(Exception):
 
 
 async def _buffered(receive: Receive) -> Receive:
-    """Reads a whole body, and gives it out again.
+    """Reads a whole body, and returns a `receive` that replays it.
 
     Raises:
       TooLarge: if it is larger than `MAX_BODY`.
-      TimeoutError: if it does not come.
+      TimeoutError: if it does not arrive within `BODY_SECONDS`.
     """
     parts, more = [], True
     async with asyncio.timeout(BODY_SECONDS):
@@ -156,7 +156,7 @@ async def _buffered(receive: Receive) -> Receive:
 
 
 def _netloc(origin: str) -> str | None:
-    """Host and port of an origin; None where it has none."""
+    """Host and port of an origin; None if it has none."""
     try:
         return urllib.parse.urlsplit(origin).netloc or None
     except ValueError:
@@ -179,12 +179,12 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without port."""
+    """The name in a Host header, without the port."""
     return host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0].lower()
 
 
 def _network(address: str) -> str:
-    """An address, of IPv6 the network that one client has for itself."""
+    """An address; for IPv6, its /64 network, which a single client can have for itself."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -206,7 +206,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, code:
     if scope["type"] == "websocket":
         await receive()
         later = "retry-after" in headers
-        if later:  # browsers see the code of an open connection alone
+        if later:  # browsers see the close codes of accepted connections only
             message = {"type": "error", "code": code, "message": text, "retry_after": int(headers["retry-after"])}
             await send({"type": "websocket.accept"})
             await send({"type": "websocket.send", "text": json.dumps(message)})

@@ -1,4 +1,4 @@
-"""Runs the app on uvicorn: the address, the signals, and the end."""
+"""Runs the app on uvicorn: address, signals and shutdown."""
 
 import dataclasses
 import logging
@@ -28,26 +28,26 @@ WAN_EXAMPLES = (
     "Waves roll onto a black beach under a stormy sky, seen from above.",
     "A paper boat drifts down a rain-filled street, city lights in the water.",
 )
-# positions that do not end at 1024 frames; the same as in training as long as the window is not full
+# Relative positions are not limited to 1024 frames, and equal those of training until the window is full.
 WAN_WINDOW = {"window": 21, "sink": 3, "positions": "relative"}
-RECEIVED_BURST, RECEIVED_RATE = 2**16, 2**15  # bytes of a WebSocket's client at once, and a second
-UNSENT = 2**12  # bytes that wait in the kernel, and as many in the process, for a slow viewer
-PING, PONG = 3.0, 6.0  # seconds between two signs of life, and until a client that gives none is gone
+RECEIVED_BURST, RECEIVED_RATE = 2**16, 2**15  # bytes that a WebSocket's client may send at once, and per second
+UNSENT = 2**12  # bytes that may wait in the kernel, and as many in the process, for a slow viewer
+PING, PONG = 3.0, 6.0  # seconds between pings, and until a client that does not answer is disconnected
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where the server listens and whom it answers.
+    """The server's address, and who may use it.
 
     Attributes:
       host: address to listen on.
-      port: port to listen on; 0 takes a free one.
-      token: that requests need; None asks for none.
-      hosts: names under which browsers may reach it; None is any.
-      origins: of other pages that may use it.
-      proxies: whose X-Forwarded-For is believed.
-      drain: seconds that streams go on after SIGTERM.
-      show_token: whether the printed address has the token: where it is a new one.
+      port: port to listen on; 0 picks a free one.
+      token: token that requests need; None requires none.
+      hosts: names under which browsers may reach it; None allows any.
+      origins: origins of other pages that may use it.
+      proxies: proxies whose X-Forwarded-For is trusted.
+      drain: seconds for which streams continue after SIGTERM.
+      show_token: whether to print the token in the address, for a newly generated one.
     """
 
     host: str = "127.0.0.1"
@@ -61,7 +61,7 @@ class Launch:
 
     @property
     def query(self) -> str:
-        """What the printed address ends with."""
+        """Query string of the printed address."""
         if self.token is None:
             return ""
         return f"?token={urllib.parse.quote(self.token, safe='') if self.show_token else '...'}"
@@ -69,14 +69,14 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the server plays.
+    """The model that the server plays.
 
     Attributes:
-      folder: of Wan; None is moving digits.
+      folder: Wan's model folder; None plays moving digits.
       checkpoint: a few-step student; None is the shipped one of moving digits.
-      options: of `load_pipeline`, for Wan.
+      options: options of `load_pipeline`, for Wan.
       rollout: fields of `RolloutConfig` that differ from the model's.
-      size: `height` and `width`, where they differ.
+      size: `height` and `width`, if they differ from the model's.
       narrow: `quantize` and `cache_dtype` of `load_pipeline`.
     """
 
@@ -88,16 +88,16 @@ class Model:
     narrow: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        """Checks what needs no file."""
+        """Validates what needs no file."""
         if self.folder is None and self.options:
             raise ValueError(f"{min(self.options)} is given without model: it is for Wan")
         if self.folder is not None and self.checkpoint is None:
             raise ValueError("checkpoint is missing: the network of a model folder is bidirectional and cannot stream")
-        self.devices  # noqa: B018 (refuses what is no mesh)
+        self.devices  # noqa: B018 (validates the mesh)
 
     @property
     def devices(self) -> int:
-        """Devices that a replica needs."""
+        """Number of devices that a replica needs."""
         sizes = mesh_sizes(self.options["mesh"]) if "mesh" in self.options else {}
         return sizes.get("data", 1) * video_devices(sizes)
 
@@ -121,10 +121,10 @@ def service_of(
     lifetime: float = 3600.0,
     **options,
 ) -> Service:
-    """A service of a model; `options` are those of `Engine`."""
+    """The service for a model; `options` are those of `Engine`."""
     digits = model.folder is None
     fps, scale = fps or (12.0 if digits else 16.0), scale or (16 if digits else 1)
-    # what the shipped student follows best (docs/streaming.md)
+    # the settings that the shipped student follows best (docs/streaming.md)
     options = ({"mode": "recache", "context_timestep": 400.0} if digits else {}) | options
     return Service(
         engine=Engine(model.load, make_metrics(), **options),
@@ -137,19 +137,19 @@ def service_of(
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """Ends connections that send more than messages can need, control frames included, before they are parsed."""
+    """Aborts connections that send more than messages and control frames can need, before parsing."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._bytes = protocol.RateLimit(RECEIVED_BURST, RECEIVED_RATE)
 
     def connection_made(self, transport) -> None:
-        """A client has come."""
+        """Initializes a client's connection."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=UNSENT)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of the client."""
+        """Handles bytes from the client."""
         if self._bytes.allows(time.monotonic(), len(data)):
             super().data_received(data)
         else:
@@ -157,14 +157,14 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Lets streams go on for a while when the process is asked to end."""
+    """Lets streams continue for a while after a request to stop."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain: float):
         super().__init__(config)
         self._engine, self._drain, self._asked = engine, drain, False
 
     def handle_exit(self, sig: int, frame) -> None:
-        """SIGTERM and SIGINT: the first drains, the second ends."""
+        """Handles SIGTERM and SIGINT: the first one drains, the second one stops."""
         if self._asked:
             self.should_exit = True
             return
@@ -180,15 +180,15 @@ class _Server(uvicorn.Server):
             time.sleep(0.05)
         if self._engine.used:
             self._engine.end_all()
-            time.sleep(0.5)  # for the clients to be told
+            time.sleep(0.5)  # lets the clients receive the message
         self.should_exit = True
 
 
 def serve(service: Service, launch: Launch) -> None:
-    """Serves until the process is asked to end.
+    """Serves until the process is asked to stop.
 
     Raises:
-      ValueError: if the address cannot be listened on, or the pipeline cannot be loaded.
+      ValueError: if the server cannot listen on the address, or the pipeline cannot be loaded.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     began = time.monotonic()
@@ -196,7 +196,7 @@ def serve(service: Service, launch: Launch) -> None:
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         make_app(service),
-        access_log=False,  # an address may hold the token
+        access_log=False,  # addresses may contain the token
         log_level="warning",
         server_header=False,
         proxy_headers=bool(launch.proxies),
@@ -205,7 +205,7 @@ def serve(service: Service, launch: Launch) -> None:
         ws_max_size=protocol.MAX_MESSAGE,
         ws_ping_interval=PING,
         ws_ping_timeout=PONG,
-        ws_per_message_deflate=False,  # video does not shrink
+        ws_per_message_deflate=False,  # video does not compress further
         limit_concurrency=2 * service.rules.connections,
         timeout_graceful_shutdown=5,
     )
@@ -235,9 +235,9 @@ def _listener(launch: Launch) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(launch.host.strip("[]"), launch.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit what the listener has
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit the listener's options
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that takes nothing is gone
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: disconnects a client that receives nothing
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8000)
         listener.bind(address)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What frames become on their way to a viewer: H.264 in fragmented MP4, or JPEG."""
+"""Encodes frames for a viewer: H.264 in fragmented MP4, or JPEG."""
 
 import io
 from fractions import Fraction
@@ -10,36 +10,36 @@ from PIL import Image
 CODEC = 'video/mp4; codecs="avc1.64001f"'
 CRF = 20  # x264's constant rate factor; 18 is hardly distinguishable from the source
 JPEG_QUALITY = 88
-# Timestamps go on from fragment to fragment, although each is written by a muxer of its own.
+# Timestamps continue across fragments, although each has its own muxer.
 _MUXER = {
     "movflags": "empty_moov+default_base_moof+frag_discont+frag_keyframe",
     "use_editlist": "0",
     "avoid_negative_ts": "disabled",
 }
-# sc_threshold: a cut in the picture would begin a second fragment
+# sc_threshold: a scene cut would otherwise start a second fragment.
 _ENCODER = {"preset": "veryfast", "tune": "zerolatency", "crf": str(CRF), "threads": "1", "profile": "high"}
 _ENCODER |= {"sc_threshold": "0"}
 _PARTS = (("ftyp", "moov"), ("moof", "mdat"))  # boxes of the initialization segment and of a fragment
 
 
 def enlarged(frames: np.ndarray, scale: int) -> np.ndarray:
-    """RGB frames uint8 [m, h * scale, w * scale, 3] of uint8 [m, h, w, 1 or 3]."""
+    """RGB frames uint8 [m, h * scale, w * scale, 3] from uint8 [m, h, w, 1 or 3]."""
     frames = np.asarray(frames).repeat(scale, axis=1).repeat(scale, axis=2)
     return np.broadcast_to(frames, (*frames.shape[:3], 3))
 
 
 def fragment(frames: np.ndarray, fps: Fraction, first: int, index: int) -> tuple[bytes, bytes]:
-    """Encodes frames as one fragment of an endless MP4, which begins with a key frame and depends on no other.
+    """Encodes frames as one fragment of an endless MP4; it begins with a key frame and depends on no other fragment.
 
     Args:
       frames: uint8 [m, h, w, 3], h and w even.
-      fps: frames a second.
-      first: number of the first one in the video.
+      fps: frames per second.
+      first: number of the first frame in the video.
       index: number of the fragment, from 0.
 
     Returns:
-      The initialization segment, the same for all fragments of a size and rate, and the fragment. The bytes depend on
-      the arguments alone.
+      The initialization segment, which is the same for all fragments of one size and rate, and the fragment. The bytes
+      depend only on the arguments.
     """
     out = io.BytesIO()
     with av.open(out, "w", format="mp4", options=_MUXER | {"fragment_index": str(index + 1)}) as container:
@@ -57,7 +57,7 @@ def fragment(frames: np.ndarray, fps: Fraction, first: int, index: int) -> tuple
 
 
 def _boxes(data: bytes):
-    """Names and bytes of an MP4's outermost boxes."""
+    """Yields names and bytes of an MP4's top-level boxes."""
     place = 0
     while place < len(data):
         size = int.from_bytes(data[place : place + 4], "big")
@@ -66,7 +66,7 @@ def _boxes(data: bytes):
 
 
 def jpegs(frames: np.ndarray) -> list[bytes]:
-    """Frames uint8 [m, h, w, 3], each as a JPEG."""
+    """Encodes frames uint8 [m, h, w, 3] as one JPEG each."""
     files = []
     for pixels in np.ascontiguousarray(frames):
         out = io.BytesIO()

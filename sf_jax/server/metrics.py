@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus."""
+"""The metrics that `/metrics` exports to Prometheus."""
 
 import dataclasses
 
@@ -25,12 +25,12 @@ class Metrics:
     slots: Gauge
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 def make_metrics() -> Metrics:
-    """Metrics in a registry of their own, all zero."""
+    """Creates metrics, all zero, in their own registry."""
     registry = CollectorRegistry()
 
     def one(kind, name, text, *labels, **options):

@@ -1,6 +1,6 @@
-"""Messages of the WebSocket: what clients may say, and the words for what they did wrong.
+"""Messages of the WebSocket: their schemas, and the errors for invalid ones.
 
-Names and meaning follow vLLM-Omni's `/v1/realtime/video`, so that clients can be shared; docs/serve.md has the table.
+Names and semantics follow vLLM-Omni's `/v1/realtime/video`, so that clients can be shared; docs/serve.md has the table.
 """
 
 import dataclasses
@@ -10,30 +10,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-MAX_PROMPT = 2000  # characters
-MAX_MESSAGE = 16 * 2**10  # bytes
+MAX_PROMPT = 2000  # in characters
+MAX_MESSAGE = 16 * 2**10  # in bytes
 MAX_FRAMES = 2**31
-ERROR_LENGTH = 300  # characters of a message to a client
+ERROR_LENGTH = 300  # maximum number of characters in an error message to a client
 
-# Codes with which a WebSocket is closed (RFC 6455 and its registry).
+# WebSocket close codes (RFC 6455 and its registry).
 NORMAL, POLICY, TOO_BIG, BROKEN, RESTART, LATER = 1000, 1008, 1009, 1011, 1012, 1013
 
 
 class RequestError(ValueError):
-    """A message that is refused.
+    """An error that rejects a client's message.
 
     Attributes:
-      code: a word for programs.
-      event_id: of the interaction that it is about.
+      code: machine-readable code.
+      event_id: id of the interaction that caused it.
     """
 
     def __init__(self, code: str, message: str, event_id: str | None = None):
-        """Keeps the code and the event_id; cuts the message to `ERROR_LENGTH`."""
+        """Stores the code and the event_id; cuts the message to `ERROR_LENGTH`."""
         super().__init__(message[:ERROR_LENGTH])
         self.code, self.event_id = code, event_id
 
     def message(self, request_id: str | None = None) -> dict[str, Any]:
-        """What the client is told."""
+        """The error as a message to the client."""
         ids = {"request_id": request_id, "event_id": self.event_id}
         return {"type": "error", "code": self.code, "message": str(self)} | {k: v for k, v in ids.items() if v}
 
@@ -43,7 +43,7 @@ class _Message(BaseModel):
 
 
 def checked_prompt(value: str) -> str:
-    """A prompt without white space around it; refuses empty ones and control characters."""
+    """Strips white space from a prompt; rejects empty prompts and control characters."""
     if not value.strip():
         raise ValueError("must not be empty")
     if any(ord(c) < 32 and c not in "\n\t" for c in value):
@@ -52,7 +52,7 @@ def checked_prompt(value: str) -> str:
 
 
 class SessionStart(_Message):
-    """Begins the one video of a connection."""
+    """Starts the connection's only video."""
 
     type: Literal["session.start"]
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
@@ -69,7 +69,7 @@ class SessionStart(_Message):
 
 
 class PromptEvent(_Message):
-    """What an interaction changes."""
+    """The new prompt of an interaction."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
 
@@ -77,7 +77,7 @@ class PromptEvent(_Message):
 
 
 class Interaction(_Message):
-    """A change of the prompt. `mode`, `context_timestep` and `overshoot` are those of `sf_jax.Stream.prompt`."""
+    """A prompt change. `mode`, `context_timestep` and `overshoot` are those of `sf_jax.Stream.prompt`."""
 
     event: PromptEvent
     event_id: Annotated[str, Field(min_length=1, max_length=100)] | None = None
@@ -88,21 +88,21 @@ class Interaction(_Message):
 
 
 class SessionInteraction(_Message):
-    """Changes the prompt from the next chunk on that is not made yet."""
+    """Changes the prompt, beginning with the next chunk that has not been generated yet."""
 
     type: Literal["session.interaction"]
     interaction: Interaction
 
 
 class SessionPlayback(_Message):
-    """Where the viewer is; chunks are made as far ahead of it as `streaming_buffer_seconds` says."""
+    """The viewer's position; chunks are generated `streaming_buffer_seconds` ahead of it."""
 
     type: Literal["session.playback"]
     position_seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class SessionControl(_Message):
-    """Pauses, goes on, asks for a sign of life, or ends the video."""
+    """Pauses, resumes, pings or stops the video."""
 
     type: Literal["session.pause", "session.resume", "session.ping", "session.stop"]
 
@@ -113,10 +113,10 @@ _MESSAGES = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
 def parse(text: str) -> Message:
-    """Reads a client's message.
+    """Parses a client's message.
 
     Raises:
-      RequestError: naming the field and what is allowed there.
+      RequestError: naming the field and what it allows.
     """
     if len(text) > MAX_MESSAGE:
         raise RequestError("too_large", f"the message has {len(text)} characters: at most {MAX_MESSAGE} are read")
@@ -140,7 +140,7 @@ def _no_constant(name):
 
 
 def explain(errors: Sequence[dict[str, Any]]) -> str:
-    """The first thing that pydantic found wrong, in a line."""
+    """The first of pydantic's errors, in one line."""
     first = errors[0]
     names = [str(part) for part in first["loc"] if str(part) not in (*_TYPES, "body")]
     text = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
@@ -149,11 +149,11 @@ def explain(errors: Sequence[dict[str, Any]]) -> str:
 
 @dataclasses.dataclass
 class RateLimit:
-    """So many tokens at once, and so many more a second.
+    """A token bucket: limits how much happens at once and per second.
 
     Attributes:
-      burst: how many at once.
-      rate: how many a second.
+      burst: maximum number of tokens at once.
+      rate: new tokens per second.
     """
 
     burst: float
@@ -162,7 +162,7 @@ class RateLimit:
     _at: float = 0.0
 
     def allows(self, now: float, count: float = 1) -> bool:
-        """Takes so many tokens, if they are there; `now` in seconds."""
+        """Takes `count` tokens if there are enough, and returns whether there were; `now` is in seconds."""
         left = self.burst if self._left is None else min(self.burst, self._left + (now - self._at) * self.rate)
         self._at, self._left = now, left - count if left >= count else left
         return left >= count

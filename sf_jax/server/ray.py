@@ -1,4 +1,4 @@
-"""The same app on Ray Serve: replicas on the machines of a cluster, one address, and as many as the load needs."""
+"""The same app on Ray Serve: one address, with as many replicas on the machines of a cluster as the load needs."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from sf_jax.server.app import make_app
 from sf_jax.server.launch import Launch, Model, service_of
 
 APP = "sf_jax"
-# how Ray Serve is told of code for its proxies, where the cluster is started
+# Ray Serve imports its proxies' middleware from here, if this is set when the cluster starts.
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
@@ -24,15 +24,16 @@ def deployment(
 ) -> serve.Application:
     """A deployment whose replicas each load the model and have their own slots.
 
-    A WebSocket stays with the replica that took it. Replicas are added when the streams of each are more than its
-    slots, three quarters of them on average, and taken away when they are fewer; one that goes drains first.
+    A WebSocket stays with the replica that accepted it. Ray Serve adds and removes replicas to keep three quarters of
+    their slots in use on average. A replica drains before it is removed.
 
     Args:
-      model: what is played.
-      launch: whom it answers; host and port are those of Ray Serve's proxies.
-      options: of `service_of`.
-      replicas: at least and at most.
-      accelerator: "GPU" or "TPU" gives each replica one of them, or as many as the model's mesh has, "none" a core.
+      model: the model to play.
+      launch: who may use it; host and port are those of Ray Serve's proxies.
+      options: options of `service_of`.
+      replicas: minimum and maximum number.
+      accelerator: "GPU" or "TPU" gives each replica as many of them as the model's mesh needs (one without a mesh);
+        "none" gives it a CPU core.
     """
     slots, waiting = options.get("slots", 4), options.get("waiting", 16)
 
@@ -54,7 +55,7 @@ def deployment(
     decorated = serve.deployment(
         name=APP,
         ray_actor_options=resources,
-        max_ongoing_requests=slots + waiting + 8,  # requests that are answered at once included
+        max_ongoing_requests=slots + waiting + 8,  # includes requests that are answered at once
         graceful_shutdown_timeout_s=launch.drain + 10,
         graceful_shutdown_wait_loop_s=1.0,
         **scaling,
@@ -63,14 +64,14 @@ def deployment(
 
 
 class ComeBack:
-    """ASGI middleware of the proxies: a WebSocket whose replica is gone is closed with 1012, which says: come back."""
+    """ASGI middleware of the proxies: closes WebSockets whose replica is gone with 1012, so that clients reconnect."""
 
     def __init__(self, app: ASGIApp):
         """Wraps the proxy."""
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request or WebSocket."""
+        """Handles one request or WebSocket."""
         if scope["type"] != "websocket":
             return await self.app(scope, receive, send)
         is_open = is_gone = False
@@ -84,7 +85,7 @@ class ComeBack:
         async def counted_send(message):
             nonlocal is_open
             if is_open and message["type"].startswith("http."):
-                return  # how the proxy answers for a replica that is gone
+                return  # the proxy's response if the replica is gone
             if message["type"] in ("websocket.accept", "websocket.close"):
                 is_open = message["type"] == "websocket.accept"
             await send(message)
@@ -97,12 +98,12 @@ class ComeBack:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What `PROXY_CALLBACK` names."""
+    """The middleware that `PROXY_CALLBACK` names."""
     return [Middleware(ComeBack)]
 
 
 def _join_or_start() -> bool:
-    """Joins the cluster of this machine; without one, starts one that only this machine reaches."""
+    """Joins this machine's Ray cluster; without one, starts one that only this machine can reach."""
     os.environ.setdefault(PROXY_CALLBACK, f"{__name__}.proxy_middlewares")
     try:
         ray.init(address="auto", ignore_reinit_error=True)
@@ -115,7 +116,7 @@ def _join_or_start() -> bool:
 def serve_on_ray(
     model: Model, launch: Launch, options: dict[str, Any], replicas: tuple[int, int], accelerator: str
 ) -> None:
-    """Joins the Ray cluster, or starts one on this machine, and serves until the process is asked to end."""
+    """Joins the Ray cluster, or starts one on this machine, and serves until the process is asked to stop."""
     joined = _join_or_start()
     serve.start(http_options={"host": launch.host, "port": launch.port, "location": "EveryNode"})
     try:

@@ -1,4 +1,4 @@
-"""One WebSocket: from the first message to the last, and what waits to be sent to it."""
+"""WebSocket connections: their messages from first to last, and the queue of those to send."""
 
 import asyncio
 import contextlib
@@ -22,24 +22,24 @@ from sf_jax.server import engine, media, protocol
 from sf_jax.server.protocol import RequestError, SessionInteraction, SessionPlayback, SessionStart
 
 log = logging.getLogger(__name__)
-REMEMBERED = 256  # interactions of a session whose ids are known again
-CONTROLS = 256  # messages that may wait for a client that does not read
-CLOSING = 5.0  # seconds that a client has to take the last messages
-SENDING = 8.0  # seconds that a client has to take one message
-WAITING_CHUNKS = 8  # that wait for a viewer who tells where it is
+REMEMBERED = 256  # number of a session's interactions whose ids are remembered
+CONTROLS = 256  # maximum number of messages queued for a client that does not read
+CLOSING = 5.0  # seconds for a client to receive the last messages
+SENDING = 8.0  # seconds for a client to receive one message
+WAITING_CHUNKS = 8  # maximum number of chunks queued for a viewer that reports its position
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may ask for.
+    """Limits on what a client may request.
 
     Attributes:
-      lifetime: seconds that a video may play.
+      lifetime: maximum seconds of a session.
       start_timeout: seconds until the first message.
-      queued_chunks: chunks that wait for a slow viewer; older ones are dropped.
-      burst, rate: messages at once, and a second.
-      prompt_burst, prompt_rate: changes of the prompt at once, and a second.
-      video_frames: of a video by `POST /v1/videos`.
+      queued_chunks: maximum number of chunks queued for a slow viewer; older ones are dropped.
+      burst, rate: messages at once, and per second.
+      prompt_burst, prompt_rate: prompt changes at once, and per second.
+      video_frames: maximum number of frames of a video from `POST /v1/videos`.
     """
 
     lifetime: float = 3600.0
@@ -57,8 +57,8 @@ class Playback:
     """How frames are shown.
 
     Attributes:
-      fps: frames a second, where the client does not say.
-      scale: enlargement of the pixels.
+      fps: frames per second, if the client does not set it.
+      scale: enlargement factor of the pixels.
     """
 
     fps: float
@@ -66,22 +66,22 @@ class Playback:
 
 
 class Outbox:
-    """What waits to be sent: control messages, and chunks, of which the oldest are dropped when there are too many."""
+    """Queue of control messages and chunks to send; drops the oldest chunks if there are too many."""
 
     def __init__(self, queued_chunks: float, on_drop: Callable[[], None]):
-        """Makes an empty outbox of at most `queued_chunks` chunks; `on_drop` is called for each that is dropped."""
+        """Creates an empty queue of at most `queued_chunks` chunks; calls `on_drop` for each dropped one."""
         self._items: deque = deque()
         self.limit, self._on_drop = queued_chunks, on_drop
         self._there = asyncio.Event()
         self.dropped = 0
 
     def put(self, item: Any) -> None:
-        """Adds an event of the engine or a message; in the event loop's thread."""
+        """Adds a message or an event of the engine; must run in the event loop's thread."""
         self._items.append(item)
         if self.chunks > self.limit:
             oldest, next_ = [one for one in self._items if isinstance(one, engine.Chunk)][:2]
             self._items.remove(oldest)
-            # what the next chunk tells of interactions must include what the dropped one would have told
+            # the next chunk also reports the interactions that the dropped one would have reported
             ids = {
                 name: tuple(dict.fromkeys(getattr(oldest, name) + getattr(next_, name)))
                 for name in ("started", "completed")
@@ -93,16 +93,16 @@ class Outbox:
 
     @property
     def chunks(self) -> int:
-        """How many chunks wait."""
+        """Number of queued chunks."""
         return sum(isinstance(item, engine.Chunk) for item in self._items)
 
     @property
     def flooded(self) -> bool:
-        """Whether the client does not take its messages."""
+        """Whether the client does not read its messages."""
         return len(self._items) > CONTROLS
 
     async def get(self) -> Any:
-        """The next one."""
+        """Returns the next item."""
         while not self._items:
             self._there.clear()
             await self._there.wait()
@@ -120,7 +120,7 @@ class Connection:
         limits: Limits,
         encoders: Executor,
     ):
-        """Nothing is read or sent yet."""
+        """Stores the arguments; nothing is read or sent yet."""
         self.socket, self.engine, self.encoders = socket, engine_, encoders
         self.playback, self.limits = playback, limits
         self.request_id = f"video-{uuid.uuid4().hex}"
@@ -132,7 +132,7 @@ class Connection:
         self._frames = self._fragments = self._sent = 0
 
     async def run(self) -> None:
-        """Serves the client until it or its video ends."""
+        """Serves the client until it disconnects or its video ends."""
         code = protocol.NORMAL
         try:
             async with asyncio.timeout(self.limits.start_timeout):
@@ -148,7 +148,7 @@ class Connection:
         reader, writer = asyncio.create_task(self._read()), asyncio.create_task(self._write())
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-            if reader.done() and not writer.done():  # the client is gone, or is refused
+            if reader.done() and not writer.done():  # the client has disconnected, or is rejected
                 code = reader.result()
                 if code != protocol.NORMAL:
                     with contextlib.suppress(TimeoutError):
@@ -177,7 +177,7 @@ class Connection:
         await self._close(code)
 
     async def _receive(self) -> protocol.Message:
-        """The client's next message."""
+        """Receives the client's next message."""
         event = await self.socket.receive()
         if event["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(event.get("code", protocol.NORMAL))
@@ -188,7 +188,7 @@ class Connection:
         return protocol.parse(event["text"])
 
     def _begin(self, start: protocol.Message) -> None:
-        """Hands the session to the engine."""
+        """Passes the session to the engine."""
         if not isinstance(start, SessionStart):
             raise RequestError("not_started", "the first message must be session.start")
         check_ready(self.engine)
@@ -200,7 +200,7 @@ class Connection:
                 loop.call_soon_threadsafe(self.outbox.put, event)
 
         self._start, has_room = start, None
-        if start.streaming_buffer_seconds is not None:  # nothing is made that such a viewer cannot take
+        if start.streaming_buffer_seconds is not None:  # generates nothing that such a viewer cannot take
             self.outbox.limit = math.inf
 
             def has_room():
@@ -220,7 +220,7 @@ class Connection:
         self.engine.submit(self.session)
 
     async def _read(self) -> int:
-        """Takes messages until the client goes or is refused; the code with which the socket is closed."""
+        """Handles messages until the client disconnects or is rejected; returns the close code."""
         while True:
             try:
                 self._take(await self._receive())
@@ -254,7 +254,7 @@ class Connection:
         return self.outbox.put({"type": f"session.{name}d", "request_id": self.request_id})
 
     def _interact(self, message: SessionInteraction) -> None:
-        """Hands an interaction on once: repeated, it is acknowledged again and does nothing."""
+        """Passes an interaction on once; a repeated one is acknowledged again, but has no effect."""
         interaction = message.interaction
         if interaction.event_id is None:
             interaction = interaction.model_copy(update={"event_id": uuid.uuid4().hex})
@@ -273,7 +273,7 @@ class Connection:
             self.engine.interact(self.session, interaction)
 
     async def _write(self) -> int:
-        """Sends until the session is over; the code with which the socket is closed."""
+        """Sends until the session is over; returns the close code."""
         while True:
             event = await self.outbox.get()
             try:
@@ -293,7 +293,7 @@ class Connection:
                 await self._send_json(self._started())
             case engine.Failed(error, ends):
                 self.engine.metrics.refused.labels(error.code).inc()
-                self._interactions.pop(error.event_id, None)  # it can be sent again
+                self._interactions.pop(error.event_id, None)  # the client may send it again
                 message = error.message(self.request_id)
                 if error.code == "busy":
                     message["retry_after"] = self.engine.retry_after()
@@ -315,7 +315,7 @@ class Connection:
             await self.socket.send_text(json.dumps(message))
 
     def _started(self) -> dict:
-        """`video.start`, with what was made of the request."""
+        """`video.start`, with the resulting settings."""
         start, session = self._start, self.session
         height, width = frame_size(self.engine, self.playback)
         config = {"prompt": start.prompt, "seed": session.seed, "fps": session.fps, "num_frames": session.num_frames}
@@ -328,7 +328,7 @@ class Connection:
         return {"type": "video.start", **ids, "config": config}
 
     async def _send_chunk(self, chunk: engine.Chunk) -> int | None:
-        """A chunk's metadata, and its bytes behind it; where that fails, the code with which the socket is closed."""
+        """Sends a chunk's metadata, then its bytes; returns the close code if the chunk cannot be encoded."""
         loop = asyncio.get_running_loop()
         try:
             payload, lengths = await loop.run_in_executor(self.encoders, self._encoded, chunk.frames)
@@ -364,7 +364,7 @@ class Connection:
         return None
 
     def _encoded(self, frames: np.ndarray) -> tuple[bytes, list[int] | None]:
-        """Bytes of frames, and the length of each where they are JPEGs."""
+        """Encoded frames, and the length of each if they are JPEGs."""
         pixels = media.enlarged(frames, self.playback.scale)
         if self._start.format == "jpeg":
             files = media.jpegs(pixels)
@@ -377,26 +377,26 @@ class Connection:
 
 
 def frame_size(engine_: engine.Engine, playback: Playback) -> tuple[int, int]:
-    """Height and width of what is sent."""
+    """Height and width of the sent frames."""
     sampling = engine_.pipe.sampling
     return sampling.height * playback.scale, sampling.width * playback.scale
 
 
 def check_ready(engine_: engine.Engine) -> None:
-    """Refuses everything until the weights are loaded and the programs compiled.
+    """Checks that the weights are loaded and the programs compiled.
 
     Raises:
-      RequestError: always, until then.
+      RequestError: if they are not.
     """
     if not engine_.ready.is_set() or engine_.error is not None:
         raise RequestError("starting", "the model is not ready yet: try again in a few seconds")
 
 
 def check_size(start: SessionStart, engine_: engine.Engine, playback: Playback) -> None:
-    """Refuses sizes that the server does not make.
+    """Checks that the requested size is the server's.
 
     Raises:
-      RequestError: saying which it makes.
+      RequestError: if it is not; names the server's size.
     """
     for name, size in zip(("height", "width"), frame_size(engine_, playback), strict=True):
         if getattr(start, name) not in (None, size):
