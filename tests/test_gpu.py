@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sf_jax
-from sf_jax.inference.load import generation_network
+from sf_jax.inference.layers import generation_network
 from sf_jax.models import vae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.rollout import RolloutConfig

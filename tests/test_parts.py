@@ -84,6 +84,8 @@ def test_generate_takes_the_parts_of_a_model(named, folder, tmp_path):
         Job(PROMPT, vae="tiny")
     with pytest.raises(ValueError, match="text_encoder .*none.safetensors does not exist"):
         find_wan(folder, WanOptions(text_encoder=folder / "none.safetensors"))
+    with pytest.raises(ValueError, match="size is 480: give height and width in pixels"):
+        WanOptions(size=480)
     with pytest.raises(ValueError, match="Wan2.1_VAE.safetensors: a transformer is needed; this seems to be: VAE"):
         find_wan(folder, WanOptions(transformer=folder / "Wan2.1_VAE.safetensors"))
     with pytest.raises(ValueError, match="a vae or tiny_vae is needed; this seems to be: text encoder"):

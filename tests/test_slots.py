@@ -11,7 +11,7 @@ import pytest
 import sf_jax
 from sf_jax import config as configuration
 from sf_jax import rollout as ro
-from sf_jax.inference import load
+from sf_jax.inference import layers
 from sf_jax.inference.load import load_pipeline
 from sf_jax.models import attention, wan
 from sf_jax.models.slots import stack_layers, unstack_layers
@@ -139,11 +139,14 @@ def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart
     assert "layers apart" in apart.describe() and "layers apart" not in scanned.describe()
     wide = wan.wan_1_3b()
     half = dataclasses.replace(wide, dtype="bfloat16")
-    assert not load._reads_in_place(half)
+    shapes, memory = wan.param_shapes(half), 24 << 30
+    assert not layers._reads_in_place(half)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert load._reads_in_place(half) and not load._reads_in_place(wide)
+    assert layers._reads_in_place(half) and not layers._reads_in_place(wide)
+    assert layers.layers_apart(half, shapes, ro.RolloutConfig(), memory, (480, 832))
+    assert not layers.layers_apart(half, shapes, ro.RolloutConfig(), memory, (720, 1280))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert load._reads_in_place(half) and load._reads_in_place(wide)
+    assert layers._reads_in_place(half) and layers._reads_in_place(wide)
     assert (
         attention.key_multiple("auto", "bfloat16", 128) == 512 and attention.key_multiple("xla", "bfloat16", 128) == 1
     )

@@ -324,6 +324,7 @@ class Job:
             self.part,
             dtype=self.dtype,
             rollout=self.wan_rollout,
+            size=(self.height or Sampling().height, self.width or Sampling().width),
             devices=devices,
             mesh=None if devices is None else self.mesh,
             loras=self.lora,

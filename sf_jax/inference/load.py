@@ -7,25 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import quantization, sentencepiece
 from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
+from sf_jax.inference.layers import generation_network
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.text_encoder import Umt5TextEncoder
-from sf_jax.models import attention, eight_bit
+from sf_jax.models import eight_bit
 from sf_jax.models.kv_cache import DTYPES as CACHE_DTYPES
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.slots import unstack_layers
 from sf_jax.models.text import WordEmbedding
 from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
 from sf_jax.parallel.mesh import check_mesh, make_mesh, mesh_sizes
-from sf_jax.parallel.params import GENERATION, held_bytes, tree_shardings
+from sf_jax.parallel.params import GENERATION, tree_shardings
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapters, hub
 from sf_jax.weights.adapter_list import Lora, as_loras
@@ -44,7 +43,6 @@ RCM = (
 )
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 DIGITS_FRAMES, MANY_STEPS = 48, 24
-DEFAULT_LATENT_FRAMES = 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,9 @@ class WanOptions:
       encoder: whether to load the VAE's encoder, to continue an image or a video.
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
       scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`). None is False if
-        cuDNN's attention is used and memory allows a second copy of the window, which is faster, and else True.
+        cuDNN's or Splash attention is used and memory allows a second copy of the window, which is faster, and else
+        True.
+      size: height and width in pixels of the videos for which None chooses `scan_layers`.
       loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
       devices: devices that share the videos of a batch equally; None is the default device only, or with `mesh` as many
         of this process's devices as it needs.
@@ -83,6 +83,7 @@ class WanOptions:
     encoder: bool = False
     keep_text_encoder: bool = False
     scan_layers: bool | None = None
+    size: tuple[int, int] = (480, 832)
     loras: Sequence = ()
     devices: Sequence[jax.Device] | None = None
     mesh: str | Mapping[str, int] | None = None
@@ -111,6 +112,8 @@ class WanOptions:
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if not isinstance(self.mesh, (str, Mapping, type(None))):
             raise ValueError(f"mesh is {self.mesh!r}: give axes with their sizes, such as 'tensor:2,context:2'")
+        if not (isinstance(self.size, Sequence) and len(self.size) == 2 and min(self.size) > 0):
+            raise ValueError(f"size is {self.size!r}: give height and width in pixels, such as (480, 832)")
         self.device_mesh  # noqa: B018 (validates the sizes)
         if self.checkpoint is None:
             for name in ("part", "rollout", "scan_layers", "cache_dtype"):
@@ -385,55 +388,6 @@ def load_encoder(files: ModelFiles) -> VaeEncoder:
     return VaeEncoder(WanVae(config), params)
 
 
-def generation_network(
-    config: WanConfig, params: dict, rollout: RolloutConfig, scan_layers: bool | None = None
-) -> tuple[WanConfig, dict]:
-    """Converts a causal transformer to the form that generates fastest on the device; see `WanOptions.scan_layers`.
-
-    Args:
-      config: the transformer's sizes.
-      params: stacked parameters; if the layers are separated, each stack is freed.
-      rollout: the rollout settings.
-      scan_layers: True keeps the stacks, False separates the layers, None chooses.
-    """
-    if scan_layers is None:
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-        scan_layers = not layers_apart(config, params, rollout, limit)
-    if scan_layers:
-        return config, params
-    return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
-
-
-def layers_apart(config: WanConfig, params: dict, rollout: RolloutConfig, memory: int | None) -> bool:
-    """Whether a device generates fastest with separate parameters per layer, and has the memory for it.
-
-    Args:
-      config: the transformer's sizes.
-      params: arrays or shapes.
-      rollout: the rollout settings.
-      memory: bytes available to a program; None is unlimited.
-    """
-    return _reads_in_place(config) and _window_fits_twice(config, params, rollout, memory)
-
-
-def _reads_in_place(config: WanConfig) -> bool:
-    """Whether attention takes the number of keys to read, so that separate layers' keys need no copies."""
-    head = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
-    counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
-    return attention.choose(config.attention, head, [counted]) in ("cudnn", "splash")
-
-
-def _window_fits_twice(config: WanConfig, params: dict, rollout: RolloutConfig, limit: int | None) -> bool:
-    """Whether weights, cache and slots of one 480x832 video leave a quarter of the device's memory free."""
-    if limit is None:
-        return True
-    frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, 30 * 52
-    cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    held = held_bytes(params)
-    return held + 2 * cache * held / whole <= 0.75 * limit  # a mesh splits the cache at least as much as these
-
-
 def wan_pipeline(
     folder: str | Path | None,
     options: WanOptions,
@@ -477,7 +431,7 @@ def wan_pipeline(
         solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}
     report = quantization.report(quantizer, network, params, mesh, quiet=options.unread)
     if causal:
-        network, params = generation_network(network, params, rollout, options.scan_layers)
+        network, params = generation_network(network, params, rollout, options.scan_layers, options.size)
         if mesh is not None:
             params = jax.device_put(params, split(params))
     return VideoPipeline(

@@ -106,7 +106,8 @@ class Model:
         if self.folder is None:
             pipe = load_pipeline(self.checkpoint, **self.narrow)
             return pipe.with_rollout(**self.rollout).with_sampling(**self.size)
-        options = self.options | self.narrow
+        size = {"height": 480, "width": 832} | self.size
+        options = self.options | self.narrow | {"size": (size["height"], size["width"])}
         pipe = load_pipeline(self.folder, checkpoint=self.checkpoint, keep_text_encoder=True, **options)
         window = WAN_WINDOW if pipe.rollout.window is None else {}
         return pipe.with_rollout(**window | self.rollout).with_sampling(**self.size)
