@@ -1,6 +1,6 @@
 """The cost of an empty cache's size: times chunks of a video in key-value caches of several capacities.
 
-  python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens a frame), batch 1
+  python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens per frame), batch 1
   python -m benchmarks.cache_growth --small    # dim 128, 4 layers, 12x20 latents
 
 Each row is one program: a chunk of 3 latent frames in 4 denoising steps and the clean pass (which writes the chunk to

@@ -1,7 +1,7 @@
 """Run by `gpu_hour.sh`: tests, tables and a profile in turn, each with a time limit; writes a JSON file and a table.
 
   python -m benchmarks.gpu_hour --out=out/gpu_hour --seconds=500                      # on a GPU, 1.3B
-  python -m benchmarks.gpu_hour --out=out/gpu_hour --official=official                # the official code beside it
+  python -m benchmarks.gpu_hour --out=out/gpu_hour --official=official                # plus the official code
   JAX_PLATFORMS=cpu python -m benchmarks.gpu_hour --out=out/gpu_hour --small          # small networks, for a CPU
 
 Every part is a separate process, so a crash does not affect the others. Both output files are rewritten when a part

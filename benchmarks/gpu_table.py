@@ -104,7 +104,7 @@ class Denoising:
     """The program of a case with its arguments; `compile` compiles it."""
 
     def __init__(self, net: Network, case: Case, params: dict):
-        """Takes stacked parameters, which may be donated."""
+        """Takes stacked parameters, which may be freed."""
         self.net, self.case, seen = net, case, {}
         if case.window != "21":
             seen = {"window": SEEN + case.chunk, "sink": SINK, "positions": "relative"}

@@ -1,7 +1,7 @@
 """Compares the replay gradient with differentiating through the scan: time and temporary memory.
 
   python -m benchmarks.replay            # embedded size: 9 frames of 9 tokens, dim 128, 4 layers
-  python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens a frame)
+  python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens per frame)
 
 Computes one gradient of sum(video * weight) in the student's parameters, including the rollout, with exit step 2 of 4
 (where the rollout stops and takes the gradient), in float32. The time is the median of `--repeats` runs after one

@@ -23,9 +23,9 @@ size yet.
 Published recipes: DMD's and SiD's learning rates are those of the official code. `gan` follows the paper: scores in the
 exit step's range of times (the exit step is where a training rollout stops), one critic update per student update,
 batch 768, R1 and R2 of 30 at sigma 0.05. `consistency` and `causal_ode` use guidance 3, and `consistency` 48 steps, as
-in Causal Forcing. `write` has the window of 9 frames with a sink of 3 from Self Gradient Forcing (arXiv 2607.20368).
-ODE pairs have the official script's steps and guidance, but the student's shift (5; the script has 8). The learning
-rates of the GAN and of the stages that train on data are ours.
+in Causal Forcing. `write` has the window of 9 frames with a sink of 3 (first frames that stay visible) from Self
+Gradient Forcing (arXiv 2607.20368). ODE pairs have the official script's steps and guidance, but the student's shift
+(5; the script has 8). The learning rates of the GAN and of the stages that train on data are ours.
 """
 
 from ml_collections import ConfigDict

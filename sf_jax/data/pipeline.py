@@ -72,7 +72,7 @@ def row_iterator(
     process_count: int = 1,
     name: str = "source",
 ) -> grain.DatasetIterator:
-    """Iterates over batches of example indices, which `collate` reads.
+    """Iterates over batches that `collate` makes from example indices.
 
     Args:
       length: Number of examples.

@@ -147,7 +147,7 @@ def open_prompts(folder: Path | str, *, text_dim: int, text_len: int) -> PromptS
 
 
 def whole_number(value: Any, folder: Path, key: str) -> int:
-    """Validates that a value from a folder's recipe is an integer of at least 1; else raises a ValueError."""
+    """Returns a value of a folder's recipe; raises a ValueError that names the file unless it is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         where = f"{folder / shards.RECIPE} is damaged"
         raise ValueError(f"{where} ({key} is {quoted(value)}, not a whole number from 1){_AGAIN}")

@@ -100,7 +100,7 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except (av.FFmpegError, OSError, RuntimeError, ValueError) as error:  # PyAV's NotImplementedError is a RuntimeError
         reason = getattr(error, "strerror", None) or error
-        if isinstance(error, av.FFmpegError) and error.errno in (errno.EINVAL, errno.EBUSY):  # format or size refused
+        if isinstance(error, av.FFmpegError) and error.errno in (errno.EINVAL, errno.EBUSY):  # format or size rejected
             reason = f"its format is none of these, or its frames have more than {MAX_PIXELS} pixels"
         raise ValueError(f"video: cannot read {path} ({reason}), allowed: {ALLOWED}") from error
 

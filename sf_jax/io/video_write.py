@@ -18,7 +18,7 @@ from sf_jax.io.pictures import checked, colored, contact_sheet, upscale, write_p
 CRF = 15  # x264's constant rate factor: 0 is lossless, 18 is almost indistinguishable from the source
 CODEC = "libx264"
 # The output must depend only on the frames, so threads are fixed, and mbtree is off because it reads past its arrays
-# (x264 165, if the width is not a multiple of 128 pixels). In a process of its own it mostly reads the same bytes.
+# (x264 165, if the width is not a multiple of 128 pixels). In a fresh process it mostly reads the same bytes.
 _ENCODER = {"crf": str(CRF), "threads": "4", "x264-params": "mbtree=0"}
 _BT709, _TV = 1, 1  # color space, primaries and transfer function in ITU-T H.273; range 16 to 235
 MAX_SIDE = 8192  # pixels; more than the highest level of H.264 allows

@@ -221,7 +221,7 @@ def _sizes(source: Source, files: ModelFiles):
 
 
 def _lone(network: Network, source: Source, target: Target) -> Network:
-    """Checks and prepares a network that gets a folder of its own."""
+    """Checks and prepares a single network for its own folder."""
     if target.layout == "comfy":
         raise ValueError(f"output is {target.path}: one network for ComfyUI is one file, give a name.safetensors")
     if target.layout == "official" and network.kind != "transformer":
