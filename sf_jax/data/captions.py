@@ -56,8 +56,8 @@ def _by_number(name: str) -> list:
 def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] = CAPTION_KEYS) -> list[str]:
     """Reads a list of texts, one per line or from a table; the file's suffix selects the format.
 
-    A .csv or .tsv file has the texts in the first column that is one of `keys`. A .jsonl file has objects with such a
-    key. A .json file is a list of texts or of such objects.
+    In a .csv or .tsv file, the texts are in the column named by the first of `keys` that it has. A .jsonl file has
+    objects with such a key. A .json file is a list of texts or of such objects.
 
     Args:
       path: the file; blank lines and cells are skipped.
