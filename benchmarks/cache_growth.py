@@ -1,12 +1,12 @@
-"""What the size of the cache costs where it is empty: chunks of a video in caches of several capacities.
+"""The cost of an empty cache's size: times chunks of a video in key-value caches of several capacities.
 
-  python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens a frame), batch 1
+  python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens per frame), batch 1
   python -m benchmarks.cache_growth --small    # dim 128, 4 layers, 12x20 latents
 
-Each row is one program: a chunk of 3 latent frames in 4 denoising steps and the clean pass, random weights, float32.
-It is timed as the first chunk (nothing is cached) and as the last one that the cache takes, `--repeats` times in turns;
-the median is printed. CPU times are those of the process. The last line is the ratio of the first chunk's
-time in the largest cache to that in the smallest.
+Each row is one program: a chunk of 3 latent frames in 4 denoising steps and the clean pass (which writes the chunk to
+the cache), random weights, float32. It is timed as the first chunk (empty cache) and as the last one that fits into the
+cache, `--repeats` times in turns; the table has medians. CPU times are those of the process. The last line is the ratio
+of the first chunk's time in the largest cache to that in the smallest.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def chunk(model, config, params, text, cache, noise, start):
-    """The latents of one chunk; the new cache is computed, too, and dropped."""
+    """The latents of one chunk; also computes the new cache and discards it."""
     draw = ro.key_draw(jax.random.key(0), jnp.arange(noise.shape[0]))
     made = ro.generate_chunk(model, config, params, text, cache, noise, start, 0, len(config.steps) - 1, draw)
     return made[1], made[0].k[0, 0, 0, 0, 0]

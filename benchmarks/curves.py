@@ -1,9 +1,9 @@
-"""Trains a causal stage of the moving digits and prints the evaluation's figures along the way.
+"""Trains a causal stage of the moving digits and prints evaluation figures during training.
 
   python -m benchmarks.curves --config=configs/digits.py:distill --workdir=runs/curve --every=40 \
       --config.init_weights=runs/init/student.safetensors
 
-Figures are those of `sf_jax.evaluate`, of the averaged weights; each line is also kept in WORKDIR/curve.jsonl.
+Figures are those of `sf_jax.evaluate` for the averaged weights; each line is also appended to WORKDIR/curve.jsonl.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SHOWN = ("joint", "joint_inside", "joint_across", "border_jump", "diversity", "i
 
 
 def main(_) -> None:
-    """Trains and evaluates in turn."""
+    """Alternates training and evaluation."""
     config = from_dict(_CONFIG.value)
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)

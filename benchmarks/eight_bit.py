@@ -1,11 +1,11 @@
-"""What 8 bits cost: errors of latents per chunk, and the judge's score. benchmarks/eight_bit_memory.py has the bytes.
+"""The quality cost of 8 bits: latent errors per chunk, and the judge's score. benchmarks/eight_bit_memory.py has bytes.
 
   JAX_PLATFORMS=cpu python -m benchmarks.eight_bit   # digits and the goldens' small model
 
-Errors are relative (L2), against the same network without 8 bits in float32, noise and prompts the same. "free": every
-chunk goes on from its own video, so that errors add up and, in the end, show another video. "led": the chunk goes on
-from the reference's latents, and has its own error alone. "products" means that activations are quantized, too, as on
-devices that multiply 8-bit numbers; on others weights alone are.
+Errors are relative (L2) to the same network in float32 without 8 bits, with the same noise and prompts. "free": every
+chunk continues its own video, so errors accumulate until the video is a different one. "led": the chunk continues the
+reference's latents and has only its own error. "products" means that activations are also quantized, as on devices with
+8-bit matmuls; on others, only weights are.
 """
 
 import argparse
@@ -38,7 +38,7 @@ OUTLIERS = (1, 10, 30, 100)
 
 
 def golden_pipeline() -> VideoPipeline:
-    """The goldens' student, whose weights are random, without window as in the official code."""
+    """The goldens' student, which has random weights, without a window as in the official code."""
     from tests.goldens.folder import Folder
 
     folder = Folder(GOLDENS)
@@ -50,7 +50,7 @@ def golden_pipeline() -> VideoPipeline:
 
 
 def changed(pipe: VideoPipeline, variant: Variant) -> tuple[VideoPipeline, str]:
-    """The pipeline with fewer bits, and the figures of its gate."""
+    """The pipeline with fewer bits, and the figures for its quality gate."""
     config, params, figures = pipe.transformer.config, pipe.params, "| | "
     if variant.dtype is not None:
         config = dataclasses.replace(config, dtype=variant.dtype)
@@ -66,20 +66,20 @@ def changed(pipe: VideoPipeline, variant: Variant) -> tuple[VideoPipeline, str]:
 
 
 def errors(ours: np.ndarray, reference: np.ndarray, chunk: int) -> np.ndarray:
-    """Relative error of each chunk, over all videos together."""
+    """Relative error of each chunk over all videos."""
     parts = [np.s_[:, i : i + chunk] for i in range(0, ours.shape[1], chunk)]
     return np.array([np.linalg.norm(ours[p] - reference[p]) / np.linalg.norm(reference[p]) for p in parts])
 
 
 def led_error(pipe: VideoPipeline, reference: VideoPipeline, prompts, latents: np.ndarray) -> float:
-    """Relative error of the last chunk behind the reference's latents."""
+    """Relative error of the last chunk after the reference's latents."""
     options = {"output": "latent", "frames": LONG, "initial": latents[:, :LED]}
     ours, theirs = (each(prompts, **options)[:, LED:] for each in (pipe, reference))
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def outliers(pipe: VideoPipeline, prompts) -> None:
-    """Prints what outliers do to a network's first chunk: weights of an input channel, and a channel of activations."""
+    """Prints the effect of outliers on a network's first chunk: in an input channel's weights, or in activations."""
     print("\n| outlier | 8 bit | weights | products | first chunk |\n|---|---|---|---|---|")
     for kind, factor, name in itertools.product(("weights", "activations"), OUTLIERS, eight_bit.GATE):
         flat = flatten_dict(pipe.params)
@@ -95,7 +95,7 @@ def outliers(pipe: VideoPipeline, prompts) -> None:
 
 
 def quality(name: str, pipe: VideoPipeline, prompts, judged: int) -> None:
-    """Prints the table of one model; `judged` digits are judged, where there are any."""
+    """Prints the table of one model; `judged` is the number of digit videos to judge, or 0."""
     reference = pipe(prompts, output="latent", frames=LONG)
     chunk = pipe.rollout.chunk
     ends = (1, SHORT // chunk, LONG // chunk)
@@ -117,7 +117,7 @@ def quality(name: str, pipe: VideoPipeline, prompts, judged: int) -> None:
 
 
 def joint(pipe: VideoPipeline, judge, texts: list[str], targets: metrics.Targets) -> float:
-    """The share of windows in which the judge sees the digit and the direction that were asked for."""
+    """The share of windows in which the judge sees the prompt's digit and direction."""
     starts = range(0, len(texts), 64)
     videos = np.concatenate([pipe(texts[i : i + 64], frames=LONG, first_index=i) for i in starts])
     return float(metrics.correctness(judge(videos), targets)["joint"].mean())

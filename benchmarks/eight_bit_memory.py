@@ -1,4 +1,4 @@
-"""What 8 bits save: bytes of one chunk of Wan2.1-1.3B as compiled for an H100, on a machine without a GPU.
+"""Memory savings of 8 bits: bytes of one chunk of Wan2.1-1.3B, compiled for an H100 on a machine without a GPU.
 
   python -m venv gpu && gpu/bin/pip install -e ".[eight_bit]" "jax[cuda12]"
   JAX_PLATFORMS=cpu gpu/bin/python -m benchmarks.eight_bit_memory --scan_layers           # one block, scanned
@@ -28,7 +28,7 @@ FRAMES, SIZE = 21, (60, 104, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to save bits: "bfloat16" for all numbers, or weights, products and cache of 8 bits."""
+    """A way to save bits: bfloat16 everywhere, or 8-bit weights, matmuls and cache."""
 
     title: str
     dtype: str | None = None
@@ -93,7 +93,7 @@ def memory(scan_layers: bool, layers: int) -> None:
 
 
 def eight_bit_products(hlo: str) -> int:
-    """How many products of a program have two 8-bit operands."""
+    """The number of matmuls in a program with two 8-bit operands."""
     types, count = {}, 0
     for line in hlo.splitlines():
         name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")

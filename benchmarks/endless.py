@@ -1,19 +1,20 @@
-"""Whether endless streams keep what they promise, on a student of moving digits (the shipped one).
+"""Tests endless streams over a long time, with the shipped student of moving digits.
 
   python -m benchmarks.endless --what=memory     # 10,000 chunks of one stream: resident memory and time of a chunk
   python -m benchmarks.endless --what=length     # accuracy along 40 times the training length, positions and sinks
   python -m benchmarks.endless --what=switches   # prompts that change in every mode: the new digit, and its position
 
-memory: window 9, sink 3, positions "relative", pixels fetched. Of chunks 1,000 to 2,000 and of the last 1,000: the
-median resident memory and the median time; and how often the step was traced. The machine should be idle.
+memory: window 9 (newest frames kept), sink 3 (first frames kept), positions "relative", with pixels on the host. Prints
+the median resident memory and time of chunks 1,000 to 2,000 and of the last 1,000, and how often the step was traced.
+The machine should be idle.
 
-length: share of the windows of 3 frames whose digit, and whose digit and direction, are the prompt's according to the
-judge, in the first and the last tenth of the videos.
+length: share of 3-frame windows in which the judge sees the prompt's digit, or its digit and direction, in the first
+and the last tenth of the videos.
 
 switches: streams play 8 chunks, change their prompt to another digit and direction, and play 4 more. "new digit": share
-of the streams whose second chunk behind the switch shows the new digit. "position": share of the streams in which no
-step of the digit's center, from the last old frame to the second chunk's last, is longer than twice the longer of the
-old and the new prompt's steps. A cut begins anew, wherever it likes.
+of streams whose second chunk after the switch shows the new digit. "position": share of streams in which no step of the
+digit's center, from the last old frame to the end of the second chunk, is longer than twice the longer of the old and
+the new prompt's steps. A cut starts at an unrelated position.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from sf_jax.inference import stream_state
 from sf_jax.inference.prompt_change import MODES
 
 TRAINED = 9
-BEFORE, AFTER, LATER = 8, 4, 16  # chunks before the switch, behind it, and until the digit is looked at once more
+BEFORE, AFTER, LATER = 8, 4, 16  # chunks before the switch, after it, and until the digit is judged again
 
 
 def resident() -> int:
-    """Bytes of this process in memory; where the system does not say, the most there ever were."""
+    """Resident bytes of this process; the peak on systems that do not report the current value."""
     status = Path("/proc/self/statm")
     if status.is_file():
         return int(status.read_text().split()[1]) * resource.getpagesize()
@@ -44,7 +45,7 @@ def resident() -> int:
 
 
 def memory(pipe, chunks: int) -> None:
-    """One stream for a long time."""
+    """Runs one stream for a long time."""
     stream = sf_jax.Stream(pipe)
     one = stream.join("a 3 moving left, fast")
     sizes, times = np.zeros(chunks), np.zeros(chunks)
@@ -70,7 +71,7 @@ def videos_of(pipe, prompts: list[str], chunks: int) -> np.ndarray:
 
 
 def length(pipe, times: int, samples: int) -> None:
-    """Accuracy along long videos."""
+    """Prints the accuracy over long videos."""
     judge = judging.load()
     prompts, _, targets = metrics.choose_prompts(samples)
     default = pipe.rollout
@@ -91,7 +92,7 @@ def length(pipe, times: int, samples: int) -> None:
 
 
 def switches(pipe, count: int, timestep: float | None, overshoot: float, seed: int, modes) -> None:
-    """Prompts that change; `timestep` is the noise of what is computed again, `seed` draws the prompts."""
+    """Prints the table of prompt changes; `timestep` is the noise of recomputed context, `seed` draws the prompts."""
     judge = judging.load()
     rng, chunk = np.random.default_rng(seed), pipe.rollout.chunk
     digits = np.stack([rng.permutation(10)[:2] for _ in range(count)])

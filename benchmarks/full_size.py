@@ -1,11 +1,11 @@
-"""Wan2.1-T2V-1.3B from a file on disk: memory while loading, and a first chunk end to end.
+"""Wan2.1-T2V-1.3B from a file on disk: peak memory of loading, and a first chunk end to end.
 
   python -m benchmarks.full_size --folder=wan_random
 
-Writes a transformer (2.8 GB, bfloat16) and a VAE of the real sizes with random weights to the folder, then, in a
-process of its own, loads the transformer and says how much memory that took at its peak (VmHWM, Python and JAX
-included), and in another generates one chunk of 3 latent frames at 128x128 pixels (few steps, `--dtype`), decodes it
-and writes an mp4. Prompt embeddings are random: the text encoder alone is 11 GB. Memory is read from /proc: Linux only.
+Writes a full-size transformer (2.8 GB, bfloat16) and VAE with random weights to the folder. A second process loads the
+transformer and prints its peak memory (VmHWM, including Python and JAX). A third one generates one chunk of 3 latent
+frames at 128x128 pixels (few steps, `--dtype`), decodes it and writes an mp4. Prompt embeddings are random, as the text
+encoder alone is 11 GB. Memory is read from /proc, so this works only on Linux.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PATHS = {"transformer": "diffusion_pytorch_model.safetensors", "vae": "Wan2.1_VA
 
 
 def write(folder: Path) -> None:
-    """Writes the two files, a tensor at a time."""
+    """Writes the two files, one tensor at a time."""
     vae = vae_model.wan_vae()
     maps = {
         "transformer": (transformer.entries(wan_1_3b()), param_shapes(wan_1_3b()), ml_dtypes.bfloat16),
@@ -56,7 +56,7 @@ def write(folder: Path) -> None:
 
 
 def peak() -> int:
-    """Bytes of resident memory that this process had at most."""
+    """Peak resident memory of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

@@ -1,12 +1,12 @@
-"""Full-size training on TPU slices that are not there: memory of a chip, arithmetic, traffic, and what bounds a step.
+"""Full-size training, compiled for TPU slices that are not attached: memory per chip, FLOPs, traffic, and bottleneck.
 
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl          # compiles the missing cases
   python -m benchmarks.full_size_training --out=docs/full_size_training.jsonl --draw   # the table, and docs/scaling.png
 
-The recipes of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless they say. A
-case that is in the file is not compiled again. JAX_OPTIMIZATION_LEVEL=O0 JAX_MEMORY_FITTING_LEVEL=O0 compiles faster.
-The cases "scan" and "replay" (with its `cache_gradient`) are one gradient of sum(video * weight) in the student's
-parameters, rollout included.
+The recipes are those of configs/wan_distill.py: student and critic 1.3B, 480x832, 21 latent frames, bfloat16, unless
+they differ. Cases already in the file are not recompiled. JAX_OPTIMIZATION_LEVEL=O0 JAX_MEMORY_FITTING_LEVEL=O0
+compiles faster. The cases "scan" and "replay" (with its `cache_gradient`) are one gradient of sum(video * weight) in
+the student's parameters, including the rollout.
 """
 
 import argparse
@@ -110,20 +110,20 @@ FIELDS = ("name", "rate", "arguments", "temporary", "flops", "work", "seconds", 
 
 
 def row_of(compiled: Compiled) -> dict:
-    """What the file keeps of a program."""
+    """The fields of a program that the file stores."""
     moved = {"links": compiled.traffic.links, "traffic": compiled.traffic.memory, "kinds": compiled.traffic.kinds}
     return {field: getattr(compiled, field) for field in FIELDS} | moved
 
 
 def compiled_of(row: dict) -> Compiled:
-    """The program of a row; older rows do not tell the kinds of what it moves."""
+    """The program of a row; older rows lack the kinds of traffic."""
     kinds = row.get("kinds", {"all": row["traffic"]})
     traffic = Traffic(links=row["links"], kinds=kinds, kernels=0, attention={}, movers=())
     return Compiled(**{field: row[field] for field in FIELDS}, traffic=traffic)
 
 
 def measure(out: Path) -> None:
-    """Compiles the cases that are not in the file yet."""
+    """Compiles the cases missing from the file."""
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     keys = {(row.get("case"), row.get("gradient")) for row in known}
 
@@ -194,7 +194,7 @@ def _print_row(row: dict) -> None:
 
 
 def main() -> None:
-    """Compiles, or draws what was compiled."""
+    """Compiles the cases, or draws the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--draw", action="store_true")

@@ -1,11 +1,11 @@
-"""What `gpu_hour.sh` runs: tests, tables and a profile one after the other, each with a limit, one JSON and one table.
+"""Run by `gpu_hour.sh`: tests, tables and a profile in turn, each with a time limit; writes a JSON file and a table.
 
   python -m benchmarks.gpu_hour --out=out/gpu_hour --seconds=500                      # on a GPU, 1.3B
-  python -m benchmarks.gpu_hour --out=out/gpu_hour --official=official                # the official code beside it
+  python -m benchmarks.gpu_hour --out=out/gpu_hour --official=official                # plus the official code
   JAX_PLATFORMS=cpu python -m benchmarks.gpu_hour --out=out/gpu_hour --small          # small networks, for a CPU
 
-Every part is a process of its own, so that none can take the others with it. Both files are written again when a part
-ends; what did not finish is named in them.
+Every part is a separate process, so a crash does not affect the others. Both output files are rewritten when a part
+ends, and they list the parts that did not finish.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
-TAIL = 12  # lines of a part's output that are kept
-# In the order of the settings of `gpu_table`.
+TAIL = 12  # number of lines kept from a part's output
+# The settings of `gpu_table`, in its order.
 COLUMNS = ("chunk", "window", "numbers", "batch")
 DECODERS = ("none", "tiny", "wan")
 
@@ -35,10 +35,10 @@ class Part:
     Attributes:
       name: title.
       command: arguments of Python.
-      seconds: how long it may take at most.
-      results: file of JSON lines that it writes; None has none.
-      skip: why it is left out; None runs it.
-      environ: variables that differ.
+      seconds: time limit.
+      results: file of JSON lines that it writes; None if it writes none.
+      skip: reason for skipping it; None runs it.
+      environ: additional environment variables.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Part:
 
 
 def parts(args: argparse.Namespace) -> list[Part]:
-    """All parts in their order; with the official code their limits exceed the time for all, which ends the last."""
+    """All parts in order; with the official code their limits exceed the total time, which then cuts the last ones."""
     small = ["--small"] if args.small else []
     few = ["--repeats=1"] if args.small else ["--repeats=3"]
     files = sorted(str(path) for path in Path("tests").glob("test_*.py") if "mark.gpu" in path.read_text())
@@ -85,7 +85,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
 
 
 def run(part: Part, limit: float) -> dict:
-    """Runs a part; its process and all that it started end at the limit."""
+    """Runs a part; kills its process and all child processes at the time limit."""
     if part.skip is not None:
         return {"part": part.name, "status": f"left out: {part.skip}", "seconds": 0.0, "results": []}
     began, environ = time.monotonic(), os.environ | part.environ
@@ -108,7 +108,7 @@ def run(part: Part, limit: float) -> dict:
         output, _ = process.communicate()
         status = f"not finished within {limit:.0f} s"
     lines = part.results.read_text().splitlines() if part.results is not None and part.results.is_file() else []
-    results = [json.loads(line) for line in lines if line.endswith("}")]  # the last may have been cut off
+    results = [json.loads(line) for line in lines if line.endswith("}")]  # the last line may be incomplete
     tail = output.splitlines()[-TAIL:]
     return {
         "part": part.name,
@@ -120,7 +120,7 @@ def run(part: Part, limit: float) -> dict:
 
 
 def device() -> dict:
-    """The device, asked for in a process of its own: this one must leave its memory to the parts."""
+    """Describes the device in a separate process, so that this one leaves the device memory to the parts."""
     code = "import jax, json; d = jax.devices()[0]; print(json.dumps([d.platform, d.device_kind, jax.device_count()]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -138,7 +138,7 @@ def _driver() -> str | None:
 
 
 def versions() -> dict:
-    """Versions of the packages that are installed."""
+    """Versions of the installed packages."""
     known = {}
     for name in PACKAGES:
         try:
@@ -170,7 +170,7 @@ def markdown(report: dict) -> str:
 
 
 def _streaming(results: list[dict]) -> list[str]:
-    """What `benchmarks.streaming` printed."""
+    """The results of `benchmarks.streaming`."""
     rows = [result for result in results if "first_frame_s" in result]
     if not rows:
         return []
@@ -206,7 +206,7 @@ def _table(results: list[dict]) -> list[str]:
 
 
 def _profile(results: list[dict]) -> list[str]:
-    """The kernels that take longest."""
+    """The slowest kernels."""
     profiles = [result["profile"] for result in results if "profile" in result]
     if not profiles:
         return []

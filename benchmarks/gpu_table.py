@@ -1,16 +1,16 @@
-"""The streaming table of `gpu_hour.sh`: seconds of a chunk at a full cache and of a video's first chunk, by settings.
+"""The streaming table of `gpu_hour.sh`: seconds per chunk with a full cache, and for a video's first chunk.
 
   python -m benchmarks.gpu_table                # Wan2.1-T2V-1.3B, 480x832
   python -m benchmarks.gpu_table --small        # a small network, for a CPU
 
-Protocol: random weights and prompt embeddings, four denoising steps and the clean pass. A chunk is the pipeline's own
-program (`programs.next_chunk`) on a cache that is full, or empty for a video's first; its decoding is that program's
-once per latent frame (`programs.decode`). Each is called once to warm up, then `--repeats` times, and the median is
-taken. Frames per second are those of all videos over denoising plus decoding, without the host.
+Protocol: random weights and prompt embeddings, four denoising steps and the clean pass (which writes the chunk to the
+cache). A chunk is timed with the pipeline's own program (`programs.next_chunk`) on a full cache, or on an empty one for
+the first chunk. Decoding is `programs.decode`, once per latent frame. Each is called once to warm up, then `--repeats`
+times; the table has medians. Frames per second are those of all videos over denoising plus decoding, without the host.
 
-Window "21" is a video of 21 latent frames, all of which are seen; "9 + 3" sees the 9 newest and a sink of 3 beside its
-own chunk. Settings come in the order of what is asked first; "fp8" is `load_pipeline(quantize="fp8")`. Four settings at
-a time are compiled side by side, then timed one by one. A JSON line per result is appended to `--jsonl`.
+Window "21" is a video of 21 latent frames, all of them visible. With "9 + 3", a chunk sees the 9 newest frames and a
+sink of the first 3. The most important settings come first; "fp8" is `load_pipeline(quantize="fp8")`. Four settings at
+a time are compiled in parallel, then timed one by one. Results are appended to `--jsonl`, one JSON line each.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
 from sf_jax.weights.eight_bit import quantize_params, quantizer_for
 
 FRAMES, SINK, SEEN = 21, 3, 9
-TOGETHER = 4  # settings that are compiled side by side
-KERNELS = 15  # of the profile
+TOGETHER = 4  # settings compiled in parallel
+KERNELS = 15  # number of kernels in the profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
       chunk: latent frames generated together.
       window: "21" or "9 + 3".
       numbers: "bf16", "f32" or "fp8".
-      batch: videos side by side.
+      batch: number of videos in one batch.
     """
 
     chunk: int = 3
@@ -68,9 +68,9 @@ class Network:
     """Sizes of the benchmark.
 
     Attributes:
-      config: of the transformer.
+      config: sizes of the transformer.
       size: latent (H, W, C).
-      decoders: configurations by name.
+      decoders: decoder configs by name.
     """
 
     config: WanConfig
@@ -79,7 +79,7 @@ class Network:
 
 
 def cases(numbers: str) -> list[Case]:
-    """All settings, those first that differ from the usual ones in one thing; `numbers` are those of the device."""
+    """All settings, starting with those that differ from the default in one field; `numbers` is the device's type."""
     usual = Case(numbers=numbers)
     first = [usual, Case(1, numbers=numbers), Case(window="9 + 3", numbers=numbers), Case(numbers="fp8")]
     first += [Case(numbers=numbers, batch=4), Case(1, "9 + 3", numbers), Case(3, "9 + 3", numbers, 4)]
@@ -101,10 +101,10 @@ def network(small: bool, dtype: str) -> Network:
 
 
 class Denoising:
-    """The program of a case with its arguments; compiled where `compile` is called."""
+    """The program of a case with its arguments; `compile` compiles it."""
 
     def __init__(self, net: Network, case: Case, params: dict):
-        """Takes stacked parameters, which may be used up."""
+        """Takes stacked parameters, which may be freed."""
         self.net, self.case, seen = net, case, {}
         if case.window != "21":
             seen = {"window": SEEN + case.chunk, "sink": SINK, "positions": "relative"}
@@ -117,7 +117,7 @@ class Denoising:
         self.source = (programs.sample_key(np.uint32(0)), np.arange(case.batch, dtype=np.int32), None)
 
     def cache(self, frames: int):
-        """A cache through which `frames` latent frames have gone."""
+        """A cache after `frames` latent frames."""
         cache = ro.empty_cache(self.model, self.rollout, self.case.batch, FRAMES, *self.net.size[:2])
         slots = np.full(cache.capacity, -1, np.int32)
         for frame in range(frames):
@@ -134,7 +134,7 @@ class Denoising:
         self.program = lowered.compile()
 
     def seconds(self, start: int, repeats: int) -> float:
-        """Median seconds of the chunk that begins with latent frame `start`."""
+        """Median seconds of the chunk that starts at latent frame `start`."""
         cache, times = self.cache(start), []
         place = (np.int32(start), np.int32(start // self.case.chunk), np.bool_(False))
         for _ in range(repeats + 1):
@@ -146,7 +146,7 @@ class Denoising:
 
 
 def decoding(net: Network, name: str, batch: int, repeats: int) -> dict:
-    """Median seconds in which a decoder makes pixels of a video's first latent frame, and of each later one."""
+    """Median seconds of a decoder for a video's first latent frame, and for each later one."""
     config = net.decoders[name]
     module, shapes = (vae.WanVae, vae.param_shapes) if name == "wan" else (tiny_vae.TinyVaeDecoder, None)
     params = random_params((shapes or tiny_vae.param_shapes)(config), config.dtype)
@@ -163,7 +163,7 @@ def decoding(net: Network, name: str, batch: int, repeats: int) -> dict:
 
 
 def profile(run: Callable[[], float]) -> dict:
-    """What the device spends its time with while `run` runs: the kernels that take longest, seconds in all."""
+    """Profiles `run` on the device: the slowest kernels, and the total seconds of all kernels."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             seconds = run()
@@ -173,20 +173,20 @@ def profile(run: Callable[[], float]) -> dict:
         kernels: Counter = Counter()
         for plane in on_device or planes:
             for line in plane.lines:
-                # of a device the streams with its kernels; of a CPU the threads that compute
+                # On a device, only streams of kernels; on a CPU, only compute threads.
                 if on_device and not line.name.lower().startswith(("stream", "xla ops")):
                     continue
                 if not on_device and not line.name.startswith("tf_"):
                     continue
                 for event in line.events:
-                    if on_device or "::" not in event.name:  # a CPU's executor is around what it executes
+                    if on_device or "::" not in event.name:  # a CPU's executor events contain the kernels
                         kernels[event.name] += event.duration_ns / 1e9
     longest = [{"kernel": name[:120], "seconds": spent} for name, spent in kernels.most_common(KERNELS)]
     return {"kernels": longest, "all_kernels_s": sum(kernels.values()), "median_call_s": seconds}
 
 
 def measure(net: Network, args: argparse.Namespace, write: Callable[[dict], None]) -> None:
-    """Times all cases, as far as the time goes."""
+    """Times all cases within the time limit."""
     begun, decoded = time.monotonic(), {}
     asked = cases("f32" if args.dtype == "float32" else "bf16")
     asked = asked[: args.most] if args.most else asked
@@ -204,7 +204,7 @@ def measure(net: Network, args: argparse.Namespace, write: Callable[[dict], None
                         net, case, quantize_params(params, quantizer_for("fp8" if case.numbers == "fp8" else None))
                     )
                 )
-            except Exception as error:  # such as a missing extra, or too little memory: the other cases go on
+            except Exception as error:  # such as a missing extra or too little memory; other cases continue
                 write({"case": dataclasses.asdict(case), "left": _one_line(error)})
         with concurrent.futures.ThreadPoolExecutor(TOGETHER) as pool:
             compiling = [pool.submit(one.compile) for one in ready]
@@ -212,14 +212,14 @@ def measure(net: Network, args: argparse.Namespace, write: Callable[[dict], None
             try:
                 result.result()
                 row = _row(net, one, args.repeats, decoded)
-            except Exception as error:  # such as too little memory: the other cases go on
+            except Exception as error:  # such as too little memory; other cases continue
                 write({"case": dataclasses.asdict(one.case), "left": _one_line(error)})
                 continue
             write({"case": dataclasses.asdict(one.case), **row})
             if one.case == asked[0]:
                 try:
                     write({"profile": profile(lambda one=one: one.seconds(FRAMES - one.case.chunk, 1))})
-                except Exception as error:  # the table is worth more
+                except Exception as error:  # the table matters more than the profile
                     write({"profile": {}, "left": _one_line(error)})
         del ready, compiling
 
@@ -229,7 +229,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _row(net: Network, one: Denoising, repeats: int, decoded: dict) -> dict:
-    """The figures of a case; `decoded` remembers those of the decoders."""
+    """The figures of a case; `decoded` caches those of the decoders."""
     case, memory = one.case, one.program.memory_analysis()
     full = one.seconds(FRAMES - case.chunk, repeats)
     row = {"denoise_s": full, "first_denoise_s": one.seconds(0, repeats), "decode_s": {}, "fps": {}, "first_s": {}}

@@ -1,9 +1,9 @@
-"""The official code on a CPU: imported from a folder that the user names and adapted in memory.
+"""Runs the official code on a CPU: imports it from a given folder and adapts it in memory.
 
-Nothing of it is copied or changed on disk. What is adapted, and why: packages are imported without their front ends
-(video, text encoder and tokenizer are not needed); flash attention is PyTorch's scaled_dot_product_attention in the
-dtype of its input; tensors stay where they are when asked to go to a GPU; there is one process, so nothing is
-broadcast; sizes that are constants there (layers, heads, tokens of a frame, frames of a video) are those of the model.
+Nothing is copied or changed on disk. The adaptations: packages are imported without their front ends (video, text
+encoder and tokenizer are not needed). PyTorch's scaled_dot_product_attention, in the dtype of its input, replaces flash
+attention. Moving tensors to a GPU does nothing. With a single process, nothing is broadcast. Sizes that are constants
+there (layers, heads, tokens per frame, frames per video) are set to those of the model.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def import_official(folder: Path) -> Official:
     """Imports the official code.
 
     Raises:
-      SystemExit: if the folder does not hold it.
+      SystemExit: if the folder does not contain it.
     """
     if not (folder / "pipeline" / "self_forcing_training.py").is_file():
         raise SystemExit(f"error: --official={folder}: no pipeline/self_forcing_training.py there; give the folder of "
@@ -66,7 +66,7 @@ def import_official(folder: Path) -> Official:
 
 
 def _attention(q, k, v, k_lens=None, **_):
-    """[B, L, N, D] each."""
+    """Attention; q, k and v are [B, L, N, D]."""
     mask = None if k_lens is None else (torch.arange(k.shape[1]) < k_lens[:, None])[:, None, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

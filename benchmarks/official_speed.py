@@ -1,11 +1,11 @@
-"""Speed of the official Self Forcing code on this machine's GPU: the rollout of a video, without its decoder.
+"""Speed of the official Self Forcing code on this machine's GPU: the rollout of a video, without decoding.
 
   python -m benchmarks.official_speed --official=official            # 1.3B, 480x832, 21 latent frames, bfloat16
   python -m benchmarks.official_speed --official=official --small    # a small network; without a GPU, on the CPU
 
-The code is imported and adapted as `benchmarks/official.py` says, with PyTorch's scaled_dot_product_attention in place
-of flash attention; all tensors are made on the GPU. Random weights, one video, four denoising steps and the clean pass
-for every chunk of 3, not compiled. The first run warms up, then the median of `--repeats` is taken.
+`benchmarks/official.py` imports and adapts the code, with PyTorch's scaled_dot_product_attention in place of flash
+attention; all tensors are created on the GPU. Random weights, one video, four denoising steps and the clean pass for
+every chunk of 3, not compiled. The first run warms up; the result is the median of `--repeats` runs.
 """
 
 import argparse
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install 'sf_jax[parity]' einops") from error
 
-PIXEL_FRAMES = 4  # of a latent one
+PIXEL_FRAMES = 4  # per latent frame
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     official = theirs.import_official(args.official)
     network = theirs.build_network(official, config, True, frames * tokens, 0)
     network = network.to(torch.bfloat16).requires_grad_(False)
-    torch.set_default_dtype(torch.bfloat16)  # the caches are made of it
+    torch.set_default_dtype(torch.bfloat16)  # the caches use it
     pipe = theirs.build_pipeline(official, network, config, frames, tokens)
     noise = torch.randn(1, frames, config.channels, *size)
     text = torch.randn(1, config.text_len, config.text_dim)

@@ -1,11 +1,11 @@
-"""One stream over several chips, by the compiler: memory of a chip, bytes that it sends for a chunk. No chip is needed.
+"""One stream over several chips, from the compiler: memory per chip, bytes sent per chunk of frames. Needs no chips.
 
   JAX_PLATFORMS=cpu python -m benchmarks.one_stream --model=14B --mesh=tensor:4 --target=v6e:2x2 --target=h100:4
   JAX_PLATFORMS=cpu python -m benchmarks.one_stream --table=14B --out=rows.jsonl      # the tables of docs/streaming.md
 
-A chunk of 3 latent frames at a full cache: 21 frames without --window, otherwise --window (with --sink). Parameters and
-cache are bfloat16. Rows that --out has already are not compiled again; --draw prints them alone. Some GPUs differ only
-in memory here: one of them is compiled for, and its figures are held against the others of `SAME`.
+Compiles a chunk of 3 latent frames with a full cache: 21 frames without --window, else --window (with --sink).
+Parameters and cache are bfloat16. Rows already in --out are not recompiled; --draw only prints them. Some GPUs differ
+only in memory here: one of them is compiled for, and its figures are compared with the others' limits (`SAME`).
 """
 
 import argparse
@@ -48,7 +48,7 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled, and for what; `size` is height x width in pixels."""
+    """A program and its target; `size` is height x width in pixels."""
 
     model: str
     size: str
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def lines_of(case: Case, row: dict) -> list[str]:
-    """Lines of a table, one for each card that the figures are those of."""
+    """Lines of a table, one for each GPU or TPU that the figures apply to."""
     gib = (row["arguments"] + row["temporary"] + row["beside"]) / GIB
     cache = "21" if case.window is None else f"{case.window - case.sink} + {case.sink}"
     by = ", ".join(f"{kind} {size:.1f}" for kind, size in sorted(row["sent"].items()) if size >= 0.05) or "-"

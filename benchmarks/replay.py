@@ -1,11 +1,12 @@
-"""The replay gradient against differentiating through the scan: time and temporary memory.
+"""Compares the replay gradient with differentiating through the scan: time and temporary memory.
 
   python -m benchmarks.replay            # embedded size: 9 frames of 9 tokens, dim 128, 4 layers
-  python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens a frame)
+  python -m benchmarks.replay --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels (240 tokens per frame)
 
-One gradient of sum(video * weight) in the student's parameters, rollout included, exit step 2 of 4, float32. Without
-compilation; the time is the median of `--repeats` runs after one warm-up. Memory is XLA's `temp_size_in_bytes`. FLOPs
-are left out: XLA's cost analysis counts the body of a loop once.
+Computes one gradient of sum(video * weight) in the student's parameters, including the rollout, with exit step 2 of 4
+(where the rollout stops and takes the gradient), in float32. The time is the median of `--repeats` runs after one
+warm-up, without compilation. Memory is XLA's `temp_size_in_bytes`. FLOPs are not shown, as XLA's cost analysis counts
+the body of a loop once.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""The server under load: time to be ready, to the first chunk, between chunks, and what is left behind.
+"""The server under load: startup time, time to the first chunk, time between chunks, and leaked resources.
 
   python -m benchmarks.serving                  # twice: the first start fills the cache of compiled programs
 
-Starts `python -m sf_jax.serve` with 6 slots in a process of its own and prints: seconds from the start of the process
-until it is ready; seconds from a prompt to its first chunk, median and maximum of 10 sessions; then 8 clients for
-`--seconds`: 4 regular ones, one that reads slowly, one that drops its connection every 5 s, and 2 that come when all
-slots are taken. Of each: chunks, and median and longest interval between two. At the end open files, threads
-and memory of the server, before and after. The machine should be idle.
+Starts `python -m sf_jax.serve` with 6 slots in a separate process. Prints the seconds until it is ready, and the
+seconds from a prompt to its first chunk (median and maximum of 10 sessions). Then runs 8 clients for `--seconds`: 4
+regular ones, one that reads slowly, one that drops its connection every 5 s, and 2 that arrive when all slots are
+taken. For each client, prints the number of chunks, and the median and longest interval between two. Finally prints the
+server's open files, threads and memory, before and after. The machine should be idle.
 """
 
 import argparse
@@ -28,7 +28,7 @@ async def first_chunks(server, count: int) -> list[float]:
 
 
 async def load(server, seconds: float):
-    """The clients, by what they are."""
+    """Runs the clients; returns them by kind."""
     tasks = {f"regular {i}": asyncio.create_task(watch(server, seconds)) for i in range(4)}
     tasks["slow"] = asyncio.create_task(watch(server, seconds, pause=0.6))
     await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Times two sides of a comparison in turns, in one process."""
+"""Times the two sides of a comparison alternately, in one process."""
 
 import dataclasses
 import os
@@ -20,9 +20,9 @@ class Row:
 
     Attributes:
       what: the sizes, for the table.
-      ours: runs ours once, waits for it and returns the output.
-      theirs: the same for theirs; arrays of one shape.
-      same: whether the outputs are to be compared; those of updates with noise of their own are not.
+      ours: runs our code once, waits for it and returns the output.
+      theirs: the same for their code; both outputs have the same shape.
+      same: whether to compare the outputs; not for updates, which draw their own noise.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Row:
 
 
 def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict:
-    """Seconds of both sides, taking turns; how far their outputs are apart; what other processes used meanwhile."""
+    """Times both sides alternately; also the difference of their outputs and the load of other processes."""
     outputs = [np.asarray(side(), np.float64) for side in (row.ours, row.theirs)]
     difference = None
     if row.same:
@@ -51,7 +51,7 @@ def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict:
 
 
 def machine_time() -> tuple[float, float, float]:
-    """Seconds: on the clock, of all cores at work (0 where the system does not say), of this process at work."""
+    """Seconds of wall time, of busy time of all cores (0 if unknown), and of this process's CPU time."""
     stat = Path("/proc/stat")
     busy = 0.0
     if stat.is_file():
@@ -72,7 +72,7 @@ def line(row: dict) -> str:
 
 
 def device() -> str:
-    """The processor, as Linux names it; elsewhere what Python knows."""
+    """The CPU's name from Linux, else from Python."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

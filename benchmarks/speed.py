@@ -1,12 +1,13 @@
-"""The table of docs/speed.md: what a chunk of Wan2.1-1.3B needs of GPUs and TPUs that need not be here.
+"""The table of docs/speed.md: what a chunk of Wan2.1-1.3B needs on GPUs and TPUs, which need not be attached.
 
   pip install -e '.[aot,gpu_aot]'
   JAX_PLATFORMS=cpu python -m benchmarks.speed                       # compiles what is missing, writes docs/speed.md
   JAX_PLATFORMS=cpu python -m benchmarks.speed --target=h100:1 --layers=2 --file=/tmp/speed.jsonl    # a quick look
 
-A chunk of 3 latent frames of 480x832 (12 frames) in bfloat16, four denoising steps and the clean pass, at a full cache
-of 21 latent frames and with a window of 9 + 3; then the decoders. Programs that the file has of this commit are not
-compiled again. Decoders for TPUs take tens of minutes each, or seconds at XLA's level O1, which moves more:
+Compiles a chunk of 3 latent frames of 480x832 (12 frames) in bfloat16, with four denoising steps and the clean pass
+(which writes the chunk to the cache), for a full cache of 21 latent frames and for a window of 9 + 3 (newest frames and
+sink); then the decoders. Programs in the file that were compiled at this commit are not recompiled. Decoders for TPUs
+compile for tens of minutes each, or for seconds at XLA's level O1, which moves more bytes:
 
   export JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1
   JAX_PLATFORMS=cpu python -m benchmarks.speed --target=v6e:2x2 --program=VAE --program='tiny VAE'
@@ -56,7 +57,7 @@ def calls(target: str, layers: int):
 
 
 def row_of(compiled: Compiled, chip) -> dict:
-    """What the file keeps of a program."""
+    """The fields of a program that the file stores."""
     moved = compiled.traffic
     attention = [f"{each.implementation} {each.shapes}".strip() for each in moved.attention]
     return {
@@ -77,7 +78,7 @@ def row_of(compiled: Compiled, chip) -> dict:
 
 
 def commit() -> str:
-    """The short name of the commit, with a plus where files differ from it."""
+    """The short hash of the commit, with a plus if files differ from it."""
     try:
         name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "status", "--porcelain", "sf_jax"], capture_output=True, text=True, check=True)
@@ -93,7 +94,7 @@ def versions() -> dict:
 
 
 def measure(targets: list[str], programs: list[str], layers: int, file: Path) -> None:
-    """Compiles what the file does not have of this commit."""
+    """Compiles the programs that the file lacks for this commit."""
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     now, keys = commit(), {(row["target"], row["program"], row["layers"], row["commit"]) for row in known}
     for target in targets:
@@ -112,7 +113,7 @@ def measure(targets: list[str], programs: list[str], layers: int, file: Path) ->
 
 
 def table(file: Path, layers: int) -> list[str]:
-    """The lines of the table: of each program the newest row."""
+    """The lines of the table, with the newest row of each program."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     newest = {(row["target"], row["program"]): row for row in rows if row["layers"] == layers}
     targets = [target for target in TARGETS if any(key[0] == target for key in newest)]
@@ -165,7 +166,7 @@ def _title(target: str) -> str:
 
 
 def main() -> None:
-    """Compiles what is missing and writes the table."""
+    """Compiles missing programs and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", default=None, help="such as h100:1; all of the table otherwise")
     programs = [*WINDOWS, *DECODERS.values()]

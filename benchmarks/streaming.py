@@ -5,19 +5,20 @@
   python -m benchmarks.streaming --small         # a small network, for a CPU
   python -m benchmarks.streaming --small --streams=1,4,16 --rows=none   # endless streams in one forward pass
 
-Protocol: random weights (the speed does not depend on them), random prompt embeddings, a video at a time, 4 denoising
-steps and the clean pass for every chunk, on one device. Every row runs a whole video first to compile and warm up; then
-`--repeats` videos are timed and the median is taken. The time to the first frame counts from the call, prompt keys and
-values included, the text encoder not. FPS is all frames of a video over its whole time, with the frames on the host
-where they are decoded. One JSON line per row is appended to `--json`, with the device and the versions.
+Protocol: random weights (which do not affect the speed), random prompt embeddings, one video at a time, 4 denoising
+steps and the clean pass (which writes the chunk to the cache) per chunk, on one device. Every row first generates a
+whole video to compile and warm up, then times `--repeats` videos; the table has medians. The time to the first frame
+starts at the call and includes the prompt's keys and values, but not the text encoder. FPS is the number of frames of a
+video divided by its total time; decoded frames are copied to the host. Each row is appended to `--json` as one JSON
+line with the device and the versions.
 
-With `--streams`, a row is a number of endless streams (`sf_jax.Stream`), window 9, sink 3, positions relative: the
-median of `--repeats` times 5 chunks behind a full window, and the frames of all streams together. "GFLOP/s" is the
-arithmetic of the matrix products over that time, "of a product" its share of what one product of 1024x1024 matrices
-reaches here: where one stream is near it, more streams cannot be faster. `--embedded` is the shipped student of moving
-digits.
+With `--streams`, a row is a number of endless streams (`sf_jax.Stream`) with window 9, sink 3 and relative positions:
+the median of `--repeats` times 5 chunks with a full window, and the frames per second of all streams together.
+"GFLOP/s" counts the matmul FLOPs over that time. "of a product" is its share of the rate of one 1024x1024 matmul on
+this machine: if one stream is close to it, more streams cannot be faster. `--embedded` uses the shipped student of
+moving digits.
 
-The reference's figures on one H100 (paper): 17.0 FPS with 0.69 s to the first chunk, frame-wise 8.9 FPS and 0.45 s.
+The paper's figures on one H100: 17.0 FPS with 0.69 s to the first chunk, frame-wise 8.9 FPS and 0.45 s.
 """
 
 import argparse
@@ -50,7 +51,7 @@ COLUMNS = {"streams": 8, "s per chunk": 13, "frames/s of all": 17, "to one": 8, 
 
 
 def random_params(shapes: dict, dtype: str) -> dict:
-    """Random parameters of the right size for each leaf, made on the device."""
+    """Random parameters with a suitable scale for each leaf, generated on the device."""
 
     def leaf(i, shape):
         fan_in = max(1, int(np.prod(shape.shape[:-1])))
@@ -62,7 +63,7 @@ def random_params(shapes: dict, dtype: str) -> dict:
 
 
 def time_video(pipe: VideoPipeline, text: np.ndarray) -> list[float]:
-    """Times at which every chunk was there."""
+    """Seconds from the call to each chunk."""
     began, times = time.perf_counter(), []
     for chunk in pipe.chunks(text):
         jax.block_until_ready(chunk.latents) if chunk.pixels is None else np.asarray(chunk.pixels)
@@ -71,7 +72,7 @@ def time_video(pipe: VideoPipeline, text: np.ndarray) -> list[float]:
 
 
 def time_streams(pipe: VideoPipeline, text: np.ndarray, slots: int, chunks: int) -> tuple[float, float]:
-    """Median seconds of a chunk of all streams, and the pixel frames (or latent ones) of all in a second."""
+    """Median seconds per chunk of all streams, and their total pixel (or latent) frames per second."""
     stream = Stream(pipe, slots)
     ids = [stream.join(text[0], number=number) for number in range(slots)]
     for _ in range(3):
@@ -85,7 +86,7 @@ def time_streams(pipe: VideoPipeline, text: np.ndarray, slots: int, chunks: int)
 
 
 def product_rate() -> float:
-    """FLOP/s of a product of 1024x1024 float32 matrices."""
+    """FLOP/s of a matmul of 1024x1024 float32 matrices."""
     side = 1024
     product, x = jax.jit(jnp.matmul), jnp.ones((side, side))
     times = []
@@ -97,7 +98,7 @@ def product_rate() -> float:
 
 
 def step_flops(pipe: VideoPipeline, slots: int) -> float:
-    """Arithmetic of a step's matrix products."""
+    """FLOPs of a step's matmuls."""
     spec, params = stream_spec(pipe), pipe.params
     state = jax.eval_shape(lambda: stream_state.empty_state(spec, pipe.decoder, slots))
     traced = stream_state.step.trace(spec, params, pipe.decoder, state, jax.ShapeDtypeStruct((slots,), bool))
@@ -164,7 +165,7 @@ def main() -> None:
     print(f"{'decoder':8s} {'FPS':>8s} {'first frame, s':>15s} {'s per chunk':>12s}")
     for row in args.rows.split(","):
         decoder, shown = _decoder(row, dtype), sampling
-        if decoder is None:  # sizes are those of the latents
+        if decoder is None:  # sampling sizes are then in latents
             shown = Sampling(latent, sampling.height // 8, sampling.width // 8)
         pipe = VideoPipeline(None, WanTransformer(config), params, rollout, decoder, sampling=shown)
         time_video(pipe, text)

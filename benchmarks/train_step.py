@@ -1,18 +1,19 @@
-"""Time of the two updates of Self Forcing with DMD, by parts, and the share of the machine's matmul peak.
+"""Time of the two updates of Self Forcing with DMD, by part, and the share of the machine's matmul peak.
 
   python -m benchmarks.train_step            # the moving digits: 9 frames of 9 tokens, dim 128, 4 layers, batch 32
   python -m benchmarks.train_step --middle   # dim 384, 6 layers, 9 frames of 24x40 latent pixels, batch 1
 
-Networks have random weights, float32 or `--dtype`. Each figure is the mean over the same `--steps` iterations, whose
-exit steps are drawn as in training, after one call that is not counted; the parts are programs of their own:
+Networks have random weights, in float32 or `--dtype`. Each figure is the mean over the same `--steps` iterations after
+one warm-up call, with exit steps (where a rollout stops and takes the gradient) drawn as in training. The parts are
+separate programs:
 
   rollout    the student's own video, without gradient
   scores     the critic's and the guided teacher's prediction, forward (student update)
   gradient   replay and its gradient (student), the flow-matching loss and its gradient (critic)
-  rest       what the whole update takes beyond these: clip, optimizer, average, checks for NaN
-  by scan    the student's rollout, scores and gradient with the gradient taken through the rollout's scan
+  rest       the remaining time of the whole update: clipping, optimizer, averaging, NaN checks
+  by scan    the student's rollout, scores and gradient, with the gradient through the rollout's scan
 
-FLOP are those of the model's matrix products, recomputation left out; the peak is that of a square matrix product.
+FLOPs are those of the model's matmuls without recomputation; the peak is that of a square matmul.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from tests import oracle
 
 
 def config_of(middle: bool, batch: int | None, dtype: str, remat: str | None) -> TrainConfig:
-    """The recipe of the moving digits, at their size or at the middle one."""
+    """The recipe of the moving digits, at their size or the middle size."""
     config = from_dict(digits.get_config("distill"))
     model = config.model
     if middle:
@@ -51,7 +52,7 @@ def config_of(middle: bool, batch: int | None, dtype: str, remat: str | None) ->
 
 
 def seconds(function, arguments) -> float:
-    """Mean time of a call over a list of arguments, compilation left out."""
+    """Mean time of a call over a list of arguments, without compilation."""
     run = jax.jit(function)
     jax.block_until_ready(run(*arguments[0]))
     began = time.perf_counter()
@@ -61,7 +62,7 @@ def seconds(function, arguments) -> float:
 
 
 def scan_loss(config, networks, frozen, state, batch):
-    """The student's loss with the gradient taken through the scan of the rollout; same draws as the program's."""
+    """The student's loss with the gradient through the rollout's scan; same random draws as the program."""
 
     def loss(params, fake):
         shape = (len(fake.examples), config.data.frames, config.data.height, config.data.width, config.model.channels)

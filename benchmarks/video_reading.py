@@ -1,9 +1,9 @@
-"""What reading a clip costs: PyAV in this process, and ffmpeg as a program of its own, which it replaced.
+"""The cost of reading a clip: with PyAV in this process, and with the ffmpeg program, which PyAV replaced.
 
     taskset -c 0 python -m benchmarks.video_reading
 
-Makes clips of 1080p with ffmpeg, reads 81 frames of each as `sf_jax.prepare` does at 480x832, and prints
-processor seconds (of all processes) and the most memory that one process held. Needs imageio-ffmpeg.
+Creates 1080p clips with ffmpeg, reads 81 frames of each as `sf_jax.prepare` does at 480x832, and prints CPU seconds (of
+all processes) and the peak memory of each process. Needs imageio-ffmpeg.
 """
 
 import resource
@@ -26,14 +26,14 @@ TONE_MAP = (
 
 
 def read_pyav(path: str) -> int:
-    """Frames that PyAV reads."""
+    """Reads with PyAV; returns the number of frames."""
     from sf_jax.io.video import read_video
 
     return len(read_video(path, HEIGHT, WIDTH, limit=FRAMES))
 
 
 def read_program(path: str) -> int:
-    """Frames that ffmpeg's program reads."""
+    """Reads with the ffmpeg program; returns the number of frames."""
     import imageio_ffmpeg
     import numpy as np
 
@@ -46,7 +46,7 @@ def read_program(path: str) -> int:
 
 
 def measure(kind: str, path: str) -> None:
-    """Prints what one reading costs beyond the imports."""
+    """Prints the cost of reading once, without imports."""
     read = {"PyAV": read_pyav, "program": read_program}[kind]
     import imageio_ffmpeg  # noqa: F401
     import numpy as np  # noqa: F401

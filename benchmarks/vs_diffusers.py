@@ -1,19 +1,19 @@
-"""The networks against those of diffusers and transformers, on the same CPU.
+"""Compares our networks with those of diffusers and transformers on the same CPU.
 
   python -m benchmarks.vs_diffusers              # all rows; needs pip install 'sf_jax[parity]'
   python -m benchmarks.vs_diffusers --row=vae    # one row: dit, vae, vae_narrow, umt5, dit_large
   python -m benchmarks.vs_diffusers --large      # all rows and dit_large (dim 1536, 4 layers)
   python -m benchmarks.vs_diffusers --one_core   # CPU time on one core, for machines that others use, too
 
-Protocol: one process, float32, the same sizes, weights and inputs on both sides. Both have all cores
-(`torch.set_num_threads(os.cpu_count())`; XLA takes them by itself). Ours is jitted, theirs runs as the libraries ship
-it: eager, under `inference_mode`. Each side runs once to compile or warm up, then they take turns `--repeats` times,
-with a pause between them in which idle threads stop spinning. Timed is the network alone, its inputs lie ready in the
-layout of its side. The table has the median and, as other work on the machine only adds time, the minimum; `ratio` is
-ours / theirs, below 1 where ours is faster; `others` is the share of all cores that other processes had meanwhile (on
-Linux): where it is not small, the ratio says little, since the two sides suffer differently. With `--one_core` the
-process keeps to one core and its CPU time is counted, which others hardly change. `difference` is the relative L2
-difference of the outputs, so that the work is known to be the same. A line of JSON per row is appended to `--json`.
+Protocol: one process, float32, the same sizes, weights and inputs on both sides. Both use all cores
+(`torch.set_num_threads(os.cpu_count())`; XLA does by default). Ours is jitted; theirs runs as shipped: eager, under
+`inference_mode`. Each side runs once to compile or warm up, then they alternate `--repeats` times, with a pause between
+them in which idle threads stop spinning. Only the network is timed; its inputs are already in its own layout. The table
+has the median and, as other load on the machine only adds time, the minimum. `ratio` is ours / theirs, below 1 if ours
+is faster. `others` is the share of all cores that other processes used meanwhile (on Linux); unless it is small, the
+ratio means little, since it affects the two sides differently. With `--one_core` the process stays on one core and CPU
+time is measured, which other load hardly changes. `difference` is the relative L2 difference of the outputs, to verify
+that both do the same work. Each row is appended to `--json` as one JSON line.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def _params(kind: str, model: torch.nn.Module, **changes) -> tuple:
 
 
 def _random(model: torch.nn.Module) -> torch.nn.Module:
-    """Random matrices, also where a library starts with zeros; for inference only."""
+    """Randomizes all matrices, including those that a library initializes with zeros; for inference only."""
     torch.manual_seed(0)
     model.eval().requires_grad_(False)
     for value in model.parameters():
@@ -77,14 +77,14 @@ def _to_torch(x: np.ndarray) -> torch.Tensor:
 
 
 def _jitted(function: Callable, params: dict, *arguments: np.ndarray) -> Callable[[], jax.Array]:
-    """A call of one of our networks that waits for its result."""
+    """A function that calls one of our networks and waits for the result."""
     run = jax.jit(function)
     arguments = [jnp.asarray(a) for a in arguments]
     return lambda: jax.block_until_ready(run(params, *arguments))
 
 
 def dit(dim: int, layers: int, ffn_dim: int, head_dim: int, frames: int = 3) -> Row:
-    """The transformer, all frames of 30x52 latents seeing each other, 512 text tokens."""
+    """The transformer with full attention over all frames of 30x52 latents and 512 text tokens."""
     heads = dim // head_dim
     sizes = {"num_attention_heads": heads, "attention_head_dim": head_dim, "ffn_dim": ffn_dim, "num_layers": layers}
     theirs = _random(diffusers.WanTransformer3DModel(**sizes, text_dim=1024))
@@ -150,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     threads, clock = os.cpu_count(), time.perf_counter
     if args.one_core:
-        # Before JAX and PyTorch start their threads, which inherit it.
+        # Set before JAX and PyTorch start their threads, which inherit it.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         threads, clock = 1, time.process_time
     torch.set_num_threads(threads)

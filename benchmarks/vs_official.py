@@ -1,4 +1,4 @@
-"""The official Self Forcing code and ours side by side on the same CPU: rollout, updates, forward and backward.
+"""Compares the official Self Forcing code with ours on the same CPU: rollout, updates, forward and backward.
 
   git clone https://github.com/guandeh17/Self-Forcing official
   pip install 'sf_jax[parity]' einops
@@ -7,17 +7,18 @@
   python -m benchmarks.vs_official --official=official --size=embedded --row=rollout
 
 The official code is imported from the folder and adapted in memory (`benchmarks/official.py`). Sizes: "middle" is dim
-384, 6 layers, 9 frames of 24x40 latents (240 tokens a frame), "embedded" dim 128, 4 layers, 9 frames of 6x6; batch 1,
-chunks of 3, float32, weights of one side on both. Each side runs once to compile or warm up, then they take turns
-`--repeats` times. Rows:
+384, 6 layers, 9 frames of 24x40 latents (240 tokens per frame); "embedded" is dim 128, 4 layers, 9 frames of 6x6. Batch
+1, chunks of 3 latent frames, float32, and the same weights on both sides. Each side runs once to compile or warm up,
+then they alternate `--repeats` times. Rows:
 
   rollout   9 frames, all four denoising steps, no gradient
-  forward   the bidirectional network on 9 frames; backward: and the gradient of all parameters
-  student   DMD's student update: rollout, critic, guided teacher, gradient, clip, AdamW; exit steps 0 and 3 in turn
+  forward   the bidirectional network on 9 frames; backward: also the gradient of all parameters
+  student   DMD's student update: rollout, critic, guided teacher, gradient, clipping, AdamW; exit steps 0 and 3 in turn
   critic    the critic's update, likewise
 
-The official updates run with gradient checkpointing, as in the official recipe (the student's fails without it); ours
-with `remat="dots"`, the recipe of the embedded model. In the row "forward and backward" neither side recomputes.
+(The exit step is where the rollout stops and takes the gradient.) The official updates use gradient checkpointing, as
+in the official recipe (the student's fails without it); ours use `remat="dots"`, as in the embedded model's recipe. In
+the row "forward and backward" neither side recomputes.
 """
 
 import argparse
@@ -106,7 +107,7 @@ class Sides:
 
 
 def rollout(sides: Sides) -> Row:
-    """A video, all steps."""
+    """The row for a video with all denoising steps."""
     model, config = WanTransformer(sides.config), ro.RolloutConfig(context_noise="official")
     key, examples, noise = jax.random.key(0), jnp.arange(1), jnp.asarray(sides.noise)
 
@@ -145,7 +146,7 @@ def update(sides: Sides, name: str) -> Row:
         return np.zeros(1)
 
     network = sides.theirs["generator" if student else "fake_score"]
-    network.model.gradient_checkpointing = True  # as the official recipe; the student's update needs it
+    network.model.gradient_checkpointing = True  # as in the official recipe; the student's update needs it
     dmd = theirs.build_dmd(sides.official, sides.pipe, sides.theirs, GUIDANCE)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01)
     prompts = [{"prompt_embeds": value} for value in (sides.their_text, torch.zeros_like(sides.their_text))]
@@ -215,7 +216,7 @@ def main() -> None:
     args = parser.parse_args()
     threads, clock = os.cpu_count(), time.perf_counter
     if args.one_core:
-        # Before JAX and PyTorch start their threads, which inherit it.
+        # Set before JAX and PyTorch start their threads, which inherit it.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         threads, clock = 1, time.process_time
     torch.set_num_threads(threads)

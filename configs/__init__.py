@@ -1,1 +1,1 @@
-"""Configurations for `python -m sf_jax.train --config=configs/NAME.py:VARIANT`."""
+"""Configs for `python -m sf_jax.train --config=configs/NAME.py:VARIANT`."""

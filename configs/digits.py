@@ -1,19 +1,19 @@
-"""Moving handwritten digits, embedded in the package: every stage of Self Forcing on a laptop CPU.
+"""Every stage of Self Forcing on moving handwritten digits; needs only a laptop CPU and no downloads.
 
   python -m sf_jax.train --config=configs/digits.py:teacher --workdir=runs/teacher
   python -m sf_jax.train --config=configs/digits.py:init    --workdir=runs/init
   python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill \
       --config.init_weights=runs/init/student.safetensors
 
-Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `causal_ode` and `consistency` (starts
-along a causal network, with and without ODE pairs: `--config.teacher_weights=runs/causal/causal.safetensors`), `polish`
-(a little of the GAN after `consistency`), `switch` (more of it, on rollouts whose prompt changes), `sid` and `gan`
-(other objectives), `causvid` and `tf_dmd` (the baselines without rollouts). Every one of them continues from the same
-kinds of files.
+Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `causal_ode` and `consistency`
+(initialization from a causal network, with and without ODE pairs:
+`--config.teacher_weights=runs/causal/causal.safetensors`), `polish` (short GAN training after `consistency`), `switch`
+(longer GAN training after that, on rollouts whose prompt changes), `sid` and `gan` (other objectives), `causvid` and
+`tf_dmd` (the baselines without rollouts). All of them start from the same kinds of weight files.
 
-Videos are 9 latent frames of 6x6x8 (24x24 pixels), 9 tokens a frame; the network has 1.2 million parameters. `init`
-and `distill` start from the teacher that the package ships; `--config.teacher_weights=FILE` takes another.
-`docs/digits.md` has the time that each stage takes and what comes out.
+Videos have 9 latent frames of 6x6x8 (24x24 pixels) with 9 tokens each; the network has 1.2 million parameters. `init`
+and `distill` start from the shipped teacher; `--config.teacher_weights=FILE` selects another. `docs/digits.md` has the
+time and results of each stage.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def _common(stage: str) -> dict:
             "sink": 3,
             "positions": "relative",
         },
-        # Even times: scores at high noise, which a shift would favor, pull all samples of a prompt to one shape.
+        # Unshifted times: a shift favors high noise, where scores pull all samples of a prompt to the same shape.
         "score": {"guidance": 2.5, "student_shift": 3.0, "score_shift": 3.0, "time_shift": 1.0},
     }
 
@@ -74,7 +74,7 @@ def _teacher() -> dict:
 
 
 def _init() -> dict:
-    """Regression of the causal student on ODE pairs of the teacher."""
+    """Initializes the causal student by regression on the teacher's ODE pairs."""
     return _common("init") | {
         "steps": 400,
         "batch_size": 32,
@@ -94,14 +94,14 @@ def _init() -> dict:
 
 
 def _distill() -> dict:
-    """Self Forcing with DMD: rollouts of 9 frames, a critic update every iteration, the student's every second."""
+    """Self Forcing with DMD: rollouts of 9 frames; updates the critic every step and the student every second step."""
     return _common("distill") | {
         "objective": "dmd",
         "steps": 120,
         "batch_size": 32,
         "generator_every": 2,
         "teacher_weights": "shipped",
-        # Twenty updates are enough from a start that knows its context; six times the rate ruins the first chunk.
+        # Twenty updates suffice if the initialization uses its context; six times this rate ruins the first chunk.
         "optimizer": {"lr": 1e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0, "decay": "cosine"},
         "critic_optimizer": {"lr": 4e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0},
         "ema": {"decay": 0.98, "start": 40},
@@ -109,30 +109,30 @@ def _distill() -> dict:
 
 
 def _causal() -> dict:
-    """A many-step causal network by teacher forcing, from the teacher's weights."""
+    """Trains a many-step causal network by teacher forcing, from the teacher's weights."""
     values = _teacher()
     changes = {"stage": "causal", "steps": 1000, "batch_size": 32, "init_weights": "shipped"}
     return values | changes | {"causal": {"forcing": "teacher"}, "optimizer": values["optimizer"] | {"lr": 6e-3}}
 
 
 def _diffusion_forcing() -> dict:
-    """A many-step causal network by diffusion forcing."""
+    """Trains a many-step causal network by diffusion forcing, from the teacher's weights."""
     return _causal() | {"causal": {"forcing": "diffusion"}}
 
 
 def _consistency() -> dict:
-    """The student's start by consistency along a many-step causal network, without ODE pairs."""
+    """Initializes the student by consistency distillation of a many-step causal network, without ODE pairs."""
     values = _init()
     return values | {
         "init": "consistency",
-        # For a causal network that was trained for long; 2.0 is enough for one of 1000 steps.
+        # For a causal network with long training; 2.0 suffices after 1000 steps.
         "consistency": {"solver_steps": 24, "guidance": 3.0, "later_guidance": 2.0},
         "teacher_weights": "runs/causal/causal.safetensors",
     }
 
 
 def _causal_ode() -> dict:
-    """The student's start by regression on pairs of a many-step causal network, behind real clips."""
+    """Initializes the student by regression on a many-step causal network's ODE pairs, with real clips as context."""
     values = _init() | {"teacher_weights": "runs/causal/causal.safetensors"}
     return values | {"ode": values["ode"] | {"teacher": "causal"}}
 
@@ -150,27 +150,27 @@ def _gan() -> dict:
 
 
 def _polish() -> dict:
-    """Self Forcing with the GAN after consistency, a little of it: what the shipped student was made with."""
+    """Short Self Forcing with the GAN after `consistency`, which produced the shipped student."""
     values = _gan()
-    # Real clips keep their shape, and DMD's teacher does not.
+    # Digits keep their shape in real clips, but not in samples of DMD's teacher.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
     return values | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
 
 
 def _switch() -> dict:
-    """The GAN on rollouts whose prompt changes, after `polish`: a student that follows new prompts at once."""
+    """GAN training after `polish`, on rollouts whose prompt changes; the student then follows new prompts at once."""
     values = _polish()
     optimizer = values["optimizer"] | {"lr": 3e-4}
     return values | {"steps": 120, "optimizer": optimizer, "rollout_frames": (18,), "prompt_switch": 1.0}
 
 
 def _causvid() -> dict:
-    """The baseline DF+DMD (CausVid): the student sees real clips, noised by chunk."""
+    """The baseline DF+DMD (CausVid): the student's inputs are real clips, with separate noise for each chunk."""
     return _distill() | {"student_input": "diffusion_forcing"}
 
 
 def _tf_dmd() -> dict:
-    """The baseline TF+DMD: as `causvid`, with the clean chunks before each noisy one."""
+    """The baseline TF+DMD: like `causvid`, but each noisy chunk sees the clean chunks before it."""
     return _distill() | {"student_input": "teacher_forcing"}
 
 
@@ -192,7 +192,7 @@ VARIANTS = {
 
 
 def get_config(variant: str = "distill") -> ConfigDict:
-    """The configuration of a stage."""
+    """The config of a stage."""
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}: configs/digits.py has {', '.join(VARIANTS)}")
     return config_dict(VARIANTS[variant]())

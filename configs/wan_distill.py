@@ -1,29 +1,31 @@
-"""Self Forcing of Wan2.1 at full size: every stage, objective and baseline; 81 pixel frames of 480x832 unless said.
+"""Self Forcing of Wan2.1 at full size: every stage, objective and baseline; 81 pixel frames of 480x832 by default.
 
   python -m sf_jax.train --config=configs/wan_distill.py:1_3b --workdir=runs/wan \
       --config.teacher_weights=Wan2.1-T2V-1.3B --config.init_weights=runs/ode/student.safetensors
 
-Self Forcing, from a causal few-step start (`--config.init_weights`): `1_3b` (DMD, teacher Wan2.1-1.3B), `14b` (teacher
-Wan2.1-14B, as the official release; also needs `--config.critic_weights=Wan2.1-T2V-1.3B`, as does `720p`, the same at
-720x1280), `14b_student` (all three networks 14B), `framewise` (chunks of one latent frame; so must the start be),
-`rolling` (a window that hides the first chunk from the last, for rolling caches), `long` (rollouts of twice the length
-as well; needs `--config.vae_weights`), `image` (85 frames, the first one given; reads clips), `sid`, `gan` (reads
-clips; no teacher but the critic's start), `write` (the gradient of later chunks reaches the writing of the cache), and
-the baselines `causvid` and `tf_dmd` (read clips).
+Self Forcing, from a causal few-step initialization (`--config.init_weights`): `1_3b` (DMD, teacher Wan2.1-1.3B), `14b`
+(teacher Wan2.1-14B, like the official release; also needs `--config.critic_weights=Wan2.1-T2V-1.3B`), `720p` (like
+`14b`, at 720x1280), `14b_student` (all three networks 14B), `framewise` (chunks of one latent frame, also in the
+initialization), `rolling` (a window that hides the first chunk from the last, for rolling caches), `long` (also
+rollouts of twice the length; needs `--config.vae_weights`), `image` (85 frames, the first one given; reads clips),
+`sid`, `gan` (reads clips; the teacher's weights only initialize the critic), `write` (later chunks' gradients flow into
+the cache writes), and the baselines `causvid` and `tf_dmd` (read clips).
 
-The start: `ode` (regression on pairs that it makes with `--config.teacher_weights`, 42 MB each, 172 GB in all),
-`causal_ode` (the same behind real clips, 50 MB each) or `consistency`, both along a many-step causal network
-(`--config.teacher_weights=runs/causal/causal.safetensors`; read clips). Those networks: `causal` (teacher forcing) and
-`diffusion_forcing`, from `--config.init_weights=Wan2.1-T2V-1.3B`, on clips.
+Initialization: `ode` (regression on ODE pairs that it generates with `--config.teacher_weights`, 42 MB each, 172 GB in
+all), `causal_ode` (the same with real clips as context, 50 MB each) or `consistency`. The latter two need a many-step
+causal network (`--config.teacher_weights=runs/causal/causal.safetensors`) and read clips. Such networks: `causal`
+(teacher forcing) and `diffusion_forcing`, trained from `--config.init_weights=Wan2.1-T2V-1.3B` on clips.
 
-Student and critic are 1.3B but for `14b_student`. Prompts and clips come from `python -m sf_jax.prepare`. Hardware: the
-official run used 64 H100s; updates compile for TPU slices (`docs/scaling.md`). Nothing was trained at this size yet.
+Student and critic are 1.3B except in `14b_student`. `python -m sf_jax.prepare` makes the prompts and clips. Hardware:
+the official run used 64 H100s; updates compile for TPU slices (`docs/scaling.md`). Nothing has been trained at this
+size yet.
 
-Published recipes: DMD's and SiD's rates are the official code's. `gan` is the paper's: scores in the exit step's range
-of times, one critic update per student update, batch 768, R1 and R2 of 30 at sigma 0.05. `consistency` and
-`causal_ode` guide by 3 and `consistency` has 48 steps, as Causal Forcing. `write` has the window of 9 frames with a
-sink of 3 of Self Gradient Forcing (arXiv 2607.20368). ODE pairs have the official script's steps and guidance, but the
-student's shift (5; there it is 8). Rates of the GAN and of the stages that learn from data are ours.
+Published recipes: DMD's and SiD's learning rates are those of the official code. `gan` follows the paper: scores in the
+exit step's range of times (the exit step is where a training rollout stops), one critic update per student update,
+batch 768, R1 and R2 of 30 at sigma 0.05. `consistency` and `causal_ode` use guidance 3, and `consistency` 48 steps, as
+in Causal Forcing. `write` has the window of 9 frames with a sink of 3 (first frames that stay visible) from Self
+Gradient Forcing (arXiv 2607.20368). ODE pairs have the official script's steps and guidance, but the student's shift
+(5; the script has 8). The learning rates of the GAN and of the stages that train on data are ours.
 """
 
 from ml_collections import ConfigDict
@@ -53,7 +55,7 @@ def _rate(lr: float, weight_decay: float = 0.01, beta1: float = 0.0) -> dict:
 
 
 def _distill(rollout: dict | None = None, **changes) -> dict:
-    """Self Forcing with DMD, student, teacher and critic of 1.3B."""
+    """Self Forcing with DMD; student, teacher and critic are 1.3B."""
     values = _common() | {
         "stage": "distill",
         "objective": "dmd",
@@ -69,7 +71,7 @@ def _distill(rollout: dict | None = None, **changes) -> dict:
 
 
 def _supervised(**changes) -> dict:
-    """A stage that learns from data."""
+    """A stage that trains on data."""
     return _common() | {"steps": 3000, "optimizer": _rate(5e-6, beta1=0.9), "checkpoint_every": 200} | changes
 
 
@@ -84,12 +86,12 @@ def _gan() -> dict:
 
 
 def _14b() -> dict:
-    """Self Forcing with DMD and the teacher Wan2.1-14B, as the official release."""
+    """Self Forcing with DMD and the teacher Wan2.1-14B, like the official release."""
     return _distill(teacher=to_dict(wan_14b(dtype="bfloat16")))
 
 
 def _14b_student() -> dict:
-    """The same with all three networks of 14B."""
+    """Self Forcing with DMD; all three networks are 14B."""
     return _distill(model=to_dict(wan_14b(dtype="bfloat16")))
 
 
@@ -109,12 +111,12 @@ def _rolling() -> dict:
 
 
 def _long() -> dict:
-    """Self Forcing with DMD on rollouts of the usual and of twice the length; needs vae_weights."""
+    """Self Forcing with DMD on rollouts of normal and double length; needs vae_weights."""
     return _distill(rollout_frames=(21, 42))
 
 
 def _image() -> dict:
-    """Self Forcing with DMD from a given first frame, 85 frames; reads clips."""
+    """Self Forcing with DMD from a given first frame, with 85 frames; reads clips."""
     data = _common()["data"] | {"frames": 22}
     return _distill({"first_frame_alone": True}, image_to_video=True, data=data)
 
@@ -125,44 +127,44 @@ def _sid() -> dict:
 
 
 def _write() -> dict:
-    """Self Forcing with DMD whose gradient reaches the writing of the cache (Self Gradient Forcing)."""
+    """Self Forcing with DMD and gradients through the cache writes (Self Gradient Forcing)."""
     return _distill({"window": 9, "sink": 3}, cache_gradient="write")
 
 
 def _causvid() -> dict:
-    """The baseline DF+DMD (CausVid): the student sees real clips, noised by chunk."""
+    """The baseline DF+DMD (CausVid): the student's inputs are real clips, with separate noise for each chunk."""
     return _distill(student_input="diffusion_forcing")
 
 
 def _tf_dmd() -> dict:
-    """The baseline TF+DMD: as `causvid`, with the clean chunks before each noisy one."""
+    """The baseline TF+DMD: like `causvid`, but each noisy chunk sees the clean chunks before it."""
     return _distill(student_input="teacher_forcing")
 
 
 def _causal() -> dict:
-    """A many-step causal network by teacher forcing, on clips."""
+    """Trains a many-step causal network by teacher forcing, on clips."""
     return _supervised(stage="causal", causal={"forcing": "teacher"})
 
 
 def _diffusion_forcing() -> dict:
-    """A many-step causal network by diffusion forcing, on clips."""
+    """Trains a many-step causal network by diffusion forcing, on clips."""
     return _supervised(stage="causal", causal={"forcing": "diffusion"})
 
 
 def _ode() -> dict:
-    """The student's start by regression on ODE pairs of the bidirectional teacher."""
+    """Initializes the student by regression on ODE pairs of the bidirectional teacher."""
     pairs = {"pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 6.0}
     return _supervised(stage="init", init="ode", ode=pairs)
 
 
 def _causal_ode() -> dict:
-    """The student's start by regression on pairs of a many-step causal network, behind real clips."""
+    """Initializes the student by regression on a many-step causal network's ODE pairs, with real clips as context."""
     pairs = {"teacher": "causal", "pairs": 4096, "batch_size": 16, "solver_steps": 48, "guidance": 3.0}
     return _supervised(stage="init", init="ode", ode=pairs)
 
 
 def _consistency() -> dict:
-    """The student's start by consistency along a many-step causal network; reads clips."""
+    """Initializes the student by consistency distillation of a many-step causal network; reads clips."""
     return _supervised(stage="init", init="consistency", consistency={"solver_steps": 48, "guidance": 3.0})
 
 
@@ -189,7 +191,7 @@ VARIANTS = {
 
 
 def get_config(variant: str = "1_3b") -> ConfigDict:
-    """The configuration of a variant."""
+    """The config of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}: configs/wan_distill.py has {', '.join(VARIANTS)}")
     return config_dict(VARIANTS[variant]())

@@ -1,4 +1,4 @@
-"""What tests share that compile for GPUs and TPUs that are absent."""
+"""Shared code of the tests that compile for GPUs and TPUs that are not attached."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ from sf_jax.models import wan
 from sf_jax.perf.chips import chip_of
 from sf_jax.perf.devices import CUDA_PLUGINS
 
-# heads of the kernels' own width
+# Heads of the kernels' native width.
 WIDE = wan.WanConfig(
     dim=512,
     ffn_dim=512,
@@ -20,14 +20,14 @@ WIDE = wan.WanConfig(
     dtype="bfloat16",
 )
 TARGETS = ("h100:4", "v6e:2x2")
-# what compiled programs call the fused attention
+# Names of the fused attention in compiled programs.
 KERNELS = {"h100:4": ("__cudnn$fmhaSoftmax",), "v6e:2x2": ("tpu_custom_call", "splash_mha")}
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -38,6 +38,6 @@ needs_cuda = pytest.mark.skipif(
 
 
 def on(target: str, *values):
-    """A slow case for devices that can be compiled for where their compiler is installed."""
+    """A slow case for a target; skipped if the target's compiler is not installed."""
     compiler = needs_libtpu if chip_of(target).platform == "tpu" else needs_cuda
     return pytest.param(target, *values, marks=(pytest.mark.aot, pytest.mark.slow, compiler))

@@ -1,4 +1,4 @@
-"""One cache of compiled programs for all tests of a run, child processes included; models that many tests share."""
+"""One cache of compiled programs for a whole test run, including child processes; models that many tests share."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ import pytest
 
 
 def pytest_configure(config):
-    """Sets it by environment variables, which xdist's workers and the commands under test inherit."""
+    """Sets the cache in environment variables, which xdist's workers and the commands under test inherit."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     config.compiled = tempfile.TemporaryDirectory(prefix="sf_jax_compiled_")
@@ -16,14 +16,14 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    """Removes the cache; only the process that made it has it."""
+    """Removes the cache, in the process that created it."""
     if hasattr(config, "compiled"):
         config.compiled.cleanup()
 
 
 @pytest.fixture(autouse=True)
 def needs_gpu(request):
-    """Skips what is marked `gpu` where there is none."""
+    """Skips tests marked `gpu` on machines without one."""
     if request.node.get_closest_marker("gpu") is not None:
         import jax
 
@@ -34,14 +34,14 @@ def needs_gpu(request):
 @pytest.fixture(scope="module")
 def digits():
     """The shipped student."""
-    from sf_jax import load_pipeline  # JAX reads the cache's place from the environment
+    from sf_jax import load_pipeline  # lazy, as JAX reads the cache's folder from the environment
 
     return load_pipeline()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder of Wan."""
+    """A small Wan model folder."""
     from tests.wan_folder import make_folder
 
     return make_folder(tmp_path_factory.mktemp("models") / "wan")

@@ -1,7 +1,8 @@
-"""Commands of the package in forks of one process that has imported what they import, which is most of a start.
+"""Runs the package's commands as forks of one process that has already imported their modules.
 
-Only the start differs from `python -m MODULE`: every command line is a process of its own, with its own arguments,
-output and exit code. Command lines that need another environment or folder are run as they are.
+Imports are most of a command's startup time. Otherwise this equals `python -m MODULE`: every command line is a separate
+process with its own arguments, output and exit code. With `subprocess.run` options, such as another environment or
+folder, a command runs without a fork.
 """
 
 import functools
@@ -42,7 +43,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_command(module: str, *arguments, **options) -> subprocess.CompletedProcess:
-    """Runs `python -m MODULE ARGUMENTS`; options are those of `subprocess.run`, output is captured as text."""
+    """Runs `python -m MODULE ARGUMENTS` and captures its output as text; options are those of `subprocess.run`."""
     arguments = [str(argument) for argument in arguments]
     if options or not hasattr(os, "fork"):
         return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, **options)
@@ -61,7 +62,7 @@ def run_command(module: str, *arguments, **options) -> subprocess.CompletedProce
 
 @functools.lru_cache(maxsize=1)
 def _server(folder: str, variables: tuple) -> subprocess.Popen:
-    """The process that forks, of a folder and an environment; it ends with this one, whose pipe it reads."""
+    """The process that forks, for a folder and an environment; it ends when this one closes its pipe."""
     command = [sys.executable, "-c", _SERVER, *_IMPORTED]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=folder, env=dict(variables), text=True, **pipes)

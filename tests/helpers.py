@@ -14,7 +14,7 @@ SIZE = (4, 4)
 
 
 def marked(cases, exhaustive):
-    """Parameters of all cases, those that are `exhaustive` marked so."""
+    """Parameters of all cases; those in `exhaustive` get that mark."""
     return [pytest.param(case, marks=pytest.mark.exhaustive if case in exhaustive else ()) for case in cases]
 
 
@@ -31,7 +31,7 @@ def tree_relative(ours, reference) -> float:
 
 
 def random_params(config: wan.WanConfig = SMALL, seed: int = 0) -> dict:
-    """Parameters without zeros, so that every path matters."""
+    """Parameters without zeros, so that every path affects the output."""
     shapes = wan.param_shapes(config)
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def inputs(frames: int, batch: int = 2, config: wan.WanConfig = SMALL, seed: int
 
 
 def refused(function, *arguments, **keywords) -> str:
-    """The message of a ValueError: one line, and not a long one."""
+    """The message of the expected ValueError; checks that it is one short line."""
     with pytest.raises(ValueError) as error:
         function(*arguments, **keywords)
     message = str(error.value)
@@ -62,6 +62,6 @@ def refused(function, *arguments, **keywords) -> str:
 
 
 def read_frames(path) -> np.ndarray:
-    """Frames uint8 [F, h, w, 3] of a video, as it is stored."""
+    """A video's stored frames, uint8 [F, h, w, 3]."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

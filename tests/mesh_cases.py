@@ -1,6 +1,6 @@
-"""One video on several devices and on one: `python -m tests.mesh_cases CASE...` prints how far apart they are, as JSON.
+"""Compares a video on several devices with one device: `python -m tests.mesh_cases CASE...` prints the errors as JSON.
 
-Run with JAX_NUM_CPU_DEVICES=8; tests/test_mesh_stream.py does.
+Run with JAX_NUM_CPU_DEVICES=8, as tests/test_mesh_stream.py does.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ MODEL = wan.WanConfig(dim=32, ffn_dim=48, num_heads=4, num_layers=2, text_dim=8,
 WINDOW = RolloutConfig(chunk=2, window=6, sink=2, positions="relative", context_noise="none", steps=(1000, 500))
 FRAMEWISE = RolloutConfig(chunk=1, context_noise="none", steps=(1000, 500))
 SOLVER = Solver("unipc", 5.0, 3)
-# case -> (mesh, kind); heads are 4, so that tensor 4 x context 2 has to split the queries
+# case -> (mesh, kind); with 4 heads, tensor 4 x context 2 must split the queries.
 CASES = {
     "quick": ("tensor:2,context:2", "quick"),
     "window": ("tensor:2,context:2", "window"),
@@ -80,7 +80,7 @@ def pipeline(kind: str) -> sf_jax.VideoPipeline:
 
 
 def whole(pipe: sf_jax.VideoPipeline) -> list[np.ndarray]:
-    """Latents, and pixels where there is a decoder."""
+    """Latents, and pixels if there is a decoder."""
     frames = 12 if pipe.decoder is None else 21
     chunks = [*pipe.chunks(embeddings(), dataclasses.replace(pipe.sampling, frames=frames))]
     parts = [np.concatenate([np.asarray(chunk.latents) for chunk in chunks], axis=1)]
@@ -90,7 +90,7 @@ def whole(pipe: sf_jax.VideoPipeline) -> list[np.ndarray]:
 
 
 def streamed(pipe: sf_jax.VideoPipeline, stream: sf_jax.Stream) -> list[np.ndarray]:
-    """Latents, and pixels, of two streams that join one after the other and change their prompts."""
+    """Latents and pixels of two streams that join one after the other and change their prompts."""
     texts, parts = embeddings(4), []
     initial = np.random.default_rng(3).standard_normal((2, *pipe.latent_size(pipe.sampling)), np.float32)
     ids = [stream.join(texts[0], seed=1)]
@@ -108,14 +108,14 @@ def streamed(pipe: sf_jax.VideoPipeline, stream: sf_jax.Stream) -> list[np.ndarr
 
 
 def joined(stream: sf_jax.Stream) -> np.ndarray:
-    """Latents of the streams that a pipeline calls videos 0 and 1."""
+    """Latents of the streams that match a pipeline's videos 0 and 1."""
     ids = [stream.join(text, number=number) for number, text in enumerate(embeddings())]
     steps = [stream.step() for _ in range(3)]
     return np.stack([np.concatenate([step.latents(one) for step in steps]) for one in ids])
 
 
 def apart(ours: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float]:
-    """The largest relative error of latents, and the largest difference of grey levels."""
+    """The largest relative error of the latents, and the largest difference in gray levels."""
     pairs = list(zip(ours, reference, strict=True))
     errors = [relative(a, b) for a, b in pairs if a.dtype == np.float32]
     grey = [int(np.abs(a.astype(int) - b).max()) for a, b in pairs if a.dtype == np.uint8]
@@ -123,7 +123,7 @@ def apart(ours: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, floa
 
 
 def from_files(mesh: str) -> dict:
-    """Weights from files to their devices, and the command's own videos: two prompts, one after the other."""
+    """Loads weights from files onto the mesh, and runs the command on two prompts, one after the other."""
     found, latents = {}, []
     with tempfile.TemporaryDirectory() as root:
         folder = make_folder(Path(root) / "wan")
@@ -143,7 +143,7 @@ def from_files(mesh: str) -> dict:
 
 
 def run(case: str) -> dict:
-    """What a case shows."""
+    """Runs a case; returns its measurements."""
     mesh, kind = CASES[case]
     if kind == "files":
         return from_files(mesh)

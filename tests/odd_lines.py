@@ -1,7 +1,7 @@
-"""Runs odd command lines of a command in this process, as a shell would: `python -m tests.odd_lines COMMAND FOLDER`.
+"""Runs odd command lines of a command in this process: `python -m tests.odd_lines COMMAND FOLDER`.
 
-Prints a JSON object a line: arguments, exit code, what was printed as an error, seconds. Lines are made from the flags
-that the command has, so that new ones are tried too.
+Prints one JSON object per line: arguments, exit code, stderr, seconds. Command lines are generated from the command's
+flags, so new flags are covered automatically.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from absl import flags
 
 LONG = "x" * 5000
 HUGE = "9" * 30
-# Values that no flag of a kind takes, whatever it means.
+# Values that are invalid for every flag of a kind.
 ODD = {
     "int": ["", "abc", "1.5", "nan", HUGE],
     "float": ["", "abc", "nan", "inf", "1e999"],
@@ -29,7 +29,7 @@ ODD = {
     "enum": ["", "nonsense", "\x1b[31m", LONG],
     "config": ["", "configs/none.py", "configs", "configs/digits.py:none", "README.md", LONG],
 }
-# What a kind does not say; {m} is a model folder of Wan, {t} an empty folder, {f} a text file.
+# Other invalid lines; {m} is a Wan model folder, {t} an empty folder, {f} a text file.
 WAN = [
     "--model={m}",
     "--checkpoint={m}/student.safetensors",
@@ -217,7 +217,7 @@ LINES = {
 
 
 def by_kind(name: str, own: dict[str, flags.Flag]) -> list[list[str]]:
-    """Lines with a value that a flag's kind refuses, for every flag."""
+    """Command lines with an invalid value for each flag, chosen by the flag's kind."""
     lines = []
     for flag in own.values():
         kind = "bool" if flag.boolean else "config" if flag.name == "config" else flag.flag_type()
@@ -229,7 +229,7 @@ def by_kind(name: str, own: dict[str, flags.Flag]) -> list[list[str]]:
 
 
 def config_lines() -> list[list[str]]:
-    """A value of another type for every field of a configuration."""
+    """Command lines with a value of the wrong type for each field of a config."""
     from configs import digits
     from sf_jax.config import from_dict
     from sf_jax.config_help import fields_of
@@ -246,7 +246,7 @@ def config_lines() -> list[list[str]]:
 
 @contextlib.contextmanager
 def captured(path: str):
-    """Writes what the process prints as an error to a file, libraries of C included; other output goes nowhere."""
+    """Redirects stderr to a file, also that of C libraries; discards stdout."""
     sys.stdout.flush(), sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     with open(path, "wb") as errors, open(os.devnull, "wb") as nothing:
@@ -261,7 +261,7 @@ def captured(path: str):
 
 
 def run_line(main, options: dict, arguments: list[str], seconds: int = 60) -> dict:
-    """Runs a command line; its outcome."""
+    """Runs a command line and returns the outcome."""
     before = set(flags.FLAGS)
     sys.argv = ["command", *arguments]
     began, code = time.monotonic(), 0
@@ -277,7 +277,7 @@ def run_line(main, options: dict, arguments: list[str], seconds: int = 60) -> di
         with captured(errors.name):
             try:
                 command.run(main, **options)
-            except SystemExit as end:  # as Python ends
+            except SystemExit as end:  # sets the exit code as Python does
                 code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
                 if isinstance(end.code, str):
                     print(end.code, file=sys.stderr)
@@ -297,7 +297,7 @@ def run_line(main, options: dict, arguments: list[str], seconds: int = 60) -> di
 
 
 def lines_of(name: str) -> list[list[str]]:
-    """Lines made by hand; `warm` has `generate`'s flags, and takes no notice of what is about files and prompts."""
+    """Handwritten command lines; `warm` has `generate`'s flags but ignores those for files and prompts."""
     if name != "warm":
         return LINES[name]
     files = ("--out", "--prompt", "--fps", "--scale", "--save", "--names")
@@ -306,7 +306,7 @@ def lines_of(name: str) -> list[list[str]]:
 
 
 def main(name: str, folder: str, every: str = "1") -> None:
-    """Runs the lines of a command, or one of `every` so many."""
+    """Runs the lines of a command, or only every `every`-th."""
     module = importlib.import_module(f"sf_jax.{name}")
     if name == "evaluate":
         module.define_flags()

@@ -1,4 +1,4 @@
-"""The rollout's gradient without replay: differentiates through the scan over chunks. Slow, and easy to believe."""
+"""The rollout's gradient without replay: differentiates through the scan over chunks. Slow but obviously correct."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sf_jax.models.wan import KeysValues
 def rollout_video(
     model, config, params, text, noise, exits, draw, initial=None, cache_gradient="stop", first_live=0
 ) -> jax.Array:
-    """The video of `rollout.rollout`, whose arguments these are, differentiable in `params` and `text`.
+    """The video of `rollout.rollout` for the same arguments, differentiable in `params` and `text`.
 
     `cache_gradient` and `first_live` are those of `replay.replay`.
     """
@@ -45,7 +45,7 @@ def rollout_video(
         elif cache_gradient == "write":
             read = ro.context_input(config, clean, draw, chunk)
             _, kv = ro.predict(model, config, params, read, config.context_timestep, text, layout, seen)
-        else:  # the values that the clean pass has written, the gradient of the exit step
+        else:  # values from the clean pass, gradient from the exit step
             kv = jax.tree.map(
                 lambda whole, own: part_of(whole, own, first) + (own - jax.lax.stop_gradient(own)),
                 KeysValues(written.k, written.v),

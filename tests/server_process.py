@@ -1,4 +1,4 @@
-"""`python -m sf_jax.serve` in a process of its own, and clients for it."""
+"""`python -m sf_jax.serve` in a separate process, and clients for it."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ class Server:
     Attributes:
       process: its process.
       address: host and port, such as "127.0.0.1:8000".
-      token: what it asks for, or None.
+      token: the token it requires, or None.
       started: seconds from the start of the process until it was ready.
     """
 
@@ -58,7 +58,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(*flags, env=None):
-    """A server that is ready, and has ended behind the block."""
+    """Context manager for a ready server, which ends with the block."""
     command = [sys.executable, "-m", "sf_jax.serve", "--port=0", *flags]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {}))
@@ -85,7 +85,7 @@ def running(*flags, env=None):
 
 @dataclasses.dataclass
 class Watched:
-    """What a client saw of its session: payloads, when they came, metadata, and how it ended."""
+    """A client's record of its session: payloads, their arrival times, metadata, and how it ended."""
 
     payloads: list = dataclasses.field(default_factory=list)
     times: list = dataclasses.field(default_factory=list)
@@ -101,7 +101,7 @@ class Watched:
 
 
 async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
-    """Watches a session until it ends or so many seconds have passed; `pause` between two chunks makes it slow."""
+    """Watches a session until it ends or `seconds` have passed; a `pause` between chunks makes the client slow."""
     seen, until = Watched(), None if seconds is None else time.monotonic() + seconds
     options = {"max_queue": 1, "sock": small_socket(server)} if pause else {}
     async with server.connect(**options) as ws:
@@ -130,7 +130,7 @@ async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
 
 
 async def drop(server, seconds):
-    """A client that goes without a word every 5 seconds."""
+    """A client that drops its connection without closing it every 5 seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         async with server.connect() as ws:
@@ -145,7 +145,7 @@ async def drop(server, seconds):
 
 
 def small_socket(server):
-    """A connection whose receiving end holds next to nothing, as that of a slow line."""
+    """A connection with a tiny receive buffer, like a slow network."""
     host, port = server.address.rsplit(":", 1)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,4 +1,4 @@
-"""SentencePiece models of a few words: the protobuf message and its compiled map of characters, written by hand."""
+"""Small SentencePiece models: encodes the protobuf message and its compiled character map by hand."""
 
 import struct
 
@@ -27,7 +27,7 @@ WORDS = [
     ".",
 ]
 PIECES = [*MARKS, *BYTES, *((word, -2.0 - 0.25 * row, NORMAL) for row, word in enumerate(WORDS))]
-# Of NFKC and of what SentencePiece's own rules add: spaces of every kind become plain ones, some characters vanish.
+# From NFKC and SentencePiece's own rules: all kinds of spaces become plain ones, and some characters are removed.
 CHARACTERS = {
     "\u3000": " ",
     "\u200b": " ",
@@ -73,7 +73,7 @@ def number(value: int) -> bytes:
 
 
 def field(key: int, value) -> bytes:
-    """A field of a message: numbers as varints, floats in 4 bytes, texts and messages with their size."""
+    """A field of a message: integers as varints, floats in 4 bytes, strings and messages with their length."""
     if isinstance(value, float):
         return number(key << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
@@ -83,12 +83,12 @@ def field(key: int, value) -> bytes:
 
 
 def piece(text, score=0.0, type_=NORMAL) -> bytes:
-    """A piece; what is the default is left out, as SentencePiece does."""
+    """A piece; omits default values, as SentencePiece does."""
     return field(1, field(1, text) + field(2, score) + (field(3, type_) if type_ != NORMAL else b""))
 
 
 def charsmap(characters: dict[str, str]) -> bytes:
-    """The compiled map: a double array (Darts) from UTF-8 to places in the texts behind it, each of which ends in 0."""
+    """The compiled map: a double array (Darts) from UTF-8 to offsets of the zero-terminated texts after it."""
     texts, trie = b"", {}
     for source, target in characters.items():
         node = trie
@@ -113,7 +113,7 @@ def charsmap(characters: dict[str, str]) -> bytes:
 
 
 def model(pieces=PIECES, trainer: dict | None = None, normalizer: dict | None = None) -> bytes:
-    """A ModelProto with settings as UMT5's; those that are given are added."""
+    """A ModelProto with UMT5's settings, plus the given ones."""
     trainer = {1: "corpus.txt", 3: 1, 4: len(pieces), 10: 0.9995, 35: 1, 40: 3} | (trainer or {})
     normalizer = {1: "nmt_nfkc", 2: charsmap(CHARACTERS)} | (normalizer or {})
     specs = [b"".join(field(key, value) for key, value in spec.items()) for spec in (trainer, normalizer)]

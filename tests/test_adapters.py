@@ -1,4 +1,4 @@
-"""Adapters: what is read is added, what cannot be added is refused by its name, and what is trained is written."""
+"""Adapters: merging into weights, error messages for unsupported ones, and export of trained ones."""
 
 import dataclasses
 import json
@@ -224,7 +224,7 @@ def test_what_cannot_be_added_is_refused_by_its_name(case, base, tmp_path):
     tensors, message = REFUSALS[case]
     lora = written(tmp_path, tensors)
     with pytest.raises(ValueError, match=message) as refusal:
-        if case == "not finite":  # which shows only when the numbers are read
+        if case == "not finite":  # detected only when the tensors are read
             merged(base[1], lora)
         adapters.check_loras([lora], SMALL)
     text = str(refusal.value)
@@ -321,7 +321,7 @@ def test_wan_takes_adapters_and_refuses_them_before_anything_long(tmp_path):
 
 
 def trained(rank=2, alpha=6.0):
-    """Adapters as training has them, none of them zero."""
+    """Adapters as in training, without zeros."""
     config = LoraConfig(rank, alpha)
     start = lora.init_adapters(random_params(), config, jax.random.key(0))
     rng = np.random.default_rng(5)
@@ -350,7 +350,7 @@ def test_trained_adapters_are_written_and_start_another_run(naming, base, tmp_pa
         "ffn_dim": 48,
         "num_layers": 2,
     }
-    # bit by bit back into the state of a new run, which takes rank and alpha from the file
+    # A new run restores them exactly, with rank and alpha from the file.
     changes = {"stage": "causal", "model": SMALL, "data": {"height": 4, "width": 4, "frames": 3}}
     changes |= {"rollout": {"chunk": 3}, "init_weights": "base.safetensors"}
     new = lora.resolved(from_dict(changes | {"lora": {"init": str(file)}}))
@@ -371,7 +371,7 @@ def test_training_starts_from_what_a_file_has_and_refuses_the_rest(tmp_path):
     down, up = load_file(file.path).values()
     np.testing.assert_array_equal(state["blocks"]["ffn_in"]["kernel"]["down"][1], down.T)
     np.testing.assert_array_equal(state["blocks"]["ffn_in"]["kernel"]["up"][1], up.T)
-    # what the file does not have begins as ever: random, times zero
+    # Adapters missing from the file are initialized as usual: random times zero.
     np.testing.assert_array_equal(
         state["blocks"]["ffn_in"]["kernel"]["down"][0], fresh["blocks"]["ffn_in"]["kernel"]["down"][0]
     )
@@ -397,7 +397,7 @@ def test_wan_of_the_published_sizes_is_named_and_mapped():
 
 
 def run_convert(capsys, **values) -> str:
-    """Runs sf_jax.convert in this process; what it prints."""
+    """Runs sf_jax.convert in this process; returns its output."""
     with flagsaver.flagsaver():
         flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in values.items())])
         convert.main()
@@ -417,11 +417,11 @@ def test_a_run_with_adapters_its_export_and_the_run_that_goes_on_from_it(tmp_pat
     with safe_open(file, "np") as stored:
         about = json.loads(stored.metadata()["sf_jax_lora"])
     assert about["base"]["file"] == "digits_student.safetensors" and len(about["base"]["digest"]) >= 8
-    # the base with the adapters is what the run left
+    # The base merged with the adapters equals the run's weights.
     run_convert(capsys, input=shipped, lora=f"{file}:1", output=tmp_path / "merged.safetensors", dtype="float32")
     ours, expected = (load_package(path).params for path in (tmp_path / "merged.safetensors", merged_file))
     assert tree_relative(ours, expected) < 1e-6 < tree_relative(load_package(shipped).params, expected)
-    # names of kohya and back
+    # To kohya's names and back.
     for name, to in (("kohya", "kohya"), ("back", "diffusers")):
         source = file if name == "kohya" else tmp_path / "kohya.safetensors"
         assert f"-> {to}: wrote" in run_convert(capsys, input=source, to=to, output=tmp_path / f"{name}.safetensors")
@@ -429,7 +429,7 @@ def test_a_run_with_adapters_its_export_and_the_run_that_goes_on_from_it(tmp_pat
     assert set(back) == set(first)
     for key, value in first.items():
         np.testing.assert_array_equal(back[key], value)
-    # training goes on from the adapters
+    # Training continues from the adapters.
     more = dataclasses.replace(config, lora=LoraConfig(init=str(file)))
     capsys.readouterr()
     loop.train(more, tmp_path / "more")

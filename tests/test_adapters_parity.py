@@ -1,4 +1,4 @@
-"""Adapters give the weights that diffusers' `load_lora_weights` + `fuse_lora` and peft's `merge_and_unload` give."""
+"""Merged weights equal those of diffusers' `load_lora_weights` + `fuse_lora` and of peft's `merge_and_unload`."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ SIZES = {
     "ffn_dim": 72,
     "num_layers": 2,
 }
-# Official layer -> (outputs, inputs); those of the blocks without "blocks.N.".
+# Official layer -> (outputs, inputs); layers of the blocks are listed without "blocks.N.".
 ATTENTION = {f"{kind}_attn.{part}": (48, 48) for kind in ("self", "cross") for part in "qkvo"}
 BLOCK = ATTENTION | {"ffn.0": (72, 48), "ffn.2": (48, 72)}
 TOP = {
@@ -49,7 +49,7 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """(transformer of diffusers with random weights, the folder it wrote)."""
+    """(diffusers' transformer with random weights, the folder it was saved to)."""
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(**SIZES).eval().requires_grad_(False)
     for value in model.parameters():
@@ -60,13 +60,13 @@ def base(tmp_path_factory):
 
 
 def pipeline(model):
-    """A pipeline of diffusers around a copy of the transformer, which can load adapters."""
+    """A diffusers pipeline with a copy of the transformer, which can load adapters."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.WanPipeline(None, None, None, scheduler, copy.deepcopy(model))
 
 
 def fused(model, adapters) -> dict[str, np.ndarray]:
-    """The weights of diffusers with adapters [(what `load_lora_weights` takes, scale)] in them."""
+    """diffusers' weights after fusing adapters [(argument of `load_lora_weights`, scale)]."""
     pipe = pipeline(model)
     names = [f"adapter{i}" for i in range(len(adapters))]
     for name, (source, _) in zip(names, adapters, strict=True):
@@ -78,14 +78,14 @@ def fused(model, adapters) -> dict[str, np.ndarray]:
 
 
 def ours(folder, *loras) -> dict[str, np.ndarray]:
-    """Our weights with adapters in them, by the names of diffusers."""
+    """Our weights after merging adapters, with diffusers' names."""
     config = read_config(folder / "config.json")
     _, params = load_network(folder, "transformer", config, "float32", loras=loras)
     return mapping.to_tensors(entries_of("transformer", config, "diffusers"), params)
 
 
 def assert_equal_changes(result, expected, model, at_least):
-    """The changes (not only the weights, which hide them) agree; `at_least` many tensors have any."""
+    """Compares the changes (the weights alone would hide them); at least `at_least` tensors must have changed."""
     changed = 0
     for name, value in model.state_dict().items():
         before = value.numpy()
@@ -99,7 +99,7 @@ def assert_equal_changes(result, expected, model, at_least):
 
 
 def pairs(layers, down="lora_A", up="lora_B", rank=RANK, seed=0):
-    """name -> tensor of pairs for layers {name: (outputs, inputs)}."""
+    """Random pairs for layers {name: (outputs, inputs)}, as name -> tensor."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, (outputs, inputs) in layers.items():
@@ -121,7 +121,7 @@ def alphas(layers, value=10.0):
 
 
 def lightx2v():
-    """Pairs with alpha in the blocks, differences beside them."""
+    """Pairs with alpha in the blocks, plus differences."""
     rng = np.random.default_rng(1)
     tensors = pairs(BLOCKS | {"time_projection.1": (288, 48)}, "lora_down", "lora_up") | alphas(BLOCKS, 2.0)
     tensors |= {f"{name}.diff_b": rng.normal(size=shape[0]).astype(np.float32) for name, shape in BLOCKS.items()}
@@ -168,12 +168,12 @@ CONFIGS = {
 
 
 def marked(names, fast):
-    """Parameters, slow but for those of `fast`."""
+    """Test parameters, marked slow except those in `fast`."""
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 def adapted(model, name):
-    """A copy of the transformer with a random adapter of peft."""
+    """A copy of the transformer with a random peft adapter."""
     model = copy.deepcopy(model)
     torch.manual_seed(1)
     model.add_adapter(peft.LoraConfig(**CONFIGS[name]), adapter_name="default")
@@ -192,7 +192,7 @@ def test_files_that_diffusers_writes(name, base, tmp_path):
     diffusers.WanPipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=metadata)
     expected = fused(model, [(str(tmp_path), 1.3)])
     assert_equal_changes(ours(folder, Lora(tmp_path, 1.3)), expected, model, 4)
-    # without the pipeline, names have no prefix
+    # Without a pipeline, names have no prefix.
     source.save_lora_adapter(tmp_path / "bare")
     assert_equal_changes(ours(folder, Lora(tmp_path / "bare", 1.3)), expected, model, 4)
 
@@ -226,7 +226,7 @@ def test_checkpoints_of_longlive(base, tmp_path, recwarn):
     torch.save({"step": 3000, "generator_lora": lora, "critic_lora": critic}, tmp_path / "lora.pt")
     expected = fused(model, [({f"diffusion_model.{name}": value for name, value in tensors.items()}, 1.0)])
     assert_equal_changes(ours(folder, Lora(tmp_path / "lora.pt")), expected, model, 20)
-    # the adapter alone, with peft's name of it and FSDP's wrappers
+    # The adapter only, with peft's adapter name and FSDP's wrappers.
     named = {
         name.replace(".weight", ".default.weight").replace("blocks.", "_fsdp_wrapped_module.blocks."): value
         for name, value in lora.items()
@@ -278,7 +278,7 @@ def test_diffusers_loads_the_files_that_we_write(naming, again, base, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     trained = adapter_export.TrainedAdapters(config, RANK, 10.0, adapter_export.Base("base", "0"), 1, adapters)
     adapter_export.write_trained(file, trained, naming)
-    if again is not None:  # an adapter file under other names
+    if again is not None:  # an adapter file with other names
         with opened([Lora(file)]) as (adapter,):
             adapter_export.write_adapter(tmp_path / "again.safetensors", adapter, again)
         file = tmp_path / "again.safetensors"

@@ -1,4 +1,4 @@
-"""Programs compiled for GPUs and TPUs that are absent."""
+"""Programs compiled for GPUs and TPUs that are not attached."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from tests.test_training import small_config
 
 @pytest.fixture
 def quick_compilation():
-    """Level O0: a program compiles in seconds instead of minutes, to the same memory within a percent."""
+    """Level O0: programs compile in seconds instead of minutes, with the same memory within a percent."""
     names = ("jax_optimization_level", "jax_memory_fitting_level")
     before = {name: getattr(jax.config, name) for name in names}
     for name in names:
@@ -30,7 +30,7 @@ def quick_compilation():
 
 
 def small_generation(**changes):
-    """Two layers with heads of 128, as Wan's."""
+    """Two layers with heads of size 128, as in Wan."""
     config = wan.WanConfig(
         **{"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_len": 128, "dtype": "bfloat16"} | changes
     )
@@ -47,12 +47,12 @@ def test_a_chunk_attends_by_the_kernel_of_the_devices_that_it_is_compiled_for(ta
     assert call.kernel == kernel and row.missing_kernel() is None
     calls = row.traffic.attention
     assert {each.implementation for each in calls} == {kernel}
-    # two layers and five calls of the network, to the frames and to the prompt
+    # Two layers, five network calls, self- and cross-attention.
     assert sum(calls.values()) == 2 * 5 * 2
     assert row.traffic.kinds["attention"] > 0 and row.traffic.kinds["matrix products"] > 0
     assert 0 < row.traffic.outside < row.traffic.memory and row.traffic.kernels > 100
     assert row.flops == call.flops / mesh.size and row.estimate(chip) > max(row.bounds(chip).values())
-    assert not row.traffic.links  # every chip has a video of its own
+    assert not row.traffic.links  # every chip has its own video
 
 
 @pytest.mark.parametrize(("target", "kernel"), [on("h100:1", "xla"), on("v6e:2x2", "splash")])
@@ -89,8 +89,8 @@ def test_full_size_generation_fits_a_chip(target, quick_compilation):
     rows = {call.name: compile_call(call, mesh) for call in generation.calls(what, mesh, chip)}
     chunk, frames = rows[generation.CHUNK], [rows[generation.FIRST], rows[generation.LATER]]
     assert rows[generation.PROMPT].memory < chunk.memory < chip.memory
-    assert chunk.arguments > 8 * 2**30  # the parameters and the whole cache are there
-    for frame in frames:  # the transformer's arguments stay while frames are decoded
+    assert chunk.arguments > 8 * 2**30  # the parameters and the whole cache
+    for frame in frames:  # the transformer's arguments stay in memory during decoding
         assert 2**30 < frame.memory < chip.memory and frame.beside > 8 * 2**30
 
 

@@ -1,4 +1,4 @@
-"""Networks compiled for several GPUs and for a TPU slice that are absent: the fused kernels on a mesh."""
+"""Networks compiled for several GPUs and for a TPU slice that are not attached: the fused kernels on a mesh."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ SPLIT = {"context": 2, "tensor": 2}
 
 
 def compiled(target: str, function, *arguments) -> str:
-    """The program of `function` on a mesh of absent devices; leaves are shapes, or have a sharding already."""
+    """The HLO of `function` on a mesh of absent devices; leaves are shapes, with or without a sharding."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, **SPLIT), list(devices_of(target)))
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
 
@@ -40,7 +40,7 @@ def compiled(target: str, function, *arguments) -> str:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), tree)
 
     with jax.set_mesh(mesh):
-        # products by cuBLAS compile in half the time that XLA's own kernels take
+        # cuBLAS matmuls compile twice as fast as XLA's own kernels
         options = {"xla_gpu_enable_triton_gemm": False} if "h100" in target else None
         return jax.jit(function).lower(*map(place, arguments)).compile(options).as_text()
 
@@ -111,7 +111,7 @@ def test_streaming_with_a_cache_runs_on_every_devices_share(target, scan_layers)
 
 @on_targets
 def test_the_vae_compiles_where_its_one_head_cannot_be_split(target):
-    """Wan's head of 384 channels: Splash takes it, cuDNN does not."""
+    """Wan's VAE has one head of 384 channels: Splash supports it, cuDNN does not."""
     layer = vae.FrameAttention("bfloat16")
     frames = shape(2, 1, 30, 52, 384, dtype=jnp.bfloat16)
     params = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x)["params"], frames)
@@ -122,7 +122,7 @@ def test_the_vae_compiles_where_its_one_head_cannot_be_split(target):
 
 @pytest.mark.parametrize("target", [on("h100:1")])
 def test_products_of_a_chunk_have_epilogues(target):
-    """GELU, biases and the residual of cross-attention cost no pass of their own on GPUs."""
+    """On GPUs, GELU, biases and the residual of cross-attention are fused into the matmuls."""
     config = dataclasses.replace(CONFIG, scan_layers=False, num_layers=2)
     model, rollout = wan.WanTransformer(config), ro.RolloutConfig(chunk=2)
     mesh = jax.sharding.Mesh(np.asarray(devices_of(target)), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

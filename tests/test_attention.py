@@ -15,7 +15,7 @@ from tests.helpers import relative
 
 
 def plain(q, k, v, mask):
-    """Softmax attention as written in the textbook, in float64."""
+    """Textbook softmax attention in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     logits = np.einsum("btnd,bsnd->bnts", q, k) * q.shape[-1] ** -0.5
     logits = np.where(mask, logits, -np.inf)
@@ -56,7 +56,7 @@ def test_large_attention_never_holds_all_logits():
         .lower(shape, shape, shape)
         .compile()
     )
-    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4  # half of the two heads' logits
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4  # half the size of the two heads' logits
 
 
 MASKS = {"none": None, "count": jnp.int32(5), "mask": jnp.arange(7) % 3 != 2}
@@ -68,7 +68,7 @@ def test_kernels_equal_the_plain_one(kind, odd):
     q, k, v = qkv(12 - odd, 12 - odd)
     segments = [(k[:, :7], v[:, :7], MASKS[kind]), (k[:, 7:], v[:, 7:], None)]
     splash = functools.partial(attention_kernels.splash_attention, interpret=True)
-    # what cuDNN is given, computed by XLA; it takes no masks
+    # The arguments for cuDNN, computed by XLA; cuDNN takes no masks.
     lengths = functools.partial(attention_kernels.cudnn, implementation="xla")
     for kernel in (splash,) if kind == "mask" else (splash, lengths):
         for run in (lambda f, q: f(q, segments), lambda f, q: jax.grad(lambda q: (f(q, segments) ** 2).sum())(q)):
@@ -144,7 +144,7 @@ def test_ring_holds_exactly_what_the_pattern_sees(window, sink, spare):
         assert sorted(np.asarray(cache.frames)[shown].tolist()) == expected
         slots = np.flatnonzero(shown)
         held = np.asarray(cache.k)[0, 0].reshape(capacity, 3, 4)[slots, 0, 0] if capacity else np.zeros(0)
-        assert sorted(held.tolist()) == expected  # the content moved with its label
+        assert sorted(held.tolist()) == expected  # contents and frame numbers moved together
         value = jnp.repeat(jnp.arange(start, start + chunk, dtype=jnp.float32), 3)
         new = jnp.broadcast_to(value[None, None, :, None, None], (1, 1, chunk * 3, 1, 4))
         cache = kv_cache.write(cache, new, new, jnp.int32(start))

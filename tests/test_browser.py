@@ -1,4 +1,4 @@
-"""The page in a real browser: it plays, follows a new prompt, pauses, saves, and looks as it should.
+"""The page in a real browser: it plays, follows a new prompt, pauses, saves, and looks right.
 
 Needs Chromium, its driver and selenium. `SF_JAX_PICTURES=docs/pictures python -m pytest tests/test_browser.py` writes
 the documentation's screenshots.
@@ -34,7 +34,7 @@ FLAGS = (
     "--disable-quic",
     "--window-size=1280,980",
 )
-# draws the video, or the canvas, into 24 x 24 pixels
+# Draws the video or the canvas at 24 x 24 pixels.
 PIXELS = """
 const small = document.createElement("canvas");
 [small.width, small.height] = [24, 24];
@@ -70,7 +70,7 @@ def by_id(browser, name):
 
 
 def wait(condition, seconds=20.0):
-    """The first true value of a condition."""
+    """Waits for a condition to become true; returns its value."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if value := condition():
@@ -80,7 +80,7 @@ def wait(condition, seconds=20.0):
 
 
 def opened(browser, server, query=""):
-    """The page, playing a 7."""
+    """Opens the page and plays a 7."""
     browser.get(f"http://{server.address}/{query}")
     wait(lambda: by_id(browser, "start").is_enabled())
     write(browser, "prompt", "a 7 moving left, fast")
@@ -114,7 +114,7 @@ def picture(browser, name):
 
 
 def digit_at(browser, judge, second):
-    """The digit that the judge sees in a chunk that begins at a second of the paused video."""
+    """The judge's digit for a chunk that begins at the given second of the paused video."""
     frames = []
     for i in range(3):
         browser.execute_script("video.currentTime = arguments[0]", second + (i + 0.5) / 12)

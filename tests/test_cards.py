@@ -1,4 +1,4 @@
-"""Model cards beside exported weights: what they say, that the hub reads them, that nothing is written over."""
+"""Model cards next to exported weights: their content, the hub's parser, and that existing files are kept."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from tests.test_export import ROLLOUT, student
 
 
 def run_folder(folder: Path) -> Path:
-    """What a run leaves, as far as a card reads it."""
+    """The files of a run's folder that a card reads."""
     config = {"stage": "distill", "objective": "dmd", "steps": 40, "generator_every": 5, "batch_size": 4, "seed": 7}
     config |= {"student_input": "rollout", "data": {"name": "wan", "dir": str(folder / "data")}, "lora": {"rank": 8}}
     config |= {"optimizer": {"name": "adamw", "lr": 2e-6}, "ema": {"decay": 0.99}, "rollout": to_dict(ROLLOUT)}

@@ -1,4 +1,4 @@
-"""Causal diffusion training: what each chunk's prediction depends on."""
+"""Causal diffusion training: the inputs that each chunk's prediction depends on."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_frames_of_pure_noise_have_no_weight(videos):
     clean, noise = videos
     _, text, _ = inputs(5, batch=1)
     layout = causal.causal_layout(CHUNKS, teacher_forcing=False)
-    t = jnp.full((1, 5), 1000.0)  # at the foot of the bell
+    t = jnp.full((1, 5), 1000.0)  # the bell-shaped loss weight is 0 there
     loss, _ = causal.causal_loss(random_params(), MODEL, layout, clean, text, t, noise, SCHEDULE)
     assert float(loss) == 0.0 < predict(clean, noise, False)[0]
 

@@ -1,4 +1,4 @@
-"""Files for ComfyUI: its detection rules, as published, find Wan2.1 in the names and shapes of every published size."""
+"""Files for ComfyUI: its published detection rules recognize Wan2.1 by the names and shapes of every published size."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests.test_weights import described, manifest
 
 
 def comfy_kind(shapes) -> dict | str:
-    """What ComfyUI makes of a file, by the rules of its model_detection.py and sd.py."""
+    """ComfyUI's result for a file, by the rules of its model_detection.py and sd.py."""
     if "head.modulation" in shapes:
         prefixed = sum(name.startswith("model.diffusion_model.") for name in shapes)
         assert prefixed == 0, "files of one network have no prefix"

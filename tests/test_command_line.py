@@ -1,4 +1,4 @@
-"""The command line as a whole: help, versions, console script, odd values, signals, machines that are not there."""
+"""The command line as a whole: help, versions, console script, odd values, signals, platforms other than this one."""
 
 import ast
 import io
@@ -30,7 +30,7 @@ def is_one_line(text):
     return text.startswith("error: ") and len(text.splitlines()) == 1 and len(text) <= command.LONGEST + 10
 
 
-# How many of a command's lines the fast test tries; the slow ones try all.
+# The fast test tries every eighth line of a command; the slow ones try all.
 @pytest.mark.parametrize(
     ("name", "every"),
     [("generate", 8), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in cli.COMMANDS)],
@@ -297,7 +297,7 @@ def test_a_file_system_without_locks_is_used_without(error, tmp_path, monkeypatc
     entered = False
     with files.locked(tmp_path, "workdir"):
         entered = True
-    assert entered and not list(tmp_path.iterdir())  # and no marker that would stay behind a killed process
+    assert entered and not list(tmp_path.iterdir())  # no marker that would outlive a killed process
 
 
 def test_names_never_take_those_of_files_that_are_there(tmp_path, capsys):
@@ -357,7 +357,7 @@ def test_files_have_a_largest_size():
         lengths.check_scale(10, 480, 832)
 
 
-# What a Python of Windows lacks; array_record has no build for it.
+# Modules missing from Python on Windows; array_record has no build for it.
 MODULES = "fcntl resource pwd grp termios tty pty syslog crypt readline curses array_record uvloop"
 NAMES = {
     "os": """
@@ -386,7 +386,7 @@ import builtins, importlib, os, pkgutil, signal, socket, sys
 modules = {MODULES.split()}
 names = dict(zip((os, signal, socket), {list(NAMES.values())}))
 """
-# Libraries are made for this system and need its names: they are imported first, and only ours goes without.
+# Libraries for this system need these names, so they are imported first; only our code runs without them.
 WINDOWS = (
     HIDDEN
     + """

@@ -1,4 +1,4 @@
-"""The commands as a user types them: what they write, and one clear line for every mistake."""
+"""The commands as a user types them: their output, and one clear line for every mistake."""
 
 import os
 import subprocess
@@ -21,10 +21,10 @@ def command(*arguments, module="sf_jax.generate", **options):
 
 
 def test_generate_without_arguments_writes_a_video(tmp_path):
-    # A cache of its own: where another process may just be writing what this one reads, JAX warns of it.
+    # A separate cache, as JAX warns when another process is writing the entry that this one reads.
     env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     env |= {"PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path / "caches")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # on a fast machine no program takes long enough
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # on a fast machine, none would be kept otherwise
     done = command(cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("chunk") >= 16 and "time to first frame" in done.stdout
@@ -164,7 +164,7 @@ def test_digits_that_cannot_be_written_or_read_end_in_one_line(tmp_path):
     folder = tmp_path / "moving_digits" / "full" / "1.2.0"
     path = folder / "moving_digits-train.array_record-00001-of-00002"
     whole = path.read_bytes()
-    # Of the second shard only the table of contents is read at the start; the clips are what grain's threads find.
+    # Only the index of the second shard is read at the start; damaged clips are found by grain's threads.
     for damaged in (whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 2**18) + whole[4096 - 2**18 :]):
         path.write_bytes(damaged)
         options = ["--config=configs/digits.py:teacher", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run"]

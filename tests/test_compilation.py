@@ -1,4 +1,4 @@
-"""Compiled programs on disk: where they are, that they are found again, and that nothing of them can break a run."""
+"""Compiled programs on disk: their folder, cache hits, and that bad entries cannot break a run."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ from sf_jax.inference import executables
 from sf_jax.inference.executables import Executables
 from tests.helpers import read_frames
 
-# Runs a command and prints how often JAX looked for a program and found it.
+# Runs a command and prints how often JAX looked up a program and how often it found one.
 COUNTED = """
 import collections, runpy, sys
 import jax
@@ -33,7 +33,7 @@ finally:
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """A folder of caches for this test, and no other."""
+    """A cache folder for this test only."""
     for name in list(os.environ):
         if "CACHE" in name:
             monkeypatch.delenv(name)
@@ -115,7 +115,7 @@ def counted_program():
 def test_a_program_is_read_and_not_traced_again(tmp_path, monkeypatch):
     program, traced = counted_program()
     x = np.arange(4, dtype=np.float32)
-    for _ in range(2):  # each with nothing in memory, as a new process
+    for _ in range(2):  # each with empty in-memory caches, like a new process
         kept = Executables(tmp_path)
         for start in (1.0, 2.0):
             out = kept.call(program, (1,), x, 2, jnp.float32(start))

@@ -1,4 +1,4 @@
-"""What stands before a chunk in training: clean chunks as the cache will hold them; the regression's context."""
+"""The context of a chunk in training: clean chunks as in the cache, and the regression's context."""
 
 import types
 

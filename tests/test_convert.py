@@ -1,4 +1,4 @@
-"""What sf_jax.convert refuses and tells of: numbers that a type cannot hold, and what a file has no place for."""
+"""sf_jax.convert's errors and notes: values that a type cannot represent, and settings that a format cannot store."""
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +18,7 @@ FLOAT8 = ml_dtypes.float8_e4m3fn
 
 @pytest.fixture
 def tensors():
-    """A small transformer under the official names."""
+    """A small transformer with official names."""
     return {name: np.array(value) for name, value in transformer.to_official(random_params(), SMALL).items()}
 
 
@@ -41,7 +41,7 @@ def test_numbers_that_a_type_cannot_hold_are_refused_by_name(tensors, tmp_path, 
     assert not output.exists()
     run_convert(capsys, input=base, output=output, dtype="bfloat16")
     assert loaded(output, "blocks.0.self_attn.q.weight")[1, 2] == ml_dtypes.bfloat16(-70_000)
-    tensors["blocks.0.self_attn.q.weight"][1, 2] = np.inf  # what is no number in the input stays so
+    tensors["blocks.0.self_attn.q.weight"][1, 2] = np.inf  # non-finite inputs stay unchanged
     run_convert(capsys, input=saved(base, tensors), output=output, dtype="float16", overwrite=True)
     assert np.isinf(loaded(output, "blocks.0.self_attn.q.weight")[1, 2])
 

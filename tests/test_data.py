@@ -31,13 +31,13 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips():
-    """160 clips, one of each digit, direction and speed, of 24 frames."""
+    """160 clips of 24 frames, one for each digit, direction and speed."""
     plan = moving_digits.plan_clips("test", 160)
     return plan, np.stack([clip["video"] for clip in moving_digits.generate(plan, 24)])
 
 
 def measured_velocity(videos):
-    """Mean movement of the ink's centroid on the torus, [N, F, H, W, 1] -> [N, 2] (row, column)."""
+    """Mean velocity of the ink's centroid on the torus, [N, F, H, W, 1] -> [N, 2] (row, column)."""
     ink = videos[..., 0].astype(np.float64)
     turns = np.exp(2j * np.pi * np.arange(24) / 24)
     phase = np.stack([np.angle(ink.sum(3) @ turns), np.angle(ink.sum(2) @ turns)], axis=-1)
@@ -124,7 +124,7 @@ def test_up_is_towards_row_zero():
     up = moving_digits.sample_motion(rng, moving_digits.DIRECTIONS.index("up"), 0, 20)
     right = moving_digits.sample_motion(rng, moving_digits.DIRECTIONS.index("right"), 0, 20)
     assert (up[:, 0] < 0).all() and (right[:, 1] > 0).all()
-    # The true heading leaves the caption's to either side.
+    # The true heading deviates from the caption's to either side.
     assert {-1, 1} == set(np.sign(up[:, 1])) == set(np.sign(right[:, 0]))
 
 
@@ -143,7 +143,7 @@ def test_frames_do_not_nearly_repeat_within_a_hundred():
     videos = moving_digits.render(scans[chosen], path).astype(np.float32)
 
     def difference(lag):
-        """[N, F - lag], the mean absolute difference of frames that far apart."""
+        """[N, F - lag], the mean absolute difference of frames `lag` apart."""
         return np.abs(videos[:, lag:] - videos[:, :-lag]).mean(axis=(2, 3, 4))
 
     neighbours = difference(1).mean(axis=1)
@@ -196,7 +196,7 @@ def test_missing_data_and_unknown_split(tmp_path):
 
 
 def change(name, change):
-    """Damage of a file of the clips' folder: its bytes through `change`, or None to remove it."""
+    """Damages a file of the clips' folder: passes its bytes through `change`, or removes it if that is None."""
 
     def damage(folder):
         path = folder / name
@@ -208,7 +208,7 @@ def change(name, change):
 
 
 def flipped(data):
-    """All bytes of the records, but not of the table of contents at the end."""
+    """Flips all bytes of the records, but not of the index at the end."""
     return data[:100] + bytes(byte ^ 255 for byte in data[100:20000]) + data[20000:]
 
 
@@ -240,7 +240,7 @@ def test_damaged_clips_are_named_with_what_to_do(data_dir, tmp_path, damage):
         ValueError, match=f"{folder}/.*{message}.*: remove the folder {folder} and run the command again"
     ):
         moving_digits.build(tmp_path / "data", TINY)
-        # What is inside of the records is found by the threads that read them.
+        # Damage inside records is found by the threads that read them.
         list(video_iterator(moving_digits.source(tmp_path / "data", "train", TINY), repeat=False))
 
 
@@ -328,7 +328,7 @@ def test_cut_clips_begin_with_the_same_digit_elsewhere(source):
     moved = (cut["video"][:, :3] != whole["video"][:, :3]).any(axis=(1, 2, 3, 4))
     assert 0.2 < moved.mean() < 0.8
     spectra = [np.abs(np.fft.rfft2(clips["video"][:, :3, ..., 0].astype(float))) for clips in (whole, cut)]
-    np.testing.assert_allclose(spectra[0], spectra[1], atol=1e-6)  # shifted, and nothing else
+    np.testing.assert_allclose(spectra[0], spectra[1], atol=1e-6)  # only shifted
 
 
 @pytest.mark.parametrize("kind", ["video", "cut video", "prompt"])

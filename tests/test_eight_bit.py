@@ -1,4 +1,4 @@
-"""Weights and caches of 8 bits: right numbers, real memory, one program, and a warning where quality may suffer."""
+"""8-bit weights and caches: errors, memory, number of programs, and a warning if quality may suffer."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ from sf_jax.weights.networks import load_network
 from tests.helpers import SIZE, SMALL, inputs, random_params, refused, relative
 from tests.wan_folder import MODEL, make_folder
 
-# Relative errors of one product: half a step of the largest of about 100 numbers in int8, half of 2**-4 in float8.
+# Relative errors of one matmul: half a step of the largest of about 100 values in int8, half of 2**-4 in float8.
 CLOSE = {"int8": 0.02, "fp8": 0.05}
 SMOOTH = [(name, products) for name in eight_bit.DTYPES for products in (False, True)]
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def quantized(params: dict, name: str, products: bool = False) -> tuple[dict, weights.Quantizer]:
-    """Quantized parameters, and what quantized them."""
+    """Quantized parameters and their quantizer."""
     quantizer = weights.Quantizer(name, products)
     return weights.quantize_params(params, quantizer), quantizer
 
@@ -85,7 +85,7 @@ def test_layers_scanned_and_apart_give_the_same(name, products):
         return apply(params)
 
     scanned = flow(True, params)
-    # activations on the border of a step round either way
+    # Activations halfway between two steps may round either way.
     assert relative(flow(False, unstack_layers(params)), scanned) < (1e-2 if products else 1e-5)
     assert 1e-4 < relative(scanned, flow(True, random_params())) < 0.2
 
@@ -179,7 +179,7 @@ def test_one_program_for_all_videos_and_no_wide_kernel_in_it():
 
 
 def test_weights_outside_the_gate_are_warned_of(folder, tmp_path):
-    params = random_params(MODEL, 2)  # an input channel that takes the bits of all others
+    params = random_params(MODEL, 2)  # one large input channel leaves no bits for the others
     kernel = params["blocks"]["self_attn"]["q"]["kernel"]
     params["blocks"]["self_attn"]["q"]["kernel"] = kernel.at[1, 5].mul(100.0)
     save_file(transformer.to_official(params, MODEL), tmp_path / "a.safetensors")
@@ -187,7 +187,7 @@ def test_weights_outside_the_gate_are_warned_of(folder, tmp_path):
         pipe = load_pipeline(folder, tmp_path / "a.safetensors", vae="none", quantize="int8")
     assert pipe.quantization.layer == "blocks.1.self_attn.q"
     assert "; int8 weights (weights 2" in pipe.describe()
-    assert not quantized(params, "fp8")[1].report().faults  # float8 has room for it
+    assert not quantized(params, "fp8")[1].report().faults  # float8 has the range for it
 
 
 def test_activations_outside_the_gate_are_warned_of(digits):
@@ -220,7 +220,7 @@ def test_combinations_that_make_no_sense_are_refused(monkeypatch):
 
 
 def float8_file(params: dict, config: wan.WanConfig, path, scaled: bool) -> dict[str, np.ndarray]:
-    """Writes the matrices of the blocks in float8; returns the tensors."""
+    """Writes a file with the blocks' matrices in float8; returns the tensors."""
     file = dict(transformer.to_official(params, config))
     for name, value in list(file.items()):
         if name.startswith("blocks.") and value.ndim == 2:
@@ -243,7 +243,7 @@ def test_float8_files_stay_float8(scaled, folder, tmp_path):
         scale = np.stack([file[f"blocks.{i}.ffn.0.weight_scale"] for i in range(2)])
         np.testing.assert_array_equal(kernel.scale, scale)
     assert pipe.quantization.error == 0.0
-    # in bfloat16 the numbers are those of the file, times their scales, rounded once
+    # In bfloat16: the file's values times their scales, rounded once.
     _, params = load_network(tmp_path / "a.safetensors", "transformer", MODEL, "bfloat16", scaled=True)
     expected = (stored.astype(np.float32) * np.asarray(kernel.scale)).swapaxes(1, 2)
     np.testing.assert_array_equal(params["blocks"]["ffn_in"]["kernel"], expected.astype(ml_dtypes.bfloat16))
@@ -254,13 +254,13 @@ def test_float8_files_stay_float8(scaled, folder, tmp_path):
 
 @pytest.mark.parametrize("quantize, times", [("fp8", 1.25), (None, 2.45)])
 def test_float8_files_are_loaded_without_a_wide_copy(quantize, times, tmp_path):
-    """Peak of the host's memory in units of the file: in bfloat16 2, in float32 4; the largest leaf is a fifth."""
+    """Peak host memory in units of the file size: in bfloat16 2, in float32 4; the largest leaf is a fifth."""
     config = dataclasses.replace(MODEL, dim=128, ffn_dim=1024, num_layers=6, text_dim=8, freq_dim=8)
     float8_file(random_params(config), config, tmp_path / "a.safetensors", scaled=True)
     size = (tmp_path / "a.safetensors").stat().st_size
     quantizer = weights.quantizer_for(quantize)
     arguments = (tmp_path / "a.safetensors", "transformer", config, "bfloat16")
-    load_network(*arguments, scaled=True, quantizer=quantizer)  # what is traced and imported once is not counted
+    load_network(*arguments, scaled=True, quantizer=quantizer)  # warms up: tracing and imports do not count
     tracemalloc.start()
     try:
         _, params = load_network(*arguments, scaled=True, quantizer=quantizer)

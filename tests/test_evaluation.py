@@ -25,7 +25,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def clips():
-    """Prompts, targets, real clips of them, and other real clips of them."""
+    """Prompts, targets, and two different sets of matching real clips."""
     prompts, kinds, targets = metrics.choose_prompts(128)
     return prompts, targets, *(metrics.real_clips(kinds, 24, seed) for seed in (5, 6))
 
@@ -44,7 +44,7 @@ def normal(measure, clips):
 
 @dataclasses.dataclass
 class RealPipe:
-    """Stands in for a model: gives real clips, and remembers the calls."""
+    """A fake model that returns real clips and records its calls."""
 
     only_frames: int | None = None
     calls: list = dataclasses.field(default_factory=list)
@@ -74,7 +74,7 @@ def test_judge_survives_the_codec_and_ignores_the_position(judge, clips):
     assert metrics.correctness(judge(blurred), targets)["joint"].mean() > 0.95
     moved = np.roll(videos[:, :5], (7, -9), axis=(2, 3))
     assert metrics.correctness(judge(moved), targets)["joint"].mean() > 0.95
-    # A shift by the network's stride changes nothing at all but for rounding.
+    # A shift by the network's stride changes only rounding.
     shifted = judge(np.roll(videos[:4, :3], (4, 8), axis=(2, 3)))
     for left, right in zip(judge(videos[:4, :3]), shifted, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-3)
@@ -120,7 +120,7 @@ def test_training_uses_only_the_judges_scans_and_lowers_the_loss(capsys):
 
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
     deviations = np.array([[1.0, 2.0, 0.0], [3.0, 0.5, 1.0]])
-    # Whitened samples have exactly the wanted moments, so the closed form holds to rounding.
+    # Whitened samples have exactly the intended moments, so the closed form holds up to rounding.
     raw = RNG.normal(size=(2, 500, 3))
     raw -= raw.mean(axis=1, keepdims=True)
     white = [x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T for x in raw]
@@ -136,7 +136,7 @@ def test_frechet_distance_is_zero_for_the_same_and_grows_with_a_shift():
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6 * float(a.var(axis=0).sum()))
     near, far = (metrics.frechet_distance(a, a + shift) for shift in (0.5, 2.0))
     assert near == pytest.approx(64 * 0.25, rel=1e-3) and far == pytest.approx(64 * 4, rel=1e-3)
-    # Fewer samples than dimensions: singular covariances are no obstacle.
+    # Fewer samples than dimensions: covariances may be singular.
     assert 0 < metrics.frechet_distance(a[:10], a[10:30]) < np.inf
     with pytest.raises(ValueError, match=r"features: got \(1, 64\)"):
         metrics.frechet_distance(a[:1], a)
@@ -146,7 +146,7 @@ def test_real_clips_score_well_everywhere(measure, clips, normal):
     figures = normal
     assert figures.joint > 0.95 and min(figures.joint_per_quarter) > 0.93
     assert len(figures.joint_per_frame) == 22
-    # Not near zero: clips of one scan are alike, so that 128 clips are few for 64 dimensions.
+    # Not near zero: clips of the same scan are similar, so 128 clips are few for 64 dimensions.
     assert max(figures.frechet_per_quarter) < 15
     for value in (figures.diversity, figures.brightness, figures.motion):
         assert value == pytest.approx(1, abs=0.15)
@@ -168,7 +168,7 @@ def test_frozen_videos_are_judged_wrong_and_show_in_the_motion(measure, clips, n
     figures = measure(frozen)
     assert figures.motion == 0 and figures.direction < 0.3 and figures.joint < 0.3
     assert min(figures.frechet_per_quarter) > 10 * max(normal.frechet_per_quarter)
-    # Frozen halfway: the per-quarter figures tell when.
+    # Frozen halfway: the per-quarter figures show when.
     late = np.concatenate([clips[3][:, :12], np.repeat(clips[3][:, 11:12], 12, axis=1)], axis=1)
     figures = measure(late)
     joint, motion = figures.joint_per_quarter, figures.motion_per_quarter
@@ -188,11 +188,11 @@ def test_mode_collapse_shows_in_the_diversity(measure, clips):
 def test_a_digit_that_changes_on_its_way_shows_in_the_diversity(measure, clips):
     _, targets, _, videos = clips
     first = np.array([np.flatnonzero(targets.prompt == prompt)[0] for prompt in targets.prompt])
-    # All samples of a prompt end as the same one.
+    # All samples of a prompt end with the same frames.
     figures = measure(np.concatenate([videos[:, :12], videos[first, 12:]], axis=1))
     assert figures.diversity_per_quarter[0] > 0.8 and figures.diversity_per_quarter[3] < 1e-3
     assert 0.2 < figures.diversity < 0.7 and 0.2 < figures.style_diversity < 0.8
-    # A digit of another sample in every chunk: as diverse in each quarter, and never the same for long.
+    # Another sample's digit in every chunk: equally diverse in each quarter, but without consistency over time.
     mates = np.argsort(targets.prompt, kind="stable").reshape(-1, 4)
     changing = videos.copy()
     for chunk in range(8):
@@ -288,7 +288,7 @@ def test_evaluate_writes_everything(tmp_path, capsys):
     for name, figures in outcome.figures.items():
         assert figures.samples == 40 and figures.frames == (12 if name == "teacher" else 16)
         assert results["figures"][name]["joint"] == figures.joint > 0.9
-        # Forty videos are few, so that a diversity is rough, but not a distance of zero.
+        # Forty videos give only a rough diversity, but a distance above zero.
         assert 0.6 < figures.diversity < 1.5 and min(figures.frechet_per_quarter) > 0
     lines = (tmp_path / "new" / "table.md").read_text().splitlines()
     assert len({len(line) for line in lines}) == 1 and "a model" in lines[0] and "real clips" in lines[0]
@@ -313,7 +313,7 @@ def test_behind_its_own_video_a_network_generates_the_same_again():
     own = pipe(prompts, frames=12, seed=3)
     again = generate_behind_real(pipe, prompts, own, seed=3)
     np.testing.assert_array_equal(again[:, :3], own[:, :3])
-    # but for the 256 levels and the codec, through which its context has gone
+    # Differs only because its context went through 8-bit pixels and the codec.
     assert np.abs(again.astype(int) - own).mean() < 3
     other = generate_behind_real(pipe, prompts, own[::-1], seed=3)
     np.testing.assert_array_equal(other[:, :3], own[::-1, :3])
@@ -334,7 +334,7 @@ def test_behind_real_frames_a_chunk_is_judged_with_those_before_it(chunk):
     same, wrong = (measure_behind_real(x, real, targets, judge, reference, starts) for x in (real, real[::-1]))
     assert same.joint > 0.9 and same.border_jump < 0.1
     assert wrong.joint < same.joint - 0.2 and wrong.border_jump > 2
-    assert len(same.joint_per_frame) == (9 if chunk == 3 else 10)  # none ends in the first chunk
+    assert len(same.joint_per_frame) == (9 if chunk == 3 else 10)  # no window ends in the first chunk
 
 
 def test_report_survives_undefined_figures(tmp_path, normal):

@@ -1,4 +1,4 @@
-"""Weights for other programs: folders that diffusers, the official code and ComfyUI open, and their model cards."""
+"""Weights for other programs: folders for diffusers, the official code and ComfyUI, and their model cards."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ ROLLOUT = RolloutConfig(steps=(1000, 500), shift=3.0, chunk=2, window=6, sink=2,
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """A tokenizer of UMT5's kind: SentencePiece's unigrams, `</s>` after every text."""
+    """A tokenizer like UMT5's: a SentencePiece unigram model with `</s>` after every text."""
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((f"▁{word}", -3.0) for word in WORDS)]
     made = tokenizers.Tokenizer(models.Unigram(words, unk_id=2))
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -48,14 +48,14 @@ def unigram() -> tokenizers.Tokenizer:
 
 
 def student(path: Path, kind: str = "student", **changes) -> Path:
-    """A file of sf_jax.train with the sizes of the model folder."""
+    """Writes a file like sf_jax.train's, with the sizes of the model folder."""
     save_package(path, Package(kind, MODEL, ROLLOUT, 6, (4, 4), 3.0, 1.0, random_params(MODEL, 3), **changes))
     return path
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """An official model folder whose tokenizer is of UMT5's kind, with a student in it."""
+    """An official model folder with a tokenizer like UMT5's and a student."""
     folder = make_folder(tmp_path_factory.mktemp("export") / "wan")
     unigram().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
     (folder / "google" / "umt5-xxl" / "spiece.model").write_bytes(b"\x0a\x07a model")
@@ -67,7 +67,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline_folder(source, tmp_path_factory) -> Path:
-    """The folder in the layout of diffusers, the transformer and the VAE in shards."""
+    """The same model in diffusers' layout, with a sharded transformer and VAE."""
     folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
     write_folder(Source(source), Target(folder, "diffusers", shard_bytes=200_000))
     return folder
@@ -136,7 +136,7 @@ def test_official_to_diffusers_and_back_keeps_every_byte(source, tmp_path, monke
     weights = {name for name in before if name.endswith(".safetensors") and name != "student.safetensors"}
     for name in weights:
         assert_same(load_file(tmp_path / "back" / name), load_file(source / name))
-    # The tokenizer's config is an addition: the source here has none.
+    # The tokenizer's config is new: the source has none.
     added = {"google/umt5-xxl/tokenizer_config.json"}
     assert set(after) == set(before) - {"student.safetensors"} | added
     find_model(tmp_path / "back")
@@ -284,7 +284,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(source, tmp_path, monk
 
 
 def test_sizes_that_nothing_tells_are_not_guessed(tmp_path):
-    tensors = network("transformer", "official")[2]  # dim 32, which is no whole number of heads of 128
+    tensors = network("transformer", "official")[2]  # dim 32, not a multiple of the head size 128
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="nothing says how many heads it has; put the model's config.json beside it"):
         write_folder(Source(tmp_path / "a.safetensors"), Target(tmp_path / "out", "diffusers"))
@@ -458,7 +458,7 @@ def test_a_pipeline_of_diffusers_to_official_and_back_keeps_every_byte(libraries
         assert relative(ours.numpy(), theirs.numpy()) <= 1e-5
     for name in ("transformer", "vae", "text_encoder"):
         kept, written = (json.loads(held[f"{name}/config.json"]) for held in (before, after))
-        kept["torch_dtype"] = kept.get("dtype")  # the older name, which both generations of transformers read
+        kept["torch_dtype"] = kept.get("dtype")  # the older key, which all versions of transformers read
         assert {key: kept.get(key) for key in written} == written, name
 
 

@@ -1,4 +1,4 @@
-"""Configs of model folders: what says that a network is another one is refused, what is not followed is named."""
+"""Configs of model folders: errors for other networks, and warnings for settings that are ignored."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from sf_jax.models import vae
 from sf_jax.weights import folders
 
-# As Wan-AI/Wan2.1-T2V-1.3B-Diffusers has it.
+# The file in Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "disable_corrector": [],

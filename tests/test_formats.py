@@ -1,4 +1,4 @@
-"""Weights as other tools write them: wrappers, quantizations, several networks in a file, variants, other networks."""
+"""Weights written by other tools: wrappers, quantizations, several networks in a file, variants, other networks."""
 
 import ml_dtypes
 import numpy as np
@@ -32,7 +32,7 @@ def test_wrappers_go_where_all_names_have_them(kind):
 
 
 def scaled(value: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float8 numbers, their scales, and their product in float32; the scales are those of blocks."""
+    """float8 values, their scales, and their product in float32; `shape` is that of the scales."""
     scale = np.random.default_rng(0).uniform(0.001, 0.1, shape).astype(np.float32)
     blocks = scale.reshape(shape[:2] if len(shape) > 1 else (*shape, *[1] * (2 - len(shape))))
     spread = np.kron(blocks, np.ones([size // part for size, part in zip(value.shape, blocks.shape)], np.float32))
@@ -84,7 +84,7 @@ def test_scaled_float8_without_its_scales_is_refused(tmp_path):
         with pytest.raises(ValueError, match="marked as scaled float8 .*scaled_fp8. but has no scales"):
             open_tensors(tmp_path / "a.safetensors")
         save_file({f"{prefix}a.weight": np.ones((2, 2), np.float16)} | marker, tmp_path / "a.safetensors")
-        open_tensors(tmp_path / "a.safetensors").close()  # written out since, as the marker is no weight
+        open_tensors(tmp_path / "a.safetensors").close()  # float16 now; the marker is no weight
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_networks_in_float8_are_loaded_with_the_same_numbers(tmp_path):
         _, params = load_network(tmp_path / "plain.safetensors", kind, CONFIGS[kind], "float32")
         wide = {name: value.astype(np.float32) for name, value in plain.items()}
         assert_trees(params, mapping.to_params(entries, wide, like, kind))
-        load_network(tmp_path / "plain.safetensors", kind, CONFIGS[kind])  # layers of several types
+        load_network(tmp_path / "plain.safetensors", kind, CONFIGS[kind])  # layers with different types
         products = dict(tensors)
         file = dict(tensors)
         for name, value in tensors.items():
@@ -164,7 +164,7 @@ def test_networks_of_an_all_in_one_file(tmp_path):
         assert_same(stored, network("umt5", "official")[2])
     with open_tensors(path) as stored:
         assert "all-in-one: transformer, vae, text_encoder): say which with part" in recognize(stored.shapes).title
-    # A scaled text encoder keeps nobody from the other networks.
+    # A scaled text encoder does not affect the other networks.
     name = next(name for name in whole if name.startswith(PREFIXES["umt5"]) and "attn.q.weight" in name)
     scale = {f"{name.removesuffix('.weight')}.scale_weight": np.ones(1, np.float32)}
     save_file(whole | scale | {name: whole[name].astype(E4M3)}, path)
@@ -223,7 +223,7 @@ def test_rcm_has_a_linear_patch_embedding(tmp_path):
     config, params = load_network(tmp_path / "rcm.safetensors", "transformer", CONFIGS["transformer"])
     assert describe_network(tmp_path / "rcm.safetensors", "transformer").naming == "rcm"
     assert_trees(params, mapping.to_params(entries, tensors, like, "transformer"))
-    # its patches are flattened as (c kt kh kw), ours as (kt kh kw c)
+    # Its patches are flattened as (c kt kh kw), ours as (kt kh kw c).
     patch = np.random.default_rng(0).normal(size=(config.channels, *config.patch)).astype(np.float32)
     theirs = file["net.patch_embedding.weight"] @ patch.reshape(-1)
     ours = np.moveaxis(patch, 0, -1).reshape(-1) @ np.asarray(params["patch_embedding"]["kernel"])

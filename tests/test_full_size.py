@@ -1,4 +1,4 @@
-"""What is found without running anything: counts, sharding, memory of a chip, traffic of a compiled program."""
+"""Full-size checks without running anything: FLOP counts, sharding, memory per chip, traffic of compiled programs."""
 
 import dataclasses
 
@@ -45,10 +45,10 @@ def test_recomputation_and_kernels_do_not_change_the_count():
         counts.append(ahead.flops_of(run))
         work.append(ahead.flops_of(run, recompute=True))
     assert work[0] == work[2] == counts[0]
-    # one of the network's calls has a gradient: 3 passes of the 6.5 that an update makes become nearly 4
+    # Only one network call has a gradient: 3 of an update's 6.5 passes become nearly 4.
     assert all(1.05 < work[1][name] / counts[0][name] < 1.2 for name in counts[0])
     assert counts[0] == counts[1] == counts[2] and set(counts[0]) == {"student", "critic"}
-    # the critic's update: 3.5 calls per chunk, one flow with its gradient
+    # The critic's update: 3.5 calls per chunk, and one flow with its gradient.
     assert 0 < counts[0]["critic"] < counts[0]["student"]
 
 
@@ -74,7 +74,7 @@ def test_every_array_is_split_as_its_rule_says_at_full_size(recipe):
             parts = [wide.get(axis, 1) for axis in params.logical_axes(names, leaf.ndim)]
             held = leaf.sharding.shard_shape(leaf.shape)
             assert held == tuple(size // part for size, part in zip(leaf.shape, parts, strict=True)), path
-            # the sides of adapters that only `tensor` splits are thin
+            # Adapter matrices that only `tensor` splits are thin.
             assert np.prod(parts) >= 32 or leaf.size < (1e7 if config.lora.rank else 1e6), (path, leaf.shape)
     total = bytes_per_device(run.arguments)
     alone = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.MESH_AXES)
@@ -119,10 +119,10 @@ CASES = [("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 1, 8)]
 def test_full_size_training_fits_a_chip(variant, topology, mesh, accumulate, gib, quick_compilation):  # noqa: F811
     config = from_dict(wan_distill.get_config(variant))
     config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
-    row = next(perf_training.compile_for(config, topology))  # the student's, the larger one
+    row = next(perf_training.compile_for(config, topology))  # the student's update, the larger one
     chip = chip_of(topology)
     assert row.name == "student" and row.rate == 0.2
     assert row.memory < gib * 2**30 < chip.memory
     assert row.work / chip.flops > row.sent / chip.links
-    # weights are gathered whole: no thin products over windows of them
+    # Weights are gathered whole, without thin matmuls over parts of them.
     assert "collective-permute" not in row.traffic.links

@@ -1,4 +1,4 @@
-"""`python -m sf_jax.generate --model=...` on a small model folder: what it writes, and one line for every mistake."""
+"""`python -m sf_jax.generate --model=...` on a small model folder: its output, and one line for every mistake."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def test_jobs_that_cannot_be_are_refused(changes, message):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """Writes a file as sf_jax.train does: its name and what of the header differs."""
+    """A function that writes a file like sf_jax.train's, given its name and changes to the header."""
     rollout = RolloutConfig(
         steps=(1000, 500), shift=3.0, chunk=2, window=6, sink=2, positions="relative", context_timestep=100.0
     )
@@ -274,7 +274,7 @@ def test_vbench_counts_the_samples_of_a_prompt_on():
     named = dataclasses.replace(job("m", "out"), prompts=("a cat", "a/dog", "a cat"), vbench_names=True, num_samples=2)
     assert video_names(named) == ["a cat-0", "a cat-1", "a dog-0", "a dog-1", "a cat-2", "a cat-3"]
     plain = dataclasses.replace(named, vbench_names=False, num_samples=1)
-    # VBench looks for the whole prompt; VBench 2.0 for 180 characters of one that no file name holds
+    # VBench expects the whole prompt; VBench 2.0 expects 180 characters of prompts too long for a file name.
     long, longer = "a cat " + "in the snow and " * 11 + "the dog runs", "the dog\u2019s world " * 20
     for prompt, name in ((long, long), (longer, longer[:180])):
         one = Job(model="m", prompts=(prompt,), checkpoint="c", vbench_names=True)

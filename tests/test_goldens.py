@@ -1,4 +1,4 @@
-"""Parity with the official code, on the numbers in tests/goldens/A."""
+"""Parity with the official code, on its recorded outputs in tests/goldens/A."""
 
 import pathlib
 

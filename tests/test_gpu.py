@@ -1,4 +1,4 @@
-"""What only a GPU runs: its attention, its convolutions, layers apart. Skipped elsewhere; gpu_hour.sh runs them."""
+"""GPU-only code: its attention, its convolutions, layers apart. Skipped elsewhere; gpu_hour.sh runs it."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_hour.sh: what it writes, on a CPU and with small networks, and what becomes of parts that fail."""
+"""benchmarks/gpu_hour.sh on a CPU with small networks: its report, and parts that fail."""
 
 import json
 import os

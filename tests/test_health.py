@@ -1,4 +1,4 @@
-"""What a run warns of: figures that drift, updates that were skipped."""
+"""Warnings during training: drifting figures, skipped updates."""
 
 import jax.numpy as jnp
 import numpy as np

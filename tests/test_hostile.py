@@ -1,4 +1,4 @@
-"""Files that were made to do harm, or by accident look so: one line each, in little time and memory."""
+"""Malicious or accidentally harmful files: each gives a one-line error, in little time and memory."""
 
 import json
 import struct
@@ -61,7 +61,7 @@ def test_json_within_the_limits(tmp_path):
     value = {"a": [1, 2.5, -(2**63), 2**64 - 1, None, True, {"b": "\u2028"}]}
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(value), encoding="utf-8")
     assert strict_json.read(tmp_path / "a.json") == value
-    assert strict_json.parse('{"a": -Infinity}', finite=False) == {"a": -float("inf")}  # as diffusers writes it
+    assert strict_json.parse('{"a": -Infinity}', finite=False) == {"a": -float("inf")}  # diffusers writes this
     assert "longer than 10 bytes" in refused(strict_json.read, tmp_path / "a.json", max_bytes=10)
 
 
@@ -170,7 +170,7 @@ def test_whole_numbers_that_no_float_can_hold():
 
 
 def shapes_of(kind) -> dict:
-    """Names and shapes of a small network's file."""
+    """Names and shapes in a small network's file."""
     from sf_jax.weights import mapping
     from sf_jax.weights.recognize import entries_of, param_shapes_of
 
@@ -212,7 +212,7 @@ def test_safetensors_that_announce_too_much(tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A package of sf_jax, and its header."""
+    """A file of sf_jax, and its header."""
     path = tmp_path_factory.mktemp("package") / "student.safetensors"
     config = wan.WanConfig(dim=16, ffn_dim=16, num_heads=2, num_layers=1, text_dim=4, freq_dim=4, channels=4)
     rollout = RolloutConfig(window=6)

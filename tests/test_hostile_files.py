@@ -1,4 +1,4 @@
-"""PyTorch's files and tokenizers that were made to do harm: refused in one line, and nothing of them is run."""
+"""Malicious PyTorch files and tokenizers: each gives a one-line error, and no code in them is executed."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ def test_old_versions_of_pytorch_are_refused(version, tmp_path, monkeypatch):
 
 
 class Harmful:
-    """Makes a file when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -45,7 +45,7 @@ class Harmful:
 
 
 def advice_free(path, message=""):
-    """Refused in one line without warnings and without PyTorch's advice to load without safety."""
+    """Checks for a one-line error without warnings and without PyTorch's advice on unsafe loading."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = refused(open_tensors, path)
@@ -78,7 +78,7 @@ def test_torchscript_is_called_by_name(tmp_path):
 
 
 def repacked(path, **changes):
-    """The archive of `torch.save` with other entries (name -> content, None leaves it out), or all compressed."""
+    """Rewrites an archive of `torch.save` with other entries (name -> content, None drops it), or compressed."""
     compression = changes.pop("compression", zipfile.ZIP_STORED)
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename.split("/", 1)[1]: archive.read(entry) for entry in archive.infolist()}
@@ -150,7 +150,7 @@ def test_tensors_must_have_their_numbers_in_the_file(tmp_path):
     torch.save({f"w{i}": base for i in range(20)}, path)
     advice_free(path, "share them more than 4 times")
     torch.save({"a": base, "b": base, "c": base[10:20], "d": torch._neg_view(base)[:2]}, path)
-    with open_tensors(path) as tensors:  # tied ones, parts and negated views are fine
+    with open_tensors(path) as tensors:  # tied tensors, slices and negated views are fine
         assert len(tensors) == 4 and tensors["c"].shape == (10,) and tensors["d"].tolist() == [-1, -1]
     torch.save({"x" * 1000: base}, path)
     advice_free(path, "has 1000 characters")
@@ -173,7 +173,7 @@ def test_quantized_and_nested_tensors_are_called_by_name(tmp_path):
 
 
 def tokenizer_with(folder, **changes):
-    """A tokenizer.json, with other values at some places."""
+    """Writes a tokenizer.json with some values changed."""
     stored = json.loads(wan_folder.tokenizer().to_str())
     for name, value in changes.items():
         *groups, field = name.split("__")
@@ -199,7 +199,7 @@ def test_tokenizers_that_panic(changes, tmp_path, capfd):
     assert "is no readable tokenizer" in refused(tokenizers.load_tokenizer, tokenizer_with(tmp_path, **changes))
     assert capfd.readouterr() == ("", "")
     os.write(2, b"heard")
-    assert capfd.readouterr().err == "heard"  # the terminal has its errors again
+    assert capfd.readouterr().err == "heard"  # stderr is restored
 
 
 def replace(pattern, content):
@@ -211,7 +211,7 @@ def sequence(steps, key="normalizers"):
 
 
 LONGER = replace({"String": "a"}, "a" * 100)
-# A table of characters: 4 bytes with the length of the search tree, the tree, and the replacements.
+# A character map: 4 bytes with the length of the search tree, the tree, and the replacements.
 CHARSMAP = base64.b64encode(struct.pack("<II", 4, 0) + b"a" * 5000 + b"\0").decode()
 
 

@@ -1,4 +1,4 @@
-"""What is found in folders: leftovers of killed processes, other data, odd names, damaged logs."""
+"""Unexpected folder contents: leftovers of killed processes, other data, odd names, damaged logs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ DEEP = "[" * 100_000
 
 
 def dead_process() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -32,9 +32,9 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     dead, machine, old = dead_process(), files._machine(), time.time() - 7200
     gone = [f".log.jsonl.{dead}.{machine}0123abcd.tmp", f".a b.{dead}.{machine}0123abcd.tmp"]
     kept = [
-        f".log.jsonl.{os.getpid()}.{machine}0123abcd.tmp",  # at work
+        f".log.jsonl.{os.getpid()}.{machine}0123abcd.tmp",  # still running
         f".log.jsonl.{dead}.{'0' * 8}0123abcd.tmp",  # on another machine
-        f".log.jsonl.{dead}.0123abcd.tmp",  # of an earlier version, perhaps on another machine
+        f".log.jsonl.{dead}.0123abcd.tmp",  # from an earlier version, perhaps on another machine
         ".hidden",
         "log.jsonl",
         f"log.jsonl.{dead}.{machine}0123abcd.tmp",
@@ -53,7 +53,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
     with files.replacing(tmp_path / "new") as unfinished:
         files.remove_leftovers(tmp_path)
-        unfinished.write_text("x")  # its own is at work, too
+        unfinished.write_text("x")  # its own file also counts as in use
     assert (tmp_path / "new").read_text() == "x"
 
 
@@ -98,7 +98,7 @@ def test_shards_of_another_dataset_are_noticed(tmp_path):
     a[1].write_bytes(good)
     swap(a[0], a[1])
     assert "is not the file that was written" in refused(shards.open_records, tmp_path / "a", "things")
-    (tmp_path / "a" / shards.DIGESTS).unlink()  # as earlier versions left it: the digest tells, where a run goes on
+    (tmp_path / "a" / shards.DIGESTS).unlink()  # as in earlier versions: a resumed run notices by the digest
     assert shards.open_records(tmp_path / "a", "things").digest != digest
     swap(a[0], a[1])
     assert shards.open_records(tmp_path / "a", "things").digest == digest

@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub, played by a small server of this machine: what is fetched, cached and refused."""
+"""Weights from the Hugging Face hub, simulated by a small local server: downloads, cache and errors."""
 
 import hashlib
 import http.server
@@ -31,12 +31,12 @@ FAULTS = {"gated": (403, "GatedRepo"), "private": (404, "RepoNotFound"), "down":
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Answers as the hub does: the description of a repository, its files, and its errors.
+    """Simulates the hub: a repository's description, its files, and errors.
 
     Attributes:
       repositories: name -> path of a file -> its bytes.
-      fetched: the files that were fetched, in order.
-      is_down: whether every answer is 503.
+      fetched: the downloaded files, in order.
+      is_down: whether to answer every request with 503.
     """
 
     daemon_threads = True
@@ -53,7 +53,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     server: Hub
 
     def do_HEAD(self):
-        """As GET, without the content."""
+        """Like GET, without the content."""
         self.do_GET()
 
     def do_GET(self):
@@ -86,7 +86,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         return self.answer(200, files[path], commit=commit)
 
     def answer(self, status: int, content: bytes = b"", error: str = "", commit: str = ""):
-        """Sends headers and, but for HEAD, the content."""
+        """Sends headers and, except for HEAD, the content."""
         self.send_response(status)
         headers = {"Content-Length": len(content), "X-Error-Code": error, "X-Repo-Commit": commit}
         headers |= {"ETag": f'"{digest(content)}"' if content else "", "Content-Type": "application/json"}
@@ -98,7 +98,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_):
-        """Says nothing."""
+        """Logs nothing."""
 
 
 def digest(content: bytes) -> str:
@@ -107,7 +107,7 @@ def digest(content: bytes) -> str:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The hub, with a cache of its own and no token."""
+    """The simulated hub, with a separate cache and no token."""
     student = save({"blocks.0.modulation": np.zeros(3, np.float32)})
     model = {path: path.encode() for path in (*NEEDED, "diffusion_pytorch_model.safetensors", "taew2_1.pth")}
     model["config.json"] = json.dumps(CONFIG).encode()
@@ -185,7 +185,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_only_what_is_needed(server, tmp_
     assert files.vae.read_bytes() == b"Wan2.1_VAE.pth" and files.transformer is None and files.config.dim == 256
     assert (tmp_path / "cache") in files.folder.parents and files.folder.name == COMMIT["main"]
     assert folders.find_model(MODEL, PARTS) == files and len(server.fetched) == 5
-    # where the hub does not answer the cache serves, and what it lacks is said
+    # Without the hub, the cache is used; missing files are reported.
     server.is_down = True
     assert folders.find_model(MODEL, PARTS) == files
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -198,7 +198,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_only_what_is_needed(server, tmp_
 
 def test_revisions_and_local_folders(server, tmp_path):
     assert folders.find_model(f"hf://{MODEL}@v1", ["vae"]).folder.name == COMMIT["v1"]
-    with open_tensors("org/single") as stored:  # its only file of weights
+    with open_tensors("org/single") as stored:  # its only weight file
         assert list(stored) == ["blocks.0.modulation"]
     assert folders.find_tokenizer(MODEL).joinpath("google/umt5-xxl/tokenizer.json").is_file()
     fetched = len(server.fetched)

@@ -1,4 +1,4 @@
-"""How processes find each other, and the scripts that start them; clusters are played by small programs on PATH."""
+"""How processes find each other, and the launch scripts; small programs on PATH simulate the clusters."""
 
 import math
 import os
@@ -72,7 +72,7 @@ def program(path, text):
     path.chmod(0o755)
 
 
-# Plays .venv/bin/python: a training that writes down what it was given, and anything else for real.
+# A fake .venv/bin/python: training only records its arguments; everything else runs for real.
 PYTHON = f"""
 case "$*" in
   *"-m pip install"*) echo "pip $*" >>"$NOTES/calls"; exit 0 ;;
@@ -99,7 +99,7 @@ esac
 
 @pytest.fixture
 def place(tmp_path):
-    """A repository with an environment that needs no installation, and an empty folder of programs."""
+    """A repository with a fake environment, and an empty folder for programs."""
     shutil.copytree(ROOT / "launch", tmp_path / "repo" / "launch")
     shutil.copy(ROOT / "setup.py", tmp_path / "repo")
     program(tmp_path / "repo" / ".venv" / "bin" / "python", PYTHON)
@@ -121,7 +121,7 @@ def start(place, script, *arguments, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell that was started with SIGINT ignored, as in the background, can never trap it.
+        # A shell started with SIGINT ignored, as in the background, can never trap it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -195,7 +195,7 @@ def test_shares_that_cannot_be_are_refused(place, arguments, message):
     assert message in finish(start(place, "multi_gpu.sh", *arguments), 1)
 
 
-# Tasks are signalled by SLURM, not by srun; one that fails ends the others.
+# SLURM, not srun, signals the tasks; a failing task ends the others.
 SRUN = """
 echo "srun $*" >>"$NOTES/calls"
 while [[ "$1" == --* ]]; do shift; done
@@ -266,7 +266,7 @@ SLICE = {"TPU_NAME": "sf", "ZONE": "z1", "ACCELERATOR_TYPE": "v5p-128"}
 
 @pytest.fixture
 def pod(place):
-    """A slice of one worker whose home is notes/worker."""
+    """A slice with one worker, whose home is notes/worker."""
     program(place / "bin" / "gcloud", GCLOUD)
     program(place / "notes" / "worker" / "sf_jax" / ".venv" / "bin" / "python", PYTHON)
     return place
@@ -326,7 +326,7 @@ def test_the_jobset_has_what_a_slice_needs():
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     chips = math.prod(map(int, topology.split("x")))
     assert chips == template["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
-    # podFailurePolicy goes with pods that are not restarted in place
+    # podFailurePolicy requires pods that are not restarted in place.
     assert pod["restartPolicy"] == "Never"
     conditions, codes = template["podFailurePolicy"]["rules"]
     assert conditions["onPodConditions"] == [{"type": "DisruptionTarget"}] and codes["onExitCodes"]["values"] == [
@@ -343,7 +343,7 @@ def test_the_jobset_has_what_a_slice_needs():
 @pytest.mark.parametrize(("fake", "code"), [("done", 0), ("early", 75), ("fail 1", 3), ("term", 75), ("unsaved", 143)])
 def test_a_pod_ends_with_zero_only_when_the_weights_are_there(fake, code, place):
     (container,) = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
-    # Stands for python: does what FAKE says.
+    # A fake python that does what FAKE says.
     program(
         place / "bin" / "python",
         """echo "$*" >"$NOTES/run"
@@ -372,7 +372,7 @@ def vbench(place, *arguments, **env):
 
 @pytest.fixture
 def lists(place):
-    """Prompts and their names, and a program that stands for vbench."""
+    """Prompts and their names, and a fake vbench program."""
     (place / "long.txt").write_text("a 7 moving left, fast\na 2 moving up\na 3 moving down\n")
     (place / "short.txt").write_text("seven\ntwo\nthree\n")
     program(

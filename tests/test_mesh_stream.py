@@ -1,4 +1,4 @@
-"""One video on several devices: the same numbers as on one, nothing compiled twice, everything really split."""
+"""One video on several devices: same results as on one, no recompilation, and arrays that are really sharded."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ QUICK = "quick"
 
 
 def found_of(cases) -> dict:
-    """What the cases show, in a process with eight devices."""
+    """Measurements of the cases, from a process with eight devices."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.mesh_cases", *cases]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -42,19 +42,19 @@ def found_of(cases) -> dict:
 
 @pytest.fixture(scope="module")
 def others():
-    """All cases but the quick one."""
+    """All cases except the quick one."""
     return found_of([case for case in CASES if case != QUICK])
 
 
 def check(case: str, found: dict) -> None:
-    """A case's video is that of one device, and its arrays are split as its mesh says."""
+    """Checks that a case's video equals that of one device, and that its arrays are sharded by its mesh."""
     sizes = meshes.mesh_sizes(CASES[case][0])
     data, tensor, context = (sizes.get(axis, 1) for axis in ("data", "tensor", "context"))
     if case == "files":
         assert found["files"]["error"] < 1e-5 and found["held"] == [tensor, tensor * context]
         return
     assert found["pipeline"]["error"] < 1e-5 and found["pipeline"]["grey"] <= 1
-    assert found["programs"] <= 1  # none where another case had the same
+    assert found["programs"] <= 1  # 0 if another case has compiled it
     assert found["parameter"] == tensor
     if "stream" in found:
         assert found["stream"]["error"] < 1e-5 and found["stream"]["grey"] <= 1
@@ -172,7 +172,7 @@ def test_a_chunk_sends_activations_and_never_the_cache(target, mesh):
     assert all(name in text for name in KERNELS[target])
     lines = [line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|all-to-all)(-start)?\(", line)]
     sent = [math.prod(map(int, sizes.split(","))) for line in lines for sizes in re.findall(r"\w\[([\d,]+)\]", line)]
-    chunk, cache = (count * 64 * WIDE.dim for count in (3, 18))  # numbers in one array of a layer
+    chunk, cache = (count * 64 * WIDE.dim for count in (3, 18))  # elements in one array of a layer
     assert lines and max(sent) <= chunk < cache / 4
     assert (("all-to-all" in text) or ("all-gather" in text)) == ("context" in mesh)
     assert ("all-reduce" in text) or "tensor" not in mesh

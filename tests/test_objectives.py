@@ -1,4 +1,4 @@
-"""Every stage and objective: what learns at embedded size and which way; what has no gradient; options that agree."""
+"""Every stage and objective: progress at embedded size, what has no gradient, and options that must agree."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ EMBEDDED = digits_media(PatchCodec.load())
 
 
 def embedded_config(variant, **changes):
-    """A shipped config of the moving digits with a small batch, updates in every iteration, and a plain optimizer."""
+    """A shipped config of the moving digits with a small batch, updates at every step, and a plain optimizer."""
     values = digits.VARIANTS[variant]() | {"batch_size": 2, "generator_every": 1}
     values |= {"teacher_weights": "unused"} if values["stage"] in ("init", "distill") else {}
     values |= {name: {"lr": 1e-3, "beta1": 0.9, "weight_decay": 0.0} for name in ("optimizer", "critic_optimizer")}
@@ -81,7 +81,7 @@ def embedded_config(variant, **changes):
 
 @functools.cache
 def embedded_networks():
-    """The shipped teacher, and two networks that have lost some of what it knows."""
+    """The shipped teacher, and two degraded copies."""
     teacher = jax.tree.map(jnp.asarray, load_package(shipped_path("teacher")).params)
 
     def worse(seed):
@@ -117,7 +117,7 @@ def embedded_setting(config):
 
 
 def repeat(function, state, frozen, batch, times):
-    """Runs a step again and again with the random numbers of step 0; returns the state and the metrics."""
+    """Runs a step repeatedly with the random numbers of step 0; returns the state and the metrics."""
     run = jax.jit(function)
     seen = []
     for _ in range(times):
@@ -143,7 +143,7 @@ SUPERVISED = {
     "consistency": (lambda c: supervised.consistency_program(c, EMBEDDED), "consistency", {}),
 }
 
-# Close to others of the lists.
+# Similar to other cases in the lists.
 LONGEST = ["write", "straight through, last step, guided critic", "frame-wise with a window, times of the exit"]
 LONGEST += [
     "long, an exit per chunk",
@@ -205,7 +205,7 @@ def test_the_student_nears_the_teacher_and_the_critic_keeps_up(name):
     config = embedded_config("distill", batch_size=4, **DISTILL[name] | rates)
     teacher, worse, _ = embedded_networks()
     _, frozen, batch = embedded_setting(config)
-    # as in a run, the critic starts as the teacher
+    # As in a run, the critic starts from the teacher.
     state, frozen = steps.new_state(config, worse, teacher), frozen | {"critic_base": teacher}
     student, critic = (jax.jit(steps.make_step(config, p)) for p in self_forcing.programs(config, EMBEDDED))
     seen = []
@@ -214,7 +214,7 @@ def test_the_student_nears_the_teacher_and_the_critic_keeps_up(name):
         seen.append(jax.device_get(metrics))
         state, _ = critic(state, frozen, batch)
     distance, lag = (np.asarray([values[key] for values in seen]) for key in ("teacher_distance", "critic_lag"))
-    # With the sign of the gradient turned, the distance grows tenfold.
+    # With the gradient's sign flipped, the distance grows tenfold.
     assert distance[-6:].mean() < 0.9 * distance[:3].mean(), distance
     assert lag[-6:].mean() < 0.7 * lag[0], lag
     assert all(values["generator_finite"] and values["motion"] > 0 for values in seen)
@@ -257,7 +257,7 @@ def test_gan_head_learns_alone_at_first_and_at_its_own_rate():
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
 def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
-    # with what is most likely to leak: the second pass over the clean chunks, and the regression's
+    # With the options most likely to leak: the second pass over the clean chunks, and the regression's.
     more = {} if objective == "dmd" else {"cache_gradient": "write", "regression_weight": 0.5}
     config = make_config(objective=objective, batch_size=2, **more)
     state, frozen, batch = setting(config)
@@ -289,7 +289,7 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(name):
         loose = 10 if name == "gan" and network == "critic" else 1
         for key in metrics:
             if not key.endswith(("nonfinite", "finite")):
-                rtol = 1e-3 if key in ("r1", "r2") else loose * 2e-5  # those are differences of near numbers
+                rtol = 1e-3 if key in ("r1", "r2") else loose * 2e-5  # differences of close numbers
                 np.testing.assert_allclose(metrics[key], others[key], rtol=rtol, err_msg=key)
         assert tree_relative(getattr(split, network).opt_state, getattr(whole, network).opt_state) < loose * 1e-5
 
@@ -319,10 +319,10 @@ def test_adapters_too_small_for_16_bits_still_count():
     change = layer.apply({"params": base | {"down": down, "up": up}}, x).astype("float32")
     change -= layer.apply({"params": base}, x).astype("float32")
     exact = x.astype("float32") @ (down @ up)
-    # a thousandth of the output's last digit, yet there on average
+    # A thousandth of the output's last digit, but present on average.
     assert abs(float((change * exact).sum() / jnp.square(exact).sum()) - 1) < 0.2
     rounded = (kernel + (down @ up).astype("bfloat16")) - kernel
-    assert jnp.abs(rounded).max() == 0  # what a merged kernel would keep of it
+    assert jnp.abs(rounded).max() == 0  # a merged kernel would lose it
 
     def loss(adapters, x):
         return jnp.sin(layer.apply({"params": base | adapters}, x).astype("float32")).sum()
@@ -380,7 +380,7 @@ def test_only_the_last_window_of_a_long_rollout_takes_a_gradient():
     assert self_forcing._first_live(image, 11) == 1 and self_forcing._first_live(image, 6) == 0
     video = jnp.arange(12.0)[None, :, None, None, None] * jnp.ones((1, 12, 2, 2, 1))
     cut, mask = self_forcing._last_window(config, MEDIA, {}, video, FRAMES)
-    np.testing.assert_array_equal(cut[0, :, 0, 0, 0], [3.0, 7, 8, 9, 10, 11])  # MEDIA halves frame 6, the first of them
+    np.testing.assert_array_equal(cut[0, :, 0, 0, 0], [3.0, 7, 8, 9, 10, 11])  # MEDIA halves frame 6, the first one
     np.testing.assert_array_equal(mask[0, :, 0, 0, 0], [False] * 3 + [True] * 3)
 
 

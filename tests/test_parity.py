@@ -1,6 +1,6 @@
 """Parity with the PyTorch libraries: diffusers' transformer and VAE, transformers' text encoder, and their files.
 
-Small networks with random weights: the library writes its file, ours is loaded from that file, both get the same input.
+Small networks with random weights: ours is loaded from the file that the library writes, and both get the same input.
 """
 
 import functools
@@ -47,7 +47,7 @@ BUILD = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """kind -> (a library's network, the folder it wrote); every weight is random, so that every path matters."""
+    """kind -> (the library's network, the folder it wrote); all weights are random, so every path has an effect."""
 
     @functools.cache
     def made(kind):
@@ -122,7 +122,7 @@ def test_vae_decodes_as_that_of_diffusers(library):
 def test_text_encoder_is_that_of_transformers(library):
     theirs, folder = library("umt5")
     config, params = load_network(folder, "umt5")
-    # Longer than the distance from which all keys share a bucket.
+    # Longer than the distance beyond which all keys share a bucket.
     ids = np.random.default_rng(0).integers(0, UMT5["vocab_size"], (2, 160)).astype(np.int32)
     mask = (np.arange(160) < np.array([[160], [37]])).astype(np.int32)
     expected = theirs(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
@@ -143,7 +143,7 @@ def test_a_librarys_file_to_official_names_and_back_keeps_every_byte(kind, libra
     for source, target, names in ((folder, there, "official"), (there, back, naming)):
         done = convert(f"--input={source}", f"--output={target}", f"--to={names}")
         assert done.returncode == 0, done.stderr
-    # A state dict has both names of a tied embedding, the file that the library writes one of them.
+    # A state dict has both names of a tied embedding, but the library's file only one.
     assert_same(load_file(back), {name: value.numpy() for name, value in theirs.state_dict().items()})
     theirs.load_state_dict({name: torch.from_numpy(value) for name, value in load_file(back).items()}, strict=True)
 
@@ -153,7 +153,7 @@ def test_variants_shards_and_bin_files_are_those_of_the_plain_file(kind, library
     model, folder = library(kind)
     bin_ = {"safe_serialization": False}
     if kind == "umt5":
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # transformers writes no .bin any more
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # transformers no longer writes .bin files
     ways = [{"variant": "fp16"}, {"variant": "bf16", "max_shard_size": "30KB"}, {"max_shard_size": "30KB"}]
     ways += [] if kind == "umt5" else [bin_, bin_ | {"max_shard_size": "30KB"}, bin_ | {"variant": "fp32"}]
     plain = load_file(next(folder.glob("*.safetensors")))

@@ -1,4 +1,4 @@
-"""Wan's parts named one by one: without a model folder, or in place of one of its parts."""
+"""Wan's parts named separately: without a model folder, or replacing one of its parts."""
 
 import dataclasses
 import shutil
@@ -51,10 +51,10 @@ def test_parts_one_by_one_are_the_model_of_the_folder(folder, named):
         np.testing.assert_array_equal, (parts.params, parts.decoder.params), (whole.params, whole.decoder.params)
     )
     np.testing.assert_array_equal(parts.text_encoder.encode(PROMPT), whole.text_encoder.encode(PROMPT))
-    # the tiny decoder is told by its tensors, and a causal student goes with the other parts
+    # The tiny decoder is recognized by its tensors, and a causal student works with the other parts.
     tiny = find_wan(None, WanOptions(folder / "student.safetensors", **named | {"vae": folder / "taew2_1.safetensors"}))
     assert tiny.tiny_vae == folder / "taew2_1.safetensors" and tiny.vae is None
-    # one part of a folder replaced
+    # Replaces one part of a folder.
     other = find_wan(folder, WanOptions(transformer=folder / "student.safetensors"))
     assert other.transformer == folder / "student.safetensors" and other.vae == folder / "Wan2.1_VAE.safetensors"
 
@@ -123,7 +123,7 @@ def test_comfyui_text_encoder_in_scaled_float8(named, folder, tmp_path):
 
 
 def mapping_entries(naming):
-    """The map of the small text encoder."""
+    """The name map of the small text encoder."""
     return umt5.entries(TEXT, naming)
 
 
@@ -139,7 +139,7 @@ def test_files_of_rcm_must_be_told_how_they_generate(named, folder, tmp_path):
     with pytest.raises(ValueError, match="give chunk and steps, as a rollout"):
         load_pipeline(folder, path)
     Job(**fields, chunk=3, denoising_steps=(1000, 750, 500, 250)).check_naming("rcm")
-    # the official steps are its times 15/16, 5/6 and 5/8 (rcm/inference/wan2pt1_t2v_causal_infer.py), but for its first
+    # Except for the first, our steps equal rcm's times 15/16, 5/6, 5/8 (rcm/inference/wan2pt1_t2v_causal_infer.py).
     assert RolloutConfig().timesteps[1:] == pytest.approx((937.5, 2500 / 3, 625.0))
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.warns(UserWarning, match="many steps are right for its teacher alone"):
@@ -147,7 +147,7 @@ def test_files_of_rcm_must_be_told_how_they_generate(named, folder, tmp_path):
 
 
 def package_file(path, kind="student", **sizes):
-    """A file of sf_jax.train, whatever its suffix."""
+    """Writes a file like sf_jax.train's, with any suffix."""
     path.parent.mkdir(exist_ok=True)
     config = dataclasses.replace(MODEL, **sizes)
     package = Package(kind, config, RolloutConfig(chunk=1), 9, (4, 6), 5.0, 1.0, random_params(config, 3))
@@ -177,7 +177,7 @@ def test_packages_are_transformers_with_their_own_sizes(folder, named, tmp_path)
         find_wan(None, WanOptions(**{name: str(value) for name, value in (named | files).items()}))
     rest = {name: named[name] for name in ("vae", "text_encoder", "tokenizer")}
     assert find_wan(None, WanOptions(student.parent, **rest)).config.num_heads == MODEL.num_heads
-    # sizes that shapes do not show
+    # Sizes that do not follow from the shapes.
     for change in ({"num_heads": 4}, {"eps": 1e-5}):
         other = package_file(tmp_path / "other.safetensors", **change)
         (name,) = change

@@ -1,4 +1,4 @@
-"""What is known of absent devices without compiling for them: chips, and what compiled programs say."""
+"""Chip data and the analysis of compiled programs, without compiling for absent devices."""
 
 import ast
 import dataclasses
@@ -47,8 +47,8 @@ ENTRY %main (a: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   ROOT %v = (s32[], f32[8,4]{1,0}) while(%w), condition=%loose, body=%body
 }
 """
-# As XLA writes a layer for a GPU: a product, a fusion that reads a part of its result, a cache that is changed in
-# place, another that is copied, and cuDNN's attention.
+# XLA's output for a GPU layer: a matmul, a fusion that reads part of its result, a cache updated in place, another one
+# that is copied, and cuDNN's attention.
 LAYER = """HloModule m
 %gemm (p0: bf16[6,8], p1: bf16[8,24]) -> bf16[6,24] {
   %p0 = bf16[6,8]{1,0} parameter(0)
@@ -112,7 +112,7 @@ def test_bytes_are_told_by_kind_and_parts_of_arrays_are_read_as_parts():
     assert moved.kinds[PRODUCTS] == token + 8 * 24 * 2 + 3 * token
     assert moved.kinds[COPIES] == 2 * cache
     assert moved.kinds[ATTENTION] == token + 2 * cache + token
-    # a third of the product and the scale, written once; a third of the product, its place in the cache, an index
+    # A third of the matmul and the scale, written once; a third of the matmul, its slot in the cache, an index.
     assert moved.kinds[REST] == (token + 8 * 2 + token) + (2 * token + 4)
     assert moved.outside == moved.kinds[COPIES] + moved.kinds[REST]
     assert moved.kernels == 5 and not moved.links
@@ -194,7 +194,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
 
 
 def row(name="one chunk", kernel="cudnn", calls=(), **changes):
-    """A compiled program of round figures."""
+    """A compiled program with round figures."""
     moved = Traffic({}, {PRODUCTS: 1e9, REST: 2e9}, 10, {call: 5.0 for call in calls}, ())
     fields = dict(
         name=name, rate=1.0, arguments=2**31, temporary=2**30, flops=8e12, work=8e12, traffic=moved, seconds=1
@@ -337,7 +337,7 @@ def test_programs_are_counted_at_a_full_cache():
     tokens, keys, dim = 3 * 16, 21 * 16, 64
     layer = 2 * tokens * (6 * dim * dim + 2 * dim * 128) + 4 * tokens * (keys + 4) * dim
     chunk = calls[generation.CHUNK]
-    assert 5 * 2 * layer < chunk.flops < 5 * 2 * layer * 1.35  # patches, time embedding and head beside the layers
+    assert 5 * 2 * layer < chunk.flops < 5 * 2 * layer * 1.35  # plus patches, time embedding and head
     assert chunk.trips == 5 and chunk.branch == "largest" and chunk.kernel == "cudnn"
     assert 18 * 16 * dim in chunk.cached and jnp.dtype(chunk.arguments[6].k.dtype) == jnp.bfloat16
 

@@ -1,4 +1,4 @@
-"""One pipeline for every model: what comes out of it, the same as ever, and one clear line for every mistake."""
+"""One pipeline for every model: its output, unchanged across versions, and one clear line for every mistake."""
 
 import dataclasses
 import hashlib
@@ -24,20 +24,20 @@ WAN = {"frames": 33, "height": 32, "width": 48}
 
 @pytest.fixture(scope="module")
 def wan(folder):
-    """A student of Wan."""
+    """A pipeline with a small Wan student."""
     return load_pipeline(folder, folder / "student.safetensors")
 
 
 @pytest.fixture(scope="module")
 def bare():
-    """A causal network without text encoder and decoder, which takes embeddings and stops at the latents."""
+    """A causal network without text encoder and decoder, from embeddings to latents."""
     config = RolloutConfig(chunk=2, window=4, context_noise="none")
     pipe = sf_jax.VideoPipeline(None, WanTransformer(SMALL), random_params(), config)
     return pipe.with_sampling(frames=6, height=4, width=4)
 
 
 def close_to_recorded(video, name):
-    """At most one gray level from what was recorded before there was one pipeline; the bits depend on the processor."""
+    """Differs by at most one gray level from the recording of an earlier version; exact bits depend on the CPU."""
     recorded = np.load(f"tests/recorded/{name}.npz")["video"]
     assert np.abs(video.astype(int) - recorded).max() <= 1, hashlib.sha256(video.tobytes()).hexdigest()
 
@@ -88,13 +88,13 @@ def test_the_noise_of_a_chunk_is_not_that_between_its_steps(digits, monkeypatch)
     monkeypatch.setattr(rollout, "example_noise", recorded)
     digits.with_rollout(steps=[1000, 900, 750, 600, 500, 250])(PROMPTS[:1], frames=3, output="latent")
     jax.effects_barrier()
-    assert len(set(keys)) == len(keys) == 6  # the chunk's, and five between its steps
+    assert len(set(keys)) == len(keys) == 6  # one for the chunk, and five between its denoising steps
 
 
 def test_digits_go_on_from_a_clip(digits):
     own = digits(PROMPTS, frames=12, seed=3)
     longer = digits(PROMPTS, frames=12, seed=3, initial=digits.encode(own[:, :6]))
-    assert np.abs(longer[:, :6].astype(int) - own[:, :6]).mean() < 3  # the codec, and what was clipped
+    assert np.abs(longer[:, :6].astype(int) - own[:, :6]).mean() < 3  # from the codec and clipping
     assert longer.shape == own.shape and longer[:, 6:].std() > 10
 
 

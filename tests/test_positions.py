@@ -1,4 +1,4 @@
-"""Positions relative to the window, a sink that stays in sight, videos without end, the first chunk's own steps."""
+"""Positions relative to the window, a sink that stays visible, endless videos, separate steps for the first chunk."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def test_a_sink_is_right_before_the_window():
     kv = jax.jit(functools.partial(MODEL.apply, method="encode_text"))({"params": params}, text)
     layout = wan.Layout(np.arange(4, 6), np.arange(4), pattern=attention.cached(2, 4))
     apply = jax.jit(lambda x, t, context: MODEL.apply({"params": params}, x, t, kv, layout, context))
-    for start in (6, 8):  # the chunk behind a video of its window's frames alone
+    for start in (6, 8):  # the chunk after a video with only its window's frames
         seen = np.array([0, 1, start - 2, start - 1])
         tokens = (seen[:, None] * 4 + np.arange(4)).ravel()
         context = wan.KeysValues(past.cache.k[:, :, tokens], past.cache.v[:, :, tokens])
@@ -67,7 +67,7 @@ CASES = [
     for positions in ("absolute", "relative")
     if sink + chunk <= window
 ]
-# those that cover every sort of window and sink at least once
+# Subsets that cover every kind of window and sink at least once.
 FAST, SLOW = CASES[1::13], CASES[7::13]
 LONGEST = (pytest.mark.slow, pytest.mark.exhaustive)
 MARKED = [
@@ -129,7 +129,7 @@ def test_streams_go_on_past_the_table():
     assert pipe.rollout.sink and pipe.rollout.positions == "relative"
     parts = list(pipe.stream("a 3 moving left, fast", frames=frames))
     assert sum(part.shape[1] for part in parts) == frames
-    # the digit still moves, and is as bright as it was
+    # The digit still moves and keeps its brightness.
     early, late = (np.concatenate(parts[place : place + 4], axis=1).astype(float) for place in (4, len(parts) - 4))
     assert np.abs(np.diff(late, axis=1)).mean() > 0.5 * np.abs(np.diff(early, axis=1)).mean()
     assert 0.7 < late.mean() / early.mean() < 1.4
@@ -144,7 +144,7 @@ def test_the_first_chunk_has_steps_of_its_own():
     plain, two = (video(steps=steps, first_steps=()) for steps in ((1000, 750, 500, 250), (1000, 500)))
     compiled = programs.next_chunk._cache_size()
     mixed = video(steps=(1000, 750, 500, 250), first_steps=(1000, 500))
-    assert programs.next_chunk._cache_size() == compiled + 1  # one for all chunks
+    assert programs.next_chunk._cache_size() == compiled + 1  # one program for all chunks
     np.testing.assert_array_equal(mixed[:, :3], two[:, :3])
     assert (mixed[:, 3:] != plain[:, 3:]).any() and (mixed[:, 3:] != two[:, 3:]).any()
     with pytest.raises(ValueError, match=r"first_steps is \(500, 750\): it must descend strictly"):

@@ -1,4 +1,4 @@
-"""`python -m sf_jax.prepare` on a small model folder, and what reads the data that it writes."""
+"""`python -m sf_jax.prepare` on a small model folder, and the readers of its data."""
 
 import functools
 import itertools
@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(model, tmp_path_factory):
-    """A data folder of prompts and of videos, and what was printed."""
+    """A data folder with prompts and videos, and the command's output."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "prompts.txt").write_text("\n\n".join([*TEXTS, TEXTS[1]]) + "\n")
     make_videos(folder / "clips")
@@ -59,7 +59,7 @@ def pixels(seed, frames):
 
 
 def make_videos(folder):
-    """One clip and a bit, two clips, one that is too short, one that is none, and a folder of frames."""
+    """Videos of one clip and a bit, two clips, and less than one; a file that is no video; a folder of frames."""
     folder.mkdir(parents=True)
     for i, (name, frames) in enumerate({"a": 7, "b": 10, "c": 4}.items()):
         video_io.write_mp4(folder / f"{name}.mp4", pixels(i, frames), 8)
@@ -72,7 +72,7 @@ def make_videos(folder):
 
 
 def embed_prompts(model, texts, dtype):
-    """Embeddings [512, dim] by prompt, as `generate` makes them."""
+    """Embeddings [512, dim] by prompt, computed as in `generate`."""
     return dict(zip(texts, Umt5TextEncoder(find_model(model), dtype).encode(texts), strict=True))
 
 
@@ -115,7 +115,7 @@ def test_latents_are_the_encoded_pixels(model, data):
         caption = "the dog" if key[0] == "frames" else TEXTS[1]
         assert example["caption"] == caption
         np.testing.assert_array_equal(example["text"], embed_prompts(model, [caption], "float32")[caption])
-    # of a causal VAE the first latents do not depend on the later frames
+    # With a causal VAE, the first latents do not depend on later frames.
     shorter = videos.open_videos(data, **SIZE | {"frames": 1}, **READ)
     np.testing.assert_array_equal(shorter[0]["latent"], source[0]["latent"][:1])
 
@@ -195,7 +195,7 @@ def test_metadata_and_resampling(model, tmp_path, capsys):
     assert prepare_job.run(job)
     assert "3 videos that its metadata does not name" in capsys.readouterr().out
     records = videos.open_videos(tmp_path / "out", **SIZE, **READ).records
-    assert [r["video"] for r in records] == [b"b.mp4"]  # at half the rate the other is too short
+    assert [r["video"] for r in records] == [b"b.mp4"]  # at half the frame rate, the other one is too short
     (tmp_path / "clips" / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match="fps is 4.0: folders of frames such as frames have no rate"):
         prepare_job.run(job)
@@ -235,7 +235,7 @@ def test_a_killed_run_continues_and_two_processes_do_the_work_of_one(model, data
     assert stored(tmp_path / "killed") == stored(tmp_path / "two") == stored(tmp_path / "whole")
     monkeypatch.setattr(prepare_job, "load_embedder", None)
     monkeypatch.setattr(prepare_job._Encoder, "load", None)
-    assert prepare_job.run(job("whole"))  # nothing is missing, so no network is loaded
+    assert prepare_job.run(job("whole"))  # complete, so no network is loaded
     with pytest.raises(ValueError, match=r"whole/captions holds wan_prompts of another recipe \(negative_prompt"):
         prepare_job.run(job("whole", negative_prompt="snow"))
 
@@ -252,7 +252,7 @@ class Pairs:
 
 
 def iterators(data, tmp_path):
-    """For each kind a function (batch_size, process_index=, process_count=) -> iterator."""
+    """kind -> a function (batch_size, process_index=, process_count=) -> iterator."""
     digits = moving_digits.DigitsConfig(name="few", description="A few clips.", clips={"train": (20, 8)})
     moving_digits.build(tmp_path, digits)
     text = WordEmbedding()
@@ -372,7 +372,7 @@ def test_missing_data_is_refused(data, tmp_path):
         prompts.open_prompts(tmp_path, **READ)
     with pytest.raises(ValueError, match=r"data.dir: .* has no dataset wan_videos; .*sf_jax.prepare --videos"):
         videos.open_videos(tmp_path, **SIZE, **READ)
-    # where there are no prompts, the captions of the videos are some
+    # Without prompts, the videos' captions are used.
     (tmp_path / "captions").symlink_to(data / "captions")
     assert prompts.open_prompts(tmp_path, **READ)[0]["caption"] == TEXTS[0]
 

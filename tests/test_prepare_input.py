@@ -1,4 +1,4 @@
-"""What users give to `python -m sf_jax.prepare`: prompt files, folders of videos, command lines."""
+"""Users' input to `python -m sf_jax.prepare`: prompt files, folders of videos, command lines."""
 
 import os
 import subprocess
@@ -93,7 +93,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
 def test_text_and_names_that_are_no_unicode(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": "a cat \\ud83d"}\n{"text": "a dog \\ud83d\\ude00"}\n')
     assert captions.read_prompts(tmp_path / "p.jsonl")[0] == ["a cat \ufffd", "a dog \U0001f600"]
-    for stem in (b"good", b"\xd1\xa9\xb5\xd8"):  # the second one GBK
+    for stem in (b"good", b"\xd1\xa9\xb5\xd8"):  # the second one is GBK
         for suffix in (b".mp4", b".txt"):
             with open(os.path.join(os.fsencode(tmp_path), stem + suffix), "w") as file:
                 file.write("a cat")

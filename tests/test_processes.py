@@ -1,4 +1,4 @@
-"""Several processes train as one does: same losses, same checkpoints, one log."""
+"""Several processes train like one: same losses, same checkpoints, one log."""
 
 import json
 import os
@@ -56,14 +56,14 @@ def start_all(count, devices, *arguments):
 
 
 def ended(running):
-    """Waits for processes; their outputs."""
+    """Waits for processes; returns their outputs."""
     outputs = [process.communicate(timeout=500)[0] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(output[-3000:] for output in outputs)
     return outputs
 
 
 def run(count, devices, *arguments):
-    """Runs `count` processes to their end; their outputs."""
+    """Runs `count` processes to the end; returns their outputs."""
     return ended(start_all(count, devices, *arguments))
 
 
@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
                     np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
     weights = [load_file(tmp_path / name / "student.safetensors") for name in runs]
     assert max(tree_relative(weights[0], other) for other in weights[1:]) < 1e-5
-    # files that only the second process reads
+    # Files that only the second process reads.
     cut_files(tmp_path / "two" / "checkpoints" / "5" / "state" / "ocdbt.process_1" / "d")
     outputs = run(2, 4, tmp_path / "two", teacher, data, objective, 5)
     assert "checkpoint of step 5 is damaged" in outputs[0]
@@ -96,14 +96,14 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
-    # samples and the export merge what is spread over processes
+    # Samples and the export merge adapters that are sharded over processes.
     adapters = {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "log": {"sample_every": 3}}
     rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 24, json.dumps(adapters))
     running = start_all(2, 2, *rest)
     until = time.monotonic() + 300
     while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    running[1].send_signal(signal.SIGINT)  # becomes SIGTERM, which JAX takes up
+    running[1].send_signal(signal.SIGINT)  # becomes SIGTERM, which JAX handles
     outputs = ended(running)
     assert not any("done" in output for output in outputs)
     assert (tmp_path / "run" / "samples" / "step_000003.mp4").stat().st_size

@@ -1,4 +1,4 @@
-"""Two replicas on Ray Serve: streams spread over both, and one replica's end is not the other's."""
+"""Two replicas on Ray Serve: streams spread over both, and one survives the other's end."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ SLOTS = 2
 
 
 def replicas(port):
-    """Process ids of the replicas of the server on a port."""
+    """Process ids of the replicas behind the server on a port."""
     ids = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -44,7 +44,7 @@ def server():
     server = Server(process, f"127.0.0.1:{port}", None, 0.0)
     try:
         ready, until = 0, time.monotonic() + 240
-        while ready < 8:  # both replicas, which answer in turn
+        while ready < 8:  # both replicas answer in turn
             assert process.poll() is None and time.monotonic() < until
             try:
                 server.get("/readyz")
@@ -62,7 +62,7 @@ async def _streams(server, count, seconds):
     tasks = []
     for _ in range(count):
         tasks.append(asyncio.create_task(watch(server, seconds, seed=3, format="jpeg")))
-        await asyncio.sleep(0.4)  # for the router to learn of the one before
+        await asyncio.sleep(0.4)  # lets the router see the previous one
     return tasks
 
 
@@ -78,7 +78,7 @@ def test_two_replicas(server):
 
     alone, together, ids, broken = asyncio.run(scenario())
     assert len(ids) == 2 and alone.done["reason"] == "completed"
-    for seen in together:  # no slot was waited for: two on each replica
+    for seen in together:  # no stream waited for a slot: two on each replica
         assert seen.payloads[:16] == alone.payloads and len(seen.payloads) > 16
     ended = [seen for seen in broken if seen.code is not None]
     assert len(ended) == 2 and {seen.code for seen in ended} == {1012}

@@ -1,4 +1,4 @@
-"""Reading weights: the bar on a terminal, and weights that are not read."""
+"""Reading weights: the progress bar on a terminal, and weights that are not read."""
 
 import io
 
@@ -12,7 +12,7 @@ from tests.wan_folder import MODEL
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self):
         return True

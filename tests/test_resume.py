@@ -1,4 +1,4 @@
-"""What a run survives: damage, signals, kills at any moment, full disks, changed configs."""
+"""Resuming a run after damage, signals, kills at any moment, full disks and config changes."""
 
 import dataclasses
 import errno
@@ -39,7 +39,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(teacher, tmp_path_factory):
-    """A run of four steps with checkpoints of steps 2, 3 and 4, never to be changed: (config, workdir)."""
+    """A run of four steps with checkpoints at steps 2, 3 and 4, not to be modified: (config, workdir)."""
     workdir = tmp_path_factory.mktemp("finished")
     changes = {"checkpoint_every": 1, "keep_checkpoints": 3, "data_dir": str(workdir / "no_data")}
     config = small_config("distill", teacher_weights=teacher, **changes)
@@ -50,14 +50,14 @@ def finished(teacher, tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """A copy of that run: (config, workdir, the weights it ended with)."""
+    """A copy of that run: (config, workdir, final weights)."""
     config, whole = finished
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "run")], check=True)
     return config, tmp_path / "run", (whole / "student.safetensors").read_bytes()
 
 
 def flip_a_bit(folder):
-    """Changes one bit in the middle of the largest file of the saved state."""
+    """Flips one bit in the middle of the largest file of the saved state."""
     path = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -65,7 +65,7 @@ def flip_a_bit(folder):
 
 
 def cut_files(folder):
-    """Leaves nearly nothing: the second half of a file may be what Orbax's merge no longer needs."""
+    """Truncates files to almost nothing, as Orbax's merge may no longer need the second half of a file."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 50])
@@ -76,7 +76,7 @@ def remove_state(folder):
 
 
 def change_position(folder):
-    """Another data position in what the checkpoint says of itself."""
+    """Changes the data position in the checkpoint's metadata."""
     path = folder / "about" / "metadata"
     about = json.loads(path.read_text())
     about["log"] = {"values": {}, "skipped": 7}
@@ -207,7 +207,7 @@ def test_full_disk_is_told_and_leaves_a_good_checkpoint(teacher, tmp_path, monke
 
 @pytest.mark.slow
 def test_what_is_not_finite_is_never_saved(teacher, tmp_path):
-    rate = {"name": "adamw", "lr": 1e30}  # one update leaves huge numbers, the next is not finite
+    rate = {"name": "adamw", "lr": 1e30}  # one update gives huge values, the next is not finite
     config = small_config("distill", teacher_weights=teacher, checkpoint_every=1, critic_optimizer=rate)
     with pytest.raises(FloatingPointError, match="is not finite.*checkpoint.*lower a learning rate"):
         loop.train(config, tmp_path)
@@ -258,7 +258,7 @@ def test_refused_writes_end_in_one_line_and_the_run_goes_on(finished, copy):
         "--config.steps=4",
         "--config.model.remat=none",
     )
-    # The system refuses files of more than 8 blocks; compiled programs are read, and none of them is written.
+    # The system limits files to 8 blocks; compiled programs are only read, not written.
     env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *arguments]
     done = subprocess.run(limited, env=env, capture_output=True, text=True)
@@ -272,7 +272,7 @@ def test_refused_writes_end_in_one_line_and_the_run_goes_on(finished, copy):
 
 @pytest.fixture(scope="module")
 def whole(teacher, tmp_path_factory):
-    """The workdir of the command run without interruption."""
+    """The workdir of the command without interruptions."""
     workdir = tmp_path_factory.mktemp("whole")
     assert subprocess.run(command(teacher, workdir)).returncode == 0
     return workdir
@@ -281,7 +281,7 @@ def whole(teacher, tmp_path_factory):
 @pytest.mark.slow
 def test_killed_at_random_moments_continues_bit_exactly(teacher, whole, tmp_path):
     workdir, rng = tmp_path / "killed", random.Random(0)
-    for lines in (3, 7, 11):  # a save every step: most moments are in the middle of one
+    for lines in (3, 7, 11):  # saves at every step, so most kills hit a save
         process = subprocess.Popen(command(teacher, workdir))
         wait_for_lines(workdir / "log.jsonl", lines, process)
         time.sleep(0.1 * rng.random())
@@ -400,7 +400,7 @@ def test_a_line_between_two_checkpoints_is_the_same_after_a_resume(teacher, tmp_
         loop.train(config, tmp_path / "run")
     monkeypatch.undo()
     loop.train(config, tmp_path / "run")
-    # the student's update of step 1 is in the line of step 4, which another process wrote
+    # Step 4's log line, written by another process, contains the student's update of step 1.
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert "generator_loss" in losses(tmp_path / "run")[0]
 

@@ -42,7 +42,7 @@ def run(config, params, text, noise, draw, exits, full_cache=True, initial=None)
 
 
 def mostly_slow(*fast, leave_out=(), exhaustive=()):
-    """All shapes but those left out; those that are not `fast` are for the long run, or for the longest."""
+    """All shapes except `leave_out`; those not in `fast` are marked slow, and `exhaustive` ones exhaustive."""
     longest = (pytest.mark.slow, pytest.mark.exhaustive)
     marks = {name: () if name in fast else longest if name in exhaustive else pytest.mark.slow for name in SHAPES}
     names = [name for name in SHAPES if name not in leave_out]
@@ -60,11 +60,11 @@ def test_cached_rollout_equals_one_block_causal_forward(name):
     _, kv = jax.jit(lambda x: MODEL.apply({"params": params}, x, jnp.zeros((2, 1)), text, layout, return_kv=True))(
         past.video
     )
-    for start, stop in attention.chunk_bounds(chunks)[:-1]:  # nothing reads the last chunk's
+    for start, stop in attention.chunk_bounds(chunks)[:-1]:  # the last chunk's are never read
         part = slice(start * 4, stop * 4)
         assert relative(past.cache.k[:, :, part], kv.k[:, :, part]) < 1e-5, (start, stop)
         assert relative(past.cache.v[:, :, part], kv.v[:, :, part]) < 1e-5, (start, stop)
-    # the same with the noisy chunks: clean video beside the exit inputs, in the teacher-forcing pattern
+    # The same for noisy chunks: clean video and exit inputs together, in the teacher-forcing pattern.
     forcing = wan.Layout(
         frames=np.tile(np.arange(frames), 2), pattern=attention.teacher_forcing(chunks, config.window, config.sink)
     )
@@ -106,7 +106,7 @@ def test_nothing_is_computed_for_empty_cache(name, most, monkeypatch):
     config, frames, noise, text, draw = case(name)
     params, videos, work = random_params(), [], []
     monkeypatch.setattr(ro, "MAX_PREFIXES", most)
-    for small in (1 << 30, 0):  # one masked attention for all chunks; one for each number of cached frames
+    for small in (1 << 30, 0):  # one masked attention for all chunks, or one per number of cached frames
         monkeypatch.setattr(pattern_attention, "PREFIX_LOGITS", small)
 
         def video(noise):
@@ -152,7 +152,7 @@ def test_replay_equals_differentiating_through_the_scan(name):
         past = ro.rollout(MODEL, config, *inputs, noise, exits, draw)
         return (replay(MODEL, config, *inputs, past, mode) * weight).sum()
 
-    @jax.jit  # all gradients in one program: one compilation
+    @jax.jit  # compiles all gradients as one program
     def gradients(inputs, exits):
         return [[jax.grad(f)(inputs, exits, mode) for f in (by_scan, by_replay)] for mode in CACHE_GRADIENTS]
 
@@ -177,10 +177,10 @@ def test_gradient_is_zero_where_it_must_be():
 
     assert all(not np.any(g) for g in jax.tree.leaves(gradient(params, "stop", 1, early)))  # chunks that are not live
     assert any(np.any(g) for g in jax.tree.leaves(gradient(params, "stop", 0, early)))
-    # the rollout itself, its non-exit steps and its clean passes carry none at all
+    # The rollout, including its non-exit steps and clean passes, has no gradient.
     through = jax.grad(lambda p: run(config, p, text, noise, draw, 1).video.sum())(params)
     assert all(not np.any(g) for g in jax.tree.leaves(through))
-    # under "stop" the later chunks' loss does not reach the earlier chunks' inputs; under "straight_through" it differs
+    # With "stop", later chunks' loss does not reach earlier chunks' inputs; "straight_through" differs.
     alone = gradient(params, "stop", 1, late)
     assert tree_relative(gradient(params, "stop", 0, late), alone) < 1e-6
     assert tree_relative(gradient(params, "straight_through", 0, late), alone) > 0.01
@@ -232,7 +232,7 @@ def test_a_later_loss_reaches_every_earlier_clean_pass():
 
     @jax.jit
     def recorded_gradient(video):
-        """Of the last chunk alone, in the clean latents."""
+        """Gradient of the last chunk only, in the clean latents."""
         return jax.grad(
             lambda video: replay_recorded(MODEL, config, params, text, past.replace(video=video), "write", 0)[
                 :, 6:
@@ -242,7 +242,7 @@ def test_a_later_loss_reaches_every_earlier_clean_pass():
     size = np.abs(np.asarray(recorded_gradient(past.video))).max(axis=(0, 2, 3, 4))
     assert (size[:6] > 0).all() and (size[6:] == 0).all()
 
-    # what the rollout recorded is constant; the parameters of the clean passes are not
+    # The rollout's recorded values are constants; the parameters of the clean passes are not.
     def loss(params, past, mode):
         return replay(MODEL, config, params, text, past, mode)[:, 6:].sum()
 
@@ -264,7 +264,7 @@ def test_noisy_context_needs_no_clean_pass():
     past = jax.jit(lambda: ro.rollout(MODEL, config, params, text, noise, 2, counted))()
     jax.effects_barrier()
     assert sorted(calls) == sorted([("renoise", 0), ("renoise", 1)] * 3)
-    # the cache holds what one pass over all noisy chunks computes
+    # The cache equals the result of one pass over all noisy chunks.
     layout = wan.Layout(frames=np.arange(9), pattern=attention.block_causal((3, 3, 3), config.window))
     t = jnp.full((2, 9), config.timesteps[2])
     flow, kv = jax.jit(lambda x: MODEL.apply({"params": params}, x, t, text, layout, return_kv=True))(past.exit_inputs)
@@ -410,7 +410,7 @@ def test_causal_trajectories_end_in_the_causal_video():
     config = ro.RolloutConfig(shift=3.0, window=6)
     solver = Solver("euler", 3.0, 4)
     video = many_step.guided_rollout(model, config, params, text, 0 * text, noise, solver, 2.0)
-    # behind its own video, forced, every chunk ends where it ended in the rollout
+    # With its own video as forced context, every chunk ends as in the rollout.
     path = many_step.forced_trajectory(model, config, 3.0, 4, 2.0, (0, 2, 4), params, noise, video, text, 0 * text)
     chex.assert_trees_all_equal(path[0], noise)
     chex.assert_trees_all_close(path[2], video, rtol=1e-4, atol=1e-5)

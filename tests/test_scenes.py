@@ -1,4 +1,4 @@
-"""Schedules: prompts that change while `sf_jax.generate` makes a video."""
+"""Schedules: prompts that change while `sf_jax.generate` generates a video."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_a_schedule_is_a_stream(digits, tmp_path):
     ids = [stream.join(PROMPTS[0], seed=4, number=number) for number in range(2)]
     parts = []
     for chunk in range(7):
-        if chunk == 3:  # at 12 frames a second, the first chunk behind 0.6 s
+        if chunk == 3:  # at 12 frames per second, the first chunk after 0.6 s
             for one in ids:
                 stream.prompt(one, PROMPTS[1], "recache")
         step = stream.step()
@@ -76,7 +76,7 @@ def test_a_schedule_of_wan(folder, tmp_path):
     fields = {"model": str(folder), "checkpoint": str(folder / "student.safetensors"), "schedule": str(path)}
     fields |= {"frames": 33, "dtype": "float32", "out": str(tmp_path / "out"), **SMALL_VIDEO}
     (video, _) = batch.run(Job(prompts=(), window=6, **fields))
-    assert read_frames(video).shape == (33, 32, 48, 3)  # 9, 12, and after the cut 9 and 3 of 12
+    assert read_frames(video).shape == (33, 32, 48, 3)  # 9 and 12, then 9 and 3 of 12 after the cut
     with pytest.raises(ValueError, match="window is None: a schedule needs one"):
         Job(prompts=(), **fields)
     with pytest.raises(ValueError, match="schedule needs a few-step student"):

@@ -1,4 +1,4 @@
-"""Tokenizers from SentencePiece models: `spiece.model`, and the tensor of ComfyUI's text encoders."""
+"""Tokenizers from SentencePiece models: `spiece.model`, and the tensor in ComfyUI's text encoders."""
 
 import base64
 import dataclasses
@@ -32,7 +32,7 @@ def ids_of(*words):
 
 
 def published(pieces=PIECES, byte_fallback=True) -> dict:
-    """The model as a tokenizer.json in the form of UMT5's."""
+    """The model as a tokenizer.json in UMT5's format."""
     special = [row for row, (_, _, type_) in enumerate(pieces) if type_ in (CONTROL, UNKNOWN)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
@@ -70,7 +70,7 @@ def published(pieces=PIECES, byte_fallback=True) -> dict:
 
 
 def tokenizer_of(folder, data, length=64):
-    """The tokenizer of a message, from a file."""
+    """The tokenizer loaded from a file with this message."""
     path = folder / "spiece.model"
     path.write_bytes(data)
     return load_tokenizer(path, length)
@@ -115,7 +115,7 @@ def test_tokens_are_those_of_the_published_form(tmp_path, tokenizer):
     assert tokenizer.vocab == other.vocab == len(PIECES)
     for text in spiece.ODD:
         np.testing.assert_array_equal(tokenizer.encode([text]), other.encode([text]), err_msg=repr(text))
-        # also what the cleaning of prompts would not leave there, but for spaces at the beginning
+        # Also texts that prompt cleaning would change, except for leading spaces.
         text = text.lstrip()
         assert tokenizer.backend.encode(text).ids == other.backend.encode(text).ids, repr(text)
     assert clean_text(spiece.ODD[-1]) != "" and encoded(tokenizer, "a</s>cat") == [*ids_of("▁a"), 1, *ids_of("▁cat")]
@@ -130,10 +130,10 @@ def test_settings_of_the_model(tmp_path):
     assert encoded(bare, "cat snow") == [cat, snow]
     assert bare.backend.encode("cat  snow ").ids[:6] == [cat, space, snow, space, 1, 0]
     assert encoded(tokenizer_of(tmp_path, spiece.model(plain, {35: 0}, {2: b""})), "\u2460") == [space, 3]
-    # the user's own symbols are never taken apart nor joined
+    # User-defined symbols are never split or merged.
     own = tokenizer_of(tmp_path, spiece.model([*plain, ("[x]", 0.0, USER_DEFINED)], {35: 0}))
     assert encoded(own, "cat[x]cat") == [4 + WORDS.index("▁cat"), len(plain), 4 + WORDS.index("▁cat")]
-    # a message in parts: what comes last counts
+    # A message in parts: the last value counts.
     parts = spiece.model(plain, {35: 0}) + spiece.field(3, spiece.field(3, 0)) + spiece.field(9, b"of the future")
     assert encoded(tokenizer_of(tmp_path, parts), "cat \ufb01") == [cat, space, 4 + WORDS.index("fi")]
 
@@ -250,7 +250,7 @@ def test_large_models_are_refused(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An official model folder with both files of the tokenizer."""
+    """An official model folder with both tokenizer files."""
     made = make_folder(tmp_path_factory.mktemp("models") / "wan")
     tensors = mapping.to_tensors(umt5_names.entries(SIZES), random_like(umt5.param_shapes(SIZES)))
     save_file(tensors, made / "models_t5_umt5-xxl-enc-bf16.safetensors")
@@ -261,7 +261,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comfy(folder, tmp_path_factory):
-    """The options that name the parts as ComfyUI keeps them."""
+    """The options that name the parts as stored for ComfyUI."""
     out = tmp_path_factory.mktemp("comfy") / "out"
     write_folder(Source(folder), Target(out, "comfy"))
     kinds = {"diffusion_models": "transformer", "vae": "vae", "text_encoders": "text_encoder"}
@@ -279,13 +279,13 @@ def test_comfyui_files_need_no_tokenizer(folder, comfy):
     np.testing.assert_array_equal(ids, load_tokenizer(folder).encode(prompts))
     np.testing.assert_array_equal(pipe.text_encoder.encode(prompts), whole.text_encoder.encode(prompts))
     assert np.abs(pipe.text_encoder.encode(["a cat"])[0, :3]).min() > 0
-    # the command's job, with and without other sources
+    # The command's job, with and without other sources.
     student = {"checkpoint": str(folder / "student.safetensors")}
     flags = {name: str(path) for name, path in comfy.items()} | student
     assert find_wan(None, Job(("a cat",), **flags).wan_options()).tokenizer == comfy["text_encoder"]
     path = folder / "google" / "umt5-xxl" / "spiece.model"
     assert find_wan(None, Job(("a cat",), **flags, tokenizer=str(path)).wan_options()).tokenizer == path
-    # a model folder's own comes first
+    # A model folder's own tokenizer takes precedence.
     assert find_wan(folder, WanOptions(text_encoder=comfy["text_encoder"])).tokenizer == folder / "google" / "umt5-xxl"
 
 

@@ -1,4 +1,4 @@
-"""The server: messages, media, who may ask, and sessions of the shipped student in this process."""
+"""The server: messages, media, access control, and sessions of the shipped student in this process."""
 
 import asyncio
 import contextlib
@@ -46,14 +46,14 @@ def client(service):
 @contextlib.contextmanager
 def session(client, **fields):
     """A WebSocket that has sent session.start."""
-    # the client cancels what still runs when it leaves
+    # On exit, the client cancels tasks that still run.
     with contextlib.suppress(CancelledError), client.websocket_connect("/v1/realtime/video") as socket:
         socket.send_json(start(**fields))
         yield socket
 
 
 def until(socket, kind):
-    """Messages until the first of a type, that one included; binary ones as bytes."""
+    """Messages up to and including the first of a type; binary ones as bytes."""
     messages = []
     while not messages or not isinstance(messages[-1], dict) or messages[-1]["type"] != kind:
         message = socket.receive()
@@ -176,7 +176,7 @@ def test_a_slow_viewer_gets_the_newest_chunks():
 
 
 def asked(rules, requests):
-    """Statuses of requests to an app behind a guard that reads all of the body."""
+    """Statuses of requests to an app, behind a guard, that reads the whole body."""
 
     async def app(scope, receive, send):
         while (await receive()).get("more_body"):
@@ -264,7 +264,7 @@ def test_a_session_is_the_stream(client, digits):
     assert len(decoded(b"".join(b for _, b in pairs))) == 12
     seen = np.stack(decoded(b"".join(b for _, b in pairs)))
     assert np.abs(seen[:, ::2, ::2].astype(int) - video).mean() < 3
-    assert abs(len(pairs[0][1]) - len(b"".join(expected))) < 200  # to rounding of the frames
+    assert abs(len(pairs[0][1]) - len(b"".join(expected))) < 200  # up to rounding of the frames
     answer = client.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 12, "seed": 5, "fps": 60})
     assert answer.headers["content-type"] == "video/mp4" and answer.headers["x-seed"] == "5"
     assert answer.content == b"".join(b for _, b in pairs)
@@ -318,7 +318,7 @@ def test_nothing_comes_while_paused(client):
         until(socket, "session.paused")
         time.sleep(0.3)
         socket.send_json({"type": "session.ping"})
-        # at most what was made before the pause
+        # At most the chunks generated before the pause.
         assert len(chunks(until(socket, "session.pong"))) <= 4
 
 

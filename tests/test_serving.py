@@ -16,7 +16,7 @@ from tests.server_process import drop, running, vanish, watch
 
 pytestmark = pytest.mark.slow
 SLOTS = 6
-SECONDS = 20  # benchmarks/serving.py plays for 60
+SECONDS = 20  # benchmarks/serving.py runs for 60
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def server():
 
 def test_many_clients(server):
     async def scenario():
-        # JPEGs, whose bytes depend on the pixels alone
+        # JPEGs, as their bytes depend only on the pixels
         alone = await watch(server, seed=3, format="jpeg", num_frames=12 * SECONDS // 2, fps=60)
         before = server.resources()
         regular = [watch(server, SECONDS, seed=3, format="jpeg") for _ in range(4)]
@@ -50,8 +50,8 @@ def test_many_clients(server):
         assert seen.payloads[:count] == alone.payloads[:count]
     assert len(slow.payloads) > SECONDS // 2
     behind = len(regular[0].payloads) - slow.metadata[-1]["generation_chunk_index"]
-    assert slow.metadata[-1]["dropped"] > 0 and behind < 4 * SECONDS / 2, behind  # it sees new chunks, not all
-    assert sum(len(seen.payloads) for seen in waited) > 0  # the slot of the client that drops
+    assert slow.metadata[-1]["dropped"] > 0 and behind < 4 * SECONDS / 2, behind  # it gets recent chunks, not all
+    assert sum(len(seen.payloads) for seen in waited) > 0  # the slot of the dropping client
     deadline = time.monotonic() + 10
     while server.metric("streams") and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -111,7 +111,7 @@ def test_malformed_messages_disturb_nobody(server):
                         whole = whole or (isinstance(message, str) and '"session.done"' in message)
                 except websockets.ConnectionClosed:
                     pass
-                refused += errors if whole else sent  # too much at once: the connection was ended
+                refused += errors if whole else sent  # too much at once: the server closed the connection
         return refused
 
     async def floods():
@@ -168,7 +168,7 @@ def test_control_frames_are_no_way_round_the_rates(server):
 
 
 def test_a_vanished_client_frees_its_slot(server):
-    # some of them with buffers that their streams fill
+    # Some of them have buffers that their streams fill.
     sockets = [vanish(server, format="jpeg" if i % 2 else "m4s", fps=60 if i % 2 else 12) for i in range(SLOTS)]
     deadline = time.monotonic() + 5
     while server.metric("streams") < SLOTS and time.monotonic() < deadline:
@@ -196,10 +196,10 @@ def test_rest_by_its_description(server):
         if isinstance(case.body, dict) and isinstance(case.body.get("num_frames"), int):
             case.body["num_frames"] = min(case.body["num_frames"], 2000)
         answer = case.call()
-        while answer.status_code == 429:  # its rate is limited
+        while answer.status_code == 429:  # rate-limited
             time.sleep(1)
             answer = case.call()
-        # what the description allows may still have a word that the model does not know
+        # Requests that fit the schema may still contain a word unknown to the model.
         case.validate_response(answer, excluded_checks=[checks.positive_data_acceptance])
 
     calls()
@@ -207,7 +207,7 @@ def test_rest_by_its_description(server):
 
 def test_a_token_is_needed_where_others_can_reach_it():
     with running("--host=0.0.0.0", env={"SF_JAX_TOKEN": "a-token-of-enough-characters"}) as server:
-        assert server.token == "..."  # what is known is not printed
+        assert server.token == "..."  # a given token is not printed
         server.token = "a-token-of-enough-characters"
         server.address = server.address.replace("0.0.0.0", "127.0.0.1")
         for path in ("/", "/v1/info", "/metrics"):
@@ -232,7 +232,7 @@ def test_a_token_is_needed_where_others_can_reach_it():
             async with server.connect(additional_headers=headers) as ws:
                 await ws.send(json.dumps({"type": "session.start", "prompt": "a 3"}))
                 assert json.loads(await ws.recv())["type"] == "video.start"
-                server.process.send_signal(signal.SIGTERM)  # drains: the stream goes on
+                server.process.send_signal(signal.SIGTERM)  # drains: the stream continues
                 for _ in range(10):
                     await ws.recv()
                 with pytest.raises(websockets.ConnectionClosed) as closed:

@@ -140,7 +140,7 @@ def test_unwritable_folder_and_foreign_dataset(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A data folder of one clip with its caption."""
+    """A data folder with one clip and its caption."""
     folder = tmp_path_factory.mktemp("prepared")
     made = {"text_dim": 3, "text_len": 4, "dtype": "float32", "made_with": {}}
     prompts.write_prompts(folder / "captions", ["a"], "b", lambda texts: [(np.ones((4, 3)), 2)] * len(texts), **made)
@@ -155,7 +155,7 @@ def opened(folder):
 
 
 def refused_with(folder, file, key, value):
-    """The one line about a data folder in whose `file` a key has another value, or none where that is `...`."""
+    """The one-line error for a data folder whose `file` has another value for a key, or lacks the key (`...`)."""
     good = file.read_text()
     changed = {name: entry for name, entry in (json.loads(good) | {key: value}).items() if entry is not ...}
     file.write_text(json.dumps(changed))

@@ -1,4 +1,4 @@
-"""Layers with parameters of their own: the same numbers as a scan over stacked ones, with the cache read in place."""
+"""Layers with separate parameters: same results as a scan over stacked ones, with the cache read in place."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ def test_rollouts_are_those_of_a_scan(changes, monkeypatch):
 
 
 def pipelines():
-    """The same network, scanned and with its layers apart."""
+    """The same network with scanned and with separate layers."""
     rollout = ro.RolloutConfig(
         chunk=2, window=6, sink=2, positions="relative", context_noise="none", first_steps=(1000, 500)
     )
@@ -107,7 +107,7 @@ def test_streams_are_those_of_a_scan_and_go_on_from_each_others_files(tmp_path):
 
 
 def test_slots_are_updated_in_place():
-    """No instruction in the loop over a chunk's calls writes all slots but the updates themselves."""
+    """In the loop over a chunk's calls, only the updates themselves write all slots."""
     config = ro.RolloutConfig(chunk=1, window=33)
     noise, text, draw = inputs(1, 1)
     model, params = wan.WanTransformer(APART), unstack_layers(random_params())

@@ -1,4 +1,4 @@
-"""Endless streams: the frames of a pipeline, no stream depends on another, prompts change, one compile."""
+"""Endless streams: same frames as a pipeline, independent of each other, with prompt changes and one compilation."""
 
 import dataclasses
 import subprocess
@@ -27,7 +27,7 @@ SMALL_VIDEO = {"height": 32, "width": 48}
 
 
 def bare(**changes):
-    """A network that takes embeddings and stops at the latents."""
+    """A network from embeddings to latents."""
     config = dataclasses.replace(BARE, **changes)
     pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(SMALL), random_params(), config)
     return pipe.with_sampling(height=4, width=4)
@@ -88,7 +88,7 @@ def test_pixels_are_those_of_a_pipeline(folder, vae):
     assert [step.count(one) for step in steps] == [9, 12, 12, 12] == [len(step[one]) for step in steps]
     assert np.abs(np.concatenate([step[one] for step in steps]).astype(int) - whole).max() <= 1
     assert steps[0].count(other) == 12
-    # an image's or a video's latents, then new frames
+    # The latents of an image or a video, then new frames.
     given = pipe("a dog runs", **SMALL_VIDEO, frames=9, seed=3, output="latent")
     longer = pipe("a cat", **SMALL_VIDEO, frames=33, seed=4, first_index=2, initial=given)[0]
     extended = stream.join("a cat", seed=4, number=2, initial=given[0])
@@ -138,7 +138,7 @@ def test_a_pause_changes_nothing(digits):
 
 
 def next_chunk(pipe, kept, positions, own, embedding, noise_of):
-    """A stream's next chunk behind given frames, at given positions, from the noise that the stream would draw."""
+    """A stream's next chunk after given frames, at given positions, from the stream's own noise."""
     model, params, config = pipe.transformer, pipe.params, pipe.rollout
     kv = model.apply({"params": params}, jnp.asarray(embedding[None]), method="encode_text")
     layout = wan.Layout(own, positions, pattern=attention.cached(len(own), len(positions)))
@@ -152,7 +152,7 @@ def next_chunk(pipe, kept, positions, own, embedding, noise_of):
 
 
 def drawn(pipe, one):
-    """Noise of a stream's next chunk, as a pipeline draws it."""
+    """Noise of a stream's next chunk, drawn as in a pipeline."""
     key = stream_state.key_for(one.seed[0], 0, stream_state.Purpose.SAMPLE)
     noise_key = jax.random.fold_in(jax.random.fold_in(key, pipe.noise_number), one.chunk[0])
     noise = ro.example_noise(noise_key, one.number, (1, pipe.rollout.chunk, 4, 4, 4))
@@ -160,7 +160,7 @@ def drawn(pipe, one):
 
 
 def kept_in_order(stream, slot):
-    """Keys and values of a stream's kept frames, oldest first, and their numbers."""
+    """Keys and values of a stream's kept frames, oldest first, and their frame numbers."""
     one = stream_state.take(stream.state, slot)
     held = np.asarray(one.held[0])
     order = [place for place in np.argsort(held) if held[place] >= 0]
@@ -293,7 +293,7 @@ def test_recache_writes_as_the_rollout_does(noise):
     stream.prompt(one, text(0), "recache")
     stream._prepare(stream._playing[one])
     difference = relative(stream.state.k, before)
-    assert difference < 1e-5 if noise == "none" else 1e-3 < difference < 0.5  # noise is drawn anew
+    assert difference < 1e-5 if noise == "none" else 1e-3 < difference < 0.5  # noise is redrawn
 
 
 def test_what_begins_anew_begins_as_a_video_does():
@@ -303,7 +303,7 @@ def test_what_begins_anew_begins_as_a_video_does():
     assert stream.step().count(one) == 3 and stream.frames(one) == 3
     stream.prompt(one, text(1), "cut")
     assert stream.step().latents(one).shape[0] == 3 and np.asarray(stream.state.age).tolist() == [3]
-    # without a cache, only a video's first chunk has the first chunk's steps
+    # Without a cache, only a video's first chunk uses the first chunk's steps.
     steps = bare(window=2, sink=0, first_steps=(1000,))
     parts = {}
     for mode in ("swap", "recache", "flush"):

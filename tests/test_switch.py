@@ -1,4 +1,4 @@
-"""Training rollouts whose prompt changes: what they are made of, what learns, what is refused."""
+"""Training rollouts whose prompt changes: their contents, gradients and errors."""
 
 import functools
 
@@ -37,13 +37,13 @@ def test_prompts_change_before_the_frames_that_learn(rollout):
     text, examples, params = make_batch(config)["text"], jnp.arange(4), random_params()
     past = switched(config, text, examples)
     assert past.video.shape[1] == 12 and past.initial_frames == 6 and past.exit_inputs.shape[1] == FRAMES
-    # the first frames follow the neighbor's prompt
+    # The first frames follow the neighbor's prompt.
     key = jax.random.key(5)
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, (4, 12, 4, 4, SMALL.channels))
     draw = ro.key_draw(jax.random.fold_in(key, 2), examples)
     before = ro.rollout(MODEL, config.rollout, params, jnp.roll(text, 1, axis=0), noise[:, :6], 2, draw)
     assert relative(past.video[:, :6], before.video) < 1e-5
-    # the others are those of the replay, whose context is what each video's mode left of them
+    # The other frames equal the replay's, whose context depends on each video's mode.
     again = jax.jit(lambda past: replay(MODEL, config.rollout, params, text, past))(past)
     assert relative(again, past.video) < 1e-5
     old = MODEL.apply({"params": params}, jnp.roll(text, 1, axis=0), method="encode_text")
@@ -55,7 +55,7 @@ def test_prompts_change_before_the_frames_that_learn(rollout):
         cache, _ = ro.write_chunk(MODEL, config.rollout, params, kv, cache, past.video[:, first : first + 3], first)
     recached = jnp.stack([relative(past.cache.k[:, i, :24], cache.k[:, i, :24]) < 1e-5 for i in range(4)])
     assert (swapped != recached).all() and swapped.any() and recached.any(), (swapped, recached)
-    # without another prompt there is nothing to change: both modes are one
+    # With the same prompt, both modes are equal.
     same = jnp.broadcast_to(text[:1], text.shape)
     kept = switched(config, same, examples)
     one = MODEL.apply({"params": params}, same, method="encode_text")
@@ -91,7 +91,7 @@ def test_every_kind_of_rollout_can_change_its_prompt(changes):
     config = make_config(**LONG | changes)
     frames, given = config.rollout_frames[0], int(config.image_to_video)
     batch, params = make_batch(config), random_params()
-    batch["other_text"] = batch["text"]  # the same prompt: then it is a rollout like any other
+    batch["other_text"] = batch["text"]  # the same prompt gives an ordinary rollout
     chunks = config.rollout.chunks(frames - given, given)[1]
     exits, key = jnp.full(len(chunks), 1, jnp.int32), jax.random.key(5)
 

@@ -1,4 +1,4 @@
-"""The table of the paper on the digits: every row is a valid run, results are kept, the report is written."""
+"""The paper's table on the digits: every row is a valid run, results are kept, and the report is written."""
 
 import pytest
 

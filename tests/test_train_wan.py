@@ -1,4 +1,4 @@
-"""Training on prepared data and official weights, at the smallest size: every stage, export, generation."""
+"""Training on prepared data and official weights, at minimal size: every stage, export, generation."""
 
 import dataclasses
 import os
@@ -37,7 +37,7 @@ def data(model, tmp_path_factory):
 
 
 def config_for(model, data, stage, **changes):
-    """A run of two steps on latents of 4x6, chunks of one frame."""
+    """A run of two steps on 4x6 latents, with chunks of one frame."""
     values = {
         "stage": stage,
         "steps": 2,
@@ -72,7 +72,7 @@ RUNS = {
     "causal_ode": ("init", {"teacher_weights": "causal", "ode": {"teacher": "causal", "pairs": 4, "solver_steps": 4}}),
 }
 FAST = ("teacher",)
-# What shows its samples: networks of many and of few steps, and one that begins with a given image.
+# Stages with samples: many-step and few-step networks, and one that starts from a given image.
 SAMPLED = ("causal", "long", "image", "image_ode")
 
 
@@ -98,7 +98,7 @@ def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     start = load_file(model / "diffusion_pytorch_model.safetensors")
     trained = load_file(path)
     assert set(trained) == set(start) and 0 < tree_relative(trained, start) < 0.1
-    if name == "image_ode":  # samples alone need the clips: the pairs are of the prompts, shown or not
+    if name == "image_ode":  # only samples need the clips, as the pairs use the prompts
         loop.train(dataclasses.replace(config, log=LogConfig()), tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_a_student_goes_on_from_others_weights_and_out_again(model, data, tmp_pa
     config = config_for(model, data, "distill", **changes)
     whole = loop.train(config, tmp_path / "whole")
     loop.train(dataclasses.replace(config, steps=1), tmp_path / "run")
-    # from the folder above: users give relative paths, and PYTHONPATH is where the package is
+    # Runs in the parent folder, as users give relative paths; PYTHONPATH finds the package.
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     done = command("--from=run", module="sf_jax.convert", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "student of step 1: wrote run/student_000001.safetensors" in done.stdout, (
@@ -168,7 +168,7 @@ def test_export_answers_a_wrong_command_line_in_one_line(arguments, message, tmp
 def test_a_torch_checkpoint_is_a_start_for_training(model, data, tmp_path):
     torch = pytest.importorskip("torch", reason="a .pt checkpoint needs the [convert] extra (PyTorch)")
     own = {name: 2 * value for name, value in load_file(model / "diffusion_pytorch_model.safetensors").items()}
-    # as the official trainer saves them: three networks, names with a prefix
+    # The official trainer's format: three networks, prefixed names.
     states = {
         part: {f"model.{name}": torch.from_numpy(scale * value) for name, value in own.items()}
         for part, scale in (("generator", 3.0), ("critic", 5.0), ("generator_ema", 1.0))

@@ -1,4 +1,4 @@
-"""The training system at small size: resuming, devices, gradients, configs."""
+"""Training at small size: resuming, devices, gradients, configs."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """The data set."""
+    """The dataset."""
     path = tmp_path_factory.mktemp("data")
     moving_digits.build(path)
     return str(path)
@@ -212,7 +212,7 @@ def test_eight_devices_equal_one():
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr[-3000:]
-    assert "(2, 16, 24)" in done.stdout and "(2, 4, 48)" in done.stdout  # the kernel is split over fsdp and tensor
+    assert "(2, 16, 24)" in done.stdout and "(2, 4, 48)" in done.stdout  # the kernel is sharded over fsdp and tensor
 
 
 def test_every_leaf_has_a_sharding_rule():
@@ -226,7 +226,7 @@ def test_every_leaf_has_a_sharding_rule():
         sharding.tree_shardings({"blocks": {"new": {"kernel": jnp.zeros((2, 3))}}}, mesh)
 
 
-# one of each kind of program
+# One of each kind of program.
 KINDS = ("1_3b", "long", "image", "gan", "tf_dmd", "causal", "ode", "consistency")
 
 
@@ -380,7 +380,7 @@ def test_a_teacher_in_host_memory_gives_the_same_update():
         with jax.set_mesh(mesh):
             found.append(jax.device_get(student(state, frozen, batch)))
     (state, metrics), (other, others) = found
-    assert digests[0] == digests[1]  # a run may go on with the other setting
+    assert digests[0] == digests[1]  # a run may resume with the other setting
     assert tree_relative(other.model.params, state.model.params) < 1e-6
     np.testing.assert_allclose(metrics["generator_loss"], others["generator_loss"], rtol=1e-6)
     assert metrics["generator_loss"] > 0 and metrics["generator_grad_norm"] > 0

@@ -25,7 +25,7 @@ WORDS = ("a", "cat", "walks", "<b>", "it's", "café")
 
 
 def random_params(config=SMALL):
-    """Numpy parameters of a size at which every path matters."""
+    """Numpy parameters, large enough that every path affects the output."""
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
@@ -48,7 +48,7 @@ def _apply(config, method, params, ids, mask):
 
 
 def text(lengths=(5, 9), width=9):
-    """Random ids and the mask of texts of these lengths."""
+    """Random ids and the mask for texts of the given lengths."""
     ids = np.random.default_rng(1).integers(2, SMALL.vocab, (len(lengths), width)).astype(np.int32)
     mask = (np.arange(width) < np.asarray(lengths)[:, None]).astype(np.int32)
     return ids * mask, mask
@@ -57,7 +57,7 @@ def text(lengths=(5, 9), width=9):
 def test_padding_changes_no_row_of_the_text_and_rows_after_its_end_are_zero():
     ids, mask = text()
     short = run(ids[:1, :5], mask[:1, :5])
-    padded = run(np.where(mask, ids, 7), mask)  # whatever stands in the padding
+    padded = run(np.where(mask, ids, 7), mask)  # regardless of the padding's ids
     assert relative(padded[:1, :5], short) < 1e-6
     embeds = run(ids, mask, method="embed")
     assert relative(embeds[:1, :5], short) < 1e-6
@@ -76,7 +76,7 @@ def test_order_and_words_matter():
 
 def test_bucket_table():
     table = umt5.position_buckets(512)
-    # Distances at which a new range begins, before the query; after it the same + 16.
+    # Distances where a new bucket begins, before the query; after it, buckets are 16 higher.
     first = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
     expected = np.searchsorted(first, np.arange(512), side="right") - 1
     np.testing.assert_array_equal(table[:, 0], expected)
@@ -140,7 +140,7 @@ def test_name_maps_go_both_ways():
     theirs = mapping.to_tensors(umt5_weights.entries(SMALL, "transformers"), params)
     assert len(theirs) == len(official) + 1
     np.testing.assert_array_equal(theirs["shared.weight"], theirs["encoder.embed_tokens.weight"])
-    del theirs["shared.weight"]  # files hold one of the two names or both
+    del theirs["shared.weight"]  # files contain either name or both
     for naming, tensors in (("official", official), ("transformers", theirs)):
         config = umt5_weights.umt5_config_of({name: value.shape for name, value in tensors.items()})
         assert config == SMALL
@@ -163,7 +163,7 @@ def _official():
 
 
 def tokenizer_file(folder, ending=True, pad="<pad>"):
-    """Writes a `tokenizer.json` of a few words; its own padding and truncation must not matter."""
+    """Writes a `tokenizer.json` with a few words; its padding and truncation settings must have no effect."""
     words = [pad, "</s>", "<unk>", *WORDS]
     made = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

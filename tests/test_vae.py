@@ -26,14 +26,14 @@ SMALL = vae.VaeConfig(
     mean=(0.5, -0.25, 1.0),
     std=(2.0, 0.5, 1.5),
 )
-# A level more, whose resampling leaves the frames alone.
+# One more level, whose resampling keeps the number of frames.
 LARGER = dataclasses.replace(SMALL, dim_mult=(1, 2, 1), temporal_downsample=(False, True))
 TINY = tiny_vae.TinyVaeConfig(z_dim=3, widths=(8, 4, 4, 4), blocks=2)
 MODELS = {"vae": (vae, vae.WanVae(SMALL)), "tiny": (tiny_vae, tiny_vae.TinyVaeDecoder(TINY))}
 
 
 def random_params(shapes, seed=0):
-    """Numpy parameters without zeros, so that every path matters."""
+    """Numpy parameters without zeros, so that every path affects the output."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):
@@ -86,7 +86,7 @@ def test_chunks_give_the_whole_decode_to_the_bit_and_one_program_each(kind, late
             start += size
             parts.append(np.asarray(pixels))
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-    # The future changes nothing, and the past matters.
+    # Future frames have no effect, past frames do.
     changed = latents.copy()
     changed[:, 1] += 1
     other = np.asarray(decode(params, changed))
@@ -140,7 +140,7 @@ def test_bfloat16_is_close(kind, latents):
 
 
 def _plane(x, kernel, bias=0.0):
-    """[H, W, C] by [3, 3, in, out] in float64, padded with zeros."""
+    """Convolves [H, W, C] with [3, 3, in, out] in float64, zero-padded."""
     height, width = x.shape[:2]
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
     out = sum(padded[i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3))
@@ -196,7 +196,7 @@ def test_name_maps_of_the_vae_go_both_ways(naming):
     params = random_params(vae.param_shapes(LARGER))
     entries = weights.entries(LARGER, naming)
     tensors = mapping.to_tensors(entries, params)
-    sizes = dataclasses.replace(LARGER, mean=(0.0,) * 3, std=(1.0,) * 3)  # no file holds them
+    sizes = dataclasses.replace(LARGER, mean=(0.0,) * 3, std=(1.0,) * 3)  # files do not store them
     assert weights.vae_config_of({name: value.shape for name, value in tensors.items()}) == sizes
     jax.tree.map(np.testing.assert_array_equal, mapping.to_params(entries, tensors, params, "vae"), params)
 

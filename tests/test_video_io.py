@@ -23,7 +23,7 @@ RNG = np.random.Generator(np.random.Philox(0))
 
 
 def blobs(frames, height, width, channels=1):
-    """A smooth bright blob that moves, uint8 [F, h, w, c]."""
+    """A smooth, bright, moving blob, uint8 [F, h, w, c]."""
     y, x = np.mgrid[:height, :width]
     center = np.arange(frames)[:, None, None] + 4
     light = 255 * np.exp(-((y - height / 2) ** 2 + (x - center) ** 2) / 20)
@@ -31,7 +31,7 @@ def blobs(frames, height, width, channels=1):
 
 
 def decode(path):
-    """What ffmpeg says about the stream, and the frames [F, h, w, 3]."""
+    """ffmpeg's description of the stream, and the frames [F, h, w, 3]."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=True)
     stream = re.search(r"Video: h264.*", done.stderr.decode())[0]
@@ -111,7 +111,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
 def test_bytes_depend_on_the_frames_alone(tmp_path):
     video, files_seen = RNG.integers(0, 256, (12, 48, 64, 3), dtype=np.uint8), set()
     for i in range(4):
-        used = [np.full(2**k * 1000, 37 * i, np.uint8) for k in range(10)]  # what malloc gives out again
+        used = [np.full(2**k * 1000, 37 * i, np.uint8) for k in range(10)]  # memory that malloc reuses
         del used
         video_io.write_mp4(tmp_path / "a.mp4", video, 8)
         files_seen.add((tmp_path / "a.mp4").read_bytes())

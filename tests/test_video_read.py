@@ -1,4 +1,4 @@
-"""Videos and images as users have them, against what ffmpeg's own program makes of them."""
+"""Users' videos and images, compared with the output of the ffmpeg program."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from sf_jax.io import video as video_io
 RNG = np.random.Generator(np.random.Philox(0))
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 SOURCE = ("-f", "lavfi", "-i", "testsrc2=size=64x40:rate=16")
-# to linear light with 100 cd/m2 at 1, brighter light rolled off, and to BT.709
+# To linear light with 100 cd/m2 as 1, rolls off brighter light, and converts to BT.709.
 TONE_MAP = (
     "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv444p"
@@ -26,13 +26,13 @@ TONE_MAP = (
 
 
 def made(path, *arguments, **options):
-    """A video that ffmpeg makes."""
+    """Creates a video with ffmpeg."""
     subprocess.run([FFMPEG, "-v", "error", "-y", *map(str, arguments), str(path)], check=True, **options)
     return path
 
 
 def reference(path, height, width, fps=None, before=""):
-    """The frames uint8 [F, height, width, 3] as ffmpeg's program fits them."""
+    """The frames uint8 [F, height, width, 3], scaled and cropped by the ffmpeg program."""
     fit = f"{before}scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags=bicubic"
     fit = f"{'' if fps is None else f'fps={fps},'}{fit},crop={width}:{height}"
     command = [FFMPEG, "-v", "error", "-i", str(path), "-vf", fit, "-fps_mode", "passthrough", "-f", "rawvideo"]
@@ -85,7 +85,7 @@ def test_turned_and_mirrored_clips(tmp_path, turn):
 
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "vary.mp4", "cut.mp4"])
 def test_odd_clocks(tmp_path, name):
-    """Sound that begins before the picture, varying rates, edit lists."""
+    """Audio that starts before the video, variable frame rates, edit lists."""
     filters = {
         "late": "setpts=PTS+0.37/TB",
         "vary": "select='not(mod(n,3))+gt(mod(n,7),4)'",
@@ -110,7 +110,7 @@ def test_times_before_zero_and_clocks_that_are_set_anew(tmp_path):
     np.testing.assert_array_equal(video_io.read_video(early, 32, 48, 32.0), wanted)
     times = [video_file.Decoded(i, 1, 1, t, t + 1) for i, t in enumerate([0, 1, 2, 2, 6, 7])]
     shown = list(video_read._picked(times, lambda decoded: decoded.frame, 1.0, 0.0))
-    assert shown == [0, 1, 3, 3, 3, 3, 4, 5]  # of two at one time the second
+    assert shown == [0, 1, 3, 3, 3, 3, 4, 5]  # of two frames at the same time, the second
 
 
 def test_start_and_end_are_searched(tmp_path):
@@ -235,7 +235,7 @@ def test_files_that_name_other_files_are_refused(tmp_path):
 
 
 def test_tracks_whose_data_is_in_another_file_are_refused(tmp_path):
-    """A mov whose data reference is no longer "in this file"."""
+    """A mov whose data reference no longer says "in this file"."""
     path = made(tmp_path / "a.mov", *SOURCE, "-frames:v", "3", "-pix_fmt", "yuv420p")
     whole = path.read_bytes()
     place = whole.index(b"url ", whole.index(b"dref"))

@@ -158,7 +158,7 @@ def test_full_sizes_have_the_real_number_of_parameters(config, count):
 
 
 def test_float32_products_are_exact_on_every_device():
-    """The time embedding's, forward and backward: GPUs and TPUs round the factors of others to fewer bits."""
+    """Those of the time embedding, forward and backward; GPUs and TPUs round the inputs of other matmuls."""
     config = dataclasses.replace(SMALL, dtype="bfloat16")
     noise, text, _ = inputs(2)
     model, layout = wan.WanTransformer(config), wan.bidirectional_layout(2)
@@ -173,12 +173,12 @@ def test_float32_products_are_exact_on_every_device():
         return len(wide), sum("HIGHEST" in line for line in lines)
 
     assert products(loss) == (3, 3)
-    # with those of kernels, and of inputs but that of the timesteps; attention's gradient has float32 factors, too
+    # Plus gradients of kernels and of inputs (not the timesteps); attention's gradient also has float32 factors.
     assert products(jax.grad(loss))[1] == 3 + 3 + 2
 
 
 def test_a_seed_draws_the_weights_that_it_always_drew():
-    """Flax draws by the order in which a layer declares its parameters; runs from scratch depend on it."""
+    """Flax's random draws depend on the order in which a layer declares its parameters, and so do runs from scratch."""
     leaves = jax.tree.leaves(wan.init_params(SMALL, jax.random.key(0)))
     total = sum((i + 1) * float(np.abs(np.asarray(leaf, np.float64)).sum()) for i, leaf in enumerate(leaves))
     np.testing.assert_allclose(total, 96160.2086, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Weight files of every container: shards and pickles, and damaged or foreign ones, refused in one clear line."""
+"""Weight files in every container: shards, pickles, and one clear line for damaged or foreign files."""
 
 import itertools
 import json
@@ -88,7 +88,7 @@ def test_torch_checkpoints_of_one_network_under_any_name(tmp_path):
         opened({"critic": state})
     with pytest.raises(ValueError, match="a.pt holds ema, params: say which with part"):
         opened({"ema": state, "params": state})
-    # A network under its own name is not taken for another one.
+    # A network with a known name is not used in place of another one.
     with pytest.raises(ValueError, match="part is 'generator_lora': .*a.pt holds model"):
         opened({"model": state}, "generator_lora", need_part=False)
 
@@ -109,7 +109,7 @@ def test_without_torch_its_files_are_refused(tmp_path, monkeypatch):
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -247,7 +247,7 @@ def test_of_a_model_folder_the_transformer_is_taken(tmp_path):
     for place in (tmp_path / "diffusers" / "transformer").iterdir():
         if place.name.endswith("index.json"):
             place.rename(place.with_name("diffusion_pytorch_model.safetensors.index.json"))
-    # A lone file of another network is not taken for it.
+    # A single file of another network is not used as the transformer.
     write_safetensors(tmp_path / "diffusers" / "taew2_1.safetensors", in_memory({"decoder.1.weight": np.zeros(1)}))
     for kind in ("official", "diffusers"):
         with open_tensors(tmp_path / kind) as stored:

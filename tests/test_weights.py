@@ -1,4 +1,4 @@
-"""Weight files: what is read is what was written, to the byte, and everything else is refused in one clear line."""
+"""Weight files: exact round trips, and one clear line for everything else."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ param_shapes_of = functools.cache(recognize_module.param_shapes_of)
 
 
 def network(kind: str, naming: str, dtype="float32"):
-    """(map, a tree of our shapes, random tensors of a small network); dtype "mixed": matrices bfloat16."""
+    """(map, a tree of our shapes, random tensors) of a small network; with dtype "mixed", matrices are bfloat16."""
     entries, like = entries_of(kind, CONFIGS[kind], naming), param_shapes_of(kind, CONFIGS[kind])
     rng, tensors, tied = np.random.default_rng(0), {}, {}
     for entry, (name, shape) in zip(entries, mapping.file_shapes(entries, like).items(), strict=True):
@@ -55,7 +55,7 @@ def in_memory(tensors: dict) -> TensorFile:
 
 
 def described(shapes: dict, dtype=BF16) -> TensorFile:
-    """A file of which there are only names and shapes."""
+    """A file with only names and shapes, no data."""
 
     def read(name):
         raise AssertionError(f"{name} was read")
@@ -71,7 +71,7 @@ def assert_same(ours, theirs: dict):
 
 
 def manifest(name: str) -> dict:
-    """Name -> shape of a real file; the blocks of the transformers are written down once."""
+    """Name -> shape of a real file; the manifests list the blocks of the transformers once."""
     stored = json.loads((MANIFESTS / f"{name}.json").read_text())
     tensors = dict(stored["tensors"])
     for block in range(stored.get("blocks", 0)):

@@ -1,4 +1,4 @@
-"""A model folder with the layout of the published ones and very small networks with random weights."""
+"""A model folder with the published layout and very small networks with random weights."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ WORDS = ("a", "cat", "dog", "in", "the", "snow", "runs")
 
 
 def random_like(shapes: dict) -> dict:
-    """Random numbers of such a size that signals neither die nor grow."""
+    """Random weights scaled so that signals neither vanish nor explode."""
     rng = np.random.default_rng(0)
 
     def leaf(shape):
@@ -37,7 +37,7 @@ def random_like(shapes: dict) -> dict:
 
 
 def tokenizer() -> tokenizers.Tokenizer:
-    """Words, `<pad>` 0, `</s>` 1 and `<unk>` 2, with `</s>` after every text."""
+    """A tokenizer of words, `<pad>` 0, `</s>` 1 and `<unk>` 2, with `</s>` after every text."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

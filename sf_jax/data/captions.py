@@ -1,4 +1,4 @@
-"""Files of prompts and folders of captioned videos, as users have them."""
+"""Reads users' prompt files and folders of captioned videos."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ from sf_jax import strict_json
 from sf_jax.messages import quoted, shortened
 
 CAPTION_KEYS = ("prompt", "caption", "text")
-# A GIF is a video here. What a table of metadata names is opened whatever it is called.
+# A GIF counts as a video. Files named in a metadata table may have any suffix.
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".qt", ".3gp", ".3g2", ".mpg", ".mpeg", ".m2v", ".vob"),
     *(".ts", ".mts", ".m2ts", ".ogv", ".ogg", ".flv", ".y4m"),
@@ -30,9 +30,9 @@ class Video:
     """A captioned video.
 
     Attributes:
-      name: its path inside the folder, with slashes.
+      name: its path relative to the folder, with slashes.
       path: a video file, or a folder of frames.
-      caption: what it shows.
+      caption: its caption.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Video:
     caption: str
 
     def frames(self) -> list[Path]:
-        """The images of a folder of frames, in the order of the numbers in their names; none for a video file."""
+        """The images in a folder of frames, sorted by the numbers in their names; empty for a video file."""
         if not self.path.is_dir():
             return []
         images = [file for file in self.path.iterdir() if _is_kind(file, IMAGE_SUFFIXES)]
@@ -48,24 +48,24 @@ class Video:
 
 
 def _by_number(name: str) -> list:
-    """What sorts names by the numbers in them; digits are 0 to 9, of any count."""
-    parts = re.split(r"([0-9]+)", name)  # numbers at odd places
+    """A key that sorts names by the numbers in them; numbers may have any length, with ASCII digits only."""
+    parts = re.split(r"([0-9]+)", name)  # numbers are at odd indices
     return [(len(part.lstrip("0")), part.lstrip("0"), part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] = CAPTION_KEYS) -> list[str]:
-    """Reads texts: a line each, or those of a table, by the ending of the file's name.
+    """Reads a list of texts, one per line or from a table; the file's suffix selects the format.
 
-    A .csv or .tsv file has them in the first of the columns `keys`, a .jsonl file in objects with such a key; a .json
-    file holds a list of texts or of such objects.
+    In a .csv or .tsv file, the texts are in the column named by the first of `keys` that it has. A .jsonl file has
+    objects with such a key. A .json file is a list of texts or of such objects.
 
     Args:
       path: the file; blank lines and cells are skipped.
-      field: what error messages call it.
-      keys: names of the column or key.
+      field: its name in error messages.
+      keys: allowed names of the column or key.
 
     Raises:
-      ValueError: the file cannot be read, is of another kind, or holds no text.
+      ValueError: if the file cannot be read, has an unsupported format, or contains no text.
     """
     path = Path(path)
     if (suffix := path.suffix.lower()) in _OTHER_SUFFIXES:
@@ -73,7 +73,7 @@ def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] =
     if suffix in _TABLE_SUFFIXES:
         texts = [_value(row, keys, where) for where, row in _rows(path, field)]
     else:
-        texts = _text(path, field).split("\n")  # not splitlines, for which U+2028 ends a line too
+        texts = _text(path, field).split("\n")  # splitlines would also split at U+2028
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{field}: {path} holds no {field.removesuffix('s')}: give one a line")
@@ -81,10 +81,10 @@ def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] =
 
 
 def read_prompts(path: Path | str, field: str = "prompts") -> tuple[list[str], int]:
-    """Reads prompts, see `read_texts`.
+    """Reads prompts; see `read_texts`.
 
     Returns:
-      The prompts without duplicates, and how many duplicates there were.
+      The prompts without duplicates, and the number of duplicates.
 
     Raises:
       ValueError: see `read_texts`.
@@ -95,22 +95,22 @@ def read_prompts(path: Path | str, field: str = "prompts") -> tuple[list[str], i
 
 
 def find_videos(folder: Path | str, field: str = "videos") -> tuple[list[Video], str]:
-    """Finds the videos of a folder and their captions.
+    """Finds the videos in a folder and their captions.
 
-    A `metadata.csv` or `metadata.jsonl` names them (`file_name`, and `text`, `caption` or `prompt`). Without one, they
-    are all video files and all folders of images, and the caption of `NAME.mp4`, or of the folder `NAME`, is in
-    `NAME.txt` next to it.
+    A `metadata.csv` or `metadata.jsonl` lists them (`file_name`, and `text`, `caption` or `prompt`). Without one, all
+    video files and all folders of images count. The caption of `NAME.mp4`, or of the folder `NAME`, is in `NAME.txt`
+    next to it.
 
     Args:
       folder: the folder.
-      field: what error messages call it.
+      field: its name in error messages.
 
     Returns:
-      The videos in the order of the metadata or else of their names; and what is left out, in one line, or "": videos
-      that the metadata does not name, or texts that are captions of no video of these kinds.
+      The videos in the order of the metadata, else sorted by name; and one line about what is skipped, or "": videos
+      missing from the metadata, or caption files whose video has an unknown type.
 
     Raises:
-      ValueError: there are none, or a video has no caption, or the metadata names what is not in the folder.
+      ValueError: if there are no videos, a video has no caption, or the metadata lists a file not in the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -143,7 +143,7 @@ def _caption_file(path) -> Path:
 
 
 def _passed_over(folder, used) -> str:
-    """Names texts that are the caption of no video that was found, with the files of their names, if there are any."""
+    """One line about caption files without a video, or the files of their names, such as videos of unknown types."""
     captioned, stems = {file.parent for file in used}, {}
     for file in sorted(folder.rglob("*")):
         if file.parent in captioned and not file.name.startswith("."):
@@ -162,7 +162,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def _of_table(folder, table, there, field) -> tuple[list[Video], str]:
-    """The videos that a table of metadata names."""
+    """The videos listed in a metadata table."""
     found = []
     for where, row in _rows(table, field):
         name, caption = _value(row, ("file_name",), where).strip(), _value(row, CAPTION_KEYS, where).strip()
@@ -172,7 +172,7 @@ def _of_table(folder, table, there, field) -> tuple[list[Video], str]:
         if not path.is_relative_to(inside := os.path.normpath(folder)) or path == Path(inside):
             raise ValueError(f"{where}: file_name is {quoted(name)}: it must be in the folder {folder}")
         found.append(Video(_name(path.relative_to(inside)), path, caption))
-    lost = [video.name for video in found if not os.path.exists(video.path)]  # which takes names that are too long
+    lost = [video.name for video in found if not os.path.exists(video.path)]  # Path.exists raises on long names
     if lost:
         raise ValueError(f"{field}: {len(lost)} files that {table} names are not there ({_few(lost)})")
     if not found:
@@ -182,7 +182,7 @@ def _of_table(folder, table, there, field) -> tuple[list[Video], str]:
 
 
 def _videos_in(folder) -> list[Path]:
-    """Video files, and folders of images without videos among them, at any depth."""
+    """Video files, and folders that contain images but no videos, at any depth."""
     files = list(folder.rglob("*"))
     found = {file for file in files if _is_kind(file, VIDEO_SUFFIXES)}
     mixed = {folder, *(file.parent for file in found)}
@@ -210,7 +210,7 @@ def _text(path, field) -> str:
 
 
 def _rows(path, field) -> list[tuple[str, Mapping | str]]:
-    """The rows of a table, each with its place for messages; those of a .json file may be texts."""
+    """The rows of a table, each with its location for messages; rows of a .json file may be strings."""
     text, suffix = _text(path, field), path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         return _csv_rows(path, text, field)
@@ -232,7 +232,7 @@ def _rows(path, field) -> list[tuple[str, Mapping | str]]:
 
 
 def _json_rows(path, text, field) -> list[tuple[str, Mapping | str]] | None:
-    """The entries of a .json file's list, or its only object; None where it holds an object a line."""
+    """The entries of a .json file's list, or its only object; None if it has one object per line."""
     lines = text.strip().split("\n")
     try:
         whole = strict_json.parse(text, None, _unique, finite=False)
@@ -252,7 +252,7 @@ def _json_rows(path, text, field) -> list[tuple[str, Mapping | str]] | None:
 
 
 def _unique(pairs: list) -> dict:
-    """An object of JSON; refuses two values for what is read."""
+    """A JSON object; raises on duplicates of the keys that are read."""
     names = [name for name, _ in pairs]
     _check_unique(names, "key")
     return dict(pairs)
@@ -265,7 +265,7 @@ def _check_unique(names: Sequence[str], what: str) -> None:
 
 
 def _csv_rows(path, text, field) -> list[tuple[str, dict]]:
-    """The rows of a .tsv file, or of a .csv file, whose cells are separated by commas, semicolons or tabs."""
+    """The rows of a .tsv file, or of a .csv file with commas, semicolons or tabs as separators."""
     header, known = text.split("\n", 1)[0].strip(), {*CAPTION_KEYS, "file_name", "name"}
     marks = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
     cells = {mark: {cell.strip().strip('"') for cell in header.split(mark)} for mark in marks}
@@ -287,17 +287,17 @@ def _csv_rows(path, text, field) -> list[tuple[str, dict]]:
 
 
 def valid_text(text: str) -> str:
-    """A text without halves of surrogate pairs, which no file can hold: they become U+FFFD."""
+    """Replaces lone surrogates, which cannot be encoded in a file, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _name(path: Path) -> str:
-    r"""A relative path with slashes; bytes that are no UTF-8 are written as \\xNN."""
+    r"""A relative path with slashes; bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _value(row, keys, where) -> str:
-    """The text under the first of the keys that a row has; the row itself where it is a text."""
+    """The text under the first key that a row has; the row itself if it is a string."""
     key = None if isinstance(row, str) else next((key for key in keys if key in row), None)
     if key is None and not isinstance(row, str):
         has = shortened(", ".join(map(str, row))) or "nothing"

@@ -1,8 +1,8 @@
-"""Captioned clips of real handwritten digits that move over a canvas that wraps round.
+"""Captioned clips of real handwritten digits that move on a canvas with wrap-around.
 
 The digits are scikit-learn's bundled scans. Directions are those of the image: "up" is towards row 0.
 
-Build the clips, or refit the patch codec that is shipped with the package:
+Build the clips, or refit the patch codec shipped with the package:
 
   python -m sf_jax.data.moving_digits --data_dir=DIR
   python -m sf_jax.data.moving_digits --fit_codec=sf_jax/assets/digits_codec.safetensors
@@ -38,16 +38,16 @@ DIRECTIONS = (
     "up and right",
 )
 SPEEDS = ("slowly", "fast")
-PACES = (1.5, 3.0)  # Pixels a frame.
+PACES = (1.5, 3.0)  # Pixels per frame.
 PACE_JITTER = 0.1
-HEADING_JITTER = (6.0, 14.0)  # Degrees, of either sign.
+HEADING_JITTER = (6.0, 14.0)  # Degrees, with either sign.
 REPEAT_LAGS = (8, 100)
 REPEAT_DISTANCE = 1.5
 SPEED_OMITTED = 0.15
 SPLITS = ("train", "judge", "test")
 SPLIT_SHARES = (0.65, 0.175, 0.175)
-# With equal shares the clips, taken together, look the same played backwards, and a network that knows only relative
-# positions stays where it cannot tell a direction from its opposite (`docs/digits.md`).
+# With equal shares the set of clips looks the same played backwards, and a network with relative positions only never
+# learns to tell a direction from its opposite (`docs/digits.md`).
 DIRECTION_SHARES = {"train": (1, 1, 1, 1, 6, 6, 6, 6)}
 SEED = 2025
 FEATURES = tfds.features.FeaturesDict(
@@ -62,7 +62,7 @@ FEATURES = tfds.features.FeaturesDict(
     }
 )
 _CHUNK = 500
-_SAMPLED = 256  # clips of a split that its hash looks at
+_SAMPLED = 256  # number of clips that a split's hash covers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Clips:
       scan: Index of the scan among all of `load_scans`, int64 [N].
       digit: int64 [N].
       direction: Index into DIRECTIONS, int64 [N].
-      speed: Index into SPEEDS, whether or not the caption tells it, int64 [N].
-      told: Whether the caption tells the speed, bool [N].
+      speed: Index into SPEEDS, whether or not the caption mentions it, int64 [N].
+      told: Whether the caption mentions the speed, bool [N].
       start: Top left corner (row, column) in the first frame, float64 [N, 2].
-      velocity: Pixels a frame (row, column), float64 [N, 2].
+      velocity: Pixels per frame (row, column), float64 [N, 2].
     """
 
     scan: np.ndarray
@@ -101,14 +101,14 @@ class Clips:
 
 
 def caption(digit: int, direction: int, speed: int | None = None) -> str:
-    """Returns the caption of a clip, e.g. "an 8 moving up and right, slowly"; no speed, no such word."""
+    """Returns the caption of a clip, e.g. "an 8 moving up and right, slowly"; without `speed`, no word for it."""
     article = "an" if digit == 8 else "a"
     text = f"{article} {digit} moving {DIRECTIONS[direction]}"
     return text if speed is None else f"{text}, {SPEEDS[speed]}"
 
 
 def all_captions() -> tuple[str, ...]:
-    """Returns all 240 captions: every digit, direction and speed, the speed left out included."""
+    """Returns all 240 captions: every digit and direction, with every speed and without one."""
     speeds = (*range(len(SPEEDS)), None)
     return tuple(caption(n, d, s) for n in range(10) for d in range(len(DIRECTIONS)) for s in speeds)
 
@@ -120,24 +120,24 @@ def captions_words() -> tuple[str, ...]:
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """Returns all scans, enlarged: uint8 [1797, 12, 12], white ink on black, and their digits [1797]."""
-    import scipy.ndimage  # here, as the two are a third of the start of commands that never build the data
+    import scipy.ndimage  # lazy, as both imports take a third of the startup of commands that never build the data
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
     factor = SPRITE / digits.images.shape[1]
     large = scipy.ndimage.zoom(digits.images / 16.0, (1, factor, factor), order=3, mode="grid-constant", grid_mode=True)
-    # Cubic interpolation keeps the strokes crisp; what it overshoots is clipped.
+    # Cubic interpolation keeps the strokes crisp; its overshoot is clipped.
     return np.round(np.clip(large, 0, 1) * 255).astype(np.uint8), digits.target.astype(np.int64)
 
 
 def split_scans(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Divides the scans among the splits, disjointly and alike for every digit.
+    """Divides the scans into disjoint splits, with the same shares for every digit.
 
     Args:
       labels: Digits of all scans, [N].
 
     Returns:
-      For each of SPLITS the sorted indices of its scans.
+      For each of SPLITS, the sorted indices of its scans.
     """
     rng = np.random.Generator(np.random.Philox(SEED))
     parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
@@ -150,7 +150,7 @@ def split_scans(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def propose_motion(rng: np.random.Generator, direction: int, speed: int, num: int) -> np.ndarray:
-    """Draws velocities near a captioned motion, float64 [num, 2] as (row, column) pixels a frame."""
+    """Draws velocities near a captioned motion, float64 [num, 2] as (row, column) pixels per frame."""
     off = rng.uniform(*HEADING_JITTER, size=num) * rng.choice((-1.0, 1.0), size=num)
     heading = np.deg2rad(direction * 360 / len(DIRECTIONS) + off)
     pace = PACES[speed] * rng.uniform(1 - PACE_JITTER, 1 + PACE_JITTER, size=num)
@@ -158,7 +158,7 @@ def propose_motion(rng: np.random.Generator, direction: int, speed: int, num: in
 
 
 def nearly_repeats(velocity: np.ndarray) -> np.ndarray:
-    """Tells which motions come back near an earlier place within REPEAT_LAGS; [N, 2] -> bool [N]."""
+    """Returns which motions come close to an earlier position within REPEAT_LAGS; [N, 2] -> bool [N]."""
     lags = np.arange(REPEAT_LAGS[0], REPEAT_LAGS[1] + 1)
     moved = wrap(velocity[:, None, :] * lags[None, :, None])
     return (np.linalg.norm(moved, axis=-1) < REPEAT_DISTANCE).any(axis=1)
@@ -170,16 +170,16 @@ def wrap(displacement: np.ndarray) -> np.ndarray:
 
 
 def sample_motion(rng: np.random.Generator, direction: int, speed: int, num: int) -> np.ndarray:
-    """Draws velocities whose path over the torus does not nearly repeat, by rejection.
+    """Draws velocities whose path on the torus does not nearly repeat, by rejection sampling.
 
     Args:
       rng: Generator.
       direction: Index into DIRECTIONS.
       speed: Index into SPEEDS.
-      num: How many.
+      num: Number of velocities.
 
     Returns:
-      Pixels a frame (row, column), float64 [num, 2].
+      Pixels per frame (row, column), float64 [num, 2].
     """
     accepted = np.zeros((0, 2))
     while len(accepted) < num:
@@ -189,12 +189,12 @@ def sample_motion(rng: np.random.Generator, direction: int, speed: int, num: int
 
 
 def plan_clips(split: str, num_clips: int, *, seed: int = SEED) -> Clips:
-    """Draws the clips of a split: digits and speeds in equal shares, directions too or in DIRECTION_SHARES.
+    """Draws the clips of a split: digits and speeds in equal shares, directions in equal or DIRECTION_SHARES' shares.
 
     Args:
       split: One of SPLITS.
       num_clips: N.
-      seed: Seed; the split of the scans does not depend on it.
+      seed: Seed; does not affect how the scans are split.
 
     Returns:
       The plan of N clips.
@@ -228,7 +228,7 @@ def trajectory(start: np.ndarray, velocity: np.ndarray, num_frames: int) -> np.n
 
 
 def render(scans: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Draws moving sprites over the canvas that wraps round, bilinearly between pixels.
+    """Draws moving sprites on the wrap-around canvas, with bilinear interpolation.
 
     Args:
       scans: Sprites, uint8 [N, 12, 12].
@@ -254,7 +254,7 @@ def generate(clips: Clips, num_frames: int) -> Iterator[dict[str, Any]]:
       num_frames: F.
 
     Yields:
-      Per clip: video uint8 [F, CANVAS, CANVAS, 1], caption str, digit, direction and speed int.
+      For each clip: video uint8 [F, CANVAS, CANVAS, 1], caption str, digit, direction and speed int.
     """
     scans, _ = load_scans()
     for begin in range(0, len(clips), _CHUNK):
@@ -272,10 +272,10 @@ def generate(clips: Clips, num_frames: int) -> Iterator[dict[str, Any]]:
 
 @dataclasses.dataclass(eq=False)
 class DigitsConfig(tfds.core.BuilderConfig):
-    """Size of the data set.
+    """Size of the dataset.
 
     Attributes:
-      clips: For each split the number of clips and of frames per clip.
+      clips: For each split, the number of clips and of frames per clip.
     """
 
     clips: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -289,11 +289,11 @@ FULL = DigitsConfig(
 
 
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
-    """Builder of the moving digits; needs neither TensorFlow nor the network."""
+    """Builder of the moving digits; needs neither TensorFlow nor network access."""
 
     VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = [FULL]
-    # Finding metadata files beside this module would need importlib_resources, and there are none.
+    # There are no metadata files next to this module, and looking for them would need importlib_resources.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -301,7 +301,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Handwritten digits that move over a canvas that wraps round, with captions.",
             features=FEATURES,
-            # The plan is shuffled already.
+            # The plan is already shuffled.
             disable_shuffling=True,
         )
 
@@ -322,9 +322,9 @@ class ClipSource:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of how many clips there are and of `_SAMPLED` of them, evenly spread over the split.
+        """A hash of the number of clips and of `_SAMPLED` of them, evenly spread over the split.
 
-        It is one of clips, as tfds gives the files of the same clips other bytes every time.
+        It covers the clips, not the files, because tfds writes different bytes for the same clips every time.
         """
         digest, length = hashlib.sha256(f"{len(self)}".encode()), len(self)
         for i in range(min(length, _SAMPLED)):
@@ -342,24 +342,24 @@ class ClipSource:
 
 
 def build(data_dir: str | Path, config: DigitsConfig = FULL) -> Path:
-    """Writes the clips as ArrayRecord files, unless they are there already.
+    """Writes the clips as ArrayRecord files, unless they exist.
 
     Args:
-      data_dir: Folder of data sets; created where missing.
-      config: Size of the data set.
+      data_dir: Folder for datasets; created if missing.
+      config: Size of the dataset.
 
     Returns:
       The folder with the clips.
 
     Raises:
-      ValueError: The folder cannot be written, or the clips there are damaged.
-      OSError: The disk is full; nothing is left of the clips.
+      ValueError: If the folder cannot be written, or its clips are damaged.
+      OSError: If the disk is full; no clips are left behind.
     """
     folder = _folder(data_dir, config)
-    # tfds writes to a temporary folder and renames it at the end: a folder there was complete.
+    # tfds writes to a temporary folder and renames it at the end, so an existing folder is complete.
     if not folder.exists():
         check_writable(Path(data_dir).expanduser(), "data_dir")
-        for unfinished in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of tfds, when it was killed
+        for unfinished in folder.parent.glob(f"incomplete.*_{folder.name}"):  # left by a killed tfds
             if is_quiet(unfinished):
                 shutil.rmtree(unfinished, ignore_errors=True)
         total = sum(num for num, _ in config.clips.values())
@@ -377,13 +377,13 @@ def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> Cli
     Args:
       data_dir: The folder given to `build`.
       split: One of the config's splits.
-      config: Size of the data set.
+      config: Size of the dataset.
 
     Returns:
       The clips, by index: video uint8 [F, CANVAS, CANVAS, 1], caption str, digit, direction, speed int.
 
     Raises:
-      ValueError: The split is unknown, or the clips are not there or damaged.
+      ValueError: If the split is unknown, or the clips are missing or damaged.
     """
     if split not in config.clips:
         raise ValueError(f"split: got {split!r}, allowed: {', '.join(config.clips)}")
@@ -397,12 +397,12 @@ def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> Cli
 
 
 def _folder(data_dir: str | Path, config: DigitsConfig) -> Path:
-    """Where tfds keeps the clips."""
+    """The folder where tfds stores the clips."""
     return Path(data_dir).expanduser() / MovingDigits.name / config.name / str(MovingDigits.VERSION)
 
 
 def _open(folder: Path, split: str) -> shards.Records:
-    # Single files cannot be made again: tfds leaves a folder alone that is there.
+    # Single files cannot be rewritten: tfds skips a folder that exists.
     remedy = f"remove the folder {folder} and run the command again"
     records = shards.open_split(folder, MovingDigits.name, split, if_missing=remedy, if_damaged=remedy)
     if records.source.dataset_info.features.get_tensor_info() != FEATURES.get_tensor_info():
@@ -412,7 +412,7 @@ def _open(folder: Path, split: str) -> shards.Records:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps tfds' progress bars and messages from the terminal."""
+    """Suppresses tfds' progress bars and messages."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -422,14 +422,14 @@ def quiet() -> Iterator[None]:
 
 
 def codec_frames(num_clips: int = 12000, stride: int = 4) -> np.ndarray:
-    """Returns every stride-th frame of the training clips, uint8 [N, CANVAS, CANVAS, 1]."""
+    """Returns every `stride`-th frame of the training clips, uint8 [N, CANVAS, CANVAS, 1]."""
     examples = generate(plan_clips("train", num_clips), FULL.clips["train"][1])
     return np.concatenate([example["video"][::stride] for example in examples])
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    from sf_jax import command  # here, as readers of clips are no commands
+    from sf_jax import command  # lazy, as code that only reads clips needs no command line
 
     parser = argparse.ArgumentParser(prog="sf_jax.data.moving_digits", description=main.__doc__)
     parser.add_argument("--data_dir", help="build the clips in this folder")
@@ -442,7 +442,7 @@ def main() -> None:
         if args.data_dir:
             print(f"moving_digits: {build(args.data_dir)}")
         if args.fit_codec:
-            from sf_jax.models import patch_codec  # Only this command needs JAX.
+            from sf_jax.models import patch_codec  # lazy, as only this option needs JAX
 
             check_writable(Path(args.fit_codec).parent, "fit_codec")
             codec, explained = patch_codec.fit(codec_frames(), channels=args.channels)

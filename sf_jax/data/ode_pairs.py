@@ -1,4 +1,4 @@
-"""A data set of a teacher's ODE trajectories in ArrayRecord files, which a killed run goes on writing.
+"""A dataset of a teacher's ODE trajectories in ArrayRecord files; generation resumes after an interruption.
 
 Source: CausVid (arXiv 2412.07772); official `scripts/generate_ode_pairs.py`.
 """
@@ -42,22 +42,22 @@ def open_pairs(
     process_index: int = 0,
     process_count: int = 1,
 ) -> PairSource:
-    """Opens the pairs in a folder, generating those that are missing.
+    """Opens the pairs in a folder, after generating those that are missing.
 
     Args:
-      folder: where they are kept.
+      folder: the folder of the dataset.
       shape: [S, F, H, W, C] of one trajectory.
-      count: how many there are.
-      per_shard: pairs of a file; a run that is killed loses the file it was at.
-      recipe: everything that determines the trajectories; a set made by another recipe is refused.
+      count: number of pairs.
+      per_shard: pairs per file; a killed run loses its current file.
+      recipe: everything that determines the trajectories; a dataset with another recipe raises.
       make: (first, stop) -> the pairs [first, stop), (trajectory float32 `shape`, caption), in order.
-      wait: returns when all processes have called it.
-      process_index: which of the processes that share the folder this is.
-      process_count: how many there are.
+      wait: barrier; returns when all processes have called it.
+      process_index: index of this process among those that share the folder.
+      process_count: number of processes.
 
     Raises:
-      ValueError: The folder cannot be written, holds pairs made by another recipe, or a damaged file.
-      OSError: The disk is full.
+      ValueError: If the folder cannot be written, has pairs with another recipe, or has a damaged file.
+      OSError: If the disk is full.
     """
     features = tfds.features.FeaturesDict(
         {
@@ -73,7 +73,7 @@ def open_pairs(
 
     shards.write(plan, examples, process_index, process_count)
     wait()
-    if process_count > 1:  # none may have seen the others' last files
+    if process_count > 1:  # no process may have seen the others' last files
         for shard in shards.missing(plan):
             appears(plan.path(shard))
         if process_index == 0:

@@ -1,11 +1,11 @@
 """Input pipelines: seeded, threaded iterators whose state can be saved and restored exactly.
 
-The iterators are grain's: `get_state()` gives a small JSON-serializable dictionary, `set_state()` takes
-it back, and Orbax saves them as they are.
+The iterators are grain's: `get_state()` returns a small JSON-serializable dictionary, `set_state()` restores it, and
+Orbax can save them directly.
 
-Several processes share a batch: each gets, and reads, its own contiguous rows of it. Which example a row holds, and
-what is drawn for it, depends on the seed and on its place in the whole batch alone, and so does the state: a run may
-be continued by another number of processes.
+Several processes share a batch: each reads only its own contiguous rows. The example of a row and its random draws
+depend only on the seed and the row's place in the whole batch, and so does the state. A run can therefore resume with
+another number of processes.
 """
 
 import copy
@@ -72,22 +72,22 @@ def row_iterator(
     process_count: int = 1,
     name: str = "source",
 ) -> grain.DatasetIterator:
-    """Iterates over batches that are given as the numbers of their examples, for `collate` to read.
+    """Iterates over batches that `collate` makes from example indices.
 
     Args:
       length: Number of examples.
-      collate: Makes a batch of its rows; a row is an example's index or, with `draws`, (index, numpy generator).
+      collate: Makes a batch from its rows; a row is an example's index or, with `draws`, (index, numpy generator).
       batch_size: B, over all processes.
       seed: Determines order and generators, 0 to 2**32 - 1.
       shuffle: Whether every epoch has its own random order.
-      repeat: Whether to go on for ever, batches running across epochs; otherwise the last batch may be smaller.
-      draws: Whether rows have random numbers of their own.
-      process_index: Which of the processes this is; it gets the rows [i * B / P, (i + 1) * B / P) of each batch.
+      repeat: Whether to repeat forever, with batches across epochs; otherwise the last batch may be smaller.
+      draws: Whether each row gets its own random generator.
+      process_index: Index i of this process; it gets the rows [i * B / P, (i + 1) * B / P) of each batch.
       process_count: P.
-      name: What error messages call the examples.
+      name: Name of the examples in error messages.
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
     if length < 1:
         raise ValueError(f"{name}: got {length} entries, allowed: 1 or more")
@@ -100,7 +100,7 @@ def row_iterator(
         raise ValueError(f"batch_size: got {batch_size}, allowed: a multiple of the {process_count} processes")
     if process_count > 1 and not repeat:
         raise ValueError(f"repeat: got False, allowed: True where there are {process_count} processes")
-    # The operations and their order are part of the stream: grain derives each one's seed from its place.
+    # Do not reorder these operations: grain derives each one's seed from its position.
     rows = grain.MapDataset.source(range(length)).seed(seed)
     if shuffle:
         rows = rows.shuffle()
@@ -115,7 +115,7 @@ def row_iterator(
 
 
 def _with_generator(index: int, rng: np.random.Generator) -> tuple[int, np.random.Generator]:
-    # grain uses the generator again for another row
+    # grain reuses the generator for other rows
     return index, copy.deepcopy(rng)
 
 
@@ -146,12 +146,12 @@ def video_iterator(
       seed: Determines order, crops and dropped captions, 0 to 2**32 - 1.
       text_encoder: Embeds the captions.
       shuffle: Whether every epoch has its own random order.
-      repeat: Whether to go on for ever, batches running across epochs. Otherwise one epoch is
-        delivered whole, so that its last batch may be smaller.
+      repeat: Whether to repeat forever, with batches across epochs. Otherwise the iterator covers one whole epoch, and
+        its last batch may be smaller.
       text_dropout: Share of captions replaced by the empty prompt in `text` (`caption` keeps them).
-      cut: Share of the clips whose first frames are shifted around the canvas by a random number of whole pixels, and
-        how many frames these are. Long ago, the digit was anywhere.
-      process_index: Which of the processes this is.
+      cut: Share of the clips whose first frames are rolled around the canvas by a random number of whole pixels, and
+        the number of these frames. This mimics a context from long ago, when the digit could be anywhere.
+      process_index: Index of this process.
       process_count: P; each process gets B / P rows.
 
     Returns:
@@ -159,7 +159,7 @@ def video_iterator(
       str [B], digit int32 [B], direction int32 [B].
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
     _check_dropout(text_dropout)
 
@@ -193,21 +193,21 @@ def prompt_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Iterates over batches of prompts in shuffled epochs, for ever.
+    """Iterates forever over batches of prompts in shuffled epochs.
 
     Args:
       prompts: The prompts.
       batch_size: B, over all processes; batches run across epochs.
       seed: Determines the order, 0 to 2**32 - 1.
       text_encoder: Embeds the prompts.
-      process_index: Which of the processes this is.
+      process_index: Index of this process.
       process_count: P; each process gets B / P rows.
 
     Returns:
       An iterator over dictionaries: text float32 [B, L, D], caption str [B].
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
 
     def collate(rows):
@@ -221,20 +221,20 @@ def prompt_iterator(
 def embedded_prompt_iterator(
     source: EmbeddedPrompts, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Iterates over batches of embedded prompts in shuffled epochs, for ever.
+    """Iterates forever over batches of embedded prompts in shuffled epochs.
 
     Args:
-      source: The prompts, such as `prompts.open_prompts` gives.
+      source: The prompts, such as those of `prompts.open_prompts`.
       batch_size: B, over all processes; batches run across epochs.
       seed: Determines the order, 0 to 2**32 - 1.
-      process_index: Which of the processes this is.
-      process_count: P; each process gets, and reads, B / P rows.
+      process_index: Index of this process.
+      process_count: P; each process reads only its B / P rows.
 
     Returns:
       An iterator over dictionaries: text [B, L, D] in the source's type, caption str [B].
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
 
     def collate(rows):
@@ -258,21 +258,21 @@ def latent_iterator(
     """Iterates over batches of encoded clips with embedded captions.
 
     Args:
-      source: The clips, such as `videos.open_videos` gives.
+      source: The clips, such as those of `videos.open_videos`.
       batch_size: B, over all processes.
       seed: Determines order and dropped captions, 0 to 2**32 - 1.
       shuffle: Whether every epoch has its own random order.
-      repeat: Whether to go on for ever, batches running across epochs; otherwise the last batch may be smaller.
+      repeat: Whether to repeat forever, with batches across epochs; otherwise the last batch may be smaller.
       text_dropout: Share of captions replaced by the empty prompt in `text` (`caption` keeps them).
-      process_index: Which of the processes this is.
-      process_count: P; each process gets, and reads, B / P rows.
+      process_index: Index of this process.
+      process_count: P; each process reads only its B / P rows.
 
     Returns:
       An iterator over dictionaries: latent float32 [B, F, H, W, C], text [B, L, D] in the source's type, caption
       str [B].
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
     _check_dropout(text_dropout)
 
@@ -299,14 +299,14 @@ def _check_dropout(text_dropout: float) -> None:
 
 
 def _crop_and_drop(clip: dict[str, Any], rng: np.random.Generator, num_frames: int, dropout: float) -> dict[str, Any]:
-    """Crops one clip in time and decides which prompt its text will be."""
+    """Crops one clip in time and draws whether its caption is dropped."""
     begin = rng.integers(len(clip["video"]) - num_frames + 1)
     prompt = "" if rng.random() < dropout else clip["caption"]
     return {**clip, "video": clip["video"][begin : begin + num_frames], "prompt": prompt}
 
 
 def _cut(clip: dict[str, Any], rng: np.random.Generator, share: float, frames: int) -> dict[str, Any]:
-    """Shifts the first frames of a share of the clips around the canvas."""
+    """Rolls the first frames around the canvas, for a random share of the clips."""
     if not share or rng.random() >= share:
         return clip
     first, rest = clip["video"][:frames], clip["video"][frames:]

@@ -1,6 +1,6 @@
-"""Datasets of prompt embeddings: written once, as only the real tokens, and read padded with zeros.
+"""Datasets of prompt embeddings, stored without padding and zero-padded when read.
 
-A data folder has them in `prompts`, or, where they are the captions of its videos, in `captions`.
+A data folder has them in `prompts`, or in `captions` if they are the captions of its videos.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sf_jax.messages import quoted
 
 NAME = "wan_prompts"
 PROMPTS, CAPTIONS = "prompts", "captions"
-UNCONDITIONAL = "unconditional"  # the split of the negative prompt and the empty one
+UNCONDITIONAL = "unconditional"  # the split with the negative and the empty prompt
 PER_SHARD = 256
 MADE_BY = "`python -m sf_jax.prepare --prompts=...`"
 _AGAIN = ": remove the folder and make the dataset again"
@@ -40,28 +40,28 @@ def write_prompts(
     process_count: int = 1,
     field: str = "output",
 ) -> bool:
-    """Writes the embeddings of prompts, of the negative prompt and of the empty one; goes on where it was killed.
+    """Writes the embeddings of the prompts, the negative and the empty prompt; resumes after an interruption.
 
     Args:
-      folder: of this dataset.
+      folder: the folder of this dataset.
       prompts: N texts.
-      negative_prompt: what guidance leads away from.
-      embed: texts -> for each in order its embedding [text_len, text_dim] and how many tokens of it are real; called
-        only where something is missing.
+      negative_prompt: the prompt that guidance moves away from.
+      embed: texts -> for each in order, its embedding [text_len, text_dim] and its number of real tokens; called only
+        for missing shards.
       text_dim: D.
-      text_len: tokens that a prompt has at most.
-      dtype: of the stored numbers, "bfloat16" or "float32".
-      made_with: what else the embeddings depend on, JSON-serializable.
-      process_index: which process this is; each writes shards of its own.
-      process_count: how many there are.
-      field: what error messages call the folder.
+      text_len: maximum number of tokens in a prompt.
+      dtype: type of the stored embeddings, "bfloat16" or "float32".
+      made_with: everything else that determines the embeddings, JSON-serializable.
+      process_index: index of this process; each process writes its own shards.
+      process_count: number of processes.
+      field: name of the folder in error messages.
 
     Returns:
       Whether the dataset is complete.
 
     Raises:
       ValueError: see `shards.write`.
-      OSError: the disk is full.
+      OSError: if the disk is full.
     """
     kind = np.dtype(dtype)
     tensor = tfds.features.Tensor(shape=(None, text_dim), dtype=kind, encoding=tfds.features.Encoding.BYTES)
@@ -94,10 +94,10 @@ def write_prompts(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptSource:
-    """Random access to embedded prompts: text [L, D] with zeros behind the prompt's end, caption str.
+    """Random access to embedded prompts: text [L, D], zero-padded after the prompt's end, and caption str.
 
     Attributes:
-      records: the stored ones.
+      records: the stored prompts.
       text_len: L.
       negative: embedding [L, D] of the negative prompt.
       empty: embedding [L, D] of the empty prompt.
@@ -110,7 +110,7 @@ class PromptSource:
 
     @property
     def digest(self) -> str:
-        """A hash of all embeddings, see `Records.digest`."""
+        """A hash of all embeddings; see `Records.digest`."""
         fixed = hashlib.sha256(self.negative.tobytes() + self.empty.tobytes()).hexdigest()[:16]
         return f"{self.records.digest} {fixed}"
 
@@ -135,11 +135,11 @@ def open_prompts(folder: Path | str, *, text_dim: int, text_len: int) -> PromptS
 
     Args:
       folder: the data folder, `data.dir`.
-      text_dim: D, of the network that is to read them.
-      text_len: L, of the network that is to read them.
+      text_dim: D of the network.
+      text_len: L of the network.
 
     Raises:
-      ValueError: there are none, they are incomplete or damaged, or of other sizes.
+      ValueError: if they are missing, incomplete or damaged, or have other sizes.
     """
     folder = Path(folder)
     part = CAPTIONS if (folder / CAPTIONS).is_dir() and not (folder / PROMPTS).is_dir() else PROMPTS
@@ -147,7 +147,7 @@ def open_prompts(folder: Path | str, *, text_dim: int, text_len: int) -> PromptS
 
 
 def whole_number(value: Any, folder: Path, key: str) -> int:
-    """A number of the recipe in a folder, at least 1; raises ValueError, naming the file, where it is none."""
+    """Returns a value of a folder's recipe; raises a ValueError that names the file unless it is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         where = f"{folder / shards.RECIPE} is damaged"
         raise ValueError(f"{where} ({key} is {quoted(value)}, not a whole number from 1){_AGAIN}")
@@ -155,7 +155,7 @@ def whole_number(value: Any, folder: Path, key: str) -> int:
 
 
 def open_part(folder: Path, *, text_dim: int, text_len: int) -> PromptSource:
-    """As `open_prompts`, of the folder of one dataset."""
+    """Like `open_prompts`, but for the folder of one dataset."""
     records, fixed = (
         shards.open_records(folder, NAME, split, "data.dir", MADE_BY) for split in ("train", UNCONDITIONAL)
     )

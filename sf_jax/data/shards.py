@@ -1,9 +1,9 @@
-"""Datasets that are made once and read often, written shard by shard so that a killed writer loses one shard at most.
+"""Writes and reads datasets shard by shard, so that a killed writer loses at most one shard.
 
-A folder holds `recipe.json` (what the records were made from, written first), the ArrayRecord shards (each is there
-whole or not at all) and, written last, `shards.json` (hashes by which other shards are noticed) and what tfds needs to
-read them: `tfds.builder_from_directory(folder)`. Several processes may fill one folder. The bytes of a shard depend on
-its examples alone.
+A folder contains `recipe.json` (the inputs of the records, written first) and the ArrayRecord shards, each written
+atomically. Written last are `shards.json` (hashes that detect replaced shards) and the metadata that tfds needs for
+`tfds.builder_from_directory(folder)`. Several processes may fill one folder. The bytes of a shard depend only on its
+examples.
 """
 
 import bisect
@@ -29,7 +29,7 @@ from sf_jax.files import check_writable, reason_of, remove_leftovers, replacing,
 
 RECIPE, INFO, FEATURES, DIGESTS = "recipe.json", "dataset_info.json", "features.json", "shards.json"
 VERSION = "1.0.0"
-# What of a shard is hashed, see `file_digests`; another choice is another method.
+# The parts of a shard that are hashed (see `file_digests`); rename the method when they change.
 _METHOD, _BLOCKS, _BLOCK, _END = "8 blocks and the end", 8, 1 << 12, 1 << 17
 _MISSING = "run the command that made the dataset again"
 _AGAIN = "remove this file and run the command that made it again"
@@ -37,7 +37,7 @@ _AGAIN = "remove this file and run the command that made it again"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file: entries [start, stop) of a split, the `index`-th of `count` files."""
+    """A file with the entries [start, stop) of a split; file `index` of `count`."""
 
     split: str
     index: int
@@ -48,16 +48,16 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A dataset to be written.
+    """A dataset to write.
 
     Attributes:
-      folder: where.
-      name: its name for tfds.
+      folder: its folder.
+      name: its name in tfds.
       features: tfds features of a record.
-      recipe: everything that determines the records, JSON-serializable; records of another recipe are not reused.
-      splits: entries of each split; an entry gives one record, or none where `make` leaves it out.
-      per_shard: entries of a shard.
-      field: what error messages call the folder.
+      recipe: everything that determines the records, JSON-serializable; records with another recipe are not reused.
+      splits: number of entries of each split; an entry gives one record, or none if `make` skips it.
+      per_shard: entries per shard.
+      field: name of the folder in error messages.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def full_recipe(self) -> dict[str, Any]:
-        """What `recipe.json` holds."""
+        """The contents of `recipe.json`."""
         whole = {"dataset": self.name, "splits": dict(self.splits), "per_shard": self.per_shard, **self.recipe}
         return json.loads(json.dumps(whole))
 
@@ -85,7 +85,7 @@ class Plan:
         return tuple(found)
 
     def path(self, shard: Shard) -> Path:
-        """The file of a shard, named as tfds wants it."""
+        """The file of a shard, with the name that tfds expects."""
         return self.folder / _file_name(self.name, shard.split, shard.index, shard.count)
 
 
@@ -97,10 +97,10 @@ def _file_name(name: str, split: str, index: int, count: int) -> str:
 
 
 def begin(plan: Plan) -> None:
-    """Makes the folder, and leaves the recipe there.
+    """Creates the folder and writes the recipe.
 
     Raises:
-      ValueError: The folder cannot be written, or holds something else.
+      ValueError: If the folder cannot be written, or contains something else.
     """
     path = plan.folder / RECIPE
     if not path.is_file():
@@ -116,7 +116,7 @@ def begin(plan: Plan) -> None:
 
 
 def check_recipe(plan: Plan) -> None:
-    """Refuses a folder whose records were made by another recipe, naming what differs."""
+    """Raises if the folder's records have another recipe, naming the differences."""
     saved, wanted = read_recipe(plan.folder), plan.full_recipe
     differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if differ:
@@ -133,7 +133,7 @@ def _short(value: Any) -> str:
 
 
 def read_recipe(folder: Path | str) -> dict[str, Any]:
-    """The recipe in a folder; raises ValueError if it cannot be read."""
+    """Reads the recipe in a folder; raises a ValueError if that fails."""
     path = Path(folder) / RECIPE
     try:
         return strict_json.read(path)
@@ -142,7 +142,7 @@ def read_recipe(folder: Path | str) -> dict[str, Any]:
 
 
 def missing(plan: Plan) -> tuple[Shard, ...]:
-    """The shards that are not there yet."""
+    """The shards that do not exist yet."""
     return tuple(shard for shard in plan.shards if not plan.path(shard).is_file())
 
 
@@ -150,7 +150,7 @@ def _array_record():
     """The module that reads and writes records.
 
     Raises:
-      ImportError: this system has none.
+      ImportError: if it is not installed; there is none for Windows.
     """
     try:
         from array_record.python import array_record_module
@@ -162,13 +162,13 @@ def _array_record():
 
 
 def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) -> None:
-    """Writes one shard; it takes its name when it is complete and on the disk.
+    """Writes one shard atomically: it gets its name when it is complete and flushed to disk.
 
     Raises:
-      OSError: It cannot be written.
+      OSError: If it cannot be written.
     """
     path = plan.path(shard)
-    for leftover in plan.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+    for leftover in plan.folder.glob(f".{path.name}.*.tmp"):  # left by a killed process
         leftover.unlink(missing_ok=True)
     serializer = example_serializer.ExampleSerializer(plan.features.get_serialized_info())
     with replacing(path) as unfinished:
@@ -178,7 +178,7 @@ def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) ->
             for example in examples:
                 record = serializer.get_tf_example(plan.features.encode_example(example))
                 with writing(path):
-                    # not `serialize_example`, whose fields are in another order in every process
+                    # `serialize_example` would order the fields differently in every process
                     writer.write(record.SerializeToString(deterministic=True))
         except BaseException:
             with contextlib.suppress(RuntimeError):
@@ -186,13 +186,13 @@ def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) ->
             raise
         with writing(path):
             writer.close()
-        with open(unfinished, "r+b") as file:  # Windows flushes only what may be written
+        with open(unfinished, "r+b") as file:  # Windows flushes only writable files
             os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What tfds and its C++ writer raise where the disk is full, as an error about a file or folder."""
+    """Turns what tfds and its C++ writer raise, such as on a full disk, into an error that names the path."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -201,29 +201,29 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write(plan: Plan, make: Make, process_index: int = 0, process_count: int = 1) -> bool:
-    """Writes the shards that this process owns and that are missing, then what tfds needs, once all shards are there.
+    """Writes this process's missing shards; once all shards exist, also writes the metadata for tfds.
 
-    Shard `i` belongs to process `i % process_count`. The processes need nothing but the folder in common.
+    Shard `i` belongs to process `i % process_count`. The processes share nothing but the folder.
 
     Args:
-      plan: what to write.
+      plan: the dataset to write.
       make: (shard) -> its examples in order, at most one per entry; called for missing shards only.
-      process_index: which process this is.
-      process_count: how many there are.
+      process_index: index of this process.
+      process_count: number of processes.
 
     Returns:
       Whether the dataset is complete.
 
     Raises:
-      ValueError: The folder cannot be written, holds another dataset, or a shard there is damaged.
-      OSError: The disk is full.
+      ValueError: If the folder cannot be written, contains another dataset, or has a damaged shard.
+      OSError: If the disk is full.
     """
     check_processes(process_index, process_count)
     begin(plan)
     own = plan.shards[process_index::process_count]
     todo = [shard for shard in own if not plan.path(shard).is_file()]
     if todo:
-        # of shards that were there before; where one was removed, its count may change
+        # Outdated metadata: a shard that was removed may get another number of records.
         for name in (DIGESTS, INFO):
             (plan.folder / name).unlink(missing_ok=True)
         total = sum(shard.stop - shard.start for shard in own)
@@ -235,7 +235,7 @@ def write(plan: Plan, make: Make, process_index: int = 0, process_count: int = 1
 
 
 def counted(examples: Iterable[dict[str, Any]], bar: tqdm, shard: Shard) -> Iterator[dict[str, Any]]:
-    """Passes examples on and counts them; entries that were left out are counted at the shard's end."""
+    """Yields the examples and updates the progress bar; skipped entries are added at the shard's end."""
     left = shard.stop - shard.start
     for example in examples:
         yield example
@@ -245,7 +245,7 @@ def counted(examples: Iterable[dict[str, Any]], bar: tqdm, shard: Shard) -> Iter
 
 
 def check_processes(process_index: int, process_count: int) -> None:
-    """Refuses an index that is none of the processes."""
+    """Validates the index and number of processes."""
     if process_count < 1:
         raise ValueError(f"process_count is {process_count}: it must be at least 1")
     if not 0 <= process_index < process_count:
@@ -253,16 +253,16 @@ def check_processes(process_index: int, process_count: int) -> None:
 
 
 def finish(plan: Plan) -> bool:
-    """Writes what tfds needs if all shards are there; returns whether they are. May be called by every process.
+    """Writes the metadata for tfds if all shards exist, and returns whether they do. Every process may call it.
 
     Raises:
-      ValueError: A shard is damaged, or a split has no record at all.
+      ValueError: If a shard is damaged, or a split has no records.
     """
     if missing(plan):
         return False
     if (plan.folder / INFO).is_file() and (plan.folder / FEATURES).is_file():
-        if not (plan.folder / DIGESTS).is_file():  # made by an earlier version, or shards of it again
-            with contextlib.suppress(ValueError, OSError):  # it may be read-only
+        if not (plan.folder / DIGESTS).is_file():  # written by an earlier version, or shards rewritten
+            with contextlib.suppress(ValueError, OSError):  # the folder may be read-only
                 _write_digests(plan)
         return True
     _write_digests(plan)
@@ -295,7 +295,7 @@ def finish(plan: Plan) -> bool:
     unfinished.mkdir()
     try:
         info.write_to_directory(unfinished)
-        # last of all the file that says that everything is there
+        # INFO comes last, as it marks the dataset as complete.
         for name in sorted(os.listdir(unfinished), key=lambda name: name == INFO):
             os.replace(unfinished / name, plan.folder / name)
     finally:
@@ -316,7 +316,7 @@ def _damaged(path: Path, reason: Any, remedy: str = _AGAIN) -> ValueError:
 
 
 def _count(path: Path, remedy: str = _AGAIN) -> int:
-    """Records in a shard, by its footer."""
+    """The number of records in a shard, from its footer."""
     try:
         reader = _array_record().ArrayRecordReader(str(path))
         count, good = reader.num_records(), reader.ok()
@@ -329,20 +329,19 @@ def _count(path: Path, remedy: str = _AGAIN) -> int:
 
 
 def _counts(paths: Sequence[Path], remedy: str = _AGAIN) -> list[int]:
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # folders of networks answer slowly
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network file systems are slow
         return list(pool.map(lambda path: _count(path, remedy), paths))
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
-    """A hash of each shard, of so little of it that terabytes of shards take seconds.
+    """A hash of a small part of each shard, so that terabytes of shards take seconds.
 
-    Hashed are its length, `_BLOCKS` blocks of 4 KiB that are evenly spread over it, and its last 128 KiB, where
-    ArrayRecord says at which byte every record begins. A file that is not longer than all of these is hashed whole.
-    Compressed records seldom have the same length, and so nearly every change shows; a record of a long shard that is
-    replaced by another of exactly its length does not.
+    It covers the file's length, `_BLOCKS` evenly spread blocks of 4 KiB, and the last 128 KiB, where ArrayRecord stores
+    the offset of every record. Shorter files are hashed whole. Compressed records seldom have equal lengths, so nearly
+    every change is detected; in a long shard, replacing a record by one of exactly the same length is not.
 
     Raises:
-      OSError: a file cannot be read.
+      OSError: if a file cannot be read.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(_file_digest, paths))
@@ -364,9 +363,9 @@ def _file_digest(path: Path) -> str:
 
 
 def _check_digests(folder: Path, files: Sequence[Path], remedy: str) -> tuple[str, ...]:
-    """Refuses shards other than those that were written, where the folder says so; returns their hashes if it does."""
+    """Checks shards against the folder's hashes, if it has any, and returns these hashes."""
     path = folder / DIGESTS
-    if not path.is_file():  # earlier versions wrote none, and tfds does not
+    if not path.is_file():  # neither earlier versions nor tfds write it
         return ()
     try:
         stored = strict_json.read(path)
@@ -389,10 +388,10 @@ class Records:
     Attributes:
       source: tfds' data source.
       files: the shards.
-      ends: number of the record after the last one of each shard.
+      ends: for each shard, the index after its last record.
       remedy: what to do about a damaged shard, for messages.
-      recipe: what the records were made from, where that is known.
-      digests: hashes of the shards, where they are known.
+      recipe: the inputs of the records, if known.
+      digests: hashes of the shards, if known.
     """
 
     source: Any
@@ -404,7 +403,7 @@ class Records:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of the shards in their order, see `file_digests`; other records, or another order, change it."""
+        """A hash of the shards in order (see `file_digests`); it changes with the records and their order."""
         digests = self.digests or file_digests(self.files)
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
@@ -414,7 +413,7 @@ class Records:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self.source[index]
-        except Exception as error:  # C++ and protobuf raise whatever they like
+        except Exception as error:  # C++ and protobuf raise various types
             if not 0 <= index < len(self):
                 raise IndexError(f"record {index} of {len(self)}") from error
             raise _damaged(self.files[bisect.bisect_right(self.ends, index)], error, self.remedy) from error
@@ -426,15 +425,15 @@ def open_split(
     """Opens a split of any dataset that tfds can read.
 
     Args:
-      folder: where it is.
+      folder: its folder.
       name: its name.
-      split: which part.
-      if_missing: what to do where a file is missing, for messages.
-      if_damaged: what to do where a file is damaged, for messages.
+      split: the split to open.
+      if_missing: what to do if a file is missing, for messages.
+      if_damaged: what to do if a file is damaged, for messages.
       **known: other fields of the result.
 
     Raises:
-      ValueError: A file is missing or damaged.
+      ValueError: If a file is missing or damaged.
     """
     for path in (folder / INFO, folder / FEATURES):
         if not path.is_file():
@@ -448,7 +447,7 @@ def open_split(
         lengths = builder.info.splits[split].shard_lengths
         if not lengths:
             raise ValueError(f"its split {split} has no shards")
-    except Exception as error:  # of tfds, JSON and protobuf
+    except Exception as error:  # tfds, JSON and protobuf raise various types
         raise _damaged(folder / INFO, error, if_damaged) from error
     files = tuple(folder / _file_name(name, split, i, len(lengths)) for i in range(len(lengths)))
     for path in files:
@@ -461,7 +460,7 @@ def open_split(
     ends = tuple(itertools.accumulate(lengths))
     try:
         source = builder.as_data_source(split)
-    except Exception as error:  # another format of files among others
+    except Exception as error:  # such as another file format
         raise _damaged(folder / INFO, error, if_damaged) from error
     return Records(source, files, ends, if_damaged, digests=digests, **known)
 
@@ -472,14 +471,14 @@ def open_records(
     """Opens a split of a dataset that `write` has completed.
 
     Args:
-      folder: where it is.
-      name: its name, as in the plan.
-      split: which part.
-      field: what error messages call the folder.
+      folder: its folder.
+      name: its name in the plan.
+      split: the split to open.
+      field: name of the folder in error messages.
       made_by: the command that makes such datasets, for messages.
 
     Raises:
-      ValueError: There is none, it is incomplete, or a shard is missing or damaged.
+      ValueError: If the dataset does not exist or is incomplete, or a shard is missing or damaged.
     """
     folder = Path(folder)
     hint = f"; {made_by} makes one" if made_by else ""

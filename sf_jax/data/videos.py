@@ -1,6 +1,6 @@
-"""Datasets of encoded video clips: latents, and for each the number of its caption among those of `prompts`.
+"""Datasets of encoded video clips: latents, each with the index of its caption in a dataset of module `prompts`.
 
-A data folder has the latents in `videos` and the captions' embeddings, each once, in `captions`.
+A data folder has the latents in `videos` and the embeddings of the distinct captions in `captions`.
 """
 
 import dataclasses
@@ -36,27 +36,27 @@ def write_videos(
     process_count: int = 1,
     field: str = "output",
 ) -> bool:
-    """Writes the latents of clips; goes on where it was killed.
+    """Writes the latents of clips; resumes after an interruption.
 
     Args:
-      folder: of this dataset.
-      names: of the V videos.
-      captions: of the V videos; the caption dataset must hold them in order, each once.
+      folder: the folder of this dataset.
+      names: names of the V videos.
+      captions: captions of the V videos; the caption dataset must contain the distinct ones in this order.
       clips_per_video: K; clip k of video v is entry v * K + k.
       shape: [F, H, W, C] of a clip.
-      encode: (first, stop) -> (entry, latent float32 `shape`) of those entries of [first, stop) that there are, in
-        order; called only where something is missing, and for whole videos.
-      made_with: what else the latents depend on, JSON-serializable.
-      process_index: which process this is; each writes shards of its own.
-      process_count: how many there are.
-      field: what error messages call the folder.
+      encode: (first, stop) -> (entry, latent float32 `shape`) for the existing entries in [first, stop), in order;
+        called only for missing shards, and for whole videos.
+      made_with: everything else that determines the latents, JSON-serializable.
+      process_index: index of this process; each process writes its own shards.
+      process_count: number of processes.
+      field: name of the folder in error messages.
 
     Returns:
       Whether the dataset is complete.
 
     Raises:
-      ValueError: see `shards.write`; not a single clip is there.
-      OSError: the disk is full.
+      ValueError: see `shards.write`; also if there is not a single clip.
+      OSError: if the disk is full.
     """
     unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     features = {
@@ -83,7 +83,7 @@ def _per_shard(clips_per_video: int) -> int:
 
 
 def short_files(folder: Path | str, num_videos: int, clips_per_video: int) -> list[Path]:
-    """The shards of a complete dataset of `write_videos` that hold fewer clips than they could."""
+    """The shards of a complete dataset of `write_videos` with fewer clips than the maximum."""
     records, size = shards.open_records(folder, NAME), _per_shard(clips_per_video)
     counts = np.diff([0, *records.ends])
     wanted = [min(size, num_videos * clips_per_video - i * size) for i in range(len(counts))]
@@ -97,7 +97,7 @@ class VideoSource:
     Attributes:
       records: the stored clips.
       captions: their captions.
-      frames: F, the first ones of those stored.
+      frames: F; the first F stored frames are returned.
     """
 
     records: shards.Records
@@ -132,20 +132,20 @@ def open_videos(
 
     Args:
       folder: the data folder, `data.dir`.
-      frames: F, latent frames; of longer clips the first F are taken.
+      frames: F, latent frames; longer clips are cut to the first F.
       height: latent rows.
       width: latent columns.
       channels: latent channels.
-      text_dim: D, of the network that is to read the captions.
-      text_len: L, of the network that is to read the captions.
+      text_dim: D of the network.
+      text_len: L of the network.
 
     Raises:
-      ValueError: there are none, they are incomplete or damaged, or of other sizes.
+      ValueError: if they are missing, incomplete or damaged, or have other sizes.
     """
     folder = Path(folder)
     records = shards.open_records(folder / VIDEOS, NAME, "train", "data.dir", MADE_BY)
     shape = records.recipe.get("latent")
-    shape = shape if isinstance(shape, list) and len(shape) == 4 else [None]  # one wrong number for a wrong shape
+    shape = shape if isinstance(shape, list) and len(shape) == 4 else [None]  # a wrong shape fails as one wrong number
     stored = [prompts.whole_number(size, folder / VIDEOS, "a size of latent") for size in shape]
     wanted = {"data.height": height, "data.width": width, "model.channels": channels}
     for (name, value), there in zip(wanted.items(), stored[1:], strict=True):

@@ -1,1 +1,1 @@
-"""Videos and images: reading what users have, writing what players take."""
+"""Reads users' videos and images, and writes files that common players support."""

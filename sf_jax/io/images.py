@@ -1,4 +1,4 @@
-"""Reading images of strangers."""
+"""Reads untrusted image files."""
 
 import warnings
 from pathlib import Path
@@ -6,28 +6,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported where an image is read, which few commands do
+if TYPE_CHECKING:  # imported lazily, as few commands read images
     from PIL import Image
 
-# Pillow's names. PostScript, which a program of its own reads, and rare formats are not among them.
+# Pillow's names. Excludes PostScript, which Pillow reads with an external program, and rare formats.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 ALLOWED = "an image file (png, jpeg, webp, bmp, gif, tiff or avif)"
 MAX_PIXELS = 2**27  # 11585x11585
 
 
 def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
-    """Reads an image and fits it: scaled until it covers the frame, then cut to its middle.
+    """Reads an image, scales it to cover the frame and crops the center.
 
     Args:
-      path: the image, in one of `FORMATS`; transparency becomes black, of an animation the first picture is taken.
-      height: rows wanted.
-      width: columns wanted.
+      path: the image, in one of `FORMATS`; transparency becomes black, and an animation's first picture is read.
+      height: output rows.
+      width: output columns.
 
     Returns:
       uint8 [height, width, 3].
 
     Raises:
-      ValueError: the file is missing, no image, damaged, or has more than `MAX_PIXELS` pixels.
+      ValueError: if the file is missing, not an image, damaged, or has more than `MAX_PIXELS` pixels.
     """
     from PIL import Image, ImageOps
 
@@ -38,23 +38,23 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     Image.init()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS replaces its limit
             image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it is {image.width}x{image.height}: at most {MAX_PIXELS} pixels are read")
             turned = _rgb(ImageOps.exif_transpose(image), image.format)
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+    except Exception as error:  # Pillow can raise almost anything on damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"image: cannot read {path} ({reason}), allowed: {ALLOWED}") from error
     return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))
 
 
 def _rgb(image: "Image.Image", kind: str) -> "Image.Image":
-    """An image in RGB; 16 bits are scaled to 8, where Pillow would cut them off.
+    """Converts an image to RGB; scales 16 bits to 8, which Pillow would clip.
 
     Raises:
-      ValueError: its numbers have no range that is known.
+      ValueError: if the range of its values is unknown.
     """
     from PIL import Image
 

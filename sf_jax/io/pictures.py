@@ -1,6 +1,6 @@
-"""Frames as files for people: gif, png and contact sheets.
+"""Writes frames for viewing: gif, png and contact sheets.
 
-A file appears under its final name when it is complete, or not at all.
+Writes are atomic: a file appears under its name only when it is complete.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from sf_jax.files import replacing
 
-if TYPE_CHECKING:  # imported where pictures are made, which is when the first frames have been shown
+if TYPE_CHECKING:  # imported lazily, after the first frames have been shown
     from PIL import Image
 
 GIF_MAX_FPS = 50
@@ -30,22 +30,22 @@ def upscale(video: np.ndarray, factor: int) -> np.ndarray:
 
 
 def write_gif(path: str | Path, video: np.ndarray, fps: float) -> None:
-    """Writes a video as a gif that repeats for ever.
+    """Writes a video as a gif that loops forever.
 
     Args:
-      path: The file; its folder is made where missing.
+      path: The file; its folder is created if missing.
       video: uint8 [F, h, w, 1 or 3], F at least 1.
-      fps: Frames a second, at most GIF_MAX_FPS (players slow faster ones down).
+      fps: Frames per second, at most GIF_MAX_FPS (players slow down faster ones).
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
     video = checked(video, "video", 4)
     if not 0 < fps <= GIF_MAX_FPS:
         raise ValueError(f"fps: got {fps}, allowed: more than 0 and at most {GIF_MAX_FPS} for a gif")
     if not len(video):
         raise ValueError("video: got 0 frames, allowed: 1 or more")
-    # The format counts in hundredths of a second; rounding the times, not the steps, keeps the pace.
+    # The format counts in hundredths of a second; rounding times instead of durations keeps the average rate.
     ticks = np.round(np.arange(len(video) + 1) * 100 / fps).astype(int)
     first, *rest = (_image(frame) for frame in video)
     with replacing(path) as temporary:
@@ -54,7 +54,7 @@ def write_gif(path: str | Path, video: np.ndarray, fps: float) -> None:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
-    """Writes an image, uint8 [H, W, 1 or 3]; raises ValueError if it has another form."""
+    """Writes an image, uint8 [H, W, 1 or 3]; raises a ValueError for other types and shapes."""
     image = checked(image, "image", 3)
     with replacing(path) as temporary:
         _image(image).save(temporary, "PNG")
@@ -63,19 +63,19 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 def contact_sheet(
     videos: np.ndarray, *, every: int = 1, labels: Sequence[str] | None = None, factor: int = 2
 ) -> np.ndarray:
-    """Draws frames of videos side by side, one row per video, under the frames' numbers.
+    """Draws frames of videos side by side, one row per video, with frame numbers above.
 
     Args:
       videos: uint8 [N, F, h, w, 1 or 3].
       every: Show the frames 0, every, 2 * every, ...
       labels: N texts for the left margin.
-      factor: Enlargement of the frames.
+      factor: Upscaling of the frames.
 
     Returns:
       The sheet, uint8 [H, W, 3].
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: If an argument is out of range.
     """
     videos = checked(videos, "videos", 5)
     if every < 1:
@@ -110,7 +110,7 @@ def contact_sheet(
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """Layout of a contact sheet in pixels: its margins and the distances of its rows and columns."""
+    """Layout of a contact sheet in pixels: its margins, and the pitch of its rows and columns."""
 
     top: int
     left: int
@@ -125,12 +125,12 @@ def _image(frame: np.ndarray) -> "Image.Image":
 
 
 def colored(frames: np.ndarray) -> np.ndarray:
-    """Frames [..., 3] of frames [..., 1 or 3]."""
+    """Broadcasts frames [..., 1 or 3] to [..., 3]."""
     return np.broadcast_to(frames, (*frames.shape[:-1], 3))
 
 
 def checked(pixels: np.ndarray, name: str, dims: int) -> np.ndarray:
-    """Pixels as an array; raises ValueError unless they are uint8 with `dims` axes, the last one of 1 or 3."""
+    """Pixels as an array; raises a ValueError unless it is uint8 with `dims` axes, the last of size 1 or 3."""
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] not in (1, 3):
         form = ", ".join(("N", "F", "h", "w", "1 or 3")[5 - dims :])

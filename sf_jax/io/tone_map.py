@@ -1,8 +1,8 @@
-"""HDR pictures (PQ and HLG, BT.2020) as standard ones (BT.709).
+"""Tone-maps HDR pictures (PQ and HLG, BT.2020) to standard ones (BT.709).
 
-The light of the picture is taken as on a display of its kind, 100 cd/m2 (white paper) becomes 1, brighter light is
-rolled off by a Moebius curve on the brightest channel, and the result is encoded for a display of BT.1886: what
-ffmpeg's `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709` does.
+Pixels are decoded to display light, with 100 cd/m2 (white paper) as 1. A Moebius curve on the brightest channel rolls
+off brighter light, and the result is encoded for a BT.1886 display. This is what ffmpeg's
+`zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709` does.
 """
 
 import functools
@@ -11,21 +11,21 @@ import numpy as np
 
 PQ, HLG = 16, 18  # transfer functions in ITU-T H.273
 WHITE = 100.0  # cd/m2
-PEAK = 1000.0  # cd/m2; light from here on is white, whatever the file says of its brightest
-_KNEE = 0.3  # up to here the curve is a straight line
-_LEVELS = 2**13  # of the table from light to 8 bits
+PEAK = 1000.0  # cd/m2; brighter light is white, regardless of the file's own peak
+_KNEE = 0.3  # the curve is linear up to here
+_LEVELS = 2**13  # entries of the table from light to 8 bits
 _TO_709 = np.array(
     [[1.6604910, -0.5876411, -0.0728499], [-0.1245505, 1.1328999, -0.0083494], [-0.0181508, -0.1005789, 1.1187297]],
     np.float32,
 )
-_ROWS = 64  # that are computed at a time, so that they stay in the processor's cache
+_ROWS = 64  # rows processed at a time, which fit into the CPU's cache
 
 
 def tone_map(pixels: np.ndarray, transfer: int) -> np.ndarray:
-    """Pixels uint8 [h, w, 3] in BT.709 of pixels uint16 [h, w, 3] in BT.2020.
+    """Converts pixels uint16 [h, w, 3] in BT.2020 to uint8 [h, w, 3] in BT.709.
 
     Args:
-      pixels: R'G'B' in full range.
+      pixels: full-range R'G'B'.
       transfer: PQ or HLG.
     """
     out = np.empty(pixels.shape, np.uint8)
@@ -35,10 +35,10 @@ def tone_map(pixels: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def _rows(pixels, transfer):
-    light = _TO_709 @ _to_light(transfer)[pixels.reshape(-1, 3).T]  # [3, h * w], which numpy is fast on
+    light = _TO_709 @ _to_light(transfer)[pixels.reshape(-1, 3).T]  # [3, h * w], numpy's faster layout
     brightest = np.maximum(light.max(0), 1e-6)
     light *= np.where(brightest > _KNEE, _rolled_off(brightest) / brightest, np.float32(1))
-    # the table is in square roots, for the sake of dark pictures
+    # The table is indexed by square roots, for precision in dark areas.
     levels = np.sqrt(np.clip(light, 0, 1, out=light), out=light)
     levels *= _LEVELS - 1
     levels += 0.5
@@ -46,7 +46,7 @@ def _rows(pixels, transfer):
 
 
 def _rolled_off(light):
-    """The curve that is a line up to the knee, goes on smoothly, and takes the peak to 1."""
+    """The part of the curve above the knee: continues the line smoothly and maps the peak to 1."""
     knee, peak = _KNEE, PEAK / WHITE
     a = -(knee**2) * (peak - 1) / (knee**2 - 2 * knee + peak)
     b = (knee**2 - 2 * knee * peak + peak) / (peak - 1)
@@ -55,9 +55,9 @@ def _rolled_off(light):
 
 @functools.cache
 def _to_light(transfer: int) -> np.ndarray:
-    """Light on the display of each of 65536 code values, in units of `WHITE`: ST 2084, and BT.2100 for HLG.
+    """Display light of each of 65536 code values, in units of `WHITE`: ST 2084, and BT.2100 for HLG.
 
-    HLG's display is brighter the brighter the scene, by the power 1.2 of each channel as in ffmpeg.
+    HLG's system gamma of 1.2 is applied to each channel separately, as in ffmpeg.
     """
     code = np.linspace(0, 1, 2**16)
     if transfer == PQ:
@@ -73,5 +73,5 @@ def _to_light(transfer: int) -> np.ndarray:
 
 @functools.cache
 def _to_709() -> np.ndarray:
-    """uint8 code value of each of `_LEVELS` square roots of light: BT.1886's display, the power 2.4."""
+    """uint8 code value of each of `_LEVELS` square roots of light, for a BT.1886 display with gamma 2.4."""
     return np.round(np.linspace(0, 1, _LEVELS) ** (2 / 2.4) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Reading and writing videos and images: the functions of `sf_jax.io` under one name."""
+"""Reads and writes videos and images: all public functions of `sf_jax.io` in one module."""
 
 from sf_jax.io.images import read_image
 from sf_jax.io.pictures import contact_sheet, upscale, write_gif, write_png

@@ -1,7 +1,7 @@
-"""Video files of strangers, decoded frame by frame with PyAV (ffmpeg's libraries in this process).
+"""Decodes untrusted video files frame by frame with PyAV (ffmpeg's libraries in this process).
 
-A file is opened only as one of `FORMATS`, none of which names other files, and every size, time and count in it is
-bounded before anything is built from it.
+Files are opened only as one of `FORMATS`, none of which can refer to other files. Every size, time and count is bounded
+before anything is allocated from it.
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from pathlib import Path
 
 import av
 
-# ffmpeg's names. Playlists, concat scripts, image sequences, devices and descriptions of streams are not among them.
+# ffmpeg's names. Excludes playlists, concat scripts, image sequences, devices and stream descriptions.
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "gif", "yuv4mpegpipe")
 ALLOWED = "a video file (mp4, mov, mkv, webm, avi, mpeg, ts, ogg, flv, gif or y4m)"
-MAX_PIXELS = 2**26  # of a stored frame: 8192x8192
+MAX_PIXELS = 2**26  # per stored frame: 8192x8192
 MAX_STREAMS = 64
-SECONDS, SECONDS_PER_FRAME = 120.0, 2.0  # of wall time for decoding: at the start, and more with each frame
-MAX_GAP = 10  # seconds; a clock that leaps farther in a broadcast format was set anew
+SECONDS, SECONDS_PER_FRAME = 120.0, 2.0  # wall-time limit for decoding: a fixed part, plus a part per frame
+MAX_GAP = 10  # seconds; a larger jump in a broadcast format means that its clock was reset
 _BROADCAST = ("mpegts", "mpeg")
-_PIXELS_IN_FLIGHT = 2**28  # of the frames that the decoder's threads hold
+_PIXELS_IN_FLIGHT = 2**28  # limit for all frames in the decoder's threads
 _OPTIONS = {
     "format_whitelist": ",".join(FORMATS),
     "protocol_whitelist": "file",
-    "enable_drefs": "0",  # of mov: tracks whose data is in another file
+    "enable_drefs": "0",  # no mov tracks with data in another file
     "max_streams": str(MAX_STREAMS),
     "max_pixels": str(MAX_PIXELS),
 }
@@ -34,14 +34,14 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """A frame on its way to the screen.
+    """A decoded frame with its timing.
 
     Attributes:
-      frame: as it is stored.
-      aspect: width of a pixel / its height.
+      frame: the frame as stored.
+      aspect: pixel width / pixel height.
       transfer: transfer function, a number of ITU-T H.273.
       time: seconds from the file's start until it is shown.
-      end: seconds until the next one is due, by this one's duration.
+      end: seconds from the file's start until its duration ends.
     """
 
     frame: av.VideoFrame
@@ -52,17 +52,17 @@ class Decoded:
 
 
 def decode(path: str | Path, start: float = 0.0) -> Iterator[Decoded]:
-    """Decodes a video's frames in the order in which they are shown.
+    """Decodes a video's frames in presentation order.
 
     Args:
       path: the file.
-      start: seconds; the frames begin at or before this time, near it where the file can be searched.
+      start: seconds; the frames begin at or before this time, and close to it if the file is seekable.
 
     Yields:
-      The frames; the file is read as they are asked for.
+      The frames; the file is read lazily.
 
     Raises:
-      ValueError: the file is missing, no video, damaged (once the damage is reached), or beyond a limit.
+      ValueError: if the file is missing, not a video, damaged (once the damage is reached), or exceeds a limit.
     """
     path = _checked(path)
     with _told(path):
@@ -74,10 +74,10 @@ def decode(path: str | Path, start: float = 0.0) -> Iterator[Decoded]:
 
 
 def duration(path: str | Path) -> tuple[float, float]:
-    """Seconds that a video lasts and frames a second, as its header says; 0 seconds where it does not.
+    """A video's duration in seconds (0 if unknown) and its frame rate, from its header.
 
     Raises:
-      ValueError: the file is missing or no video.
+      ValueError: if the file is missing or not a video.
     """
     path = _checked(path)
     with _told(path), _opened(path) as container:
@@ -95,12 +95,12 @@ def _checked(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What PyAV raises, and what is wrong with the video, as an error about this file."""
+    """Turns PyAV's errors and faults of the video into a ValueError that names the file."""
     try:
         yield
     except (av.FFmpegError, OSError, RuntimeError, ValueError) as error:  # PyAV's NotImplementedError is a RuntimeError
         reason = getattr(error, "strerror", None) or error
-        if isinstance(error, av.FFmpegError) and error.errno in (errno.EINVAL, errno.EBUSY):  # its word for refusals
+        if isinstance(error, av.FFmpegError) and error.errno in (errno.EINVAL, errno.EBUSY):  # format or size rejected
             reason = f"its format is none of these, or its frames have more than {MAX_PIXELS} pixels"
         raise ValueError(f"video: cannot read {path} ({reason}), allowed: {ALLOWED}") from error
 
@@ -111,7 +111,7 @@ def _decode(path: Path, start: float) -> Iterator[Decoded]:
             frames = _frames(container, start if search else 0.0)
             first = next(frames, None)
             if first is None or (search and first.time > start):
-                continue  # the index led nowhere or too far
+                continue  # the seek failed or went too far
             yield first
             yield from frames
             return
@@ -121,7 +121,7 @@ def _opened(path: Path):
     name, settings = str(path.absolute()), {"options": _OPTIONS, "timeout": (SECONDS, SECONDS)}
     try:
         return av.open(name, **settings)
-    except UnicodeDecodeError:  # of PyAV before 19, by titles that are not in UTF-8
+    except UnicodeDecodeError:  # from PyAV before 19, on titles that are not UTF-8
         return av.open(name, metadata_errors="replace", **settings)
 
 
@@ -130,7 +130,7 @@ def _frames(container, start: float) -> Iterator[Decoded]:
     context, origin = stream.codec_context, Fraction(container.start_time or 0, av.time_base)
     stream.thread_type = "AUTO"
     threads = _PIXELS_IN_FLIGHT // max(1, context.width * context.height)
-    if threads < 16:  # which is the most that ffmpeg takes by itself
+    if threads < 16:  # ffmpeg's own maximum
         context.thread_count = max(1, threads)
     context.options = {"max_pixels": str(MAX_PIXELS)}
     if start:
@@ -147,7 +147,7 @@ def _frames(container, start: float) -> Iterator[Decoded]:
         if packet.is_corrupt:
             raise ValueError("a part of it is damaged")
         for frame in packet.decode():
-            if frame.is_corrupt and not (start and last is None):  # where the search led, a frame's past is missing
+            if frame.is_corrupt and not (start and last is None):  # after a seek, reference frames may be missing
                 raise ValueError("a frame is damaged")
             stamp = stamps.best(frame)
             shown = (due or Fraction(0)) if stamp is None else stamp * stream.time_base - origin
@@ -165,7 +165,7 @@ def _frames(container, start: float) -> Iterator[Decoded]:
 
 
 class _Stamps:
-    """Timestamps of presentation, or of decoding where those go back more often, as libavcodec guesses them."""
+    """libavcodec's heuristic: presentation timestamps, or decoding ones if the former go backwards more often."""
 
     def __init__(self):
         self._last, self._faults = [None, None], [0, 0]
@@ -182,10 +182,10 @@ class _Stamps:
 
 
 def _video_stream(container):
-    """The stream that a player would show: the largest one that is no cover picture.
+    """The stream that a player would show: the default or else the largest one, cover pictures excluded.
 
     Raises:
-      ValueError: there is none, or it cannot be decoded.
+      ValueError: if there is none, or it cannot be decoded.
     """
     videos = [stream for stream in container.streams if stream.type == "video"]
     moving = [stream for stream in videos if not stream.disposition & av.stream.Disposition.attached_pic]

@@ -1,4 +1,4 @@
-"""Videos as arrays of frames of one size and rate, read as they are needed."""
+"""Reads videos lazily as frames of a given size and rate."""
 
 import collections
 import itertools
@@ -13,10 +13,10 @@ from sf_jax.io import tone_map
 from sf_jax.io.video_file import ALLOWED, MAX_GAP, Decoded, decode, duration
 from sf_jax.messages import shortened
 
-MAX_BYTES = 2**32  # that `read_video` returns where neither `limit` nor `last` says how many frames are wanted
+MAX_BYTES = 2**32  # limit on the result of `read_video` without `limit` and `last`
 MAX_FPS = 240
-MAX_CUT = 16  # how often a frame fits into the picture that is scaled to cover it, and cut
-# Chroma lies where HEVC and AV1 have it by default, at the left of each pair of pixels.
+MAX_CUT = 16  # maximum area of the scaled picture before the crop, relative to the frame
+# Chroma samples are at the left of each pair of pixels, the default of HEVC and AV1.
 _EXACT = "scale=flags=bicubic+accurate_rnd+full_chroma_int:in_h_chr_pos=0:in_v_chr_pos=128"
 _TRANSPOSED = {(1, 1): "cclock_flip", (1, -1): "clock", (-1, 1): "cclock", (-1, -1): "clock_flip"}
 
@@ -31,22 +31,22 @@ def read_video(
     last: int | None = None,
     start: float = 0.0,
 ) -> np.ndarray:
-    """Reads a video; only what is returned is in memory.
+    """Reads a video; holds only the returned frames in memory.
 
     Args:
       path: see `stream_video`.
       height: see `stream_video`.
       width: see `stream_video`.
       fps: see `stream_video`.
-      limit: how many frames to read at most; the rest is not decoded.
-      last: how many frames to keep at most, the last ones of those read.
+      limit: maximum number of frames to read; the rest is not decoded.
+      last: maximum number of frames to keep, the last ones read.
       start: see `stream_video`.
 
     Returns:
       uint8 [F, height, width, 3].
 
     Raises:
-      ValueError: see `stream_video`; there are more frames than `MAX_BYTES` hold, and neither `limit` nor `last`.
+      ValueError: see `stream_video`; also if the frames exceed `MAX_BYTES` and neither `limit` nor `last` is given.
     """
     frames = itertools.islice(stream_video(path, height, width, fps, start=start), limit)
     if limit is None and last is None:
@@ -55,16 +55,16 @@ def read_video(
 
 
 def read_end(path: str | Path, height: int, width: int, count: int) -> np.ndarray:
-    """Reads the last frames of a video, of a long one without decoding what comes before where its index allows.
+    """Reads the last frames of a video; seeks near the end of a long one if its index allows.
 
     Args:
       path: see `stream_video`.
       height: see `stream_video`.
       width: see `stream_video`.
-      count: how many frames to keep at most.
+      count: maximum number of frames to keep.
 
     Returns:
-      uint8 [F, height, width, 3], all frames where there are not more than `count`.
+      uint8 [F, height, width, 3]; all frames if there are at most `count`.
 
     Raises:
       ValueError: see `stream_video`.
@@ -76,7 +76,7 @@ def read_end(path: str | Path, height: int, width: int, count: int) -> np.ndarra
             frames = read_video(path, height, width, last=count, start=start)
             if len(frames) == count:
                 return frames
-        except ValueError:  # what the header says of times is wrong, or the search led into damage
+        except ValueError:  # the header's times are wrong, or the seek hit damaged data
             pass
     return read_video(path, height, width, last=count)
 
@@ -91,23 +91,23 @@ def _bounded(frames, path, most) -> Iterator[np.ndarray]:
 def stream_video(
     path: str | Path, height: int, width: int, fps: float | None = None, *, start: float = 0.0
 ) -> Iterator[np.ndarray]:
-    """Reads a video frame by frame and fits each: scaled until it covers the frame, then cut to its middle.
+    """Reads a video frame by frame; scales each to cover the output frame and crops the center.
 
-    A frame is turned and its pixels are made square as the file says, HDR (PQ, HLG) is tone-mapped to BT.709,
-    transparency becomes black.
+    The file's rotation and pixel aspect ratio are applied, HDR (PQ, HLG) is tone-mapped to BT.709, and transparency
+    becomes black.
 
     Args:
-      path: the video, in one of the formats of `video_file.FORMATS`.
-      height: rows wanted.
-      width: columns wanted.
-      fps: frames a second wanted, by repeating or leaving out frames, at most `MAX_FPS`; None keeps all as they are.
-      start: seconds from the beginning of the video to the first frame wanted.
+      path: the video, in one of `video_file.FORMATS`.
+      height: output rows.
+      width: output columns.
+      fps: output frames per second, at most `MAX_FPS`, by repeating or dropping frames; None keeps all frames.
+      start: seconds from the beginning of the video to the first output frame.
 
     Yields:
       uint8 [height, width, 3].
 
     Raises:
-      ValueError: the file is missing, no video, damaged, beyond a limit, or has colors that ffmpeg does not convert.
+      ValueError: if the file is missing, not a video, damaged or exceeds a limit, or ffmpeg cannot convert its colors.
     """
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise ValueError(f"fps is {fps}: it must be above 0 and at most {MAX_FPS}")
@@ -120,7 +120,7 @@ def stream_video(
 
 
 def _picked(frames: Iterable[Decoded], fit: "_Fit", fps: float | None, start: float) -> Iterator[np.ndarray]:
-    """The pixels of the frames from `start` on, or of those that are on the screen at its ticks."""
+    """The pixels of all frames from `start` on, or with `fps`, of the frame on screen at each tick."""
     if fps is None:
         yield from (fit(decoded) for decoded in frames if not start or decoded.end > Fraction(start))
         return
@@ -145,7 +145,7 @@ def _rounded(value: Fraction) -> int:
 
 
 class _Fit:
-    """Makes frames pixels [height, width, 3]; what libavfilter needs for it is made once for each kind of frame."""
+    """Converts frames to pixels [height, width, 3]; builds one libavfilter graph for each kind of frame."""
 
     def __init__(self, path: str | Path, height: int, width: int):
         self._path, self._height, self._width = path, height, width
@@ -166,7 +166,7 @@ class _Fit:
         return self._filtered(frame, (*turns, *scale, "format=rgb24")).to_ndarray()
 
     def _scale(self, columns: Fraction, rows: Fraction) -> tuple[str, str]:
-        """Filters that scale a picture of this shape until it covers the frame, and cut it."""
+        """Filters that scale a picture of this shape to cover the frame, and crop it."""
         wide = max(self._width, _rounded(self._height * columns / rows))
         high = max(self._height, _rounded(self._width * rows / columns))
         if wide * high > MAX_CUT * self._width * self._height:
@@ -206,7 +206,7 @@ def _graph(source: dict, filters: tuple[str, ...]) -> av.filter.Graph:
 
 
 def _turns(matrix: bytes | None) -> tuple[tuple[str, ...], bool]:
-    """Filters that turn and mirror a picture as ffmpeg's display matrix says, and whether they swap its sides."""
+    """Filters that rotate and flip a picture by ffmpeg's display matrix, and whether they swap its sides."""
     if matrix is None:
         return (), False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 2**16

@@ -1,6 +1,6 @@
-"""Writing videos as mp4 with PyAV (x264 in this process; no other one is started).
+"""Writes videos as mp4 with PyAV (x264 in this process, without a subprocess).
 
-A file appears under its final name when it is complete, or not at all.
+Writes are atomic: a file appears under its name only when it is complete.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ import numpy as np
 from sf_jax.files import reason_of, replacing
 from sf_jax.io.pictures import checked, colored, contact_sheet, upscale, write_png
 
-CRF = 15  # x264's constant rate factor: 0 is lossless, 18 is hardly distinguishable from the source.
+CRF = 15  # x264's constant rate factor: 0 is lossless, 18 is almost indistinguishable from the source
 CODEC = "libx264"
-# The bytes are to depend on the frames alone: on no machine's number of cores, and not on what mbtree reads behind its
-# arrays (x264 165, where the width is no multiple of 128 pixels), which in a process of its own is mostly the same.
+# The output must depend only on the frames, so threads are fixed, and mbtree is off because it reads past its arrays
+# (x264 165, if the width is not a multiple of 128 pixels). In a fresh process it mostly reads the same bytes.
 _ENCODER = {"crf": str(CRF), "threads": "4", "x264-params": "mbtree=0"}
 _BT709, _TV = 1, 1  # color space, primaries and transfer function in ITU-T H.273; range 16 to 235
-MAX_SIDE = 8192  # pixels; more than the highest level of H.264 has
-SAMPLE_ROWS = 288  # Smaller samples are enlarged to about this height.
+MAX_SIDE = 8192  # pixels; more than the highest level of H.264 allows
+SAMPLE_ROWS = 288  # smaller samples are upscaled to about this height
 
 
 def check_encoder() -> None:
-    """Raises ValueError where PyAV was built without x264, before anything is generated."""
+    """Raises a ValueError if PyAV was built without x264; call it before generating anything."""
     if CODEC not in av.codecs_available:
         raise ValueError(
             f"PyAV {av.__version__} of this machine has no encoder {CODEC}, which mp4 files need: install its wheel, "
@@ -35,11 +35,10 @@ def check_encoder() -> None:
 
 
 class Mp4Writer:
-    """Writes an mp4 file chunk by chunk; a context manager.
+    """Context manager that writes an mp4 file chunk by chunk.
 
-    The file is H.264 in yuv420p with its index at the front, which every player and browser takes. Odd
-    sides, which that format does not have, get one more row or column. If the block raises, or not a
-    single frame comes, nothing appears under the final name.
+    The file is H.264 in yuv420p with its index at the front, which every player and browser supports. Odd sides, which
+    that format does not allow, get one more row or column. If the block raises or appends no frames, no file appears.
 
     Attributes:
       path: the final name.
@@ -47,15 +46,15 @@ class Mp4Writer:
     """
 
     def __init__(self, path: str | Path, fps: float, size: tuple[int, int]):
-        """Checks the arguments; nothing is written before the block begins.
+        """Checks the arguments; writes nothing before the block begins.
 
         Args:
-          path: the file; its folder is made where missing.
-          fps: frames a second.
+          path: the file; its folder is created if missing.
+          fps: frames per second.
           size: height and width of the frames in pixels.
 
         Raises:
-          ValueError: an argument is out of range, or there is no encoder.
+          ValueError: if an argument is out of range, or there is no encoder.
         """
         if not 0 < fps < float("inf"):
             raise ValueError(f"fps: got {fps}, allowed: more than 0")
@@ -91,8 +90,8 @@ class Mp4Writer:
           frames: uint8 [F, h, w, 1 or 3]; F may be 0.
 
         Raises:
-          ValueError: the frames are not of this form, or the block has not begun.
-          OSError: the file cannot be written.
+          ValueError: if the frames have another type or shape, or the block has not begun.
+          OSError: if the file cannot be written.
         """
         frames = checked(frames, "frames", 4)
         if frames.shape[1:3] != self._size:
@@ -110,14 +109,14 @@ class Mp4Writer:
             self.num_frames += 1
 
     def _open(self) -> None:
-        """Makes the encoder, and the filter that makes its frames."""
+        """Creates the encoder, and the filter graph that converts its frames."""
         height, width = (side + side % 2 for side in self._size)
         self._stream = stream = self._container.add_stream(CODEC, rate=self._rate, options=_ENCODER)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / self._rate
-        context.thread_type = "FRAME"  # slices would cost quality
-        # Without the tags players guess the matrix from the size, and small videos get other colors.
+        context.thread_type = "FRAME"  # slice threads would lower the quality
+        # Without these tags, players guess the color matrix from the size and show small videos with wrong colors.
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _TV
         self._graph = graph = av.filter.Graph()
@@ -128,14 +127,14 @@ class Mp4Writer:
 
     @contextlib.contextmanager
     def _told(self):
-        """What PyAV raises, as an error about this file."""
+        """Turns PyAV's errors into an OSError that names the file."""
         try:
             yield
         except (av.FFmpegError, OSError) as error:
             raise OSError(f"cannot write {self.path}: {error.strerror or reason_of(error)}") from error
 
     def _finish(self, kind, error, trace) -> None:
-        """Ends the file; runs before the temporary one gets its final name or is removed."""
+        """Closes the file; runs before the temporary file is renamed or removed."""
         container, self._container = self._container, None
         if kind is not None or not self.num_frames:
             with contextlib.suppress(av.FFmpegError, OSError):
@@ -152,13 +151,13 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float) -> None:
     """Writes a whole video as mp4; see `Mp4Writer`.
 
     Args:
-      path: the file; its folder is made where missing.
+      path: the file; its folder is created if missing.
       video: uint8 [F, h, w, 1 or 3].
-      fps: frames a second.
+      fps: frames per second.
 
     Raises:
-      ValueError: an argument is out of range.
-      OSError: the file cannot be written.
+      ValueError: if an argument is out of range.
+      OSError: if the file cannot be written.
     """
     video = checked(video, "video", 4)
     with Mp4Writer(path, fps, video.shape[1:3]) as writer:
@@ -166,20 +165,20 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float) -> None:
 
 
 def write_samples(videos: np.ndarray, labels: Sequence[str], path: str | Path, fps: float) -> list[Path]:
-    """Writes videos side by side as one mp4, and a contact sheet of them; small ones are enlarged.
+    """Writes videos side by side as one mp4, and their contact sheet; upscales small ones.
 
     Args:
       videos: uint8 [N, F, h, w, 1 or 3].
       labels: N texts.
-      path: of the files, without suffix; its folder is made where missing.
-      fps: Frames a second.
+      path: path of the files without suffix; its folder is created if missing.
+      fps: frames per second.
 
     Returns:
       The files.
 
     Raises:
-      ValueError: An argument is out of range.
-      OSError: A file cannot be written.
+      ValueError: if an argument is out of range.
+      OSError: if a file cannot be written.
     """
     videos = checked(videos, "videos", 5)
     written = [Path(path).with_suffix(suffix) for suffix in (".mp4", ".png")]

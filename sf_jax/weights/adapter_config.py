@@ -1,4 +1,4 @@
-"""What peft's config says of an adapter's scales: `adapter_config.json`, or the header of files of diffusers."""
+"""An adapter's scales in peft's config: `adapter_config.json`, or the header of a diffusers file."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from sf_jax.weights.tensors import TensorFile
 
-METADATA = "lora_adapter_metadata"  # entry of a safetensors header, of diffusers
-CONFIG = "adapter_config.json"  # beside the file, of peft
-# Fields of peft's LoraConfig under which an adapter is more than a product of matrices.
+METADATA = "lora_adapter_metadata"  # entry that diffusers writes to the safetensors header
+CONFIG = "adapter_config.json"  # peft writes it next to the weights
+# Fields of peft's LoraConfig that make an adapter more than a product of matrices.
 _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
@@ -24,7 +24,7 @@ _UNSUPPORTED = (
     "trainable_token_indices",
     "target_parameters",
 )
-# Initializations that change the network which the adapter belongs to.
+# Initializations that change the base network.
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -33,12 +33,12 @@ class Scaling:
     """How peft scales the pairs of an adapter.
 
     Attributes:
-      source: where it says so.
-      rank: of layers that no pattern matches; None is not said.
-      alpha: the same.
-      rank_pattern: pattern of layers' names -> rank.
-      alpha_pattern: pattern of layers' names -> alpha.
-      rank_stabilized: whether `alpha / sqrt(rank)` counts in place of `alpha / rank`.
+      source: where these settings come from, for messages.
+      rank: rank of layers that no pattern matches; None if not given.
+      alpha: alpha of layers that no pattern matches; None if not given.
+      rank_pattern: layer name pattern -> rank.
+      alpha_pattern: layer name pattern -> alpha.
+      rank_stabilized: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
     """
 
     source: str
@@ -49,14 +49,14 @@ class Scaling:
     rank_stabilized: bool
 
     def scale_of(self, layer: str, rank: int) -> float:
-        """The factor of a pair.
+        """The scale of a pair of matrices.
 
         Args:
           layer: the file's name for the layer.
-          rank: of the pair's tensors.
+          rank: rank of the pair's tensors.
 
         Raises:
-          ValueError: if the config says another rank, or no alpha.
+          ValueError: if the config has a different rank, or no alpha.
         """
         expected = _matching(self.rank_pattern, layer, self.rank)
         if expected is not None and expected != rank:
@@ -68,15 +68,15 @@ class Scaling:
 
 
 def find_scaling(tensors: TensorFile) -> Scaling | None:
-    """What the header of an adapter file, or the config beside it, says; None where there is neither.
+    """The scaling in the header of an adapter file or in the config next to it; None if there is neither.
 
     Raises:
-      ValueError: if it is damaged, or the adapter is of a kind that cannot be applied.
+      ValueError: if it is damaged, or if this kind of adapter cannot be applied.
     """
     if METADATA in tensors.metadata:
         source = f"its header ({METADATA})"
         values = _table(tensors.metadata[METADATA], source)
-        # diffusers puts the component's name in front
+        # diffusers prefixes the keys with the component's name.
         parts = {key.removeprefix("transformer."): value for key, value in values.items() if key.startswith("transf")}
         return _parse(parts or values, source)
     path = Path(tensors.path).parent / CONFIG
@@ -131,14 +131,14 @@ def _number(value, field: str, source: str):
 
 
 def _matching(patterns: Mapping[str, float], layer: str, default):
-    """The value of the first pattern that matches a layer's name at its end, behind a dot, as peft reads them."""
+    """The value of the first pattern that matches the end of a layer's name, after a dot, as in peft."""
     for pattern, value in patterns.items():
         name = pattern.removeprefix("^").replace("\\.", ".")
         if name == layer or (not pattern.startswith("^") and layer.endswith(f".{name}")):
             return value
         if re.fullmatch(r"[\w.]+", name):
             continue
-        # repeated groups, and many repetitions, could take forever on a crafted pattern
+        # Repeated groups and many repetitions could backtrack forever on a crafted pattern.
         if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
             raise ValueError(f"has the pattern {pattern[:80]!r} in its config: it repeats groups, or more than 4 times")
         try:

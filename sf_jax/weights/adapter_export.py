@@ -1,4 +1,4 @@
-"""Writes adapters for others: in the names of diffusers, and in those of kohya, which ComfyUI and musubi read too."""
+"""Writes adapters for other programs, with diffusers' or kohya's names (ComfyUI and musubi read kohya's, too)."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile, cast
 
 NAMINGS = ("diffusers", "kohya")
-ORIGIN = "sf_jax_lora"  # entry of the header: what the adapters belong to
+ORIGIN = "sf_jax_lora"  # header entry that describes the base network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Base:
 
     Attributes:
       file: name of its file.
-      digest: short hash of its numbers, as the run's checkpoints have it.
+      digest: short hash of its weights, as stored in the run's checkpoints.
     """
 
     file: str
@@ -39,11 +39,11 @@ class TrainedAdapters:
 
     Attributes:
       config: sizes of the network.
-      rank: of all pairs.
-      alpha: their product counts `alpha / rank`.
-      base: what they were trained on.
-      step: iterations that they had.
-      params: their tree (`training.lora`), numpy.
+      rank: rank of all pairs.
+      alpha: the product of a pair is scaled by `alpha / rank`.
+      base: the network they were trained on.
+      step: number of training iterations.
+      params: their parameter tree (`training.lora`), numpy.
     """
 
     config: WanConfig
@@ -54,16 +54,16 @@ class TrainedAdapters:
     params: dict = dataclasses.field(repr=False)
 
     def describe(self) -> str:
-        """What they are, in a few words."""
+        """A short description."""
         return f"rank {self.rank}, alpha {self.alpha:g}, of {_network(self.config)}, {self.base.file}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One pair to write: `up @ down` counts `scale`.
+    """One pair to write; it adds `scale * up @ down`.
 
     Attributes:
-      down: float [rank, inputs] (a convolution's has more axes).
+      down: float [rank, inputs] (more axes for a convolution).
       up: float [outputs, rank].
       scale: alpha / rank.
     """
@@ -79,7 +79,7 @@ class Pair:
 
     @property
     def alpha(self) -> float:
-        """Alpha, as float32 holds it."""
+        """Alpha, rounded to float32."""
         return float(np.float32(self.scale * self.rank))
 
 
@@ -92,13 +92,13 @@ def _network(config: WanConfig) -> str:
 
 
 def write_trained(path: Path, trained: TrainedAdapters, naming: str, dtype=None) -> None:
-    """Writes the adapters of a run; rank, alpha and the network they belong to are in the header.
+    """Writes the adapters of a training run; the header holds the rank, alpha and base network.
 
     Args:
       path: the .safetensors file.
       trained: the adapters.
       naming: one of `NAMINGS`.
-      dtype: of the numbers; None is float32.
+      dtype: type of the tensors; None is float32.
 
     Raises:
       ValueError: if the file cannot be written.
@@ -126,16 +126,16 @@ def write_trained(path: Path, trained: TrainedAdapters, naming: str, dtype=None)
 
 
 def write_adapter(path: Path, adapter: Adapter, naming: str, dtype=None) -> None:
-    """Writes an adapter file under other names; its scale is not applied.
+    """Writes an adapter file with other names; the scale of its `Lora` is not applied.
 
     Args:
       path: the .safetensors file.
       adapter: the opened file.
       naming: one of `NAMINGS`.
-      dtype: of the numbers; None keeps the file's.
+      dtype: type of the tensors; None keeps the file's.
 
     Raises:
-      ValueError: if it holds more than pairs, for which the names have no form, or the file cannot be written.
+      ValueError: if it contains more than pairs, which this naming cannot express, or if the file cannot be written.
     """
     pairs = {}
     for name, changes in adapter.changes.items():
@@ -173,7 +173,7 @@ def _write(path: Path, pairs: Mapping[str, Pair], naming: str, dtype, metadata: 
 
 
 def _kohya_header(pairs: Mapping[str, Pair]) -> dict[str, str]:
-    """What kohya's programs write of rank and alpha; "Dynamic" where layers differ."""
+    """Kohya's header entries for rank and alpha; "Dynamic" if the layers differ."""
     header = {"ss_network_module": "networks.lora_wan"}
     for field, values in (
         ("ss_network_dim", {pair.rank for pair in pairs.values()}),
@@ -184,7 +184,7 @@ def _kohya_header(pairs: Mapping[str, Pair]) -> dict[str, str]:
 
 
 def _peft_config(pairs: Mapping[str, Pair]) -> dict:
-    """Peft's config of the pairs, its fields as diffusers names them in headers."""
+    """Peft's config of the pairs, with the field names of diffusers' headers."""
     layers = {layer_names(name)[1]: pair for name, pair in pairs.items()}
     first = next(iter(layers.values()))
     ranks = {f"^{name}": pair.rank for name, pair in layers.items() if pair.rank != first.rank}

@@ -1,4 +1,4 @@
-"""Which adapters to merge, as the command line and Python code name them."""
+"""Parses the adapters to merge, from the command line and from Python code."""
 
 import dataclasses
 import math
@@ -13,30 +13,30 @@ class Lora:
     """An adapter to merge.
 
     Attributes:
-      path: its file, or a folder of peft's; or their name on the hub, see `hub`.
-      scale: factor of everything that it adds.
+      path: its file or its peft folder, or the name of either on the hub (see `hub`).
+      scale: factor for everything it adds.
     """
 
     path: Path
     scale: float = 1.0
 
     def __post_init__(self):
-        """Refuses scales that are no numbers."""
+        """Validates the scale."""
         object.__setattr__(self, "path", Path(self.path))
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"lora {self.path} has the scale {self.scale!r}: it must be a finite number, such as 0.8")
 
 
 def parse_loras(values: Iterable[str]) -> tuple[Lora, ...]:
-    """Reads FILE or FILE:SCALE, several of them with commas between.
+    """Parses comma-separated lists of FILE or FILE:SCALE.
 
     Raises:
-      ValueError: on an empty name and on a scale that is no number.
+      ValueError: if a name is empty or a scale is not a number.
     """
     loras = []
     for value in values:
         path, _, scale = value.rpartition(":")
-        # a name may have commas itself
+        # File names may contain commas.
         parts = [value] if _is_path(value) or (_is_path(path) and "," not in scale) else value.split(",")
         loras += [_parse(part.strip()) for part in parts]
     return tuple(loras)
@@ -48,7 +48,7 @@ def _is_path(text: str) -> bool:
 
 def _parse(text: str) -> Lora:
     path, colon, scale = text.rpartition(":")
-    # the colon may be a part of the path, such as C:\lora.safetensors
+    # The colon may be part of the path, as in C:\lora.safetensors.
     if not colon or _is_path(text) or "/" in scale or "\\" in scale:
         path, scale = text, "1"
     if not path:
@@ -65,7 +65,7 @@ def _parse(text: str) -> Lora:
 
 
 def as_loras(values: Sequence) -> tuple[Lora, ...]:
-    """The adapters that Python code names: `Lora`, a path (or FILE:SCALE), or a pair of path and scale, each.
+    """Converts a list to adapters; each item is a `Lora`, a path (or FILE:SCALE), or a pair of path and scale.
 
     Raises:
       ValueError: on anything else.

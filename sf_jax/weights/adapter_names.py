@@ -1,7 +1,7 @@
-"""Names of the tensors in adapter files: whose they are in Wan's transformer, and which adapters cannot be applied.
+"""Maps tensor names of adapter files to Wan's transformer, and recognizes adapters that cannot be applied.
 
-Adapter files come with many prefixes (`transformer.`, `diffusion_model.`, `base_model.model.`, `lora_unet_`) in front
-of the official layer names or those of diffusers, with dots or, after kohya's prefixes, underscores.
+Adapter files put many prefixes (`transformer.`, `diffusion_model.`, `base_model.model.`, `lora_unet_`) in front of the
+official or diffusers' layer names. The names have dots, or underscores after kohya's prefixes.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from sf_jax.models.wan import wan_1_3b
 from sf_jax.weights import transformer
 from sf_jax.weights.names import WRAPPERS
 
-# A part of a name -> what the adapter is; the first match is named.
+# Part of a name -> the kind of adapter; the first match counts.
 _OTHER_KINDS = (
     (r"dora_scale|lora_magnitude_vector", "DoRA (weights that are normalized anew)"),
     (r"hada_", "LoHa (an elementwise product)"),
@@ -41,7 +41,7 @@ _MATRIX = re.compile(
 )
 _OTHER = re.compile(r"(?P<layer>.+)\.(?P<kind>alpha|lora_alpha|diff|diff_b|diff_m|w_norm|b_norm)$")
 _SIDES = {"A": "down", "down": "down", "B": "up", "up": "up"}
-# kind of a name's ending -> role, and what the official tensor's name may end with
+# Ending of a name -> the role, and the possible endings of the official tensor's name.
 _KINDS = {
     "alpha": ("alpha", (".weight",)),
     "lora_alpha": ("alpha", (".weight",)),
@@ -55,13 +55,13 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a tensor of an adapter file is for.
+    """The role of a tensor in an adapter file.
 
     Attributes:
       tensor: official name of the network's tensor that it changes.
-      role: "down", "up", "alpha" (of a pair of matrices), "bias" (added beside a pair) or "difference" (is added).
-      layer: the file's name for the layer, without prefixes, as patterns of peft's configs match it.
-      adapter: peft's name of the adapter, where names have it.
+      role: "down", "up" or "alpha" (of a pair of matrices), "bias" (added along with a pair) or "difference" (added).
+      layer: the file's name for the layer without prefixes, which the patterns of peft's configs match.
+      adapter: peft's name of the adapter, if the tensor's name contains it.
     """
 
     tensor: str
@@ -71,7 +71,7 @@ class Place:
 
 
 def place_of(name: str) -> Place | None:
-    """Whose a tensor of an adapter file is; None where Wan's text-to-video transformer has no such layer."""
+    """The place of an adapter file's tensor; None if Wan's text-to-video transformer has no such layer."""
     name = _WRAPPERS.sub("", name)
     match = _MATRIX.match(name)
     if match is not None:
@@ -85,19 +85,19 @@ def place_of(name: str) -> Place | None:
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether a tensor's name is one that only adapter files have."""
+    """Whether only adapter files have tensors of this name."""
     return bool(
         _MATRIX.match(name) or _OTHER.match(name) or any(re.search(pattern, name) for pattern, _ in _OTHER_KINDS)
     )
 
 
 def unsupported(name: str) -> str | None:
-    """What kind of adapter a name tells of, if that cannot be applied; else None."""
+    """The kind of adapter that has this tensor name if it cannot be applied; else None."""
     return next((title for pattern, title in (*_OTHER_KINDS, *_OTHER_NETWORKS) if re.search(pattern, name)), None)
 
 
 def layer_names(tensor: str) -> tuple[str, str]:
-    """The official name and that of diffusers of the layer that has an official tensor `LAYER.weight`."""
+    """The official and diffusers' name of the layer with the official tensor `LAYER.weight`."""
     pattern, number = _pattern(tensor.removesuffix(".weight"))
     return tuple(name.replace("#", number) for name in (pattern, _diffusers_layers()[pattern]))
 
@@ -119,7 +119,7 @@ def _place(layer: str, role: str, endings: tuple[str, ...], adapter: str | None 
 
 
 def _pattern(layer: str) -> tuple[str, str]:
-    """A layer's name with "#" for the number of its block, and the number."""
+    """A layer's name with "#" in place of the block number, and that number."""
     match = re.match(r"blocks([._])(\d+)(?=[._]|$)", layer)
     if match is None:
         return layer, ""
@@ -128,7 +128,7 @@ def _pattern(layer: str) -> tuple[str, str]:
 
 @functools.cache
 def _official_tensors() -> dict[str, str]:
-    """Names of tensors, official and of diffusers, with "#" for the block -> the official name."""
+    """Official and diffusers' tensor names with "#" in place of the block number -> the official name."""
     config = wan_1_3b(num_layers=1)
     official = {(entry.path, entry.layer): entry.name for entry in transformer.entries(config)}
     names = {}
@@ -140,7 +140,7 @@ def _official_tensors() -> dict[str, str]:
 
 @functools.cache
 def _diffusers_layers() -> dict[str, str]:
-    """Official layer -> that of diffusers."""
+    """Official layer name -> diffusers' layer name."""
     layers = {}
     for name, official in _official_tensors().items():
         if name.endswith(".weight") and official.endswith(".weight"):
@@ -150,6 +150,6 @@ def _diffusers_layers() -> dict[str, str]:
 
 @functools.cache
 def _underscored_layers() -> dict[str, str]:
-    """Layers with underscores in place of dots -> layers."""
+    """Layer names with underscores in place of dots -> layer names."""
     layers = {name.removesuffix(".weight") for name in _official_tensors() if name.endswith(".weight")}
     return {layer.replace(".", "_"): layer for layer in layers}

@@ -1,11 +1,11 @@
-"""Adapters (LoRA, arXiv 2106.09685) from files of others, merged into a transformer's weights while they are read.
+"""Reads adapters (LoRA, arXiv 2106.09685) of other programs and merges them into a transformer during loading.
 
-What is read: files of diffusers and peft, kohya and musubi, ComfyUI, lightx2v and CausVid, and LongLive's `.pt`. Of
-every layer the sum `weight + scale * alpha / rank * up @ down` is taken in float32 and rounded once. Whatever a file
-holds that cannot be applied is an error: nothing is left out.
+Supported files: those of diffusers and peft, kohya and musubi, ComfyUI, lightx2v and CausVid, and LongLive's `.pt`. For
+every layer, `weight + scale * alpha / rank * up @ down` is computed in float32 and rounded once. A tensor that cannot
+be applied is an error; none is skipped.
 
-Source of the scales: diffusers `loaders/lora_conversion_utils.py` and peft `tuners/lora/layer.py`; of names and
-differences also ComfyUI `comfy/lora.py` and LightX2V `tools/extract`.
+Source of the scales: diffusers `loaders/lora_conversion_utils.py` and peft `tuners/lora/layer.py`; of the names and
+differences, also ComfyUI `comfy/lora.py` and LightX2V `tools/extract`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from sf_jax.weights.places import ADAPTER_FILES
 from sf_jax.weights.recognize import recognize
 from sf_jax.weights.tensors import TensorFile, cast, is_float
 
-# LongLive's checkpoints of adapters; its training sets alpha to the rank.
+# The part of LongLive's checkpoints that holds adapters; its training sets alpha to the rank.
 _LONGLIVE = "generator_lora"
 
 
@@ -38,9 +38,9 @@ class Change:
     """What an adapter adds to one tensor of the network.
 
     Attributes:
-      names: the file's tensors: (down, up), or the one that is added as it is.
-      scale: factor, that of the adapter as a whole not included: `alpha / rank` for a pair.
-      rank: of the pair; None for a difference.
+      names: the file's tensors: (down, up), or the single one to add.
+      scale: factor without the scale of the whole adapter; `alpha / rank` for a pair.
+      rank: rank of the pair; None for a difference.
     """
 
     names: tuple[str, ...]
@@ -53,9 +53,9 @@ class Adapter:
     """An opened adapter file.
 
     Attributes:
-      lora: which, and how much of it counts.
+      lora: its path and scale.
       tensors: the file.
-      changes: official name of a tensor of the network -> what is added to it.
+      changes: official name of a tensor of the network -> the changes to add to it.
     """
 
     lora: Lora
@@ -64,7 +64,7 @@ class Adapter:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of its pairs, each once."""
+        """The distinct ranks of its pairs."""
         return tuple(sorted({change.rank for change in self._all if change.rank is not None}))
 
     @property
@@ -72,7 +72,7 @@ class Adapter:
         return [change for changes in self.changes.values() for change in changes]
 
     def describe(self) -> str:
-        """File, scale, rank, and what of the network it changes."""
+        """Describes the file, scale, rank and the tensors it changes."""
         blocks = sorted({int(match[1]) for name in self.changes if (match := re.match(r"blocks\.(\d+)\.", name))})
         rank = (
             f", rank {' to '.join(str(rank) for rank in {self.ranks[0]: 0, self.ranks[-1]: 0})}" if self.ranks else ""
@@ -81,13 +81,13 @@ class Adapter:
         return f"adapter {self.lora.path.name} (scale {self.lora.scale:g}{rank}{where})"
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuses a network that it does not fit.
+        """Checks that the adapter fits a network.
 
         Args:
-          shapes: official name -> shape, of the network.
+          shapes: official name -> shape of the network's tensors.
 
         Raises:
-          ValueError: naming tensors that the network does not have, or has in other sizes.
+          ValueError: naming tensors that the network lacks, or whose shapes differ.
         """
         absent = [name for name in self.changes if name not in shapes]
         if absent:
@@ -114,14 +114,14 @@ class Adapter:
             )
 
     def addition(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """What is added to a tensor of the network.
+        """The sum to add to a tensor of the network.
 
         Args:
-          name: its official name, one of `changes`.
+          name: the tensor's official name, one of `changes`.
           shape: its shape.
 
         Returns:
-          float32 of that shape.
+          float32 array of that shape.
 
         Raises:
           ValueError: if a number is not finite.
@@ -146,7 +146,7 @@ class Adapter:
 
 
 def _fits(there: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-    """Whether a pair or a difference has the shape of a tensor of the network."""
+    """Whether the shapes of a pair or a difference match a tensor of the network."""
     if len(there) == 1:
         return [side for side in there[0] if side != 1] == [side for side in shape if side != 1]
     down, up = there
@@ -158,9 +158,9 @@ def _fits(there: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Whether a file, or a folder of peft's, is an adapter, also of the hub; False where it cannot be read.
+    """Whether a file or a peft folder, local or on the hub, is an adapter; False if it cannot be read.
 
-    A checkpoint of several networks is none, but for one of adapters alone.
+    A checkpoint with several networks does not count, unless it contains only adapters, like LongLive's.
     """
     try:
         path = Path(hub.local_file(path))
@@ -178,10 +178,10 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def open_adapter(lora: Lora | Path | str) -> Adapter:
-    """Opens an adapter file; only names, shapes and scales are read. The caller closes `tensors`.
+    """Opens an adapter file and reads only names, shapes and scales. The caller closes `tensors`.
 
     Raises:
-      ValueError: if the file is missing, damaged, no adapter, or of a kind that cannot be applied.
+      ValueError: if the file is missing, damaged or not an adapter, or if this kind of adapter cannot be applied.
     """
     lora = lora if isinstance(lora, Lora) else Lora(Path(lora))
     try:
@@ -199,7 +199,7 @@ def open_adapter(lora: Lora | Path | str) -> Adapter:
 
 
 def _changes(tensors: TensorFile) -> dict[str, list[Change]]:
-    """What the file adds to each tensor of the network, by official names."""
+    """The changes to each tensor of the network, by official name."""
     _refuse_others(tensors)
     groups: dict[tuple[str, str], dict[str, str]] = {}
     layers, unknown, adapters = {}, [], set()
@@ -233,7 +233,7 @@ def _changes(tensors: TensorFile) -> dict[str, list[Change]]:
             change = _pair(tensors, tensor, group, scaling, layers[tensor])
             scales[tensor.removesuffix(".weight")] = change.scale if "alpha" not in group else 1.0
         elif kind == "bias":
-            # peft scales it like the pair that it stands beside
+            # peft scales a bias like its pair.
             layer = tensor.removesuffix(".bias")
             if layer not in scales:
                 raise ValueError(f"has {group['bias']} without the pair of matrices that it belongs to")
@@ -245,7 +245,7 @@ def _changes(tensors: TensorFile) -> dict[str, list[Change]]:
 
 
 def _refuse_others(tensors: TensorFile) -> None:
-    """Refuses files that are no adapters, and adapters of kinds that cannot be applied."""
+    """Raises for files that are not adapters, and for kinds of adapters that cannot be applied."""
     for name in tensors:
         title = adapter_names.unsupported(name) if adapter_names.is_adapter_name(name) else None
         if title is not None:
@@ -282,7 +282,7 @@ def _pair(tensors: TensorFile, tensor: str, group: dict, scaling: Scaling | None
 
 
 def _warn_without_alpha(tensors: TensorFile) -> None:
-    """Files of peft say their alpha elsewhere."""
+    """Warns if alpha is unknown: peft stores it in a separate file."""
     if tensors.part != _LONGLIVE and any(name.startswith("base_model.model.") for name in tensors):
         warnings.warn(
             f"lora {tensors.path} is of peft, and no adapter_config.json beside it says its alpha: it is taken to be "
@@ -293,7 +293,7 @@ def _warn_without_alpha(tensors: TensorFile) -> None:
 
 @contextlib.contextmanager
 def opened(loras: Iterable[Lora]) -> Iterator[list[Adapter]]:
-    """Opens adapters, and closes their files at the end.
+    """Context manager that opens adapters and closes their files at the end.
 
     Raises:
       ValueError: see `open_adapter`.
@@ -312,13 +312,13 @@ def official_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
 
 
 def describe(loras: Iterable[Lora]) -> tuple[str, ...]:
-    """What `Adapter.describe` says of each."""
+    """The result of `Adapter.describe` for each."""
     with opened(loras) as adapters:
         return tuple(adapter.describe() for adapter in adapters)
 
 
 def check_loras(loras: Sequence[Lora], config: WanConfig) -> None:
-    """Refuses adapters that do not fit a transformer, by names and shapes alone.
+    """Checks that adapters fit a transformer, from names and shapes only.
 
     Raises:
       ValueError: see `open_adapter` and `Adapter.check`.
@@ -333,19 +333,19 @@ def check_loras(loras: Sequence[Lora], config: WanConfig) -> None:
 def merged(
     tensors: TensorFile, loras: Sequence[Lora], config: WanConfig | None = None, wide: bool = False
 ) -> TensorFile:
-    """A transformer's weights with adapters in them; each tensor is merged when it is asked for.
+    """A transformer's weights merged with adapters; each tensor is merged when it is read.
 
     Args:
-      tensors: weights of the transformer, official names or those of diffusers; wrappers in the names are allowed.
-      loras: the adapters; without any, `tensors` is given back.
+      tensors: weights of the transformer with official or diffusers' names, which may have wrappers.
+      loras: the adapters; if empty, `tensors` is returned unchanged.
       config: sizes of the transformer; None takes them from the file.
-      wide: give the changed tensors in float32, for a reader that rounds them; else in their own type.
+      wide: return the changed tensors in float32, for a caller that rounds them; otherwise in their own type.
 
     Returns:
-      The tensors with their own names, without wrappers. Closing it closes the adapters, too.
+      The tensors with their own names, without wrappers. Closing it also closes the adapters.
 
     Raises:
-      ValueError: if the weights are no transformer's, or an adapter does not fit or cannot be applied.
+      ValueError: if the weights are not a transformer's, or an adapter does not fit or cannot be applied.
     """
     if not loras:
         return tensors
@@ -386,16 +386,16 @@ def merged(
 
 
 def _turned(value: np.ndarray, entry: Entry, official: Entry, shape: tuple[int, ...]) -> np.ndarray:
-    """An official tensor in the layout of another name map."""
+    """Converts an official tensor to the layout of another name map."""
     return value if value.shape == shape else entry.layout.theirs(official.layout.ours(value))
 
 
 def merge_params(params: dict, config: WanConfig, loras: Sequence[Lora]) -> dict:
-    """A transformer's parameters, float32 numpy, with adapters in them.
+    """Merges adapters into a transformer's parameters (float32 numpy).
 
     Args:
-      params: our tree.
-      config: its sizes.
+      params: our parameter tree.
+      config: sizes of the transformer.
       loras: the adapters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Model cards: a README.md beside exported weights, with the header in YAML that the Hugging Face hub reads."""
+"""Model cards: a README.md next to exported weights, with the YAML header that the Hugging Face hub reads."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from sf_jax.weights.package import Package
 
 CARD = "README.md"
 PAPER = "2506.08009"
-# Figures of a log line that say how fast a machine was, or nothing of the weights.
+# Figures of a log line that describe the machine's speed or are unrelated to the weights.
 _NO_FIGURES = ("seconds_per_step", "frames_per_second", "model_flop_utilization", "warnings", "step")
 _REPORTS = ("results.json", "evaluation/results.json")
 _WHOSE = {
@@ -36,15 +36,15 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a training run's folder says of weights that it left.
+    """Facts about exported weights from the folder of their training run.
 
     Attributes:
       config: its config, as JSON.
-      step: iterations that the weights had.
+      step: iterations after which the weights were saved.
       code: version of the package that trained them.
-      digests: field -> short hash of the data or weights it names.
-      figures: metrics of the last log line up to `step`.
-      reports: name of an evaluation's model -> its figures.
+      digests: config field -> short hash of the data or weights it names.
+      figures: latest value of each logged metric up to `step`.
+      reports: name of an evaluated model -> its figures.
     """
 
     config: Mapping[str, Any]
@@ -61,14 +61,14 @@ class Run:
 
 
 def read_run(folder: Path, step: int | None = None) -> Run | None:
-    """Reads what a card needs of a run's folder, which is complete or not; damaged files count as missing.
+    """Reads the facts for a card from a run's folder; the run may be unfinished, and damaged files count as missing.
 
     Args:
       folder: workdir of `sf_jax.train`.
-      step: iterations that the weights had; None is the newest checkpoint.
+      step: iterations after which the weights were saved; None is the newest checkpoint.
 
     Returns:
-      What is there; None where there is no checkpoint.
+      The facts; None if there is no checkpoint.
     """
     steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.is_dir() and path.name.isdecimal()]
     if not steps:
@@ -87,26 +87,26 @@ def read_run(folder: Path, step: int | None = None) -> Run | None:
 
 
 def run_of(weights: Path, header: Package | None) -> Run | None:
-    """The run that a weight file is from, if it is still in that run's folder.
+    """The run that produced a weight file, if the file is still in that run's folder.
 
     Args:
-      weights: the file; names that `convert --from` gives end in the step.
-      header: what the file says of itself; None of files that are from no run.
+      weights: the file; the names that `convert --from` writes end in the step.
+      header: the file's header; None for files that do not come from a run.
 
     Returns:
-      What the folder says; None where it is no run's, or that of a run with other settings.
+      The run; None if the folder is not a run's, or the run has other settings.
     """
     if header is None or not weights.is_file():
         return None
     match = re.search(r"_(\d{6,})$", weights.stem)
     run = read_run(weights.parent, int(match[1]) if match else None)
-    # A file that was copied there is not the run's.
+    # With other settings the file was copied there, not written by this run.
     rollout = json.loads(json.dumps(to_dict(header.rollout)))
     return run if run is not None and run.config.get("rollout") == rollout else None
 
 
 def is_json(path: Path, content: dict) -> bool:
-    """Whether a file holds this JSON object."""
+    """Whether a file contains this JSON object."""
     return _json(path) == content
 
 
@@ -119,12 +119,12 @@ def _json(path: Path) -> dict:
 
 
 def _table_of(values: Mapping, name: str) -> dict:
-    """An entry that should be a table; empty where it is none."""
+    """An entry that should be a dict; empty if it is not."""
     return values[name] if isinstance(values.get(name), dict) else {}
 
 
 def _numbers(values) -> dict[str, float]:
-    """The plain numbers of a table."""
+    """The numeric entries of a dict."""
     values = values if isinstance(values, dict) else {}
     return {str(k): v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
@@ -147,17 +147,17 @@ def _figures(log: Path, step: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """The content of a model card.
 
     Attributes:
       title: its heading.
-      layout: whose names the weights have, one of `export.LAYOUTS` or `adapter_export.NAMINGS`.
-      contents: what the files hold, a phrase for each network.
-      header: what the transformer says of itself; None of weights that sf_jax.train did not write.
-      run: the run that they are from; None where its folder is not known.
-      license: the hub's identifier of the weights' license; None where the user gave none.
-      base_model: the hub's name of the model they derive from; None where the user gave none.
-      is_adapter: whether they are changes to a network (LoRA), not its weights.
+      layout: naming of the weights, one of `export.LAYOUTS` or `adapter_export.NAMINGS`.
+      contents: a phrase for each network in the files.
+      header: the transformer's header; None if sf_jax.train did not write the weights.
+      run: the run that trained the weights; None if its folder is unknown.
+      license: the hub's identifier of the weights' license; None if the user gave none.
+      base_model: the hub's name of the model they derive from; None if the user gave none.
+      is_adapter: whether these are adapters (LoRA) instead of a network's weights.
     """
 
     title: str
@@ -171,7 +171,7 @@ class Card:
 
     @property
     def text(self) -> str:
-        """The card, Markdown behind a header in YAML."""
+        """The card: a YAML header followed by Markdown."""
         sections = [self._introduction(), self._generation(), self._training(), self._data(), self._results()]
         sections.append(self._license())
         return f"---\n{_yaml(self._metadata())}---\n\n" + "\n".join(section for section in sections if section)
@@ -279,7 +279,7 @@ class Card:
 
 
 def _counts(folder: Path) -> dict[str, int]:
-    """Training examples of each dataset in a data folder, from what tfds needs to read them."""
+    """Number of training examples of each dataset in a data folder, from tfds's `dataset_info.json`."""
     counts = {}
     paths = [*folder.glob("*/dataset_info.json"), *folder.glob("*/*/*/dataset_info.json")]
     for info in map(_json, sorted(paths)):
@@ -291,7 +291,7 @@ def _counts(folder: Path) -> dict[str, int]:
 
 
 def contents_of(networks: Sequence[Network]) -> list[str]:
-    """A phrase for each network: what it is, and the types of its numbers."""
+    """A phrase for each network: what it is, and the types of its tensors."""
     phrases = []
     for network in networks:
         types = sorted({dtype.name for dtype in network.tensors.dtypes.values()})
@@ -300,15 +300,15 @@ def contents_of(networks: Sequence[Network]) -> list[str]:
 
 
 def write_card(card: Card, folder: Path, stem: str | None = None) -> tuple[Path | None, str]:
-    """Writes a card beside weights; what is there stays.
+    """Writes a card next to weights; never overwrites an existing file.
 
     Args:
-      card: what it says.
-      folder: where to; the name is README.md.
-      stem: the weights' name without suffix, for a second name where README.md is taken; None has no second name.
+      card: its content.
+      folder: the folder in which to write README.md.
+      stem: the weights' name without suffix, used as the card's name if README.md exists; None for no second name.
 
     Returns:
-      The path, or None where nothing was written; and a sentence for the user, empty where all is as usual.
+      The path, or None if nothing was written; and a message for the user, empty if README.md was written.
     """
     names, text = [CARD, *([f"{stem}.md"] if stem else [])], card.text
     for name in names:
@@ -330,7 +330,7 @@ def _is_text(path: Path, text: str) -> bool:
 
 
 def _yaml(values: Mapping[str, str | list[str]]) -> str:
-    """YAML of texts and lists of texts; a JSON string is one of YAML."""
+    """YAML of strings and lists of strings; every JSON string is valid YAML."""
     lines = []
     for name, value in values.items():
         if isinstance(value, str):

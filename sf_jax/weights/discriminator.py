@@ -10,7 +10,7 @@ from sf_jax.weights.mapping import LINEAR, Entry
 
 
 def entries(config: DiscriminatorConfig) -> list[Entry]:
-    """The map of a head."""
+    """The name map of a head."""
     found = [
         Entry("_register_tokens.register_tokens", ("registers",)),
         Entry("_register_tokens.rms_norm.weight", ("register_norm", "scale")),

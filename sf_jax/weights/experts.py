@@ -1,7 +1,7 @@
-"""Tells the experts of Wan2.2 and the transformers of other tasks, which have the shapes of Wan2.1's text-to-video.
+"""Recognizes Wan2.2's experts and transformers of other tasks whose shapes equal those of Wan2.1's text-to-video.
 
-Only names and the files beside them tell: https://huggingface.co/Wan-AI/Wan2.2-T2V-A14B has two transformers of
-Wan2.1-T2V-14B's shapes, each of which denoises one half of the way alone.
+Only their names and the files next to them differ: https://huggingface.co/Wan-AI/Wan2.2-T2V-A14B has two transformers
+with the shapes of Wan2.1-T2V-14B, one for high and one for low noise levels.
 """
 
 import re
@@ -11,19 +11,19 @@ from sf_jax import strict_json
 
 _FOLDERS = ("high_noise_model", "low_noise_model", "transformer_2")
 _FILES = re.compile(r"(high|low)[-_. ]?noise|wan[-_. ]?2[-_.]2.*a14b|a14b[-_. ](high|low)", re.IGNORECASE)
-# Pipelines of diffusers whose transformer does another task.
+# Diffusers pipelines whose transformer is for another task.
 _PIPELINES = re.compile(r"ImageToVideo|VACE|Animate|SpeechToVideo")
 _ONLY = "Wan2.1's text-to-video models and what was distilled from them are supported"
 
 
 def refuse_other_transformers(path: Path) -> None:
-    """Refuses a transformer that its name or the files around it call an expert, or one of another task.
+    """Raises if its name or the files around it mark a transformer as an expert or as one for another task.
 
     Args:
       path: its file, the index of its shards or their folder.
 
     Raises:
-      ValueError: with what tells so.
+      ValueError: naming the evidence.
     """
     path = path.absolute()
     folder = path if path.is_dir() else path.parent
@@ -47,7 +47,7 @@ def refuse_other_transformers(path: Path) -> None:
 
 
 def _table(path: Path) -> dict:
-    """A JSON object; empty where there is none, which whoever needs it says."""
+    """A JSON object; empty if it cannot be read, which later readers report."""
     try:
         stored = strict_json.read(path, None, finite=False)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Writes networks for other programs: under their names, in one file or in shards, with what the header says."""
+"""Writes networks for other programs, with their tensor names and our header, as one file or as shards."""
 
 import contextlib
 import dataclasses
@@ -24,14 +24,14 @@ from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
 LAYOUTS = ("official", "diffusers", "transformers", "comfy")
-# The tensor of ComfyUI's text encoders that holds the tokenizer, a SentencePiece model.
+# ComfyUI's text encoders store the tokenizer, a SentencePiece model, in this tensor.
 SPIECE = "spiece_model"
-# ComfyUI has names of its own for no network: these are the ones it knows.
+# ComfyUI has no naming of its own; it reads these.
 _COMFY_NAMINGS = {"transformer": "official", "vae": "official", "umt5": "transformers"}
-# A second name of the same numbers, which the libraries leave out of their files.
+# Second name of a tied tensor, which transformers and ComfyUI do not write.
 _TIED = "encoder.embed_tokens.weight"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Conversions of fewer bytes show no progress bar.
+# Smaller conversions (in bytes) show no progress bar.
 _LONG = 10**9
 
 
@@ -41,12 +41,12 @@ class Network:
 
     Attributes:
       kind: "transformer", "vae", "tiny_vae" or "umt5".
-      title: what it is, for people.
-      config: its sizes; for a transformer None where nothing tells the number of heads.
-      source: the naming it is read in.
-      naming: the naming it is written in.
-      tensors: named and typed as they are written.
-      header: what a file of sf_jax.train says of itself.
+      title: human-readable description.
+      config: its sizes; None for a transformer whose number of heads is unknown.
+      source: the naming of the input file.
+      naming: the naming of the output.
+      tensors: the tensors with their names and types in the output.
+      header: the header of a file that sf_jax.train wrote.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Network:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Strings for the header of a safetensors file; readers of PyTorch's world refuse files without `format`."""
+        """Strings for the header of a safetensors file; PyTorch libraries reject files without `format`."""
         kept = {"sf_jax": self.tensors.metadata["sf_jax"]} if self.header is not None else {}
         return {"format": "pt"} | kept
 
@@ -70,15 +70,15 @@ class Network:
 
 
 def read_network(tensors: TensorFile, layout: str | None, config: WanConfig | None = None) -> Network:
-    """Recognizes a network and gives its tensors the names of a layout; nothing but names and shapes is read.
+    """Recognizes a network and renames its tensors for a layout; reads only names and shapes.
 
     Args:
       tensors: the file.
       layout: one of `LAYOUTS`; None keeps the names.
-      config: sizes of a transformer, where they are known; None looks for a `config.json` beside the file.
+      config: sizes of a transformer, if known; None looks for a `config.json` next to the file.
 
     Raises:
-      ValueError: if the file holds something else, or networks of its kind have no such names.
+      ValueError: if the file contains something else, or this kind of network does not have that layout.
     """
     guess, header = recognize(tensors.shapes, tensors.metadata), None
     if guess.kind == "package":
@@ -122,31 +122,31 @@ def _naming(guess, layout: str | None) -> str:
 
 
 def _sizes_beside(path: Path, guess: WanConfig) -> WanConfig | None:
-    """Sizes of the `config.json` beside a transformer; else those of its shapes, if they tell its heads."""
+    """Sizes from the `config.json` next to a transformer; else from its shapes, if they determine the heads."""
     beside = path.with_name("config.json")
     if beside.is_file():
         try:
             config = read_config(beside)
-        except ValueError:  # of another network, or of the folder's other use
+        except ValueError:  # the config of something else
             config = None
         heads = {"num_heads": guess.num_heads, "text_len": guess.text_len, "eps": guess.eps}
         if config is not None and dataclasses.replace(config, **heads) == guess:
             return config
-    # Every size of Wan has heads of 128 channels; what is no multiple of it says nothing.
+    # Every size of Wan has heads of 128 channels; other widths do not determine the number of heads.
     return guess if guess.dim % 128 == 0 else None
 
 
 def without_tied(network: Network) -> Network:
-    """The network without the second name of its embedding, as transformers and ComfyUI keep it."""
+    """The network without the second name of its embedding, as transformers and ComfyUI store it."""
     return dataclasses.replace(network, tensors=network.tensors.without(_TIED))
 
 
 def with_tokenizer(network: Network, spiece: bytes) -> Network:
-    """A text encoder with the tensor that holds its tokenizer for ComfyUI.
+    """A text encoder with an extra tensor that stores its tokenizer, for ComfyUI.
 
     Args:
       network: the text encoder.
-      spiece: content of the tokenizer's `spiece.model`.
+      spiece: contents of the tokenizer's `spiece.model`.
     """
     inner, value = network.tensors, np.frombuffer(spiece, np.uint8)
     tensors = TensorFile(
@@ -162,7 +162,7 @@ def with_tokenizer(network: Network, spiece: bytes) -> Network:
 
 
 def comfy_notes(network: Network) -> list[str]:
-    """What ComfyUI takes for granted of a network and this one does not have; it reads no sizes but those of shapes."""
+    """Warnings about settings that ComfyUI assumes and this network lacks; it reads sizes from shapes only."""
     if network.kind == "vae" and network.config.z_dim != 16:
         return [f"ComfyUI knows VAEs of 16 channels: this one has {network.config.z_dim}"]
     if network.kind == "umt5":
@@ -179,11 +179,11 @@ def comfy_notes(network: Network) -> list[str]:
 
 
 def lost_notes(network: Network, to_torch: bool = False) -> list[str]:
-    """What a file no longer says of how its transformer generates.
+    """Warnings about generation settings that the output file cannot store.
 
     Args:
-      network: the network, as it is written.
-      to_torch: whether its file is a `.pt`, which has no place for the header of sf_jax.train.
+      network: the network to write.
+      to_torch: whether the output is a `.pt`, which cannot store the header of sf_jax.train.
     """
     if network.source == "rcm" and network.naming != "rcm":
         return [
@@ -203,10 +203,10 @@ def lost_notes(network: Network, to_torch: bool = False) -> list[str]:
 
 
 def parse_size(text: str, field: str = "max_shard_size") -> int:
-    """Bytes of a size such as "5GB" or "200MiB".
+    """Parses a size such as "5GB" or "200MiB" into bytes.
 
     Raises:
-      ValueError: if it is none, or not above 0.
+      ValueError: if it is not a size, or not above 0.
     """
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     unit = _UNITS.get(match[2].upper()) if match else None
@@ -217,7 +217,7 @@ def parse_size(text: str, field: str = "max_shard_size") -> int:
 
 
 def shards(tensors: TensorFile, limit: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order; a file has more than `limit` bytes only where one tensor has."""
+    """Tensor names of each file, in order; a file exceeds `limit` bytes only if a single tensor does."""
     files, size = [[]], 0
     for name in tensors:
         added = _nbytes(tensors, name)
@@ -232,14 +232,14 @@ def shards(tensors: TensorFile, limit: int) -> list[list[str]]:
 def write_shards(
     folder: Path, stem: str, tensors: TensorFile, metadata: Mapping[str, str], limit: int
 ) -> Iterator[Path]:
-    """Writes `STEM.safetensors`, or shards of it and, last, their index, as `save_pretrained` names them.
+    """Writes `STEM.safetensors`, or its shards and then their index, with the names that `save_pretrained` uses.
 
     Args:
-      folder: where to.
-      stem: beginning of the names.
-      tensors: what to write.
+      folder: the output folder.
+      stem: beginning of the file names.
+      tensors: the tensors to write.
       metadata: strings for the header of each file.
-      limit: bytes of tensors in a file at most.
+      limit: maximum bytes of tensors in a file.
 
     Yields:
       The path of each file before it is written.
@@ -269,7 +269,7 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def progress(networks: Sequence[Network]) -> Iterator[list[Network]]:
-    """The same networks, whose reading moves a bar that shows bytes and the time left; none for short conversions."""
+    """The same networks; reading them updates a progress bar (bytes, remaining time). Short conversions show none."""
     total, terminal = sum(network.nbytes for network in networks), sys.stderr.isatty()
     options = {"unit": "B", "unit_scale": True, "dynamic_ncols": terminal, "mininterval": 0.5 if terminal else 15.0}
     with tqdm(total=total, desc="convert", disable=total < _LONG, **options) as bar:

@@ -1,4 +1,4 @@
-"""Writes model folders: the official one, a pipeline folder of diffusers, and ComfyUI's three files in its folders."""
+"""Writes model folders: the official layout, a diffusers pipeline, or ComfyUI's three files in their folders."""
 
 import contextlib
 import dataclasses
@@ -35,12 +35,12 @@ _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a folder is made from.
+    """The input of a conversion to a folder.
 
     Attributes:
-      path: a model folder, official or of diffusers, or the weights of one network.
-      checkpoint: weights that take the place of the model folder's transformer; None keeps that.
-      part: of a checkpoint that holds several networks, which.
+      path: a model folder (official or diffusers), or the weights of one network.
+      checkpoint: weights that replace the model folder's transformer; None keeps it.
+      part: which network of a checkpoint that contains several.
       loras: adapters to merge into the transformer.
     """
 
@@ -67,13 +67,13 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """How a folder is written.
+    """The output of a conversion to a folder.
 
     Attributes:
-      path: the folder, which must be empty or not there.
+      path: the folder, which must be empty or missing.
       layout: "official", "diffusers", "transformers" or "comfy".
-      dtype: of the numbers; None keeps them.
-      shard_bytes: bytes of tensors in a file at most, where the layout has shards.
+      dtype: type of the tensors; None keeps the input's.
+      shard_bytes: maximum bytes of tensors in a file, if the layout has shards.
     """
 
     path: Path
@@ -84,12 +84,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The result of a conversion to a folder.
 
     Attributes:
-      networks: the networks, tensors no longer readable.
-      files: all files, in the order in which they were written.
-      notes: sentences that the user should read.
+      networks: the networks; their tensors can no longer be read.
+      files: all files, in the order of writing.
+      notes: messages for the user.
     """
 
     networks: tuple[Network, ...]
@@ -103,10 +103,10 @@ class Written:
 
 
 def local_source(value: str, transformer: bool) -> Path:
-    """The folder or file that a folder is made from, on this machine.
+    """The local path of the input folder or file, downloaded from the hub if needed.
 
     Args:
-      value: a path, or a name of the hub. Of a repository with a VAE and a text encoder, the whole model is fetched.
+      value: a path or a name on the hub. A repository with a VAE or a text encoder is downloaded as a whole model.
       transformer: whether the model's own transformer is needed.
 
     Raises:
@@ -133,10 +133,10 @@ def local_source(value: str, transformer: bool) -> Path:
 
 
 def write_folder(source: Source, target: Target) -> Written:
-    """Writes a model folder, or the folder of one network; what cannot be written whole is removed again.
+    """Writes a model folder, or the folder of one network; removes incomplete output on failure.
 
     Raises:
-      ValueError: if something is missing, does not fit or is in the way.
+      ValueError: if something is missing or does not fit, or the output folder is not empty.
       OSError: if the disk is full.
     """
     check_empty(target.path, source)
@@ -163,10 +163,10 @@ def write_folder(source: Source, target: Target) -> Written:
 
 
 def check_empty(path: Path, source: Source) -> None:
-    """Refuses a folder that holds something: nothing there is overwritten.
+    """Checks that the output folder is empty or missing, as nothing is overwritten.
 
     Raises:
-      ValueError: naming what is there.
+      ValueError: naming the folder's contents.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"output is {path}: there is a file of that name, give another folder")
@@ -181,7 +181,7 @@ def check_empty(path: Path, source: Source) -> None:
 
 
 def _open(source: Source, target: Target, files: ModelFiles | None, stack: contextlib.ExitStack) -> list[Network]:
-    """The networks with the names of the layout."""
+    """Opens the networks, with the tensor names of the layout."""
 
     def read(path, layout, config=None, part=None, loras=()):
         tensors = stack.enter_context(open_tensors(path, part))
@@ -213,7 +213,7 @@ def _open(source: Source, target: Target, files: ModelFiles | None, stack: conte
 
 
 def _sizes(source: Source, files: ModelFiles):
-    """Sizes of the transformer, where the folder says them."""
+    """Sizes of the transformer from the folder's `config.json`; None without one."""
     if files.config is not None:
         return files.config
     beside = source.path / "transformer" / "config.json"
@@ -221,7 +221,7 @@ def _sizes(source: Source, files: ModelFiles):
 
 
 def _lone(network: Network, source: Source, target: Target) -> Network:
-    """A network that gets a folder of its own."""
+    """Checks and prepares a single network for its own folder."""
     if target.layout == "comfy":
         raise ValueError(f"output is {target.path}: one network for ComfyUI is one file, give a name.safetensors")
     if target.layout == "official" and network.kind != "transformer":
@@ -242,10 +242,10 @@ def _text_encoder(network: Network, tokenizer: Path, target: Target) -> Network:
 
 
 def read_spiece(folders: tuple[Path, ...]) -> bytes:
-    """The SentencePiece model of the first folder that has one.
+    """The SentencePiece model from the first folder that has one.
 
     Raises:
-      ValueError: naming the folders, if none has.
+      ValueError: naming the folders, if none has one.
     """
     path = next((path for folder in folders if (path := folder / _SPIECE_FILE).is_file()), None)
     if path is None:
@@ -258,13 +258,13 @@ def read_spiece(folders: tuple[Path, ...]) -> bytes:
 
 
 def spiece_folders(path: Path) -> tuple[Path, ...]:
-    """Where the tokenizer of a single text encoder may be: beside it, as in the official folder, as in diffusers'."""
+    """Possible tokenizer folders of a single text encoder: its own, the official layout's and diffusers'."""
     folder = path.parent
     return folder, folder / "google" / "umt5-xxl", folder.parent / "tokenizer"
 
 
 def _check(networks: list[Network], source: Source, target: Target, files: ModelFiles | None) -> list[str]:
-    """Refuses what cannot be described; returns what the user should know."""
+    """Raises if the number of heads is unknown; returns messages for the user."""
     notes = []
     transformer = next((n for n in networks if n.kind == "transformer"), None)
     if transformer is not None and transformer.config is None:
@@ -296,7 +296,7 @@ def _check(networks: list[Network], source: Source, target: Target, files: Model
 
 
 def _check_room(path: Path, networks: list[Network]) -> None:
-    """Refuses a disk that is too small before anything is written."""
+    """Checks the free disk space before writing."""
     place = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
     needed, free = sum(network.nbytes for network in networks), shutil.disk_usage(place).free
     if needed > free:
@@ -308,7 +308,7 @@ def _has_torch() -> bool:
 
 
 def _write(networks: list[Network], source: Source, target: Target, files: ModelFiles | None) -> Iterator[Path]:
-    """Writes everything; yields each path before it is written."""
+    """Writes everything; yields each path before writing it."""
     if files is None:
         yield from _write_network(networks[0], target, target.path)
         return
@@ -337,14 +337,14 @@ def _write_diffusers(networks, source: Source, target: Target, files: ModelFiles
     for network in networks:
         yield from _write_network(network, target, target.path / _FOLDERS[network.kind])
     yield from _copy_rest(files, source.path, target.path)
-    # Last: a folder without it is not whole.
+    # Written last: a folder without it is incomplete.
     yield target.path / "model_index.json"
     index = model_configs.pipeline_index(scheduler["_class_name"], tokenizer_class)
     export.write_json(target.path / "model_index.json", index)
 
 
 def _scheduler(transformer: Network, root: Path) -> dict:
-    """The scheduler's file: with the header's shift, as the source has it, or as the official folder is sampled."""
+    """The scheduler's config: with the header's shift, or the source's file, or the shift of the official folder."""
     path = root / "scheduler" / "scheduler_config.json"
     if transformer.header is not None:
         return model_configs.scheduler_config(transformer.header.shift)
@@ -382,7 +382,7 @@ def _write_comfy(networks, source: Source, target: Target, files: ModelFiles) ->
 
 
 def _comfy_name(network: Network, source: Source) -> str:
-    """A name like those of the published files; a checkpoint keeps its own."""
+    """A name like those of ComfyUI's published files; a checkpoint keeps its own."""
     if network.kind == "vae":
         return "wan_2.1_vae"
     if network.kind == "transformer" and source.checkpoint is not None:
@@ -394,7 +394,7 @@ def _comfy_name(network: Network, source: Source) -> str:
 
 
 def _copy_tokenizer(source: Path, folder: Path, add_config: bool) -> Iterator[Path]:
-    """Copies the tokenizer's files; its class for `model_index.json` is what the generator returns."""
+    """Copies the tokenizer's files and yields their paths; returns its class for `model_index.json`."""
     folder.mkdir(parents=True)
     paths = source.iterdir() if source.is_dir() else [source]
     for path in sorted(path for path in paths if path.is_file() and not path.name.startswith(".")):
@@ -408,9 +408,9 @@ def _copy_tokenizer(source: Path, folder: Path, add_config: bool) -> Iterator[Pa
 
 
 def _tokenizer_class(folder: Path) -> str:
-    """The class that opens it: that of T5 for its kind of model, which UMT5's is."""
+    """The transformers class of a tokenizer: T5's for Unigram models, such as UMT5's."""
     path = folder / "tokenizer.json"
-    if not path.is_file():  # T5TokenizerFast makes one of spiece.model
+    if not path.is_file():  # T5TokenizerFast converts spiece.model
         return "T5TokenizerFast"
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))["model"]["type"]
@@ -422,7 +422,7 @@ def _tokenizer_class(folder: Path) -> str:
 
 
 def _copy_rest(files: ModelFiles, root: Path, folder: Path, tiny_vae: str = "") -> Iterator[Path]:
-    """Copies the small decoder and the license."""
+    """Copies the tiny decoder and the license."""
     if files.tiny_vae is not None:
         (folder / tiny_vae).mkdir(exist_ok=True)
         yield from _copy(files.tiny_vae, folder / tiny_vae / files.tiny_vae.name)
@@ -438,7 +438,7 @@ def _copy(source: Path, path: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path, written: list[Path]) -> None:
-    """Removes what this process has written, and the folders that are empty then."""
+    """Removes the files this process has written, and the folders that become empty."""
     with contextlib.suppress(OSError):
         for path in written:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Opens weight files of every kind: safetensors, shards of them, and PyTorch's pickles."""
+"""Opens weight files of every kind: safetensors, their shards, and PyTorch pickles."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from sf_jax.weights.torch_io import PARTS, open_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 PART_NAMES = (*PARTS, *NETWORK_PARTS)
-# A zip archive, and pickles of the protocols 2 to 5.
+# First bytes of a zip archive, and of pickles with protocols 2 to 5.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -28,26 +28,26 @@ def open_tensors(
     kind: str | None = None,
     dtype: str | None = None,
 ) -> TensorFile:
-    """Opens a weight file; what it is, is told from its content, not from its suffix.
+    """Opens a weight file; its content, not its suffix, determines the format.
 
     Args:
       path: a safetensors file, an index (`*.index.json`) or folder of shards, a model folder (for its transformer), or
-        a PyTorch pickle, of which no code is ever run; also a file of the hub, see `hub`.
-      part: which state dict of a checkpoint that holds several (see `PARTS`), or which network of an all-in-one file
-        (`NETWORK_PARTS`). None takes generator_ema, else generator, else model, else the only one; of an all-in-one
+        a PyTorch pickle, whose code is never executed; or a file on the hub (see `hub`).
+      part: which state dict of a checkpoint with several (see `PARTS`), or which network of an all-in-one file
+        (`NETWORK_PARTS`). None takes generator_ema, else generator, else model, else the only one; for an all-in-one
         file, everything.
-      need_part: refuse `part` for a file that is a single state dict, or has one under some name; otherwise it is
-        ignored then.
-      scaled: whether scaled float8 is read: multiplied by its scales. Otherwise it is refused.
-      kind: of an all-in-one file, the network that is to be read, such as "vae": others may be scaled all the same.
-      dtype: type of scaled float8 when it is read; None is float32.
+      need_part: whether to raise if `part` is given and the file has a single state dict, with or without a name;
+        otherwise `part` is then ignored.
+      scaled: whether to read scaled float8, multiplied by its scales; otherwise it raises.
+      kind: the network to read from an all-in-one file, such as "vae"; the others may then be scaled float8.
+      dtype: type to which scaled float8 is converted; None is float32.
 
     Returns:
-      The tensors, of which only names, shapes and types have been read. They are numpy arrays with the file's types
-      (bfloat16 and float8 are those of `ml_dtypes`), aligned to 64 bytes.
+      The tensors; only names, shapes and types have been read so far. They are numpy arrays with the file's types
+      (bfloat16 and float8 from `ml_dtypes`), aligned to 64 bytes.
 
     Raises:
-      ValueError: the file is missing, damaged, unfinished or something else, or does not have that part.
+      ValueError: if the file is missing, damaged, incomplete, not a weight file, or lacks that part.
     """
     path = Path(hub.local_file(path))
     if path.is_dir():
@@ -102,7 +102,7 @@ def _by_content(path: Path, part: str | None, need_part: bool = True) -> TensorF
             start = file.read(64)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    # Safetensors first: the length that they begin with can look like the beginning of anything else.
+    # Tries safetensors first: their header length can look like the first bytes of any other format.
     if start[4:9] == b"\0\0\0\0{":
         return open_safetensors(path)
     if start.startswith(_PICKLES):
@@ -127,12 +127,12 @@ def _by_content(path: Path, part: str | None, need_part: bool = True) -> TensorF
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The index or the only weight file of a folder; of a model folder, its transformer."""
+    """The index or only weight file of a folder; for a model folder, its transformer."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indices = [name for name in names if ".index." in name and name.endswith(".json")]
     files = [name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES))]
     found = indices or files
-    # First, as a model folder may have a lone file of another network in it, such as taew2_1.safetensors.
+    # Checked first: a model folder's only weight file may be another network's, such as taew2_1.safetensors.
     transformer = find_transformer(folder)
     if transformer is not None:
         return transformer
@@ -157,7 +157,7 @@ def _file_of_folder(folder: Path) -> Path:
 
 
 def _index(path: Path) -> TensorFile:
-    """Opens the shards that an index names."""
+    """Opens the shards listed in an index."""
     try:
         names = strict_json.read(path, None)["weight_map"]
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):

@@ -1,4 +1,4 @@
-"""Model folders, official and of diffusers: where the networks are, and the sizes in `config.json`."""
+"""Official and diffusers' model folders: locates the networks and reads the sizes in `config.json`."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from sf_jax.weights.foreign import refuse_foreign, refuse_gguf
 from sf_jax.weights.places import PARTS, TOKENIZERS, files_of, find_part, model_files, places
 
 _CONFIGS = ("config.json", "transformer/config.json")
-# Our field -> its official and its diffusers key. What is None there and absent has the default of Wan2.1.
+# Our field -> its official and diffusers' key; absent optional ones have Wan2.1's defaults.
 _KEYS = {
     "ffn_dim": ("ffn_dim", "ffn_dim"),
     "num_heads": ("num_heads", "num_attention_heads"),
@@ -26,7 +26,7 @@ _KEYS = {
     "freq_dim": ("freq_dim", "freq_dim"),
 }
 _OPTIONAL = {"text_dim": "text_dim", "text_len": "text_len", "eps": "eps"}
-# Keys with the only values that the network is built for.
+# Keys -> the only values that our network supports.
 _FIXED = {
     "model_type": ("t2v",),
     "image_dim": (None,),
@@ -39,7 +39,7 @@ _FIXED = {
 }
 
 
-# Files and folders that tell other models from Wan2.1's text-to-video, and what those are.
+# Files and folders that only other models have -> those models.
 _OTHER_MODELS = {
     "high_noise_model": "Wan2.2-A14B, whose transformer is two experts",
     "low_noise_model": "Wan2.2-A14B, whose transformer is two experts",
@@ -48,7 +48,7 @@ _OTHER_MODELS = {
     "image_encoder": "an image-to-video model",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "an image-to-video model",
 }
-# Keys of a VAE's config with the only values that it is built for.
+# Keys of a VAE's config -> the only values that our VAE supports.
 _VAE = {
     "_class_name": ("AutoencoderKLWan",),
     "scaling_factor": (1, None),
@@ -60,16 +60,16 @@ _VAE = {
     "patch_size": (None, 1),
     "is_residual": (False, None),
 }
-# Classes of other transformers, which have Wan2.1's tensors and more.
+# Class names of other transformers, which have all of Wan2.1's tensors and more.
 _OTHER_CLASSES = re.compile(r"vace|animate|s2v|i2v|camera|control|skyreels|chronoedit|humo|inpaint", re.IGNORECASE)
 _ONLY = "Wan2.1's text-to-video models and what was distilled from them are supported"
-_PIPELINE = "WanPipeline"  # of diffusers, for text to video
-_SCHEDULERS = {  # of diffusers -> our solver, and the key of its shift
+_PIPELINE = "WanPipeline"  # diffusers' text-to-video pipeline
+_SCHEDULERS = {  # diffusers' scheduler -> our solver, and the key of its shift
     "UniPCMultistepScheduler": ("unipc", "flow_shift"),
     "DPMSolverMultistepScheduler": ("dpm++", "flow_shift"),
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
 }
-# Fields of a scheduler that change what it computes -> the values that our solvers have.
+# Scheduler fields that change its result -> the values that our solvers implement.
 _FOLLOWED = {
     "prediction_type": ("flow_prediction",),
     "use_flow_sigmas": (True,),
@@ -98,17 +98,17 @@ _SOLVER_TYPES = {"unipc": ("bh2",), "dpm++": ("midpoint",)}
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model; what was not needed and is not there is None.
+    """The files of a model; parts that are neither needed nor present are None.
 
     Attributes:
-      config: sizes of the transformer, from the `config.json` next to it or where that would be.
+      config: sizes of the transformer, from the `config.json` next to it or where it would be.
       transformer: its safetensors file or index of shards.
       vae: the video VAE.
       text_encoder: the text encoder, a file or an index of shards.
-      tokenizer: the folder of its tokenizer, or its file, which may be the text encoder's.
-      tiny_vae: the small decoder.
-      folder: the model folder; None where every part was named by itself.
-      named: parts that were named by themselves; of these, scaled float8 is read.
+      tokenizer: the folder or file of its tokenizer; the file may be the text encoder's.
+      tiny_vae: the tiny decoder.
+      folder: the model folder; None if every part was named separately.
+      named: the parts that were named separately; these may be scaled float8.
     """
 
     config: wan.WanConfig | None
@@ -125,7 +125,7 @@ def find_transformer(folder: Path | str) -> Path | None:
     """The transformer's weights in a model folder, or None.
 
     Raises:
-      ValueError: if there are several variants, of which none is plain.
+      ValueError: if there are several variants and no plain file.
     """
     return _find(Path(folder), _names(Path(folder)), "transformer")
 
@@ -133,14 +133,14 @@ def find_transformer(folder: Path | str) -> Path | None:
 def find_model(
     folder: Path | str, needed: Sequence[str] = ("transformer", "vae", "text_encoder", "tokenizer")
 ) -> ModelFiles:
-    """Finds the files of a model in a folder as Wan2.1 was published (`Wan2.1-T2V-1.3B`) or as diffusers keeps it.
+    """Finds the files of a model in a folder with the official (`Wan2.1-T2V-1.3B`) or diffusers' layout.
 
     Args:
-      folder: the folder, or the repository of the hub (or a folder in it) to fetch it from; see `hub`.
-      needed: fields of `ModelFiles` without which it is no use; of a repository only these are fetched.
+      folder: the folder, or a repository on the hub (or a folder in it) to download from; see `hub`.
+      needed: required fields of `ModelFiles`; only these are downloaded from a repository.
 
     Raises:
-      ValueError: naming what is missing and what was looked for, or what is wrong with the sizes.
+      ValueError: naming the missing parts and the names tried, or the invalid sizes.
     """
     repository, title = hub.parse(str(folder)), f"model folder {folder}"
     if repository is not None:
@@ -167,14 +167,14 @@ def find_model(
 
 
 def find_tokenizer(value: Path | str) -> Path:
-    """The folder or file of a tokenizer that is named by itself.
+    """The folder or file of a tokenizer that was named separately.
 
     Args:
-      value: its tokenizer.json or spiece.model, a file of weights that holds the latter, a folder that holds one, or a
-        repository of the hub, of which nothing else is fetched.
+      value: its tokenizer.json or spiece.model, a weight file that contains the latter, a folder that contains one of
+        them, or a repository on the hub, from which only the tokenizer is downloaded.
 
     Raises:
-      ValueError: if the repository has none.
+      ValueError: if the repository has no tokenizer.
     """
     place = hub.parse(str(value))
     if place is None:
@@ -194,14 +194,14 @@ def find_tokenizer(value: Path | str) -> Path:
 
 
 def find_weights(value: Path | str, part: str) -> Path:
-    """The weights of a part that is named by itself.
+    """The weights of a part that was named separately.
 
     Args:
-      value: its file; a folder of shards, or a model folder, of which the part is taken; or one of these of the hub.
+      value: its file, a folder of shards, or a model folder that contains the part; local or on the hub.
       part: "vae" or "text_encoder".
 
     Raises:
-      ValueError: see `hub.fetch`; if there are several variants, of which none is plain.
+      ValueError: see `hub.fetch`; or if there are several variants and no plain file.
     """
     place = hub.parse(str(value))
     if place is None:
@@ -219,7 +219,7 @@ def find_weights(value: Path | str, part: str) -> Path:
 
 
 def _chosen(place: hub.Place, names: Sequence[str], needed: Sequence[str], title: str) -> list[str]:
-    """The files of a repository, or of a folder in it, that are to be fetched."""
+    """The files to download from a repository, or from a folder in it."""
     if place.path in names:
         raise ValueError(f"{title} is a file of the hub: give a folder or a repository")
     names, prefix = hub.names_inside(place, names), f"{place.path}/".lstrip("/")
@@ -238,14 +238,14 @@ def _chosen(place: hub.Place, names: Sequence[str], needed: Sequence[str], title
 
 
 def _names(folder: Path) -> list[str]:
-    """Paths of the files that can be parts of a model, relative to its folder."""
+    """Paths of files that may be parts of a model, relative to its folder."""
     folders = ("", "transformer", "vae", "text_encoder", *TOKENIZERS)
     files = (path for name in folders if (folder / name).is_dir() for path in (folder / name).iterdir())
     return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
 
 
 def _find(folder: Path, names: Sequence[str], part: str) -> Path | None:
-    if part == "tokenizer":  # whoever reads it says what is missing in it
+    if part == "tokenizer":  # its reader reports missing files
         return next((folder / name for name in TOKENIZERS if (folder / name).is_dir()), None)
     try:
         name = find_part(names, part)
@@ -255,7 +255,7 @@ def _find(folder: Path, names: Sequence[str], part: str) -> Path | None:
 
 
 def _refuse_names(names: Sequence[str], title: str) -> None:
-    """Refuses models whose files tell that they are others than Wan2.1's text-to-video."""
+    """Raises if the file names are those of a model other than Wan2.1's text-to-video."""
     tops = {top for name in names for top in (name, name.partition("/")[0])}
     for name, kind in _OTHER_MODELS.items():
         if name in tops:
@@ -263,7 +263,7 @@ def _refuse_names(names: Sequence[str], title: str) -> None:
 
 
 def _refuse_other_models(folder: Path) -> None:
-    """Refuses models that have the same files as Wan2.1's text-to-video, and more."""
+    """Raises for models that have all files of Wan2.1's text-to-video, and more."""
     _refuse_names([path.name for path in folder.iterdir()], f"model folder {folder}")
     index = _table(folder / "model_index.json")
     if index.get("_class_name", _PIPELINE) != _PIPELINE:
@@ -275,7 +275,7 @@ def _refuse_other_models(folder: Path) -> None:
 
 
 def _refuse_other_vaes(path: Path) -> None:
-    """Refuses VAEs whose config says that their latents are others than Wan2.1's."""
+    """Raises for VAEs whose config describes latents other than Wan2.1's."""
     stored = _table(path)
     if (channels := stored.get("z_dim", 16)) != 16:
         raise ValueError(f"{path}: it is a VAE of {quoted(channels)} channels (z_dim), Wan2.2's has 48: {_ONLY}")
@@ -291,9 +291,9 @@ def _refuse_other_vaes(path: Path) -> None:
 
 
 def read_solver(folder: Path | str) -> tuple[str, float] | None:
-    """Name and shift of the solver in `scheduler/scheduler_config.json` of diffusers; None where there is none.
+    """Name and shift of the solver in diffusers' `scheduler/scheduler_config.json`; None without that file.
 
-    A scheduler that is not known is told of in a warning, and not followed.
+    Unknown schedulers are ignored with a warning.
 
     Raises:
       ValueError: if the file is damaged.
@@ -319,7 +319,7 @@ def read_solver(folder: Path | str) -> tuple[str, float] | None:
 
 
 def _table(path: Path) -> dict:
-    """A JSON object; empty where there is no such file."""
+    """A JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -332,10 +332,10 @@ def _table(path: Path) -> dict:
 
 
 def read_config(path: Path | str) -> wan.WanConfig:
-    """Sizes of a transformer from its `config.json`, official or of diffusers.
+    """Sizes of a transformer from its official or diffusers' `config.json`.
 
     Raises:
-      ValueError: naming the key that is missing or has a value that the network cannot have.
+      ValueError: naming the key that is missing or whose value is not supported.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Files and folders of weights that other tools write, called by name with the command that converts them."""
+"""Recognizes unsupported weight files of other tools, and names the command that converts them."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ _DEEPSPEED = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+.*\.pt|mp_ra
 
 
 def title_of_start(start: bytes) -> str | None:
-    """What a file is whose first bytes are those of a container that is not read; None of others."""
+    """Describes a file of an unsupported format from its first bytes; None for all others."""
     if start.startswith(b"GGUF"):
         return (
             "it is a GGUF file (quantized for llama.cpp and ComfyUI-GGUF): give the safetensors it was made from, or "
@@ -22,13 +22,13 @@ def title_of_start(start: bytes) -> str | None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuses a distributed checkpoint, and a file of one.
+    """Raises for a distributed checkpoint, or a file of one.
 
     Args:
       path: A file or a folder.
 
     Raises:
-      ValueError: With its name and the command that converts it.
+      ValueError: With its format and the command that converts it.
     """
     folder = path if path.is_dir() else path.parent
     if path.is_file():
@@ -52,10 +52,10 @@ def refuse_foreign(path: Path) -> None:
 
 
 def refuse_gguf(folder: Path) -> None:
-    """Refuses a folder, without weights that are read, that has a GGUF file.
+    """Raises if a folder without supported weights contains a GGUF file.
 
     Raises:
-      ValueError: With its name, and what to do.
+      ValueError: With the file's name and what to do.
     """
     file = next((path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".gguf"), None)
     if file is not None:

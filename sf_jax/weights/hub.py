@@ -1,9 +1,9 @@
-"""Weights of the Hugging Face hub, by the hub's own client: its cache, its offline mode, its tokens.
+"""Downloads weights from the Hugging Face hub through its own client, with its cache, offline mode and tokens.
 
-A repository is `ORGANIZATION/NAME`, with `@REVISION` (a branch, tag or commit) behind it where that is not the main
-one; a file is that and its path: `gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt`. `hf://` in front of it, and the
-address of the page, mean the same. A file or folder of this machine that has the name is taken instead. HF_HOME,
-HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they do elsewhere.
+A repository is `ORGANIZATION/NAME`, optionally followed by `@REVISION` (a branch, tag or commit); the default is the
+main branch. A file is a repository and a path: `gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt`. An `hf://` prefix
+or the URL of the page also works. A local file or folder of the same name takes precedence. HF_HOME, HF_HUB_OFFLINE,
+HF_TOKEN and HF_ENDPOINT have their usual meaning.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _PAGE = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/")
 _VERBS = ("resolve", "blob", "tree", "raw")
 _NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# A pattern that no file has: the snapshot's folder is asked for, whatever is in it.
+# A pattern that matches no file: requests the snapshot's folder without downloading anything.
 _NOTHING = ["/"]
 
 
@@ -31,8 +31,8 @@ class Place:
 
     Attributes:
       repository: Its name, such as "Wan-AI/Wan2.1-T2V-1.3B".
-      revision: Branch, tag or commit; None is the main one.
-      path: A file or folder in it; empty for all of it.
+      revision: Branch, tag or commit; None is the main branch.
+      path: A file or folder in it; empty for the whole repository.
     """
 
     repository: str
@@ -40,36 +40,36 @@ class Place:
     path: str = ""
 
     def __str__(self) -> str:
-        """How users write it."""
+        """The name as users write it."""
         revision = "" if self.revision is None else f"@{self.revision}"
         return f"{self.repository}{revision}{'/' if self.path else ''}{self.path}"
 
 
 def is_address(value: str) -> bool:
-    """Whether a value says itself that it is of the hub: `hf://...`, or the address of a page."""
+    """Whether a value is an explicit address on the hub: `hf://...` or the URL of a page."""
     return bool(_SCHEME.match(value) or _PAGE.match(value))
 
 
 def weights_path(value: str) -> str:
-    """What an option names as weights: an address of the hub as it is, else a path, see `files.local_path`.
+    """Validates an option that names weights: returns hub addresses unchanged, else a path (see `files.local_path`).
 
     Raises:
-      ValueError: It is an address of another kind, or no path.
+      ValueError: If it is another kind of address, or not a path.
     """
     return value if is_address(value) else local_path(value)
 
 
 def parse(value: str) -> Place | None:
-    """Reads the name of a repository or file of the hub.
+    """Parses the name of a repository or file on the hub.
 
     Args:
-      value: What the user wrote.
+      value: The user's input.
 
     Returns:
-      The place; None where `value` is a path of this machine, as it is where its first folder exists here.
+      The place; None if `value` is a local path. It counts as local if its first folder exists here.
 
     Raises:
-      ValueError: `value` begins with `hf://` and is no name.
+      ValueError: If `value` is an address of the hub but not a valid name.
     """
     explicit = is_address(value)
     if not explicit and (os.path.lexists(value) or value.startswith((".", "~", "/"))):
@@ -93,18 +93,18 @@ def parse(value: str) -> Place | None:
 
 
 def fetch(place: Place, choose: Callable[[Sequence[str]], Sequence[str]]) -> Path:
-    """Fetches some files of a repository into the hub's cache.
+    """Downloads some files of a repository into the hub's cache.
 
     Args:
       place: The repository.
-      choose: The files to fetch, of the names of all.
+      choose: Selects the files to download from the names of all files.
 
     Returns:
-      The folder that holds them; without a network, what is in the cache of that revision.
+      The folder that contains them; without a network, the cached folder of that revision.
 
     Raises:
-      ValueError: In one line, what to do: where there is no such repository or revision, no access, no network and
-        nothing in the cache, or no client installed.
+      ValueError: One line that says what to do, if the repository or revision does not exist, access is denied, the
+        client is not installed, or there is neither a network nor a cached copy.
     """
     client = _client(place)
 
@@ -126,15 +126,15 @@ def fetch(place: Place, choose: Callable[[Sequence[str]], Sequence[str]]) -> Pat
 
 
 def local_file(value: str | Path) -> str:
-    """The path of a file of weights: `value` itself, or where the hub's client put the file of that name.
+    """The local path of a weight file: `value` itself, or the downloaded file of that name.
 
-    A repository without a path, or a folder in it, gives its transformer, its adapter or its only file of weights.
+    For a repository without a path, or a folder in it: its transformer, its adapter or its only weight file.
 
     Args:
-      value: A path of this machine, or a file of the hub.
+      value: A local path, or a file on the hub.
 
     Raises:
-      ValueError: See `fetch`; or the repository has no such file.
+      ValueError: See `fetch`; or if the repository has no such file.
     """
     place = parse(str(value))
     if place is None:
@@ -153,10 +153,10 @@ def local_file(value: str | Path) -> str:
 
 
 def names_inside(place: Place, names: Sequence[str]) -> list[str]:
-    """The files of a repository that are in the place's folder, relative to it; all of them where it names none.
+    """The files of a repository in the place's folder, relative to that folder; all files if its path is empty.
 
     Raises:
-      ValueError: The repository has no such folder.
+      ValueError: If the repository has no such folder.
     """
     folder = f"{place.path}/".lstrip("/")
     inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
@@ -167,14 +167,14 @@ def names_inside(place: Place, names: Sequence[str]) -> list[str]:
 
 
 def _configs_beside(names: Sequence[str], file: str) -> list[str]:
-    """The small files beside weights that say a transformer's heads, or an adapter's scale."""
+    """The config files next to weights: they have a transformer's number of heads, or an adapter's scale."""
     folder = file.rpartition("/")[0]
     configs = (f"{folder}/{name}".lstrip("/") for name in ("config.json", "adapter_config.json"))
     return [config for config in configs if config in names]
 
 
 def _only_weights(place: Place, names: Sequence[str]) -> list[str]:
-    """The transformer among the files of a repository, with its shards; else the only file of weights."""
+    """The transformer's files in a repository, shards included; else its adapter or only weight file."""
     try:
         main = find_part(names, "transformer")
     except ValueError as error:
@@ -202,7 +202,7 @@ def _client(place: Place):
 
 
 def _explained(place: Place, call: Callable[[], str]) -> str:
-    """Calls the hub's client; its errors become one line that says what to do."""
+    """Calls the hub's client; turns its errors into one line that says what to do."""
     from huggingface_hub import errors
 
     repository, page = place.repository, f"https://huggingface.co/{place.repository}"
@@ -234,7 +234,7 @@ def _explained(place: Place, call: Callable[[], str]) -> str:
 
 
 def _unreachable(place: Place, error: BaseException | None) -> str:
-    """What to do without a network; `error` is what the client raised, if it did."""
+    """The error message without a network; `error` is the client's exception, if any."""
     offline = type(error).__name__ == "OfflineModeIsEnabled" or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     return (
@@ -244,7 +244,7 @@ def _unreachable(place: Place, error: BaseException | None) -> str:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether an error means that the hub was not reached, or is not at work; its client raises many kinds."""
+    """Whether an error means that the hub is unreachable or down; its client raises many kinds."""
     response = getattr(error, "response", None) if type(error).__module__.startswith("huggingface_hub") else None
     if response is not None:
         return getattr(response, "status_code", 0) >= 500

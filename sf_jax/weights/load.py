@@ -1,4 +1,4 @@
-"""From weight files into device arrays and back, tensor by tensor."""
+"""Loads weight files into device arrays and converts them back, tensor by tensor."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from sf_jax.weights.names import bare_names
 from sf_jax.weights.recognize import recognize
 from sf_jax.weights.tensors import TensorFile, empty_aligned, is_float8
 
-# Rows and columns of the tiles in which matrices are transposed; 6 times as fast as numpy's way through the whole.
+# Rows and columns of the tiles for transposing matrices; 6 times as fast as numpy's copy of the whole matrix.
 _TILE = 128
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def normalized(tensors: TensorFile, names: Iterable[str]) -> TensorFile:
-    """The same tensors without the wrappers in their names; a prefix goes only where all names have it.
+    """The same tensors without wrappers in their names; a prefix is removed only if all names have it.
 
-    Where all of `names` are those of a decoder (the tiny VAE), the tensors of the file's encoder are left out.
+    If all of `names` belong to a decoder (the tiny VAE), the file's encoder is dropped.
 
     Raises:
-      ValueError: if two names become the same.
+      ValueError: if two names become equal.
     """
     bare, found = bare_names(tensors), {}
     if all(name.startswith("decoder.") for name in names):
@@ -41,16 +41,16 @@ def normalized(tensors: TensorFile, names: Iterable[str]) -> TensorFile:
 
 
 def check(entries: Sequence[Entry], tensors: TensorFile, like: dict, what: str) -> None:
-    """Refuses a file whose names or shapes are not those of the map, before anything of it is read.
+    """Checks a file's names and shapes against the map, before reading any tensor.
 
     Args:
       entries: the map.
-      tensors: the file, names normalized.
-      like: a tree of our structure and shapes.
-      what: what the weights are wanted for, for the message.
+      tensors: the file, with normalized names.
+      like: a tree with our structure and shapes.
+      what: the network that needs the weights, for the message.
 
     Raises:
-      ValueError: with the missing, the unexpected and the misshaped names, and what the file seems to be.
+      ValueError: listing the missing, unexpected and misshaped tensors, and a guess at what the file is.
     """
     expected, found = mapping.file_shapes(entries, like), set(tensors)
     there = {(entry.path, entry.layer) for entry in entries if entry.name in found}
@@ -93,23 +93,23 @@ def load_params(
     shardings: dict | None = None,
     quantizer: Quantizer | None = None,
 ) -> dict:
-    """Loads a file into device arrays; of every leaf only this process's shards are in host memory, one leaf at a time.
+    """Loads a file into device arrays; host memory holds one leaf at a time, and only this process's shards of it.
 
-    On the CPU the host memory of a leaf becomes its device memory: nothing is there twice.
+    On the CPU the host buffer of a leaf becomes the device buffer without a copy.
 
     Args:
       entries: the map.
       tensors: the file; wrappers and prefixes in its names are allowed. Each tensor is read once.
-      like: a tree of our structure and shapes (arrays or `ShapeDtypeStruct`).
-      what: what the weights belong to, for messages.
-      dtype: type of the numbers; None keeps the file's (where the layers of a leaf differ, one that holds all; of
-        float8, bfloat16).
-      shardings: a tree like `like` of shardings; None puts all on the default device.
-      quantizer: of kernels: each is quantized before the next one is loaded. Those that the file has in the same
-        float8, plain or with a scale for each output channel, are taken over with their scales.
+      like: a tree with our structure and shapes (arrays or `ShapeDtypeStruct`).
+      what: the network the weights belong to, for messages.
+      dtype: type of the parameters; None keeps the file's (the promoted type if the layers of a leaf differ; bfloat16
+        for float8).
+      shardings: a tree of shardings like `like`; None uses the default device.
+      quantizer: quantizes kernels, each before the next one is loaded. Kernels that the file stores in the same float8
+        type, unscaled or with a scale per output channel, are used unchanged with their scales.
 
     Returns:
-      A tree like `like` of `jax.Array`, and of `eight_bit.Scaled` where kernels are quantized.
+      A tree like `like` of `jax.Array`; quantized kernels are `eight_bit.Scaled`.
 
     Raises:
       ValueError: naming the tensors that are missing, unexpected or misshaped, or because the file is damaged.
@@ -125,7 +125,7 @@ def load_params(
         narrow = DTYPES[quantizer.name] if quantized else None
         if quantized and all(_is_stored(tensors, entry.name, narrow) for entry in found):
             return quantizer.keep(path, *_load_stored(found, tensors, tuple(shape.shape), narrow, sharding))
-        # bfloat16 has all numbers of float8, with which nothing computes.
+        # float8 cannot be computed with; bfloat16 represents all its values exactly.
         kept = [BFLOAT16 if is_float8(tensors.dtypes[entry.name]) else tensors.dtypes[entry.name] for entry in found]
         kept = functools.reduce(jnp.promote_types, kept)
         loaded = _load_leaf(found, tensors, tuple(shape.shape), np.dtype(dtype or kept), sharding)
@@ -135,14 +135,14 @@ def load_params(
 
 
 def _is_stored(tensors: TensorFile, name: str, dtype: np.dtype) -> bool:
-    """Whether a file has a matrix in an 8-bit type as it is used."""
+    """Whether a file stores a matrix in this 8-bit type, so that it needs no conversion."""
     if name in tensors.float8:
         return tensors.float8[name].dtype == dtype
     return tensors.dtypes[name] == dtype
 
 
 def _load_stored(found, tensors, shape, dtype, sharding) -> tuple[jax.Array, jax.Array]:
-    """The numbers [..., out, in] and scales [..., out, 1] of a leaf [..., in, out] whose tensors are of 8 bits."""
+    """The 8-bit values [..., out, in] and scales [..., out, 1] of a leaf [..., in, out]."""
     found = [dataclasses.replace(entry, layout=mapping.SAME) for entry in found]
     names, (*stack, inputs, outputs) = [entry.name for entry in found], shape
 
@@ -161,7 +161,7 @@ def _load_stored(found, tensors, shape, dtype, sharding) -> tuple[jax.Array, jax
 
 
 def _turned(sharding: jax.sharding.Sharding | None, axes: int, split: bool) -> jax.sharding.Sharding | None:
-    """Where an array [..., out, in] goes whose kernel [..., in, out] is split so; `split` says whether inputs are."""
+    """The sharding of [..., out, in] given that of its kernel [..., in, out]; inputs are sharded only with `split`."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     *stack, inputs, outputs = [*sharding.spec, *[None] * (axes - len(sharding.spec))]
@@ -169,7 +169,7 @@ def _turned(sharding: jax.sharding.Sharding | None, axes: int, split: bool) -> j
 
 
 def _load_leaf(found, tensors, shape, dtype, sharding) -> jax.Array:
-    """One leaf; its shards are filled tensor by tensor, and each is put on its devices."""
+    """Loads one leaf: fills its shards tensor by tensor and puts each on its devices."""
     if sharding is None:
         placed = {None: tuple((0, size) for size in shape)}
     else:
@@ -180,7 +180,7 @@ def _load_leaf(found, tensors, shape, dtype, sharding) -> jax.Array:
         (buffer,) = buffers.values()
         return jax.block_until_ready(jax.device_put(buffer, may_alias=True))
     shards = [jax.device_put(buffers[bounds], device, may_alias=True) for device, bounds in placed.items()]
-    # Waiting bounds the host memory: the buffers of this leaf are free before those of the next are made.
+    # Waiting bounds host memory: this leaf's buffers are freed before the next leaf's are allocated.
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
 
 
@@ -189,7 +189,7 @@ def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
 
 
 def _fill(found, tensors, dtype, shards) -> dict[tuple, np.ndarray]:
-    """Host arrays of some parts of a leaf, by their bounds along each axis."""
+    """Host arrays of the given shards of a leaf, keyed by their bounds along each axis."""
     buffers = {}
     for entry in found:
         wanted = [bounds for bounds in shards if entry.layer is None or bounds[0][0] <= entry.layer < bounds[0][1]]
@@ -210,7 +210,7 @@ def _fill(found, tensors, dtype, shards) -> dict[tuple, np.ndarray]:
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
     """`target[...] = source`, fast for transposed matrices."""
     if source.dtype == target.dtype and source.dtype.kind == "V":
-        # numpy moves the types of ml_dtypes one by one, integers by the block.
+        # numpy copies ml_dtypes elements one by one, but integers in blocks.
         integers = np.dtype(f"u{source.dtype.itemsize}")
         source, target = source.view(integers), target.view(integers)
     if source.ndim != 2 or source.flags.c_contiguous:
@@ -223,14 +223,14 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def file_tensors(entries: Sequence[Entry], params: dict) -> TensorFile:
-    """The tensors of a file from our parameter tree, made one at a time when they are asked for, for the writers."""
+    """A file's tensors from our parameter tree, for the writers; each is converted when it is read."""
     by_name = {entry.name: entry for entry in entries}
 
     def read(name):
         entry = by_name[name]
         leaf = mapping.leaf_at(params, entry.path)
         if entry.layer is not None and isinstance(leaf, jax.Array):
-            # Not leaf[layer], which compiles a program for every layer.
+            # leaf[layer] would compile a program for every layer.
             leaf = jax.lax.dynamic_index_in_dim(leaf, np.int32(entry.layer), keepdims=False)
         elif entry.layer is not None:
             leaf = leaf[entry.layer]
@@ -241,12 +241,12 @@ def file_tensors(entries: Sequence[Entry], params: dict) -> TensorFile:
 
 
 def translated(source: Sequence[Entry], target: Sequence[Entry], tensors: TensorFile) -> TensorFile:
-    """The same network's tensors with the names and layouts of another map, bit by bit.
+    """The same network's tensors with the names and layouts of another map; values are unchanged.
 
     Args:
       source: the map of `tensors`.
       target: the map to write.
-      tensors: the file, names normalized and checked.
+      tensors: the file, with normalized and checked names.
     """
     there = {(entry.path, entry.layer): entry for entry in reversed(source) if entry.name in tensors}
     pairs = {entry.name: (entry, there[entry.path, entry.layer]) for entry in target}

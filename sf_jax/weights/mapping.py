@@ -1,8 +1,8 @@
-"""Name maps between the tensors of a weight file and our parameter trees, and the two ways through them.
+"""Name maps between the tensors of a weight file and our parameter trees, and the conversions in both directions.
 
-A map is a list of `Entry`. Files hold PyTorch's layouts (linear weights [out, in], convolutions [out, in, ...]) and a
-tensor per block; our trees hold [in, out] kernels and, where the blocks are scanned, all blocks stacked along the first
-axis. Every way through a map moves numbers and changes none, so a round trip gives the same bytes.
+A map is a list of `Entry`. Files use PyTorch's layouts (linear weights [out, in], convolutions [out, in, ...]) and one
+tensor per block. Our trees have [in, out] kernels and, for scanned blocks, all blocks stacked along the first axis.
+Conversions only move values, so a round trip gives the same bytes.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tensor is turned: `ours(theirs(x)) == x`."""
+    """How to convert a tensor: `ours(theirs(x)) == x`."""
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
@@ -23,7 +23,7 @@ class Layout:
 
 SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(lambda x: x.T, lambda x: x.T)
-# A convolution [out, in, *window] and ours [*window, in, out].
+# A convolution: theirs [out, in, *window], ours [*window, in, out].
 CONV = Layout(lambda x: np.moveaxis(x, (0, 1), (-1, -2)), lambda x: np.moveaxis(x, (-1, -2), (0, 1)))
 
 
@@ -34,15 +34,15 @@ def vector(dims: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor of a weight file goes.
+    """Maps one tensor of a weight file to our parameter tree.
 
     Attributes:
       name: the file's name for it.
       path: path of our leaf in the parameter tree.
-      layer: index along our leaf's first axis, None if the leaf is not stacked.
-      layout: how the tensor is turned.
+      layer: index along our leaf's first axis; None if the leaf is not stacked.
+      layout: how to convert the tensor.
 
-    Several entries with one path and layer are names of a tied tensor: a file may hold any of them; all are written.
+    Several entries with the same path and layer name a tied tensor: a file may contain any of them; all are written.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Entry:
 
 
 def check_names(entries: Sequence[Entry], names: Iterable[str], what: str) -> None:
-    """Refuses names that the map does not have, and a lack of those it has.
+    """Checks that a file has exactly the names of the map.
 
     Raises:
-      ValueError: naming what is missing and what is unexpected.
+      ValueError: listing the missing and the unexpected names.
     """
     names = set(names)
     found = {(entry.path, entry.layer) for entry in entries if entry.name in names}
@@ -69,7 +69,7 @@ def check_names(entries: Sequence[Entry], names: Iterable[str], what: str) -> No
 
 
 def by_leaf(entries: Sequence[Entry], names: Iterable[str] | None = None) -> dict[tuple[str, ...], list[Entry]]:
-    """Entries of each leaf in the order of its layers; of tied ones the first that is among `names`."""
+    """The entries of each leaf in layer order; of tied entries, the first whose name is in `names`."""
     names = None if names is None else set(names)
     leaves: dict[tuple[str, ...], dict] = {}
     for entry in entries:
@@ -79,11 +79,11 @@ def by_leaf(entries: Sequence[Entry], names: Iterable[str] | None = None) -> dic
 
 
 def file_shapes(entries: Sequence[Entry], like: dict) -> dict[str, tuple[int, ...]]:
-    """The file's name -> the shape that the tensor has there, for a tree of our structure and shapes."""
+    """The file's name -> the tensor's shape in the file, for a tree with our structure and shapes."""
     shapes = {}
     for entry in entries:
         leaf = leaf_at(like, entry.path)
-        # One element, seen as the whole: only the shape is wanted.
+        # A broadcast scalar, since only the shape is needed.
         ours = np.broadcast_to(np.int8(0), leaf.shape if entry.layer is None else leaf.shape[1:])
         shapes[entry.name] = entry.layout.theirs(ours).shape
     return shapes
@@ -101,16 +101,16 @@ def to_params(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], like:
 
     Args:
       entries: the map.
-      tensors: name -> array; may read from a file only when asked, each tensor is asked for once.
-      like: a tree of our structure and shapes (arrays or `ShapeDtypeStruct`).
-      what: what the weights belong to, for messages.
-      dtype: type of the result; None keeps the file's (where the layers of a leaf differ, one that holds all of them).
+      tensors: name -> array; may be lazy, as each tensor is read once.
+      like: a tree with our structure and shapes (arrays or `ShapeDtypeStruct`).
+      what: the network the weights belong to, for messages.
+      dtype: type of the result; None keeps the file's (the promoted type if the layers of a leaf differ).
 
     Returns:
       A tree like `like` of numpy arrays.
 
     Raises:
-      ValueError: naming the tensors that are missing, unexpected or misshaped.
+      ValueError: listing the missing, unexpected or misshaped tensors.
     """
     check_names(entries, tensors, what)
     leaves, wrong = by_leaf(entries, tensors), []
@@ -141,7 +141,7 @@ def to_params(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], like:
 
 
 def to_tensors(entries: Sequence[Entry], params: dict, convert: Callable = np.asarray) -> dict[str, np.ndarray]:
-    """A file's tensors from our parameter tree (or from a tree of gradients); `convert` makes numpy of a leaf."""
+    """A file's tensors from our parameter tree (or a tree of gradients); `convert` turns a leaf into a numpy array."""
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     out = {}
     for entry in entries:

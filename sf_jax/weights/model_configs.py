@@ -1,4 +1,4 @@
-"""The JSON files beside weights: `config.json` as the official code, diffusers and transformers write it, pipelines."""
+"""The JSON files next to weights: `config.json` of the official code, diffusers and transformers, and pipelines."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from sf_jax.models.umt5 import Umt5Config
 from sf_jax.models.vae import VaeConfig
 from sf_jax.models.wan import WanConfig
 
-# The shift that the official folder of 1.3B is sampled with; it has no file for it.
+# Sampling shift of the official 1.3B model, whose folder does not store it.
 OFFICIAL_SHIFT = 8.0
-# kind -> class and library of diffusers' pipeline.
+# kind -> library and class in a diffusers pipeline.
 CLASSES = {
     "transformer": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
@@ -25,10 +25,10 @@ def config_of(kind: str, config, dtypes: Mapping[str, np.dtype], official: bool 
       kind: "transformer", "vae" or "umt5".
       config: its sizes.
       dtypes: name -> type of its tensors.
-      official: for the official code, which has such a file for the transformer alone.
+      official: whether to write it for the official code, which has one for the transformer only.
 
     Returns:
-      The file's content; None where there is no such file.
+      The file's content; None if this network has no such file.
     """
     if official:
         return _official(config) if kind == "transformer" else None
@@ -40,7 +40,7 @@ def config_of(kind: str, config, dtypes: Mapping[str, np.dtype], official: bool 
 
 
 def _official(config: WanConfig) -> dict:
-    """As `WanModel` of the official code reads it."""
+    """The config that `WanModel` of the official code reads."""
     return {
         "_class_name": "WanModel",
         "dim": config.dim,
@@ -120,7 +120,7 @@ def _text_encoder(config: Umt5Config, dtypes: Mapping[str, np.dtype]) -> dict:
         "relative_attention_max_distance": config.max_distance,
         "relative_attention_num_buckets": config.num_buckets,
         "tie_word_embeddings": True,
-        # Both generations of transformers read this one.
+        # Older and newer versions of transformers both read this key.
         "torch_dtype": names.pop() if len(names) == 1 else "float32",
         "use_cache": True,
         "vocab_size": config.vocab,
@@ -128,7 +128,7 @@ def _text_encoder(config: Umt5Config, dtypes: Mapping[str, np.dtype]) -> dict:
 
 
 def scheduler_config(shift: float) -> dict:
-    """The `scheduler_config.json` of the published pipelines, with a flow shift."""
+    """The `scheduler_config.json` of the published pipelines, with the given flow shift."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "flow_shift": shift,
@@ -141,7 +141,7 @@ def scheduler_config(shift: float) -> dict:
 
 
 def pipeline_index(scheduler: str, tokenizer: str) -> dict:
-    """The `model_index.json` of a text-to-video pipeline; the arguments are classes of diffusers and transformers."""
+    """The `model_index.json` of a text-to-video pipeline; the arguments are class names."""
     return {
         "_class_name": "WanPipeline",
         "scheduler": ["diffusers", scheduler],

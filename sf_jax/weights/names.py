@@ -1,15 +1,15 @@
-"""What wrappers and containers put around the names of a network's tensors."""
+"""Strips the prefixes that wrappers and containers add to the names of a network's tensors."""
 
 import re
 from collections.abc import Iterable
 
-# What FSDP, activation checkpointing, `torch.compile` and Fabric put anywhere in a name.
+# Inserted anywhere in a name by FSDP, activation checkpointing, `torch.compile` and Fabric.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_forward_module.")
-# Parts of the networks themselves; whatever else all names begin with belongs to a wrapper.
+# Top-level modules of the networks; any other common prefix belongs to a wrapper.
 _OWN = ("blocks", "encoder", "decoder", "downsamples", "upsamples")
-# Counters, markers and tokenizers that are stored beside the weights.
+# Counters, markers and tokenizers stored next to the weights.
 _BESIDE = re.compile(r"(^|\.)(accum_\w+|_extra_state|n_averaged|spiece_model|scaled_fp8)$")
-# Kind of a network -> the prefixes that it has in files of several networks, as ComfyUI writes them.
+# Kind of a network -> its prefixes in files with several networks, as ComfyUI writes them.
 _CONTAINERS = {
     "transformer": ("model.diffusion_model.", "diffusion_model."),
     "vae": ("vae.", "first_stage_model."),
@@ -21,20 +21,20 @@ _CONTAINERS = {
         "cond_stage_model.",
     ),
 }
-# What users call the networks of such a file -> their kind.
+# Users' names for the networks of such a file -> their kind.
 NETWORK_PARTS = {"transformer": "transformer", "vae": "vae", "text_encoder": "umt5"}
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Takes off what wrappers put around the names of one network.
+    """Strips wrapper prefixes from the tensor names of one network.
 
-    A prefix such as DDP's `module.`, `model.` or `net.` goes only where all names have it.
+    A prefix such as DDP's `module.`, `model.` or `net.` is stripped only if all names have it.
 
     Args:
       names: The names in a file.
 
     Returns:
-      The file's name -> the bare name; what is no weight (counters, markers, a tokenizer) is left out.
+      The file's name -> the bare name; entries that are not weights (counters, markers, a tokenizer) are dropped.
     """
     bare = {}
     for name in names:
@@ -47,7 +47,7 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _common_prefix(names: list[str]) -> str:
-    """The wrappers that all names begin with."""
+    """The wrapper prefixes that all names share."""
     prefix = ""
     while names:
         first = names[0][len(prefix) :].partition(".")[0]
@@ -59,13 +59,13 @@ def _common_prefix(names: list[str]) -> str:
 
 
 def networks_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The networks of a file of several, such as ComfyUI's all-in-one checkpoints.
+    """Splits a file with several networks, such as ComfyUI's all-in-one checkpoints.
 
     Args:
       names: The names in the file.
 
     Returns:
-      Kind of the network ("transformer", "vae", "umt5") -> its bare name -> the file's name; empty for one network.
+      Kind of network ("transformer", "vae", "umt5") -> bare name -> the file's name; empty if there is only one.
     """
     bare, found = bare_names(names), {}
     for kind, prefixes in _CONTAINERS.items():

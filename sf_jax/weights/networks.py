@@ -1,4 +1,4 @@
-"""Networks from the weight files of others: what a file is, its sizes and its parameters on the devices."""
+"""Loads networks from any weight file: recognizes the file, finds its sizes and puts its parameters on devices."""
 
 import hashlib
 import math
@@ -23,16 +23,16 @@ from sf_jax.weights.package import read_header
 from sf_jax.weights.recognize import HEAD_DIM, NAMINGS, Guess, entries_of, param_shapes_of, recognize
 from sf_jax.weights.tensors import TensorFile
 
-_SMALL = 1 << 14  # numbers
+_SMALL = 1 << 14  # elements
 
 
 def check_network(
     path: Path | str, kind: str, config: Any = None, part: str | None = None, scaled: bool = False
 ) -> Guess:
-    """Refuses what `load_network` would refuse by the names and shapes alone; nothing else is read.
+    """Checks names and shapes as `load_network` does, without reading tensors.
 
     Returns:
-      What the file is.
+      The recognized network.
     """
     with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
         tensors, guess, (_, entries, like) = _mapped(tensors, kind, config)
@@ -41,10 +41,10 @@ def check_network(
 
 
 def network_kind(path: Path | str, kinds: Sequence[str]) -> str:
-    """Which of some kinds of networks a file holds.
+    """The kind of network in a file, one of `kinds`.
 
     Raises:
-      ValueError: if it is none of them; the message says what it seems to be.
+      ValueError: if it is another kind; the message says what it seems to be.
     """
     guess = describe_network(path, kinds[0])
     if guess.kind not in kinds:
@@ -53,25 +53,25 @@ def network_kind(path: Path | str, kinds: Sequence[str]) -> str:
 
 
 def describe_network(path: Path | str, kind: str, part: str | None = None, scaled: bool = False) -> Guess:
-    """Tells what a file is, or the network of that kind in an all-in-one file.
+    """Recognizes a file, or the network of the given kind in an all-in-one file.
 
     Raises:
-      ValueError: if it cannot be opened, or is something that cannot be loaded.
+      ValueError: if it cannot be opened, or its network is not supported.
     """
     with open_tensors(path, part, scaled=scaled, kind=kind) as tensors:
         return _recognized(tensors, kind)[1]
 
 
 def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> WanConfig:
-    """Sizes of a transformer from its header or shapes, or from the `config.json` beside it where these lack the heads.
+    """Sizes of a transformer from its header or shapes, or its `config.json` if these do not give the number of heads.
 
     Args:
       path: its file, or an index or folder of shards.
-      part: of a checkpoint with several networks, which.
-      scaled: whether scaled float8 is read; see `open_tensors`.
+      part: which network of a checkpoint with several.
+      scaled: whether to read scaled float8; see `open_tensors`.
 
     Raises:
-      ValueError: if it is no transformer, or the number of its heads is told nowhere.
+      ValueError: if it is not a transformer, or the number of heads is unknown.
     """
     header = read_header(path)
     if header is not None:
@@ -91,14 +91,14 @@ def read_sizes(path: Path, part: str | None = None, scaled: bool = False) -> Wan
 
 
 def identify(path: Path | str, kind: str) -> tuple[Any, str]:
-    """Tells a network from others of its kind by its small tensors (norms, biases), whatever file they are in.
+    """Identifies a network by a hash of its small tensors (norms, biases), independent of the file format.
 
     Args:
       path: see `load_network`.
       kind: see `load_network`.
 
     Returns:
-      The sizes and a short hash; other names, containers or wider numbers do not change it.
+      The sizes and a short hash, which does not depend on names, containers or wider types.
 
     Raises:
       ValueError: see `check_network`.
@@ -128,29 +128,29 @@ def load_network(
     quantizer: Quantizer | None = None,
     unread: bool = False,
 ) -> tuple[Any, dict]:
-    """Loads a network; a bar on a terminal shows how much of a large file has been read.
+    """Loads a network; on a terminal, shows a progress bar for large files.
 
     Args:
-      path: a safetensors file, an index or folder of shards, or a `.pt`/`.pth` file (which needs torch); of an
-        all-in-one file the network of that kind is taken.
+      path: a safetensors file, an index or folder of shards, or a `.pt`/`.pth` file (which needs torch); from an
+        all-in-one file, the network of that kind is loaded.
       kind: "transformer", "vae", "tiny_vae" or "umt5".
       config: its sizes; None takes them from the file.
       dtype: type of the parameters; None keeps the file's.
-      part: of a checkpoint with several networks, which (such as "generator_ema").
-      sharding: where every parameter goes, or a function from the tree of shapes to a tree of shardings; None is the
+      part: which network of a checkpoint with several (such as "generator_ema").
+      sharding: sharding of every parameter, or a function from the tree of shapes to a tree of shardings; None is the
         default device.
       loras: adapters to merge into a transformer.
-      scaled: whether scaled float8 is read; see `open_tensors`.
-      quantizer: of a transformer's kernels; None leaves them as they are.
-      unread: whether zeros take the place of what the file holds, which is all that compiling needs.
+      scaled: whether to read scaled float8; see `open_tensors`.
+      quantizer: quantizes a transformer's kernels; None does not.
+      unread: whether to use zeros instead of reading the file, which is enough for compiling.
 
     Returns:
       The sizes and the parameters.
 
     Raises:
-      ValueError: if the file is damaged or not that of such a network; the message says what it seems to be.
+      ValueError: if the file is damaged or contains something else; the message says what it seems to be.
     """
-    # What adapters are added to is rounded afterwards.
+    # With adapters, weights are rounded after the merge.
     with open_tensors(path, part, scaled=scaled, kind=kind, dtype=None if loras else dtype) as tensors:
         tensors, _, (config, entries, like) = _mapped(tensors, kind, config)
         shardings = sharding(like) if callable(sharding) else sharding and jax.tree.map(lambda _: sharding, like)
@@ -162,7 +162,7 @@ def load_network(
 
 
 def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Guess, tuple]:
-    """The tensors of one network, what they are, and its sizes, name map and our shapes."""
+    """The tensors of one network, its recognized kind, and its sizes, name map and our shapes."""
     tensors, guess = _recognized(tensors, kind)
     if config is None:
         if guess.kind != kind:
@@ -173,7 +173,7 @@ def _mapped(tensors: TensorFile, kind: str, config: Any) -> tuple[TensorFile, Gu
 
 
 def _recognized(tensors: TensorFile, kind: str) -> tuple[TensorFile, Guess]:
-    """The tensors of one network, of an all-in-one file that of the kind, and what they are."""
+    """The tensors of one network (of the given kind in an all-in-one file) and the recognized network."""
     networks = networks_of(tensors)
     kind_there = "vae" if kind == "tiny_vae" else kind
     if kind_there in networks:

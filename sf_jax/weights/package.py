@@ -1,4 +1,4 @@
-"""Weight files of this package: safetensors with the official tensor names and, in the header, what they are for."""
+"""Weight files of this package: safetensors with official tensor names and a header that describes the network."""
 
 import dataclasses
 import importlib.resources
@@ -37,11 +37,11 @@ class Package:
     Attributes:
       kind: "student" (causal, few steps), "teacher" (bidirectional, many steps) or "causal" (causal, many steps).
       config: sizes.
-      rollout: how the student generates.
+      rollout: rollout settings for generation.
       frames: latent frames of its training videos.
       size: latent (rows, columns).
-      shift: shift of the schedule it is sampled with.
-      guidance: guidance scale to sample a many-step network with.
+      shift: shift of the sampling schedule.
+      guidance: guidance scale for sampling a many-step network.
       params: parameters, float32 numpy.
     """
 
@@ -55,7 +55,7 @@ class Package:
     params: dict = dataclasses.field(repr=False, default_factory=dict)
 
     def __post_init__(self):
-        """Refuses what no network can be."""
+        """Validates the fields."""
         one_of("kind", self.kind, KINDS)
         at_least(self, 1, "frames")
         if self.frames > MAX_FRAMES:
@@ -71,15 +71,15 @@ class Package:
 
     @property
     def generation_rollout(self) -> RolloutConfig:
-        """How the network generates: as it was trained. The official code adds no noise to clean context there."""
+        """The rollout for generation: as in training, but without the official code's noise on clean context."""
         official = self.rollout.context_noise == "official" and self.rollout.context_timestep == 0
         return dataclasses.replace(self.rollout, context_noise="none") if official else self.rollout
 
 
 def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float32") -> None:
-    """Writes a package; the file appears under its name only when it is complete.
+    """Writes a package atomically: the file appears under its name only when it is complete.
 
-    Its tensors have the official names, and readers of PyTorch's world take it.
+    Its tensors have the official names, and PyTorch libraries can read it.
     """
     header = to_dict(dataclasses.replace(package, params={}))
     header.pop("params")
@@ -88,7 +88,7 @@ def save_package(path: pathlib.Path | str, package: Package, dtype: str = "float
 
 
 def parse_header(path: pathlib.Path, header: str) -> Package:
-    """What the entry `sf_jax` of a file's header says, without parameters.
+    """Parses the `sf_jax` entry of a file's header into a package without parameters.
 
     Raises:
       ValueError: if it is damaged.
@@ -97,7 +97,7 @@ def parse_header(path: pathlib.Path, header: str) -> Package:
 
 
 def shipped_path(kind: str) -> pathlib.Path:
-    """The file of the package's own teacher or student of moving digits."""
+    """The path of the shipped teacher or student of moving digits."""
     return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[kind]))
 
 
@@ -105,7 +105,7 @@ def load_package(path: pathlib.Path | str) -> Package:
     """Reads a file that `save_package` wrote.
 
     Raises:
-      ValueError: if the file is missing, damaged, or something else.
+      ValueError: if the file is missing, damaged, or not such a file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -126,10 +126,10 @@ def load_package(path: pathlib.Path | str) -> Package:
 
 
 def read_header(path: pathlib.Path | str) -> Package | None:
-    """What a file of sf_jax.train says of itself, without its parameters; None of all other files.
+    """The header of a file that sf_jax.train wrote, without its parameters; None for all other files.
 
     Args:
-      path: the file, whatever its suffix, or an index or folder of shards, each of which has the header.
+      path: the file (with any suffix), or an index or folder of shards, each of which has the header.
 
     Raises:
       ValueError: if the header is damaged.
@@ -138,22 +138,22 @@ def read_header(path: pathlib.Path | str) -> Package | None:
     try:
         with open_tensors(path) if path.is_dir() or path.suffix == ".json" else open_safetensors(path) as stored:
             header = stored.metadata.get("sf_jax")
-    except (ValueError, OSError):  # whoever reads the tensors says so
+    except (ValueError, OSError):  # reading the tensors reports it
         return None
     return None if header is None else _parse(path, header)
 
 
 def check_told_sizes(path: pathlib.Path, header: Package, config: WanConfig, source: str) -> None:
-    """Refuses sizes that shapes do not show and in which a header and a configuration differ.
+    """Compares a header's sizes with a config, for those that do not follow from the tensors' shapes.
 
     Args:
       path: the file with the header.
-      header: what it says.
-      config: sizes that it is to have.
-      source: whose they are, for the message.
+      header: the header.
+      config: the expected sizes.
+      source: where they come from, for the message.
 
     Raises:
-      ValueError: with the values of both.
+      ValueError: with both values, if they differ.
     """
     for name in ("num_heads", "eps", "text_len"):
         ours, theirs = getattr(header.config, name), getattr(config, name)
@@ -177,7 +177,7 @@ def _damaged(path: pathlib.Path, reason: object) -> ValueError:
 
 
 def _read_params(stored: TensorFile, config: WanConfig) -> dict:
-    """The parameters; what the header says is compared with the tensors before anything is built from it."""
+    """The parameters; checks the header's sizes against the tensors before allocating anything from them."""
     tensors = stored.renamed({bare: name for name, bare in bare_names(stored).items()})
     entries = transformer.entries(config)
     mapping.check_names(entries, tensors, "transformer")

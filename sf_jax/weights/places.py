@@ -1,16 +1,16 @@
-"""Where the parts of a model are: names alone, so that folders and repositories of the hub are looked through alike."""
+"""Locates the parts of a model by file names alone, so that local folders and hub repositories work alike."""
 
 import re
 from collections.abc import Collection
 
-# What is looked for, the first that is there is taken; the official folder's names stand before those of diffusers.
+# File names by priority: the first that exists is used. Official names come before diffusers' stems.
 _FILES = {
     "transformer": (),
     "vae": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
     "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
     "tiny_vae": ("taew2_1.safetensors", "taew2_1.pth"),
 }
-# Without suffix: .safetensors or .bin, in one file or in shards, of any variant.
+# Names without suffix: one .safetensors or .bin file or shards, of any variant.
 _STEMS = {
     "transformer": ("diffusion_pytorch_model", "transformer/diffusion_pytorch_model"),
     "vae": ("vae/diffusion_pytorch_model",),
@@ -19,7 +19,7 @@ _STEMS = {
 }
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")
 PARTS = (*_FILES, "tokenizer")
-# Small files that say what a model is.
+# Small files that describe a model.
 DESCRIPTIONS = (
     "model_index.json",
     "config.json",
@@ -27,7 +27,7 @@ DESCRIPTIONS = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
-# Files of an adapter's folder, as peft and diffusers name them; the first that is there is taken.
+# peft's and diffusers' file names in an adapter's folder; the first that exists is used.
 ADAPTER_FILES = (
     "adapter_model.safetensors",
     "adapter_model.bin",
@@ -35,26 +35,26 @@ ADAPTER_FILES = (
     "pytorch_lora_weights.bin",
 )
 STEM_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-# Variants that are the same numbers in another type, the best first.
+# Variants that differ only in their number type, the best first.
 _PRECISIONS = ("bf16", "fp32", "fp16")
 
 
 def places(part: str) -> tuple[str, ...]:
-    """What is looked for, for messages."""
+    """The names tried for a part, for messages."""
     if part == "tokenizer":
         return TOKENIZERS
     return (*_FILES[part], *(f"{stem}.safetensors" for stem in _STEMS[part]))
 
 
 def find_part(names: Collection[str], part: str) -> str | None:
-    """The file, index or (of the tokenizer) folder of a part of a model.
+    """The file, index or (for the tokenizer) folder of a part of a model.
 
     Args:
       names: Paths of the model's files, relative to its folder.
       part: One of `PARTS`.
 
     Raises:
-      ValueError: If there are several variants, of which none is plain.
+      ValueError: If there are several variants and no plain file.
     """
     if part == "tokenizer":
         return next((folder for folder in TOKENIZERS if any(name.startswith(f"{folder}/") for name in names)), None)
@@ -63,10 +63,10 @@ def find_part(names: Collection[str], part: str) -> str | None:
 
 
 def find_stem(names: Collection[str], stem: str) -> str | None:
-    """The file, or the index of shards, of a network.
+    """The file of a network, or the index of its shards.
 
-    Plain files come before variants (`model.bf16.safetensors`), safetensors before PyTorch's .bin, shards before one
-    file. Of several variants that are precisions, bfloat16 is taken, else float32, else float16.
+    Plain files come before variants (`model.bf16.safetensors`), safetensors before PyTorch's .bin, and shards before a
+    single file. Among variants that are precisions, bfloat16 comes first, then float32, then float16.
 
     Args:
       names: Paths of files.
@@ -96,7 +96,7 @@ def find_stem(names: Collection[str], stem: str) -> str | None:
 
 
 def files_of(names: Collection[str], file: str) -> list[str]:
-    """A network's file with all that belongs to it: the shards of an index, the files of a tokenizer's folder."""
+    """A network's file and the files that belong to it: an index's shards, or the files in a tokenizer's folder."""
     if file in TOKENIZERS:
         return [name for name in names if name.startswith(f"{file}/") and name.endswith((".json", ".model"))]
     match = re.fullmatch(r"(.+)\.(safetensors|bin)\.index(\.\w+)?\.json", file)
@@ -108,11 +108,11 @@ def files_of(names: Collection[str], file: str) -> list[str]:
 
 
 def model_files(names: Collection[str], parts: Collection[str]) -> list[str]:
-    """All files that the parts of a model need, and the small ones that say what it is.
+    """All files of the given parts of a model, and the small ones that describe it.
 
     Args:
       names: Paths of the model's files, relative to its folder.
-      parts: Of `PARTS`; those that are not there are left out.
+      parts: Some of `PARTS`; missing ones are skipped.
 
     Raises:
       ValueError: See `find_part`.

@@ -1,4 +1,4 @@
-"""Quantized weight files: scaled float8 is de-quantized, all others are called by name.
+"""Quantized weight files: dequantizes scaled float8; for other quantizations, raises an error that names them.
 
 Formats: ComfyUI's `scaled_fp8` with `.scale_weight`, its newer `.weight_scale` with `.comfy_quant`
 (ComfyUI, QUANTIZATION.md), LightX2V's and DeepSeek's `.weight_scale` and `.weight_scale_inv`.
@@ -13,10 +13,10 @@ import numpy as np
 from sf_jax.weights.tensors import Float8, TensorFile, cast, empty_aligned, is_float8
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
-# Scales of activations, and ComfyUI's notes: they do not change the weights.
+# Scales of activations, and ComfyUI's metadata; neither changes the weights.
 _NOTES = (".scale_input", ".input_scale", ".comfy_quant")
-_BLOCK = 128  # side of the usual blocks, whose last ones may be cut
-_STEP = 1 << 20  # numbers that are in float32 at a time
+_BLOCK = 128  # side of the usual blocks; the last one may be smaller
+_STEP = 1 << 20  # elements held in float32 at a time
 _OTHERS = (
     (r"\.SCB$", "bitsandbytes' int8"),
     (r"\.quant_state\.|\.(nested_)?(absmax|quant_map)$", "bitsandbytes' 4 bits"),
@@ -34,10 +34,10 @@ _ADVICE = (
 
 
 def refuse_quantized(tensors: TensorFile) -> None:
-    """Refuses weights in a quantization other than scaled float8.
+    """Raises for weights in a quantization other than scaled float8.
 
     Raises:
-      ValueError: With the quantization's name, and what to do.
+      ValueError: With the quantization's name and what to do.
     """
     for pattern, title in _OTHERS:
         name = next((name for name in tensors if re.search(pattern, name)), None)
@@ -49,7 +49,7 @@ def refuse_quantized(tensors: TensorFile) -> None:
 
 
 def refuse_lost_scales(tensors: TensorFile) -> None:
-    """Refuses float8 that is marked as scaled and whose scales are not there.
+    """Raises for float8 weights that are marked as scaled but have no scales.
 
     Raises:
       ValueError: With the marker's name.
@@ -65,7 +65,7 @@ def refuse_lost_scales(tensors: TensorFile) -> None:
 
 
 def scale_names(names: Iterable[str]) -> dict[str, str]:
-    """The scales of a scaled float8 file: name of the weight -> name of its scale."""
+    """The scales in a scaled float8 file: name of the weight -> name of its scale."""
     found = {}
     for name in names:
         for suffix in _SCALES:
@@ -75,16 +75,16 @@ def scale_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def dequantized(tensors: TensorFile, dtype=np.float32) -> TensorFile:
-    """The weights of a scaled float8 file: the stored number times its scale, exact in float32 and then rounded.
+    """The weights of a scaled float8 file: stored values times their scales, computed in float32 and rounded once.
 
-    A scale is one number, one for each row, or one for each block of the weight. Few numbers are in float32 at a time.
+    A weight has one scale, one per row, or one per block. Only a few elements are in float32 at a time.
 
     Args:
-      tensors: The file; others are returned as they are.
+      tensors: The file; files without scales are returned unchanged.
       dtype: Type of the weights.
 
     Raises:
-      ValueError: If a scale does not fit its weight; when it is read, if it is no number.
+      ValueError: If a scale does not fit its weight; on reading, if a scale is not finite.
     """
     scales = scale_names(tensors)
     dropped = {name for name in tensors if name.endswith(_NOTES)} | set(scales.values())
@@ -140,23 +140,23 @@ def dequantized(tensors: TensorFile, dtype=np.float32) -> TensorFile:
 
 
 def _has_row_scales(tensors: TensorFile, name: str, scale: str) -> bool:
-    """Whether a matrix of float8 has one scale, or one for each row."""
+    """Whether this is a float8 matrix with one scale, or one per row."""
     shape, scales = tensors.shapes[name], tensors.shapes[scale]
     rows = math.prod(scales) == 1 or scales in ((shape[0],), (shape[0], 1), (shape[0], 1, 1)) if shape else False
     return len(shape) == 2 and is_float8(tensors.dtypes[name]) and rows
 
 
 def _widened(value: np.ndarray) -> np.ndarray:
-    """The same numbers in float32."""
+    """The same values in float32."""
     if not is_float8(value.dtype):
         return value.astype(np.float32)
-    # All 256 numbers looked up: ten times as fast as the conversion of ml_dtypes.
+    # A lookup table of all 256 values is ten times as fast as ml_dtypes' conversion.
     table = np.arange(256, dtype=np.uint8).view(value.dtype).astype(np.float32)
     return table[value.view(np.uint8)]
 
 
 def _spread(scale: np.ndarray, shape: tuple[int, ...], title: str, rows: slice = slice(None)) -> np.ndarray:
-    """A scale in a shape that multiplies some rows of a weight of `shape`."""
+    """Broadcasts a scale for multiplication with the given rows of a weight of `shape`."""
     if scale.size == 1:
         return scale.reshape(())
     if scale.ndim == 1 and shape and scale.size == shape[0]:
@@ -173,7 +173,7 @@ def _spread(scale: np.ndarray, shape: tuple[int, ...], title: str, rows: slice =
 
 
 def _block(parts: int, size: int) -> int | None:
-    """How many numbers along an axis share one of `parts` scales."""
+    """The number of elements along an axis that share one of `parts` scales."""
     if parts > 1 and math.ceil(size / _BLOCK) == parts:
         return _BLOCK
     return size // parts if size % parts == 0 else None

@@ -1,4 +1,4 @@
-"""Tells what a weight file is from the names and shapes of its tensors, for conversion and for messages."""
+"""Recognizes a weight file by the names and shapes of its tensors, for conversion and for messages."""
 
 import dataclasses
 import functools
@@ -14,14 +14,14 @@ from sf_jax.weights import transformer, umt5, vae
 from sf_jax.weights.mapping import Entry
 from sf_jax.weights.names import NETWORK_PARTS, bare_names, networks_of
 
-# kind -> the namings its files come in.
+# kind -> the namings of its files.
 NAMINGS = {
     "transformer": ("official", "diffusers", "rcm"),
     "vae": ("official", "diffusers"),
     "tiny_vae": ("official",),
     "umt5": ("official", "transformers"),
 }
-# Tensors that Wan2.1's text-to-video network has not -> whose they are; the first that is found counts.
+# Tensors that Wan2.1's text-to-video network lacks -> the network that has them; the first match counts.
 _OTHER_NETWORKS = (
     (r"to_gate_compress", "FastWan transformer with sparse attention"),
     (r"attn_op\.local_attn|\bproj_l\.", "TurboDiffusion transformer with sparse-linear attention"),
@@ -44,7 +44,7 @@ _OTHER_NETWORKS = (
     ),
     (r"_cls_pred_branch|_gan_ca_blocks|_register_tokens", "critic with the heads of a GAN"),
 )
-# A part of a name -> what else the file is, of which nothing can be loaded.
+# Part of a name -> the unsupported kind of file.
 _UNSUPPORTED = (
     (
         r"\blora_|[._]lora[._]|\.(diff|diff_b|diff_m)$",
@@ -55,7 +55,7 @@ _UNSUPPORTED = (
     (r"^decoder\.block\.\d+\.layer", "whole UMT5, of which only the encoder is needed"),
 )
 _OTHER_CHANNELS = {48: "Wan2.2-TI2V-5B", 36: "an image-to-video model", 32: "a model with reference or control videos"}
-HEAD_DIM = 128  # of every size of Wan
+HEAD_DIM = 128  # for every size of Wan
 _PATCH = (1, 2, 2)
 
 
@@ -65,10 +65,10 @@ class Guess:
 
     Attributes:
       kind: "transformer", "vae", "tiny_vae", "umt5", "package" (written by sf_jax) or "unknown".
-      title: the same for people, such as "transformer of Wan2.1-T2V-1.3B".
-      naming: "official", "diffusers", "rcm" or "transformers"; None where it is unknown.
-      config: the sizes; None where they are unknown.
-      is_other: whether a tensor of it tells that it is something that cannot be loaded.
+      title: human-readable description, such as "transformer of Wan2.1-T2V-1.3B".
+      naming: "official", "diffusers", "rcm" or "transformers"; None if unknown.
+      config: the sizes; None if unknown.
+      is_other: whether its tensor names show that it is something unsupported.
     """
 
     kind: str
@@ -79,15 +79,15 @@ class Guess:
 
     @property
     def description(self) -> str:
-        """The title with the naming, for the middle of a sentence."""
+        """The title and naming, for use inside a sentence."""
         return self.title if self.naming is None else f"{self.title}, {self.naming} names"
 
 
 def recognize(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> Guess:
-    """Tells what a file is.
+    """Recognizes a file.
 
-    The number of heads of a transformer does not show in its shapes: it is taken to be dim / 128, which is so for every
-    size of Wan, and 1 where that is not whole.
+    A transformer's shapes do not determine its number of heads. It is assumed to be dim / 128, as in every size of Wan,
+    or 1 if that is not an integer.
 
     Args:
       shapes: name -> shape; wrappers in the names are allowed.
@@ -133,7 +133,7 @@ def entries_of(kind: str, config, naming: str) -> Sequence[Entry]:
 
 @functools.lru_cache(maxsize=16)  # tracing a network takes seconds
 def param_shapes_of(kind: str, config) -> dict:
-    """Shapes and types of the parameters of a network; not to be changed, as the next call gets the same tree."""
+    """Shapes and types of a network's parameters; do not modify the result, as it is cached."""
     models = {"transformer": wan, "vae": vae_model, "tiny_vae": tiny_vae_model, "umt5": umt5_model}
     return models[kind].param_shapes(config)
 

@@ -1,7 +1,7 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Reads and writes safetensors files, one tensor at a time.
 
-They are read with plain reads, not through a memory map: the pages of a map count as resident memory next to the
-arrays that are made from them.
+Files are not memory-mapped, since the mapped pages would count as resident memory in addition to the arrays made from
+them.
 """
 
 import json
@@ -19,7 +19,7 @@ from sf_jax.files import replacing
 from sf_jax.messages import quoted, shortened
 from sf_jax.weights.tensors import MAX_TENSORS, TensorFile, check_announced, checked_tensor, empty_aligned
 
-# The format's names of number types.
+# The format's names for number types.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -42,7 +42,7 @@ _HEADER_LIMIT = 100_000_000
 
 
 def _read_into(file, offset: int, array: np.ndarray, path: Path) -> np.ndarray:
-    """Fills an array with the bytes at an offset of a file."""
+    """Fills an array with the bytes at an offset in a file."""
     view = memoryview(array.reshape(-1).view(np.uint8))
     file.seek(offset)
     while len(view):
@@ -54,7 +54,7 @@ def _read_into(file, offset: int, array: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _pairs(pairs):
-    """A JSON object whose keys must differ."""
+    """A JSON object; raises on duplicate keys."""
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name is there twice")
@@ -62,7 +62,7 @@ def _pairs(pairs):
 
 
 def open_safetensors(path: Path) -> TensorFile:
-    """Opens a safetensors file: header length (8 bytes), header (JSON), numbers."""
+    """Opens a safetensors file: header length (8 bytes), header (JSON), data."""
     file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by TensorFile.close)
     try:
         size = os.fstat(file.fileno()).st_size
@@ -88,12 +88,12 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 def _header(file, size: int) -> tuple[dict, int]:
-    """The header and where the numbers start."""
+    """The header and the offset of the data."""
     length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
     if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
         raise ValueError(f"a header of {length} bytes does not fit in its {size} bytes; perhaps an unfinished download")
     text = file.read(length)
-    if text.count(b"data_offsets") > MAX_TENSORS:  # before it is parsed, which takes ten times its memory
+    if text.count(b"data_offsets") > MAX_TENSORS:  # checked first, as parsing takes ten times its memory
         raise ValueError(f"its header announces more than {MAX_TENSORS} tensors, the most that are read")
     try:
         return strict_json.parse(text, pairs=_pairs), 8 + length
@@ -102,7 +102,7 @@ def _header(file, size: int) -> tuple[dict, int]:
 
 
 def _described(name: str, entry) -> tuple[tuple[int, ...], np.dtype, int, int]:
-    """Shape, type, begin and end of a tensor from its entry in the header."""
+    """Shape, type, start and end offset of a tensor from its entry in the header."""
 
     def sizes(values):
         return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
@@ -123,7 +123,7 @@ def _described(name: str, entry) -> tuple[tuple[int, ...], np.dtype, int, int]:
 
 
 def _check_offsets(tensors: dict, size: int) -> None:
-    """Refuses tensors that overlap, gaps between them, and a file that does not end with the last one."""
+    """Checks that the tensors neither overlap nor leave gaps, and that the last one ends the file."""
     end = 0
     for name, (_, _, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if start != end:
@@ -136,17 +136,17 @@ def _check_offsets(tensors: dict, size: int) -> None:
 
 
 def write_safetensors(path: Path | str, tensors: TensorFile, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file; only one tensor at a time is in memory.
+    """Writes a safetensors file with only one tensor in memory at a time.
 
-    The same tensors give the same bytes, those that the `safetensors` library writes: wide types first, then by name.
+    The bytes depend only on the tensors and equal those of the `safetensors` library: wide types first, then by name.
 
     Args:
       path: the file, which appears under its name only when it is complete.
-      tensors: what to write; a tensor is asked for once.
+      tensors: the tensors to write; each is read once.
       metadata: strings for the header.
 
     Raises:
-      ValueError: the path cannot be written, or a number type is not of the format.
+      ValueError: if the path cannot be written, or the format does not support a number type.
     """
     order = sorted(tensors, key=lambda name: (-tensors.dtypes[name].itemsize, name))
     header, offset = {}, 0

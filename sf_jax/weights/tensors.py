@@ -1,4 +1,4 @@
-"""Named tensors that are read when they are asked for: what every reader gives and every writer takes."""
+"""Lazily read named tensors: the interface between readers and writers."""
 
 import dataclasses
 import math
@@ -8,20 +8,20 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-# XLA's CPU backend takes over an array without a copy if it is aligned so.
+# XLA's CPU backend can alias arrays with this alignment without a copy.
 _ALIGNMENT = 64
-# What a file may announce: far above every network that there is. Names are quoted in messages.
+# Limits on what a file may declare, far above any existing network. Names appear in messages.
 MAX_TENSORS, MAX_NAME, MAX_AXES = 100_000, 250, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Float8:
-    """A scaled matrix as a file has it.
+    """A scaled matrix as stored in a file.
 
     Attributes:
       dtype: its float8 type.
-      read: gives the stored numbers [out, in].
-      scale: gives their scales, float32 [out, 1].
+      read: returns the stored values [out, in].
+      scale: returns their scales, float32 [out, 1].
     """
 
     dtype: np.dtype
@@ -30,15 +30,15 @@ class Float8:
 
 
 class TensorFile(Mapping):
-    """Tensors by name, each of which is read when it is asked for (and read again when asked for again).
+    """Tensors by name; every access reads the tensor from the file again.
 
     Attributes:
       path: the file or folder, for messages.
       shapes: name -> shape, known without reading the tensors.
       dtypes: name -> numpy type.
       metadata: the strings of a safetensors header.
-      part: which of a checkpoint's state dicts these are, None for a file that is one.
-      float8: of scaled float8, the matrices by name as they are stored.
+      part: which of a checkpoint's state dicts this is; None if the file is a single one.
+      float8: for scaled float8, the stored matrices by name.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class TensorFile(Mapping):
         self.close()
 
     def close(self) -> None:
-        """Closes the file; tensors that were read stay."""
+        """Closes the file; tensors already read stay valid."""
         self._close()
 
     def renamed(self, names: Mapping[str, str]) -> "TensorFile":
-        """The same tensors under other names: `names` is new -> old; what it does not have is left out."""
+        """The same tensors with other names; `names` maps new -> old, and tensors not in it are dropped."""
         return TensorFile(
             self.path,
             {new: self.shapes[old] for new, old in names.items()},
@@ -102,7 +102,7 @@ class TensorFile(Mapping):
         return self.renamed({name: name for name in self if not name.startswith(prefix)})
 
     def astype(self, dtype) -> "TensorFile":
-        """The same tensors with all floating numbers of one type; those that it cannot hold are refused when read."""
+        """The same tensors with floating-point ones cast to one type; reading raises if a value overflows it."""
         dtype = np.dtype(dtype)
         dtypes = {name: dtype if is_float(old) else old for name, old in self.dtypes.items()}
         return TensorFile(
@@ -117,7 +117,7 @@ class TensorFile(Mapping):
 
 
 def check_announced(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses more tensors, longer names and more axes than any network has, before something is built from them.
+    """Limits the number of tensors, axes and the length of names, before anything is allocated from them.
 
     Raises:
       ValueError: naming the limit.
@@ -132,21 +132,21 @@ def check_announced(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def is_float(dtype) -> bool:
-    """Whether a numpy type is a floating type, those of `ml_dtypes` included."""
+    """Whether a numpy type is a floating-point type, including those of `ml_dtypes`."""
     dtype = np.dtype(dtype)
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 
 def cast(value: np.ndarray, dtype, title: str) -> np.ndarray:
-    """An array in another floating type.
+    """Casts an array to another floating-point type.
 
     Args:
       value: the array.
       dtype: the type.
-      title: names the array in errors.
+      title: the array's name in errors.
 
     Raises:
-      ValueError: if a finite number is above what the type holds.
+      ValueError: if a finite value overflows the type.
     """
     dtype = np.dtype(dtype)
     if value.dtype == dtype or not is_float(dtype):
@@ -166,12 +166,12 @@ def cast(value: np.ndarray, dtype, title: str) -> np.ndarray:
 
 
 def is_float8(dtype) -> bool:
-    """Whether a numpy type is one of the floating types of a byte."""
+    """Whether a numpy type is one of the 8-bit floating-point types."""
     return np.dtype(dtype).name.startswith("float8")
 
 
 def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An uninitialized array that XLA's CPU backend can take over without a copy."""
+    """An uninitialized array that XLA's CPU backend can alias without a copy."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
@@ -180,10 +180,10 @@ def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def checked_tensor(tensors: TensorFile, name: str) -> np.ndarray:
-    """A tensor in C order, as a writer needs it.
+    """A tensor in C order, as writers need it.
 
     Raises:
-      ValueError: if it is not of the shape and type that `tensors` announced.
+      ValueError: if it does not have the shape and type that `tensors` declares.
     """
     value = np.asarray(tensors[name], order="C")
     if value.shape != tensors.shapes[name] or value.dtype != tensors.dtypes[name]:

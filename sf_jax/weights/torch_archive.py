@@ -1,8 +1,8 @@
-"""What a PyTorch file is made of, looked at before PyTorch reads it: small files must not become gigabytes.
+"""Inspects a PyTorch file before PyTorch reads it, so that small files cannot expand to gigabytes.
 
-`torch.save` writes an uncompressed zip archive of one pickle, which describes the tensors, and of their numbers; before
-PyTorch 1.6 it wrote pickles one after the other, with the numbers behind them. PyTorch itself would inflate compressed
-entries, and build whatever a pickle of any length describes. Nothing of a pickle is run here.
+`torch.save` writes an uncompressed zip archive with one pickle, which describes the tensors, and their data. Before
+PyTorch 1.6 it wrote several pickles in a row, followed by the data. PyTorch would inflate compressed entries and build
+whatever a pickle of any length describes. Nothing in a pickle is executed here.
 """
 
 import collections
@@ -11,25 +11,25 @@ import pickletools
 import zipfile
 from pathlib import Path
 
-# Bytes and instructions of the pickles; those of a checkpoint of Wan2.1-14B are a hundredth of it.
+# Limits on the pickles' bytes and instructions; a checkpoint of Wan2.1-14B needs a hundredth of them.
 MAX_PICKLE, MAX_INSTRUCTIONS = 1 << 24, 1_000_000
-# Before the numbers of the old format: magic number, protocol, machine, tensors, keys of the numbers.
+# Pickles before the data in the old format: magic number, protocol, machine, tensors, storage keys.
 _OLD_PICKLES = 5
 _SAVE_AGAIN = "read it with the program that wrote it, and save its state_dict() with torch.save"
 
 
 def check_container(path: Path) -> int:
-    """Refuses a PyTorch file that is larger than it looks, or that holds programs.
+    """Raises for a PyTorch file that would expand beyond its size, or that contains programs.
 
     Args:
-      path: a file that starts as a zip archive or as a pickle does.
+      path: a file that starts like a zip archive or a pickle.
 
     Returns:
       The protocol of its pickles.
 
     Raises:
-      ValueError: naming the file and what is wrong with it.
-      OSError: it cannot be read.
+      ValueError: naming the file and the problem.
+      OSError: if it cannot be read.
     """
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04":
@@ -41,7 +41,7 @@ def check_container(path: Path) -> int:
 
 
 def record_sizes(path: Path) -> collections.Counter | None:
-    """Sizes in bytes of the records of numbers in an archive, and how many there are of each; None for other files."""
+    """Counts the data records of an archive by their size in bytes; None for other files."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
@@ -63,7 +63,7 @@ def _check_zip(path: Path) -> int:
                     f"{path} describes its tensors in {pickles[0].file_size} bytes, at most {MAX_PICKLE} are read"
                 )
             content = archive.read(pickles[0])
-    # The names of entries, and what encrypted or damaged ones need, make zipfile raise other things, too.
+    # Odd entry names and encrypted or damaged entries make zipfile raise these, too.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OverflowError) as error:
         raise ValueError(f"{path} is no readable PyTorch file, perhaps an unfinished download ({error})") from error
     _check_pickles(path, content, 1)
@@ -84,13 +84,13 @@ def _check_entries(path: Path, archive: zipfile.ZipFile, size: int) -> None:
             f"{packed.compress_size}), which torch.save never does; unpack it and pack it again without compression"
         )
     total = sum(entry.file_size for entry in entries)
-    # A comment could hide another directory of entries, which PyTorch's reader may take for the real one.
+    # A comment could hide a second central directory that PyTorch's reader may use instead.
     if total > size or len(set(names)) != len(names) or archive.comment:
         raise ValueError(f"{path} is refused: its entries of {total} bytes overlap or are hidden in its {size} bytes")
 
 
 def _check_pickles(path: Path, content: bytes, count: int) -> None:
-    """Refuses pickles that are too long or no pickles; their instructions are counted, and none is followed."""
+    """Raises for pickles that are invalid or too long; counts their instructions without executing any."""
     stream, instructions, ended = io.BytesIO(content), 0, 0
     try:
         while ended < count and instructions <= MAX_INSTRUCTIONS:
@@ -99,7 +99,7 @@ def _check_pickles(path: Path, content: bytes, count: int) -> None:
                 if instructions > MAX_INSTRUCTIONS:
                     break
             ended += 1
-    except Exception as error:  # Damaged pickles make pickletools raise nearly anything.
+    except Exception as error:  # Damaged pickles can make pickletools raise almost anything.
         if len(content) < MAX_PICKLE and ended:
             raise ValueError(f"{path} is a pickle, but not one of torch.save: {_SAVE_AGAIN}") from error
         if len(content) < MAX_PICKLE:

@@ -1,4 +1,4 @@
-"""PyTorch's pickles, read and written; PyTorch is imported here, when it is needed, and nowhere else."""
+"""Reads and writes PyTorch pickles; the only module that imports PyTorch, and only on use."""
 
 import collections
 import pickle
@@ -15,16 +15,16 @@ from sf_jax.messages import quoted, shortened, with_article
 from sf_jax.weights.tensors import TensorFile, check_announced, checked_tensor, empty_aligned
 from sf_jax.weights.torch_archive import check_container, record_sizes
 
-# In older ones crafted files run code (CVE-2025-32434, before 2.6) or damage memory (CVE-2026-24747).
+# In older versions, crafted files execute code (CVE-2025-32434, before 2.6) or corrupt memory (CVE-2026-24747).
 OLDEST_TORCH = (2, 10)
-# How often tensors may share their numbers on average; tied embeddings do, and whole copies under a second name.
+# How often tensors may share storage on average; tied embeddings and whole copies under a second name do.
 MAX_SHARING = 4
-_PROTOCOL = 2  # of the pickles of torch.save
-# State dicts that a checkpoint of this family may hold; of the first three the earliest is the one to generate with.
+_PROTOCOL = 2  # pickle protocol of torch.save
+# State dicts in Self Forcing's checkpoints; generation uses the earliest present of the first three.
 PARTS = ("generator_ema", "generator", "model", "critic")
-# What trainers call the state dict itself, inside of a checkpoint or of one of its parts.
+# Trainers' keys for the state dict itself, inside a checkpoint or one of its parts.
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params", "net", "ema", "model_ema", "ema_model")
-# What they keep beside the tensors of a state dict.
+# Keys that trainers store next to the tensors of a state dict.
 _BESIDE = ("step", "global_step", "iteration", "iter", "epoch", "config", "args", "cfg", "hparams", "hyper_parameters")
 _BESIDE += ("metadata", "version", "pytorch-lightning_version", "optimizer", "scheduler", "lr_scheduler")
 
@@ -53,7 +53,7 @@ def _import_torch(path: Path):
 
 
 def _torch_types(torch) -> dict:
-    """PyTorch's types that numpy does not have: (an integer type of that width, the type of `ml_dtypes`)."""
+    """PyTorch's types that numpy lacks -> (an integer type of the same width, the type in `ml_dtypes`)."""
     return {
         torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
         torch.float8_e4m3fn: (torch.uint8, np.dtype(ml_dtypes.float8_e4m3fn)),
@@ -62,7 +62,7 @@ def _torch_types(torch) -> dict:
 
 
 def _numpy_types(torch) -> dict:
-    """All types that are read -> those of numpy."""
+    """All supported PyTorch types -> numpy types."""
     names = ("float64", "float32", "float16", "int64", "int32", "int16", "int8")
     names += ("uint64", "uint32", "uint16", "uint8", "bool")
     return {getattr(torch, name): np.dtype(name) for name in names} | {
@@ -71,7 +71,7 @@ def _numpy_types(torch) -> dict:
 
 
 def open_torch(path: Path, part: str | None, need_part: bool = True) -> TensorFile:
-    """Opens what `torch.save` wrote: a state dict, or a checkpoint of one or several; see `open_tensors`."""
+    """Opens a file of `torch.save`: a state dict, or a checkpoint with one or several; see `open_tensors`."""
     torch = _import_torch(path)
     views, types = _torch_types(torch), _numpy_types(torch)
     protocol = check_container(path)
@@ -107,7 +107,7 @@ def open_torch(path: Path, part: str | None, need_part: bool = True) -> TensorFi
 
 
 def _fault(torch, types: dict, name, value) -> str | None:
-    """Why an entry of a state dict is no plain tensor, or None."""
+    """The reason why an entry of a state dict is not a plain tensor, or None."""
     if not isinstance(name, str):
         return f"its key is {with_article(type(name).__name__)}"
     if not isinstance(value, torch.Tensor):
@@ -131,7 +131,7 @@ def _fault(torch, types: dict, name, value) -> str | None:
 
 
 def _check_total(tensors: Iterable, size: int) -> None:
-    """Refuses tensors that share their numbers until they are far more than the file; some sharing is usual."""
+    """Raises if tensors share storage so much that they far exceed the file's size; some sharing is normal."""
     total = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     if total > MAX_SHARING * size:
         raise ValueError(
@@ -140,7 +140,7 @@ def _check_total(tensors: Iterable, size: int) -> None:
 
 
 def _check_records(torch, content, path: Path) -> None:
-    """Refuses tensors whose numbers have another size than any record: mapped memory would give the bytes behind it."""
+    """Raises if a storage's size matches no record: memory mapping would read beyond the record's end."""
     sizes = record_sizes(path)
     if sizes is None:
         return
@@ -162,12 +162,12 @@ def _check_records(torch, content, path: Path) -> None:
 
 
 def _load_pickle(torch, path: Path, protocol: int):
-    """What a pickle holds, memory-mapped where its format and its name allow it."""
-    # PyTorch's own words tell users to load such files without any safety.
+    """The contents of a pickle, memory-mapped if its format and name allow it."""
+    # PyTorch's own messages advise users to load such files unsafely.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if path.name.endswith(".safetensors"):  # by which torch.load would take it for another format
+            if path.name.endswith(".safetensors"):  # torch.load would assume another format
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             try:
@@ -189,20 +189,20 @@ def _load_pickle(torch, path: Path, protocol: int):
         raise ValueError(
             f"{path} is refused: it holds more than tensors, which could run code ({reason}); nothing of it was run"
         ) from error
-    except Exception as error:  # Damaged pickles make PyTorch raise nearly anything.
+    except Exception as error:  # Damaged pickles can make PyTorch raise almost anything.
         raise ValueError(
             f"{path} is no readable PyTorch file, perhaps an unfinished download ({_reason(error)})"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch says of a damaged file, unless it is advice on loading it all the same."""
+    """PyTorch's message about a damaged file, unless it advises loading the file anyway."""
     text = shortened((str(error).splitlines() or [""])[0], 200)
     return text if text and not re.search(r"weights_only|torch\.load|trust", text) else type(error).__name__
 
 
 def _state_dict(torch, held, path: Path, part: str | None, need_part: bool) -> tuple[dict, str | None]:
-    """The state dict to read, and its name in the checkpoint; None for the only one of it, whatever it is called."""
+    """The state dict to read, and its name in the checkpoint; None if it is the only one and its name is unknown."""
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds {with_article(type(held).__name__)}, not the tensors of a network by name")
     parts = [name for name, value in held.items() if isinstance(value, Mapping) and isinstance(name, str)]
@@ -214,7 +214,7 @@ def _state_dict(torch, held, path: Path, part: str | None, need_part: bool) -> t
     if not parts:
         return dict(held), None
     names = shortened(", ".join(parts[:8]))
-    # A critic alone, and a network that has the name of another part, are not what is wanted.
+    # A lone network is a fallback only if its name is not one of the known parts, such as the critic.
     alone = next(iter(networks)) if len(networks) == 1 and not set(networks) & set(PARTS) else None
     wanted = part
     if part is None:
@@ -230,7 +230,7 @@ def _state_dict(torch, held, path: Path, part: str | None, need_part: bool) -> t
 
 
 def _unwrapped(torch, held: Mapping, depth: int = 3) -> Mapping | None:
-    """The tensors by name in a part of a checkpoint, which may be in a wrapper of their own; None where it has none."""
+    """The tensors by name in a part of a checkpoint, possibly inside a wrapper; None if it has no tensors."""
     if any(isinstance(value, torch.Tensor) for value in held.values()):
         return held if all(isinstance(name, str) for name in held) else None
     inner = [held[name] for name in _WRAPPERS if isinstance(held.get(name), Mapping)]
@@ -238,30 +238,30 @@ def _unwrapped(torch, held: Mapping, depth: int = 3) -> Mapping | None:
 
 
 def _is_beside(torch, name, value) -> bool:
-    """Whether an entry of a state dict is no weight, but what trainers keep beside the weights."""
+    """Whether an entry of a state dict is a trainer's extra state, not a weight."""
     return name in _BESIDE and not (isinstance(value, torch.Tensor) and value.ndim)
 
 
 def write_torch(path: Path | str, tensors: TensorFile, part: str | None = None) -> None:
-    """Writes what `torch.load` reads: a state dict, under the name `part` in a checkpoint if that is given.
+    """Writes a state dict that `torch.load` reads, inside a checkpoint under the name `part` if given.
 
-    All tensors are in memory meanwhile: that is how `torch.save` works.
+    All tensors are in memory at once, as `torch.save` requires.
 
     Raises:
-      ValueError: the path cannot be written, or PyTorch is not installed.
+      ValueError: if the path cannot be written, or PyTorch is not installed.
     """
     torch = _import_torch(Path(path))
     types = {ours: (narrow, theirs) for theirs, (narrow, ours) in _torch_types(torch).items()}
     held = {}
     for name in tensors:
         value = checked_tensor(tensors, name)
-        # PyTorch warns of arrays that it may not write, such as those of JAX.
+        # PyTorch warns about read-only arrays, such as those of JAX.
         value = value if value.flags.writeable else value.copy()
         if value.dtype in types:
             narrow, theirs = types[value.dtype]
             held[name] = torch.from_numpy(value.view(_numpy_types(torch)[narrow])).view(theirs)
         else:
             held[name] = torch.from_numpy(value)
-    # Through a file object, as torch.save writes the name that it is given into the file.
+    # Passes a file object, as torch.save would store the path's name inside the file.
     with replacing(path) as unfinished, open(unfinished, "wb") as file:
         torch.save({part: held} if part else held, file)

@@ -1,4 +1,4 @@
-"""Name maps of the transformer: the official Wan2.1 / Self Forcing names and those of diffusers."""
+"""Name maps of the transformer: official Wan2.1 / Self Forcing names and diffusers' names."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +9,7 @@ from sf_jax.weights import mapping
 from sf_jax.weights.mapping import LINEAR, SAME, Entry, Layout
 from sf_jax.weights.names import bare_names
 
-# (ours, official, diffusers): layers with weight and bias, outside of the blocks and in each block.
+# (ours, official, diffusers) for layers with weight and bias, outside the blocks and in each block.
 _TOP = (
     ("patch_embedding", "patch_embedding", "patch_embedding"),
     ("text_in", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -48,7 +48,7 @@ def naming_of(names: Iterable[str]) -> str:
 
 
 def _patch_embedding(config: WanConfig) -> Layout:
-    """The convolution [dim, C, 1, ph, pw], ours a kernel [ph*pw*C, dim] over patches."""
+    """Theirs is a convolution [dim, C, 1, ph, pw], ours a kernel [ph*pw*C, dim] over patches."""
     inner = (*config.patch, config.channels, config.dim)
     return Layout(
         lambda x: np.moveaxis(x, (0, 1), (-1, -2)).reshape(-1, x.shape[0]),
@@ -57,7 +57,7 @@ def _patch_embedding(config: WanConfig) -> Layout:
 
 
 def _linear_patch_embedding(config: WanConfig) -> Layout:
-    """The linear layer [dim, C*1*ph*pw] of NVlabs/rcm, whose inputs are in the order of the convolution's weights."""
+    """Theirs is NVlabs/rcm's linear layer [dim, C*1*ph*pw], with inputs in the order of the convolution's weights."""
     convolution, window = _patch_embedding(config), (config.channels, *config.patch)
     return Layout(
         lambda x: convolution.ours(x.reshape(x.shape[0], *window)),
@@ -68,7 +68,7 @@ def _linear_patch_embedding(config: WanConfig) -> Layout:
 def entries(config: WanConfig, naming: str = "official") -> list[Entry]:
     """The map of a transformer; `naming` is "official", "diffusers", or "rcm": official with a linear patch embedding.
 
-    Source of the last: NVlabs/rcm, rcm/networks/wan2pt1.py.
+    Source of "rcm": NVlabs/rcm, rcm/networks/wan2pt1.py.
     """
     column = {"official": 1, "diffusers": 2, "rcm": 1}[naming]
     embedding = _linear_patch_embedding(config) if naming == "rcm" else _patch_embedding(config)

@@ -1,4 +1,4 @@
-"""Name maps of the text encoder: the official names and those of transformers' `UMT5EncoderModel`."""
+"""Name maps of the text encoder: official names and those of transformers' `UMT5EncoderModel`."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from sf_jax.messages import shortened
 from sf_jax.models.umt5 import Umt5Config
 from sf_jax.weights.mapping import LINEAR, SAME, Entry
 
-# The embedding has two names in transformers, of which a file may hold either or both.
+# The embedding has two names in transformers; a file may contain either or both.
 _EMBEDDING = {
     "official": ("token_embedding.weight",),
     "transformers": ("shared.weight", "encoder.embed_tokens.weight"),
@@ -47,13 +47,13 @@ def entries(config: Umt5Config, naming: str = "official") -> list[Entry]:
 
 
 def umt5_config_of(shapes: Mapping[str, tuple]) -> Umt5Config:
-    """Sizes of the text encoder whose tensors have these names and shapes, in either naming.
+    """Sizes of a text encoder from its tensors' names (in either naming) and shapes.
 
     Args:
       shapes: the file's name -> shape.
 
     Raises:
-      ValueError: if they are not those of a text encoder; naming the tensor that is missing or misshaped.
+      ValueError: if this is not a text encoder, naming the missing or misshaped tensor.
     """
     naming = "official" if _EMBEDDING["official"][0] in shapes else "transformers"
     names, prefix = _block_names(naming), _BLOCKS[naming]
@@ -72,7 +72,7 @@ def umt5_config_of(shapes: Mapping[str, tuple]) -> Umt5Config:
     numbers = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes)
     layers = {number[1] for number in numbers if number}
     for number in layers:
-        # Compared before it becomes a number of blocks: a name can say anything.
+        # A name can contain any number, so check it before using it as a block count.
         if len(number) > 9 or int(number) >= len(layers):
             raise ValueError(
                 f"these are not the weights of a whole UMT5 encoder: there are {len(layers)} blocks, one of number "

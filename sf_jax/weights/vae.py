@@ -7,10 +7,10 @@ from sf_jax.models.tiny_vae import TinyVaeConfig
 from sf_jax.models.vae import LIMITS, VaeConfig
 from sf_jax.weights.mapping import CONV, SAME, Entry, vector
 
-# What a file of the tiny VAE holds beside the decoder; we have no use for it.
+# The encoder in a file of the tiny VAE, which we do not use.
 TINY_UNUSED = "encoder."
 
-# (ours, official, diffusers) of the parts of a residual block: two norms, two convolutions, the shortcut.
+# (ours, official, diffusers) for the parts of a residual block: two norms, two convolutions, the shortcut.
 _BLOCK = (
     ("norm1", "residual.0", "norm1"),
     ("conv1", "residual.2", "conv1"),
@@ -18,7 +18,7 @@ _BLOCK = (
     ("conv2", "residual.6", "conv2"),
     ("shortcut", "shortcut", "conv_shortcut"),
 )
-# The same for what surrounds the levels, in both halves.
+# The same for the layers around the levels, in both halves (encoder and decoder).
 _FRAME = (
     ("conv_in", "conv1", "conv_in"),
     ("norm_out", "head.0", "norm_out"),
@@ -28,7 +28,7 @@ _FRAME = (
     ("middle.attention.proj", "middle.1.proj", "mid_block.attentions.0.proj"),
 )
 _MIDDLE = (("middle.block1", "middle.0", "mid_block.resnets.0"), ("middle.block2", "middle.2", "mid_block.resnets.1"))
-# Outside of the halves in both files; ours belong to them.
+# Outside the halves in both namings; inside them in ours.
 _QUANT = (("encoder.quant", "conv1", "quant_conv"), ("decoder.quant", "conv2", "post_quant_conv"))
 
 
@@ -45,7 +45,7 @@ def _layer(path: str, name: str) -> list[Entry]:
 
 
 def _levels(config: VaeConfig, half: str) -> list[tuple[str, int, int, bool]]:
-    """(path of the level, channels in, channels out, whether its resampling has a `time_conv`) of one half's levels."""
+    """(path, channels in, channels out, whether its resampling has a `time_conv`) of each level of one half."""
     dims, times = [config.dim * mult for mult in config.dim_mult], [*config.temporal_downsample, False]
     if half == "encoder":
         before = [config.dim, *dims[:-1]]
@@ -63,7 +63,7 @@ def _half(config: VaeConfig, half: str, column: int) -> list[Entry]:
     count, number = config.num_res_blocks + (half == "decoder"), 0
     levels = _levels(config, half)
     for level, (path, before, after, time) in enumerate(levels):
-        # One running number in the official files and in diffusers' encoder; diffusers' decoder nests.
+        # Official files and diffusers' encoder number the blocks consecutively; diffusers' decoder nests them.
         nested = f"{half}.up_blocks.{level}"
         for i in range(count):
             name = (f"{stem}.{number}", f"{half}.down_blocks.{number}")[column - 1]
@@ -94,12 +94,12 @@ def entries(config: VaeConfig, naming: str = "official") -> list[Entry]:
 
 
 def vae_config_of(shapes: Mapping[str, tuple[int, ...]]) -> VaeConfig:
-    """The sizes of a VAE, from the names and shapes of a file with official or diffusers' names.
+    """The sizes of a VAE from its tensors' official or diffusers' names and shapes.
 
-    The latents' mean and standard deviation are in no file: with 16 channels they are those of Wan2.1, else 0 and 1.
+    Files do not store the latents' mean and standard deviation: with 16 channels they are Wan2.1's, else 0 and 1.
 
     Raises:
-      ValueError: if these are not the names of a VAE.
+      ValueError: if the names are not a VAE's.
     """
     official = "encoder.downsamples.0.residual.6.weight" in shapes
     stem = "encoder.downsamples" if official else "encoder.down_blocks"
@@ -133,7 +133,7 @@ def vae_config_of(shapes: Mapping[str, tuple[int, ...]]) -> VaeConfig:
 def tiny_entries(config: TinyVaeConfig) -> list[Entry]:
     """The map of the tiny decoder.
 
-    A file of the tiny VAE (`taew2_1`) holds an encoder, too; drop the names that start with `TINY_UNUSED` first.
+    A file of the tiny VAE (`taew2_1`) also contains an encoder; drop names that start with `TINY_UNUSED` first.
     """
     found = []
 
@@ -144,13 +144,13 @@ def tiny_entries(config: TinyVaeConfig) -> list[Entry]:
             found.append(Entry(f"decoder.{name}.bias", (*path, "bias")))
 
     add("conv_in", "1")
-    number = 3  # after a clamp, the convolution and its ReLU
+    number = 3  # follows a clamp, the convolution and its ReLU
     for stage in range(len(config.grow)):
         for block in range(config.blocks):
             for i in range(3):
                 add(f"stage{stage}_block{block}.conv{i + 1}", f"{number}.conv.{2 * i}")
             number += 1
-        add(f"stage{stage}_grow", f"{number + 1}.conv", bias=False)  # after the upsampling, which has no weights
+        add(f"stage{stage}_grow", f"{number + 1}.conv", bias=False)  # follows the upsampling, which has no weights
         add(f"stage{stage}_out", f"{number + 2}", bias=False)
         number += 3
     add("conv_out", str(number + 1))
@@ -158,10 +158,10 @@ def tiny_entries(config: TinyVaeConfig) -> list[Entry]:
 
 
 def tiny_vae_config_of(shapes: Mapping[str, tuple[int, ...]]) -> TinyVaeConfig:
-    """The sizes of a tiny decoder, from the names and shapes of a file.
+    """The sizes of a tiny decoder from its tensors' names and shapes.
 
     Raises:
-      ValueError: if these are not the names of a tiny VAE.
+      ValueError: if the names are not a tiny VAE's.
     """
     grow = sorted(int(m[1]) for name in shapes if (m := re.fullmatch(r"decoder\.(\d{1,4})\.conv\.weight", name)))
     outs = [f"decoder.{number + 1}.weight" for number in grow]
