@@ -10,11 +10,10 @@ Ablations are measured at 4 times the training length, with and without real con
 alone changes is the row "SF+DMD, write" of the table.
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
-search for every row, on seeds that no row of the table has; of "SF+SiD, write" and "SF+GAN, write" it has been run
-three frames at a time alone. A row is trained and measured per seed: at 1, 4
-and 16 times the training length, and at 4 times with real clips as the context of every chunk. That control has no
-exposure to own outputs: what a row loses there, it does not lose to exposure. A second control has one real chunk and
-goes on from it by itself: it tells errors that add up from those of a first chunk that nothing came before.
+search for every row, on seeds that no row of the table has. A row is trained and measured per seed: at 1, 4 and 16
+times the training length, and at 4 times with real clips as the context of every chunk. That control has no exposure to
+own outputs: what a row loses there, it does not lose to exposure. A second control starts from one real chunk and
+continues alone: it separates errors that add up from those of a first chunk without context.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
@@ -107,7 +106,7 @@ ROWS = (
     Row("SF+DMD", "distill", rate=3e-4),
     Row("SF+DMD, write", "distill", _WRITE, 3e-4, framewise_rate=1e-4),
     Row("SF+SiD", "sid", rate=3e-4),
-    Row("SF+SiD, write", "sid", _WRITE, 3e-4),
+    Row("SF+SiD, write", "sid", _WRITE, 3e-4, framewise_rate=1e-4),
     Row("SF+GAN", "gan", rate=1e-4),
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
