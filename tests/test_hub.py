@@ -283,5 +283,5 @@ def test_convert_takes_a_whole_model_of_the_hub(server):
 
 def test_convert_takes_a_student_of_the_hub(server, tmp_path, capsys):
     server.repositories["org/ours"] = {"student.safetensors": shipped_path("student").read_bytes()}
-    for value in ("org/ours/student.safetensors", "org/ours"):
-        assert "package of sf_jax" in run_convert(capsys, input=value, output=tmp_path / "a.safetensors")
+    for number, value in enumerate(("org/ours/student.safetensors", "org/ours")):
+        assert "package of sf_jax" in run_convert(capsys, input=value, output=tmp_path / f"{number}.safetensors")
