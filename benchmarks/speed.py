@@ -96,15 +96,17 @@ def versions() -> dict:
 def measure(targets: list[str], programs: list[str], layers: int, file: Path) -> None:
     """Compiles the programs that the file lacks for this commit."""
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    now, keys = commit(), {(row["target"], row["program"], row["layers"], row["commit"]) for row in known}
+    level = {"level": os.environ[LEVEL]} if LEVEL in os.environ else {}
+    fields = ("target", "program", "layers", "commit", "level")
+    now, keys = commit(), {tuple(map(row.get, fields)) for row in known}
     for target in targets:
-        missing = [name for name in programs if (target, name, layers, now) not in keys]
+        missing = [name for name in programs if (target, name, layers, now, level.get("level")) not in keys]
         for name, call, mesh in calls(target, layers) if missing else ():
             if name not in missing:
                 continue
             row = row_of(compile_call(call, mesh), chip_of(target))
             common = {"target": target, "program": name, "layers": layers, "commit": now, "versions": versions()}
-            common |= {"level": os.environ[LEVEL]} if LEVEL in os.environ else {}
+            common |= level
             with file.open("a") as out:
                 out.write(json.dumps(common | row) + "\n")
             print(

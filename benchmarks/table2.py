@@ -6,7 +6,7 @@
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
-Ablations are measured at 4 times the training length, with and without real context; what the gradient into the cache
+Ablations are measured at 4 times the training length, with and without the controls; what the gradient into the cache
 alone changes is the row "SF+DMD, write" of the table.
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
@@ -67,7 +67,7 @@ class Row:
       start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
       framewise_rate: learning rate frame-wise, where another one is best there.
       chunks: sizes of chunk with which it is run.
-      run_updates: of the run that the row is a stop of, where that goes on.
+      run_updates: updates of the whole run, for the rows of a run that is measured several times.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Row:
 
 def with_stops(row: Row, *counts: int) -> tuple[Row, ...]:
     """A row, behind the same run measured at smaller numbers of updates."""
-    return (*(dataclasses.replace(row, updates=count, run_updates=row.updates) for count in counts), row)
+    return tuple(dataclasses.replace(row, updates=n, run_updates=row.updates) for n in (*counts, row.updates))
 
 
 # As in the paper: past the training length, no row sees its first frames.
@@ -179,11 +179,11 @@ def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Pa
     if row.few_step:
         folder /= f"rate{rate or row.rate_of(chunk):g}-updates{row.run_updates or row.updates}"
     path = folder / ("student.safetensors" if row.few_step else "causal.safetensors")
-    if row.run_updates:
+    if row.run_updates not in (None, row.updates):
         path = folder / f"updates{row.updates}.safetensors"
     if not path.exists():
-        # the number of steps differs from stop to stop, and nothing depends on it
-        loop.train(config, folder, allow_config_change=True).rename(path)
+        # the number of steps differs between the stops of a run, and nothing depends on it
+        loop.train(config, folder, allow_config_change=row.run_updates is not None).rename(path)
         (folder / "commit").write_text(commit())
     return path
 
@@ -328,7 +328,7 @@ def main(arguments: list[str]) -> None:
     seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
     lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, control) for control in CONTROLS[1:]]
     if args.ablations:
-        lengths = [(CONTROL_LENGTH, control) for control in CONTROLS[:2]]
+        lengths = [(CONTROL_LENGTH, control) for control in CONTROLS]
     if args.quick and (args.rows or args.ablations or args.tune):
         parser.error("--quick has rows, seed and length of its own: leave out --rows, --ablations and --tune")
     if args.quick:

@@ -1,5 +1,6 @@
 """The persistent cache of compiled programs, and the JAX settings that enable it."""
 
+import contextlib
 import os
 import platform
 import stat
@@ -106,12 +107,14 @@ def _remove_unused(compiled: Path) -> None:
         if looked.exists() and now - looked.stat().st_mtime < _DAY:
             return
         looked.touch()
-        for path in compiled.rglob("*"):
+        paths = list(compiled.rglob("*"))
+    except OSError:
+        return
+    for path in paths:
+        with contextlib.suppress(OSError):  # another process removed it first, or it cannot be removed
             status = path.lstat()
             if stat.S_ISREG(status.st_mode) and now - max(status.st_atime, status.st_mtime) > _UNUSED:
                 path.unlink()
-    except OSError:  # another process removed it first, or the disk is read-only: tries again the next day
-        pass
 
 
 def _set(name: str, value: str | float) -> None:

@@ -80,7 +80,9 @@ _LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
 )
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the file of --output, where there is one")
+_OVERWRITE = flags.DEFINE_boolean(
+    "overwrite", False, "Replace the file of --output, or that --from writes, if it exists"
+)
 GROUPS = {
     "Files": ("input", "from", "output", "overwrite", "checkpoint"),
     "What is written": ("to", "part", "dtype", "lora", "max_shard_size"),
@@ -161,7 +163,14 @@ def _card(
     header = _header(networks)
     contents = [*cards.contents_of(networks), *(f"merged into the transformer: {text}" for text in adapters)]
     card = cards.Card(title, _TO.value or "official", contents, header, run, _LICENSE.value, _BASE_MODEL.value)
-    _tell([note for note in [cards.write_card(card, folder, stem)[1]] if note])
+    _write_card(card, folder, stem)
+
+
+def _write_card(card: cards.Card, folder: Path, stem: str | None) -> None:
+    path, note = cards.write_card(card, folder, stem)
+    if path is None and _OVERWRITE.value:
+        note += "; what is there may describe the file that was replaced"
+    _tell([note] if note else [])
 
 
 def _export(output: Path | None) -> tuple[str, Path]:
@@ -177,6 +186,7 @@ def _export(output: Path | None) -> tuple[str, Path]:
     step, package = load_run(_FROM.value)
     # A finished run's file name would make sf_jax.train treat the run as complete.
     output = output or Path(_FROM.value) / f"{package.kind}_{step:06d}.safetensors"
+    _check_free(output)
     dtype = _DTYPE.value or "float32"
     tensors = load.file_tensors(transformer.entries(package.config), package.params).astype(_DTYPES[dtype])
     title = f"{package.kind} of {package.config.num_layers} layers, dim {package.config.dim}"
@@ -226,7 +236,7 @@ def _is_folder(text: str) -> bool:
     return True
 
 
-def _check_flags(output: Path | None, folder: bool) -> None:
+def _check_flags(output: Path | None, folder: bool, loras: Sequence[Lora]) -> None:
     """Rejects flags without effect, and an output that is part of the input or would be overwritten."""
     for name, flag in (("checkpoint", _CHECKPOINT), ("max_shard_size", _SHARD_SIZE)):
         if flag.value is not None and not folder:
@@ -237,17 +247,24 @@ def _check_flags(output: Path | None, folder: bool) -> None:
         raise ValueError(f"license is {_LICENSE.value!r}: give an identifier of the hub, such as apache-2.0 or other")
     if _BASE_MODEL.value is not None and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", _BASE_MODEL.value, re.ASCII):
         raise ValueError(f"base_model is {_BASE_MODEL.value!r}: give a name of the hub, OWNER/NAME")
-    if _OVERWRITE.value and (output is None or folder):
+    if _OVERWRITE.value and folder:
         raise ValueError("overwrite: it is for a file as --output; no folder that holds something is written to")
     if output is None or folder or not output.exists():
         return
+    if any(Path(lora.path).exists() and output.samefile(lora.path) for lora in loras):
+        raise ValueError(f"output is {output}: it is a file of --lora, give another name")
     if _INPUT.value is not None:
         source = Path(_INPUT.value)
         inside = source if source.is_dir() else source.parent if source.suffix == ".json" else None
         same = source.exists() and output.samefile(source)
         if same or (inside is not None and inside.resolve() in output.resolve().parents):
             raise ValueError(f"output is {output}: it is a file of the input, give another name")
-    if not _OVERWRITE.value:
+    _check_free(output)
+
+
+def _check_free(output: Path) -> None:
+    """Raises if a file would be replaced without `--overwrite`."""
+    if output.exists() and not _OVERWRITE.value:
         raise ValueError(f"output is {output}: the file exists; give another name, or --overwrite to replace it")
 
 
@@ -279,7 +296,7 @@ def _convert_adapter(output: Path | None) -> str:
 def _adapter_card(output: Path, content: str, naming: str, run: cards.Run | None) -> None:
     """Writes the model card of an adapter file."""
     card = cards.Card(output.stem, naming, [content], None, run, _LICENSE.value, _BASE_MODEL.value, is_adapter=True)
-    _tell([note for note in [cards.write_card(card, output.parent, output.stem)[1]] if note])
+    _write_card(card, output.parent, output.stem)
 
 
 def main() -> None:
@@ -293,7 +310,7 @@ def main() -> None:
         raise ValueError("output is missing: give the file to write, or the folder to make")
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     folder = output is not None and _is_folder(_OUTPUT.value)
-    _check_flags(output, folder)
+    _check_flags(output, folder, loras)
     if output is not None and not folder:
         remove_leftovers(check_writable(output.parent, "output"))
     if (_FROM.value is not None and _PART.value == "lora") or (

@@ -195,6 +195,8 @@ def write_chunk(
     """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and caches its keys and values."""
     seen = seen_cache(config, cache, start)
     layout = chunk_layout(seen, config, start, clean.shape[1])
+    if not model.config.scan_layers:  # every layer would compile attention for every number of cached frames
+        layout = layout.replace(prefixes=(), prefixes_masked=False)
     _, kv = predict(model, config, params, clean, t, text, layout, seen)
     return kv_cache.write(cache, kv.k, kv.v, start), kv
 

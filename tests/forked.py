@@ -56,8 +56,9 @@ def run_command(module: str, *arguments, **options) -> subprocess.CompletedProce
         )
         server.stdin.write(json.dumps([module, arguments, *map(str, paths)]) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess([module, *arguments], code, *(path.read_text() for path in paths))
+        code = server.stdout.readline()
+        assert code, f"the process that starts commands has ended: run `python -m {module}` to see why"
+        return subprocess.CompletedProcess([module, *arguments], int(code), *(path.read_text() for path in paths))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,5 +1,7 @@
 """sf_jax.convert's errors and notes: values that a type cannot represent, and settings that a format cannot store."""
 
+import types
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -120,10 +122,19 @@ def test_a_file_that_is_there_is_only_replaced_on_demand(tensors, tmp_path, caps
         assert output.read_bytes() == b"mine"
     with pytest.raises(ValueError, match="it is a file of the input"):
         run_convert(capsys, input=base, output=base, overwrite=True)
+    with pytest.raises(ValueError, match="it is a file of --lora"):
+        run_convert(capsys, input=base, lora=adapter, output=adapter, overwrite=True)
     with pytest.raises(ValueError, match="overwrite: it is for a file as --output"):
         run_convert(capsys, input=base, output=f"{tmp_path}/new/", to="official", overwrite=True)
     run_convert(capsys, input=base, output=output, overwrite=True)
     assert output.stat().st_size > 1000
+
+
+def test_the_export_of_a_run_replaces_nothing_either(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sf_jax.training.export.load_run", lambda folder: (7, types.SimpleNamespace(kind="student")))
+    (tmp_path / "student_000007.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="student_000007.safetensors: the file exists"):
+        run_convert(capsys, **{"from": tmp_path})
 
 
 def test_adapters_of_a_run_have_its_card(tmp_path, capsys, monkeypatch):

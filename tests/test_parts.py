@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
+from sf_jax.inference.layers import Videos
 from sf_jax.inference.load import WanOptions, causal_header, find_wan, load_pipeline, wan_pipeline
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.rollout import RolloutConfig
@@ -84,8 +85,10 @@ def test_generate_takes_the_parts_of_a_model(named, folder, tmp_path):
         Job(PROMPT, vae="tiny")
     with pytest.raises(ValueError, match="text_encoder .*none.safetensors does not exist"):
         find_wan(folder, WanOptions(text_encoder=folder / "none.safetensors"))
-    with pytest.raises(ValueError, match="size is 480: give height and width in pixels"):
-        WanOptions(size=480)
+    with pytest.raises(ValueError, match="videos is 480: it must be a Videos"):
+        WanOptions(videos=480)
+    with pytest.raises(ValueError, match="videos.frames is 0: it must be a whole number, at least 1"):
+        Videos(frames=0)
     with pytest.raises(ValueError, match="Wan2.1_VAE.safetensors: a transformer is needed; this seems to be: VAE"):
         find_wan(folder, WanOptions(transformer=folder / "Wan2.1_VAE.safetensors"))
     with pytest.raises(ValueError, match="a vae or tiny_vae is needed; this seems to be: text encoder"):

@@ -139,14 +139,18 @@ def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart
     assert "layers apart" in apart.describe() and "layers apart" not in scanned.describe()
     wide = wan.wan_1_3b()
     half = dataclasses.replace(wide, dtype="bfloat16")
-    shapes, memory = wan.param_shapes(half), 24 << 30
-    assert not layers._reads_in_place(half)
+    shapes, rollout = wan.param_shapes(half), ro.RolloutConfig()
+
+    def apart(config, rollout=rollout, many_steps=False, **videos):
+        return layers.layers_apart(config, shapes, rollout, 24 << 30, layers.Videos(**videos), many_steps)
+
+    assert not apart(half)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert layers._reads_in_place(half) and not layers._reads_in_place(wide)
-    assert layers.layers_apart(half, shapes, ro.RolloutConfig(), memory, (480, 832))
-    assert not layers.layers_apart(half, shapes, ro.RolloutConfig(), memory, (720, 1280))
+    assert apart(half) and apart(half, many_steps=True) and not apart(wide)
+    assert not any(apart(half, **more) for more in ({"height": 720, "width": 1280}, {"frames": 201}, {"count": 2}))
+    assert apart(half, ro.RolloutConfig(window=21), frames=201)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert layers._reads_in_place(half) and layers._reads_in_place(wide)
+    assert apart(half) and apart(wide) and not apart(half, many_steps=True)
     assert (
         attention.key_multiple("auto", "bfloat16", 128) == 512 and attention.key_multiple("xla", "bfloat16", 128) == 1
     )

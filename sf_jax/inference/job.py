@@ -9,6 +9,7 @@ import numpy as np
 
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import lengths
+from sf_jax.inference.layers import Videos
 from sf_jax.inference.lengths import (
     MAX_PROMPT,
     MAX_SIDE,
@@ -324,7 +325,7 @@ class Job:
             self.part,
             dtype=self.dtype,
             rollout=self.wan_rollout,
-            size=(self.height or Sampling().height, self.width or Sampling().width),
+            videos=Videos(1, self.wan_frames, self.height or Sampling().height, self.width or Sampling().width),
             devices=devices,
             mesh=None if devices is None else self.mesh,
             loras=self.lora,

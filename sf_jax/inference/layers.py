@@ -5,73 +5,95 @@ With separate layers (`WanConfig.scan_layers` is False) attention reads each lay
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
+from sf_jax.inference import lengths
 from sf_jax.models import attention
 from sf_jax.models.slots import unstack_layers
 from sf_jax.models.wan import WanConfig
 from sf_jax.parallel.params import held_bytes
 from sf_jax.rollout import RolloutConfig
 
-DEFAULT_LATENT_FRAMES = 21
+FACTOR = 4  # pixel frames per latent frame of Wan's VAE
 TOKEN_PIXELS = 16 * 16  # Wan's VAE divides both sides by 8, its patches by 2
+TEXT_ENCODER_BYTES = 11_400_000_000  # UMT5-XXL in bfloat16
 
 
-def generation_network(
-    config: WanConfig,
-    params: dict,
-    rollout: RolloutConfig,
-    scan_layers: bool | None = None,
-    size: tuple[int, int] = (480, 832),
-) -> tuple[WanConfig, dict]:
-    """Converts a causal transformer to the form that generates fastest on the device; see `WanOptions.scan_layers`.
+@dataclasses.dataclass(frozen=True)
+class Videos:
+    """The videos that a device will generate side by side; their cache decides which form of the network fits.
 
-    Args:
-      config: the transformer's sizes.
-      params: stacked parameters; if the layers are separated, each stack is freed.
-      rollout: the rollout settings.
-      scan_layers: True keeps the stacks, False separates the layers, None chooses.
-      size: height and width in pixels of the videos.
+    Attributes:
+      count: number of videos.
+      frames: pixel frames of each; a network with a window caches no more than that.
+      height: pixel rows.
+      width: pixel columns.
     """
-    if scan_layers is None:
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-        scan_layers = not layers_apart(config, params, rollout, limit, size)
-    if scan_layers:
-        return config, params
+
+    count: int = 1
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+
+    def __post_init__(self):
+        """Validates the numbers."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"videos.{field.name} is {value!r}: it must be a whole number, at least 1")
+
+
+def separated(config: WanConfig, params: dict) -> tuple[WanConfig, dict]:
+    """A causal transformer with separate layers, from stacked ones; each stack is freed once it is copied."""
     return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
 
 
+def device_memory(keep_text_encoder: bool = False) -> int | None:
+    """Bytes available to the transformer and its videos on a device; None if the device does not tell."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit if limit is None else limit - TEXT_ENCODER_BYTES * keep_text_encoder
+
+
 def layers_apart(
-    config: WanConfig, params: dict, rollout: RolloutConfig, memory: int | None, size: tuple[int, int]
+    config: WanConfig,
+    params: dict,
+    rollout: RolloutConfig,
+    memory: int | None,
+    videos: Videos = Videos(),
+    many_steps: bool = False,
 ) -> bool:
     """Whether a device generates fastest with separate parameters per layer, and has the memory for it.
 
     Args:
       config: the transformer's sizes.
-      params: arrays or shapes.
+      params: arrays or shapes, of stacked layers.
       rollout: the rollout settings.
       memory: bytes available to a program; None is unlimited.
-      size: height and width in pixels of the videos.
+      videos: what a device generates side by side.
+      many_steps: whether the network takes many guided steps, which do not read the slots: with Splash each layer would
+        compile a kernel for every number of cached frames.
     """
-    return _reads_in_place(config) and _window_fits_twice(config, params, rollout, memory, size)
+    kernel = _kernel_in_place(config)
+    if kernel is None or (many_steps and kernel == "splash"):
+        return False
+    return memory is None or _bytes_apart(config, params, rollout, videos) <= 0.75 * memory
 
 
-def _reads_in_place(config: WanConfig) -> bool:
-    """Whether a fused kernel takes the number of visible keys, so that it can read a layer's slots in place."""
+def _kernel_in_place(config: WanConfig) -> str | None:
+    """The fused kernel that takes the number of visible keys, so that it can read a layer's slots in place."""
     head = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
     counted = (head, head, jax.ShapeDtypeStruct((), jnp.int32))
-    return attention.choose(config.attention, head, [counted]) in ("cudnn", "splash")
+    chosen = attention.choose(config.attention, head, [counted])
+    return chosen if chosen in ("cudnn", "splash") else None
 
 
-def _window_fits_twice(config, params, rollout, limit, size) -> bool:
-    """Whether weights, cache and slots of one video leave a quarter of the device's memory free."""
-    if limit is None:
-        return True
-    frames, tokens = rollout.window or DEFAULT_LATENT_FRAMES, math.prod(size) // TOKEN_PIXELS
-    cache = 2 * config.num_layers * frames * tokens * config.dim * jnp.dtype(config.dtype).itemsize
+def _bytes_apart(config, params, rollout, videos) -> float:
+    """Bytes of the weights, and of the videos' cache and slots, on a device."""
+    frames = lengths.latent_frames(videos.frames + -(videos.frames - 1) % FACTOR, FACTOR)
+    tokens = min(rollout.window or frames, frames) * videos.height * videos.width // TOKEN_PIXELS
+    cache = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     held = held_bytes(params)
-    return held + 2 * cache * held / whole <= 0.75 * limit  # a mesh splits the cache at least as much as these
+    return held + 2 * cache * videos.count * held / whole  # a mesh splits the cache at least as much as the weights

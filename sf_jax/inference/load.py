@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import quantization, sentencepiece
 from sf_jax.inference.decoders import VaeDecoder, VaeEncoder
-from sf_jax.inference.layers import generation_network
+from sf_jax.inference.layers import Videos, device_memory, layers_apart, separated
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.text_encoder import Umt5TextEncoder
@@ -61,7 +61,7 @@ class WanOptions:
       scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`). None is False if
         cuDNN's or Splash attention is used and memory allows a second copy of the window, which is faster, and else
         True.
-      size: height and width in pixels of the videos for which None chooses `scan_layers`.
+      videos: the videos that a device generates side by side, for which None chooses `scan_layers`.
       loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
       devices: devices that share the videos of a batch equally; None is the default device only, or with `mesh` as many
         of this process's devices as it needs.
@@ -83,7 +83,7 @@ class WanOptions:
     encoder: bool = False
     keep_text_encoder: bool = False
     scan_layers: bool | None = None
-    size: tuple[int, int] = (480, 832)
+    videos: Videos = Videos()
     loras: Sequence = ()
     devices: Sequence[jax.Device] | None = None
     mesh: str | Mapping[str, int] | None = None
@@ -112,8 +112,8 @@ class WanOptions:
             raise ValueError(f"devices is {self.devices!r}: give at least one, such as jax.local_devices()")
         if not isinstance(self.mesh, (str, Mapping, type(None))):
             raise ValueError(f"mesh is {self.mesh!r}: give axes with their sizes, such as 'tensor:2,context:2'")
-        if not (isinstance(self.size, Sequence) and len(self.size) == 2 and min(self.size) > 0):
-            raise ValueError(f"size is {self.size!r}: give height and width in pixels, such as (480, 832)")
+        if not isinstance(self.videos, Videos):
+            raise ValueError(f"videos is {self.videos!r}: it must be a Videos, such as Videos(frames=81)")
         self.device_mesh  # noqa: B018 (validates the sizes)
         if self.checkpoint is None:
             for name in ("part", "rollout", "scan_layers", "cache_dtype"):
@@ -431,7 +431,12 @@ def wan_pipeline(
         solver, guidance = Solver("unipc", header.shift, 50), {"guidance": header.guidance}
     report = quantization.report(quantizer, network, params, mesh, quiet=options.unread)
     if causal:
-        network, params = generation_network(network, params, rollout, options.scan_layers, options.size)
+        apart = options.scan_layers is False
+        if options.scan_layers is None:
+            memory = device_memory(options.keep_text_encoder)
+            apart = layers_apart(network, params, rollout, memory, options.videos, solver is not None)
+        if apart:
+            network, params = separated(network, params)
         if mesh is not None:
             params = jax.device_put(params, split(params))
     return VideoPipeline(

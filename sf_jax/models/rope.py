@@ -66,8 +66,6 @@ def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: in
 
 def rotate(x: jax.Array, rotations: jax.Array) -> jax.Array:
     """Rotates the channel pairs of `x` [B, T, N, D] by `rotations` [2, T, D/2] in float32; returns the dtype of `x`."""
-    if partition.platform() == "tpu":
-        return _rotate_by_product(x, rotations)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = rotations[0][:, None], rotations[1][:, None]
@@ -75,8 +73,14 @@ def rotate(x: jax.Array, rotations: jax.Array) -> jax.Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def _rotate_by_product(x, rotations):
-    """The same with a matrix that swaps the channels of a pair: for an axis of two, TPUs rearrange `x` in memory."""
+def rotate_constant(x: jax.Array, rotations: jax.Array) -> jax.Array:
+    """As `rotate`, for numbers that take no gradient: on TPUs by a product, as an axis of two rearranges `x` in memory.
+
+    The product is with the matrix that swaps the channels of every pair, so it is exact. Its backward pass would not
+    be, and rematerialization would keep it.
+    """
+    if partition.platform() != "tpu":
+        return rotate(x, rotations)
     dim = x.shape[-1]
     swap = np.eye(dim, dtype=np.float32)[np.arange(dim) ^ 1]
     signs = np.where(np.arange(dim) % 2, 1.0, -1.0).astype(np.float32)

@@ -57,14 +57,13 @@ def take_apart(
       multiple: the number of keys is padded to a multiple of this, see `attention.key_multiple`.
     """
     tokens = seen * cache.tokens_per_frame
-    padding = ((0, 0), (0, -(own + tokens) % multiple), (0, 0), (0, 0))
 
     def slots(layer):
         k, v = (a[layer, :, :tokens].astype(text.k.dtype) for a in (cache.k, cache.v))
-        room = jnp.zeros((k.shape[0], own, *k.shape[2:]), k.dtype)
+        room, tail = (jnp.zeros((len(k), n, *k.shape[2:]), k.dtype) for n in (own, -(own + tokens) % multiple))
         k, v = (
-            constrain(jnp.pad(jnp.concatenate([room, a], axis=1), padding), "batch", None, "heads", None)
-            for a in (rope.rotate(k, rotation[:, :tokens]), v)
+            constrain(jnp.concatenate([room, a, tail], axis=1), "batch", None, "heads", None)
+            for a in (rope.rotate_constant(k, rotation[:, :tokens]), v)
         )
         projected = jnp.zeros((*room.shape[:2], room.shape[2] * room.shape[3]), text.k.dtype)
         return Slots(k, v, projected, jax.tree.map(lambda a: a[layer], text))
@@ -81,7 +80,7 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
         mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(shared.context_mask, tokens)])
         mask = jnp.pad(mask, (0, max(0, slots.k.shape[1] - len(mask))))[: slots.k.shape[1]]
     segment = (slots.k.astype(q.dtype), slots.v.astype(q.dtype), mask)
-    return attention.attend(rope.rotate(q, shared.own_rotation), [segment], shared.implementation)
+    return attention.attend(rope.rotate_constant(q, shared.own_rotation), [segment], shared.implementation)
 
 
 def unstack_layers(params: dict, delete: bool = False) -> dict:

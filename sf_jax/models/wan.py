@@ -61,7 +61,7 @@ class WanConfig:
       attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for the best that the device supports.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
       scan_layers: whether one compiled block is scanned over stacked parameters. If not, every layer has its own
-        parameters and code (`unstack_layers`): compilation takes longer, but generation on GPUs is fastest.
+        parameters and code (`unstack_layers`): compilation takes longer, but GPUs and TPUs generate fastest.
     """
 
     dim: int = 128
@@ -254,7 +254,7 @@ class Block(nn.Module):
         projected = self.self_attn.k(h)
         k, v = (_all_tokens(a) for a in (self.self_attn.keys(projected), self.self_attn.values(h)))
         if isinstance(context, Slots):
-            own = context.put(rope.rotate(k, shared.own_rotation), projected.reshape(*k.shape[:2], -1), v)
+            own = context.put(rope.rotate_constant(k, shared.own_rotation), projected.reshape(*k.shape[:2], -1), v)
         else:
             own = KeysValues(k, v) if shared.return_kv else None
 

@@ -16,7 +16,7 @@ from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import programs, text_encoder
 from sf_jax.inference.decoders import Decoder, VaeDecoder, column_axes
 from sf_jax.inference.job import Job
-from sf_jax.inference.layers import layers_apart
+from sf_jax.inference.layers import Videos, layers_apart
 from sf_jax.inference.lengths import latent_frames
 from sf_jax.inference.load import VAES
 from sf_jax.inference.sampling import Sampling
@@ -133,10 +133,11 @@ class _Shapes:
         shapes = self._split(jax.eval_shape(functools.partial(quantized_shapes, what.quantize, products), shapes))
         config, self.stacked = what.config, shapes
         if what.rollout is not None:
-            apart, size = what.apart, what.sampling
+            apart, sampling = what.apart, what.sampling
+            videos = Videos(1, sampling.frames, sampling.height, sampling.width)
             if apart is None:
                 with jax.set_mesh(mesh):
-                    apart = layers_apart(config, shapes, what.rollout, chip.memory, (size.height, size.width))
+                    apart = layers_apart(config, shapes, what.rollout, chip.memory, videos, what.many is not None)
             if apart:
                 config = dataclasses.replace(config, scan_layers=False)
                 shapes = self._split(jax.eval_shape(unstack_layers, shapes))

@@ -1,6 +1,7 @@
 """Runs the app on uvicorn: address, signals and shutdown."""
 
 import dataclasses
+import functools
 import logging
 import socket
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from sf_jax.inference.layers import FACTOR, Videos
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.parallel.mesh import mesh_sizes, video_devices
@@ -101,13 +103,15 @@ class Model:
         sizes = mesh_sizes(self.options["mesh"]) if "mesh" in self.options else {}
         return sizes.get("data", 1) * video_devices(sizes)
 
-    def load(self) -> VideoPipeline:
-        """Loads the pipeline."""
+    def load(self, slots: int = 1) -> VideoPipeline:
+        """Loads the pipeline, for so many streams at once."""
         if self.folder is None:
             pipe = load_pipeline(self.checkpoint, **self.narrow)
             return pipe.with_rollout(**self.rollout).with_sampling(**self.size)
-        size = {"height": 480, "width": 832} | self.size
-        options = self.options | self.narrow | {"size": (size["height"], size["width"])}
+        window = self.rollout.get("window", WAN_WINDOW["window"])
+        sizes = mesh_sizes(self.options["mesh"]) if "mesh" in self.options else {}
+        videos = Videos(-(-slots // sizes.get("data", 1)), 1 + FACTOR * (window - 1), **self.size)
+        options = self.options | self.narrow | {"videos": videos}
         pipe = load_pipeline(self.folder, checkpoint=self.checkpoint, keep_text_encoder=True, **options)
         window = WAN_WINDOW if pipe.rollout.window is None else {}
         return pipe.with_rollout(**window | self.rollout).with_sampling(**self.size)
@@ -128,7 +132,7 @@ def service_of(
     # the settings that the shipped student follows best (docs/streaming.md)
     options = ({"mode": "recache", "context_timestep": 400.0} if digits else {}) | options
     return Service(
-        engine=Engine(model.load, make_metrics(), **options),
+        engine=Engine(functools.partial(model.load, options.get("slots", 4)), make_metrics(), **options),
         playback=Playback(fps, scale),
         limits=Limits(lifetime=lifetime),
         rules=Rules(launch.token, launch.origins, launch.hosts),

@@ -97,6 +97,10 @@ def _to_the_end(
             print(f"config changed: {line}", flush=True)
         stage = open_stage(config, workdir, mesh, fresh=not checkpoints.agreed_steps())
         state, start, carried, others = _start(config, stage, mesh, checkpoints, allow_config_change)
+        if start > config.steps:
+            raise ValueError(
+                f"steps is {config.steps}: {workdir} holds step {start}; use another workdir or more steps"
+            )
         changed += others
         stage = dataclasses.replace(stage, params=None, critic=None, adapters={})  # the state has them now
         log = _open_log(config, state, workdir, start, carried)
