@@ -328,10 +328,13 @@ def test_a_viewer_who_tells_where_it_is_is_not_overtaken(client):
         for position in (0.0, 0.1, 0.2):
             time.sleep(0.3)
             socket.send_json({"type": "session.playback", "position_seconds": position})
-            time.sleep(0.2)
-            socket.send_json({"type": "session.ping"})
-            messages += until(socket, "session.pong")
-            made = sum(a["num_frames"] for a, _ in chunks(messages)) / 60
+            for _ in range(50):  # a busy machine takes longer
+                time.sleep(0.2)
+                socket.send_json({"type": "session.ping"})
+                messages += until(socket, "session.pong")
+                made = sum(a["num_frames"] for a, _ in chunks(messages)) / 60
+                if made - position - 0.1 >= -1e-6:
+                    break
             assert -1e-6 <= made - position - 0.1 <= 2 * 3 / 60, (position, made)
     with session(client) as socket:
         socket.send_json({"type": "session.playback", "position_seconds": 1.0})
