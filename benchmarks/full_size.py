@@ -21,7 +21,7 @@ import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.inference.decoders import VaeDecoder
-from sf_jax.inference.load import generation_network
+from sf_jax.inference.layers import generation_network
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.io import video as video_io
 from sf_jax.models import vae as vae_model

@@ -35,8 +35,8 @@ from sf_jax import compilation
 from sf_jax import rollout as ro
 from sf_jax.inference import programs
 from sf_jax.inference.decoders import VaeDecoder
+from sf_jax.inference.layers import Videos, generation_network
 from sf_jax.inference.lengths import WAN_FACTOR
-from sf_jax.inference.load import generation_network
 from sf_jax.models import tiny_vae, vae
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
 from sf_jax.weights.eight_bit import quantize_params, quantizer_for
@@ -109,7 +109,7 @@ class Denoising:
         if case.window != "21":
             seen = {"window": SEEN + case.chunk, "sink": SINK, "positions": "relative"}
         self.rollout = ro.RolloutConfig(chunk=case.chunk, context_noise="none", **seen)
-        config, self.params = generation_network(net.config, params, self.rollout)
+        config, self.params = generation_network(net.config, params, self.rollout, Videos(case.batch))
         self.model = WanTransformer(config)
         shape = (case.batch, config.text_len, config.text_dim)
         prompt = np.random.default_rng(0).standard_normal(shape, np.float32).astype(config.dtype)

@@ -36,8 +36,9 @@ import numpy as np
 from sf_jax import rollout as ro
 from sf_jax.inference import stream_state
 from sf_jax.inference.decoders import VaeDecoder
+from sf_jax.inference.layers import generation_network
 from sf_jax.inference.lengths import WAN_FACTOR, latent_frames
-from sf_jax.inference.load import generation_network, load_pipeline
+from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.stream import Stream, stream_spec

@@ -50,6 +50,22 @@ def separated(config: WanConfig, params: dict) -> tuple[WanConfig, dict]:
     return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
 
 
+def generation_network(
+    config: WanConfig, params: dict, rollout: RolloutConfig, videos: Videos = Videos()
+) -> tuple[WanConfig, dict]:
+    """A causal few-step transformer in the form in which this device generates the videos fastest.
+
+    Args:
+      config: the transformer's sizes.
+      params: stacked parameters; if the layers are separated, each stack is freed.
+      rollout: the rollout settings.
+      videos: what the device generates side by side.
+    """
+    if not layers_apart(config, params, rollout, device_memory(), videos):
+        return config, params
+    return separated(config, params)
+
+
 def device_memory(keep_text_encoder: bool = False) -> int | None:
     """Bytes available to the transformer and its videos on a device; None if the device does not tell."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
