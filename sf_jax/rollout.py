@@ -15,11 +15,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sf_jax.diffusion.schedule import TRAIN_STEPS
-from sf_jax.models import attention, kv_cache, rope
+from sf_jax.models import attention, kv_cache, rope, slot_cache
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
+from sf_jax.models.slot_cache import Chunk, SlotCache
 from sf_jax.models.slots import Slots, take_apart
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rollout_config import RolloutConfig
@@ -99,6 +101,46 @@ def empty_cache(
     sink = min(config.sink, capacity)
     return kv_cache.init_cache(
         model.config.num_layers, batch, capacity, grid[0] * grid[1], heads, head_dim, dtype, sink
+    )
+
+
+def empty_slots(
+    model: WanTransformer,
+    config: RolloutConfig,
+    batch: int,
+    frames: int,
+    height: int,
+    width: int,
+    streams: bool = False,
+) -> SlotCache:
+    """A cache that a network with separate layers reads in place, for a video of `frames` latent frames in all.
+
+    `streams` are endless: their sink can move with any positions, chunks can begin at any slot, and some of a batch may
+    pause, whose calls write behind the slots.
+    """
+    network, tokens = model.config, int(np.prod(model.config.grid(height, width)))
+    capacity = frames if config.window is None else min(frames, config.window)
+    sink = min(config.sink, capacity)
+    relative = config.positions == "relative"
+    rows = (capacity + (config.chunk if streams else 0)) * tokens
+    rows += -rows % attention.key_multiple(network.attention, network.dtype, network.head_dim)
+    aligned = not (streams or config.first_frame_alone or (capacity - sink) % config.chunk or sink % config.chunk)
+
+    def zeros(count):
+        shape = (batch, count, network.num_heads, network.head_dim)
+        return tuple(jnp.zeros(shape, network.dtype) for _ in range(network.num_layers))
+
+    moves = sink > 0 and (relative or streams)
+    return SlotCache(
+        k=zeros(rows),
+        v=zeros(rows),
+        sink_k=zeros(sink * tokens) if moves else (),
+        sink_shift=jnp.int32(0),
+        tokens=tokens,
+        capacity=capacity,
+        sink=sink,
+        part=config.chunk if aligned else 1,
+        window=config.window if relative else None,
     )
 
 
@@ -187,18 +229,40 @@ def write_chunk(
     config: RolloutConfig,
     params: dict,
     text: KeysValues,
-    cache: KVCache,
+    cache: KVCache | SlotCache,
     clean: jax.Array,
     start: jax.Array | int,
     t: float = 0.0,
-) -> tuple[KVCache, KeysValues]:
-    """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and caches its keys and values."""
+) -> tuple[KVCache | SlotCache, KeysValues | None]:
+    """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and caches its keys and values.
+
+    Returns:
+      The new cache, and the keys and values; None with slots, which have them.
+    """
+    if isinstance(cache, SlotCache):
+        return write_slots(model, config, params, text, cache, clean, Chunk(start, clean.shape[1]), t), None
     seen = seen_cache(config, cache, start)
     layout = chunk_layout(seen, config, start, clean.shape[1])
     if not model.config.scan_layers:  # every layer would compile attention for every number of cached frames
         layout = layout.replace(prefixes=(), prefixes_masked=False)
     _, kv = predict(model, config, params, clean, t, text, layout, seen)
     return kv_cache.write(cache, kv.k, kv.v, start), kv
+
+
+def write_slots(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    text: KeysValues,
+    cache: SlotCache,
+    clean: jax.Array,
+    chunk: Chunk,
+    t: jax.Array | float,
+) -> SlotCache:
+    """`write_chunk` for slots, whose `chunk` may have positions of its own."""
+    place = slot_cache.layout(cache, chunk).replace(keys_only=jnp.bool_(True))
+    _, layers = predict(model, config, params, clean, t, text, place, slot_cache.opened(cache, text, chunk))
+    return slot_cache.closed(cache, layers, chunk)
 
 
 def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: jax.Array | int) -> jax.Array:
@@ -214,7 +278,7 @@ def generate_chunk(
     config: RolloutConfig,
     params: dict,
     text: KeysValues,
-    cache: KVCache,
+    cache: KVCache | SlotCache,
     noise: jax.Array,
     start: jax.Array | int,
     chunk: jax.Array | int,
@@ -222,7 +286,7 @@ def generate_chunk(
     draw: Draw,
     timesteps: jax.Array | None = None,
     last: jax.Array | bool = False,
-) -> tuple[KVCache, jax.Array, jax.Array]:
+) -> tuple[KVCache | SlotCache, jax.Array, jax.Array]:
     """Generates one chunk, without gradient, and writes it to the cache.
 
     Args:
@@ -244,12 +308,17 @@ def generate_chunk(
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
     """
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
-    seen = seen_cache(config, cache, start)
-    layout = chunk_layout(seen, config, start, noise.shape[1])
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
     calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
-    state = (text, seen, layout)
-    kv, clean, x = denoise_chunk(model, config, params, state, noise, chunk, exit_step, calls, draw, timesteps)
+    steps = (noise, chunk, exit_step, calls, draw, timesteps)
+    if isinstance(cache, SlotCache):
+        own = Chunk(start, noise.shape[1])
+        state = (text, slot_cache.opened(cache, text, own), slot_cache.layout(cache, own))
+        layers, clean, x = denoise_chunk(model, config, params, state, *steps)
+        return slot_cache.closed(cache, layers, own), clean, x
+    seen = seen_cache(config, cache, start)
+    state = (text, seen, chunk_layout(seen, config, start, noise.shape[1]))
+    kv, clean, x = denoise_chunk(model, config, params, state, *steps)
     return kv_cache.write(cache, kv.k, kv.v, start), clean, x
 
 
@@ -257,7 +326,7 @@ def denoise_chunk(
     model: WanTransformer,
     config: RolloutConfig,
     params: dict,
-    state: tuple[KeysValues, KVCache, Layout],
+    state: tuple[KeysValues, KVCache | tuple[Slots, ...], Layout],
     noise: jax.Array,
     chunk: jax.Array | int,
     exit_step: jax.Array | int,
@@ -265,14 +334,14 @@ def denoise_chunk(
     draw: Draw,
     timesteps: jax.Array,
     repeats: jax.Array | int = 0,
-) -> tuple[KeysValues, jax.Array, jax.Array]:
+) -> tuple[KeysValues | tuple[Slots, ...], jax.Array, jax.Array]:
     """All network calls for one chunk, without gradient, in one loop so that the network is compiled once.
 
     Args:
       model: see `generate_chunk`, as are `config`, `params`, `noise`, `chunk`, `exit_step` and `draw`.
       config: see `generate_chunk`.
       params: see `generate_chunk`.
-      state: prompt keys and values, the cache, and the chunk's layout.
+      state: prompt keys and values, the cache or its slots, and the chunk's layout.
       noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
       exit_step: see `generate_chunk`.
@@ -284,7 +353,7 @@ def denoise_chunk(
         numbers of steps make the same number of calls.
 
     Returns:
-      The last call's keys and values, the clean chunk, and its noisy input at the exit step.
+      The last call's keys and values (or the slots with them), the clean chunk, and its noisy input at the exit step.
     """
     timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
     text, cache, layout = state
@@ -305,7 +374,9 @@ def denoise_chunk(
         predicted, kv = predict(model, config, params, now, t, text, place, kv if in_place else cache)
         return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
 
-    if in_place:
+    if isinstance(cache, tuple):
+        empty = cache
+    elif in_place:
         grid = model.config.grid(*noise.shape[2:4])
         rotation = rope.rotation(layout.context_frames, grid, model.config.head_dim)
         seen = layout.prefixes[-1] if layout.prefixes else cache.capacity
@@ -315,7 +386,7 @@ def denoise_chunk(
         kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
     clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, empty))
-    if in_place:
+    if in_place and not isinstance(cache, tuple):
         kv = model.apply({"params": params}, kv, method="own_keys_values")
     return jax.lax.stop_gradient((kv, clean, x))
 

@@ -11,9 +11,9 @@ import pytest
 import sf_jax
 from sf_jax import config as configuration
 from sf_jax import rollout as ro
-from sf_jax.inference import layers
+from sf_jax.inference import layers, programs
 from sf_jax.inference.load import load_pipeline
-from sf_jax.models import attention, wan
+from sf_jax.models import attention, rope, wan
 from sf_jax.models.slots import stack_layers, unstack_layers
 from tests.helpers import SMALL, inputs, random_params, relative, tree_relative
 
@@ -83,45 +83,128 @@ def test_rollouts_are_those_of_a_scan(changes, monkeypatch):
     np.testing.assert_array_equal(apart.cache.frames, scanned.cache.frames)
 
 
-def pipelines():
-    """The same network with scanned and with separate layers."""
-    rollout = ro.RolloutConfig(
-        chunk=2, window=6, sink=2, positions="relative", context_noise="none", first_steps=(1000, 500)
-    )
+def pipelines(fuse=True, **changes):
+    """The same network with scanned and with separate layers, whose projections are joined as for GPUs."""
+    fields = {"chunk": 2, "window": 6, "sink": 2, "positions": "relative", "context_noise": "none"}
+    rollout = ro.RolloutConfig(**fields | {"first_steps": (1000, 500)} | changes)
     params = random_params()
-    for config, weights in ((SMALL, params), (APART, unstack_layers(params))):
+    for config, weights in ((SMALL, params), (APART, unstack_layers(params, fuse=fuse))):
         pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(config), weights, rollout)
         yield pipe.with_sampling(height=4, width=4)
 
 
-def test_streams_are_those_of_a_scan_and_go_on_from_each_others_files(tmp_path):
-    prompt = np.random.default_rng(0).standard_normal((3, 8), np.float32)
-    scanned, apart = (sf_jax.Stream(pipe, slots=2) for pipe in pipelines())
-    names = [stream.join(prompt, seed=1) for stream in (scanned, apart)]
-    for _ in range(4):
-        ours, theirs = (s.step().latents(name) for s, name in zip((apart, scanned), names[::-1], strict=True))
-        assert relative(ours, theirs) <= 1e-5
-    scanned.save(names[0], tmp_path / "stream.safetensors")
-    again = apart.restore(tmp_path / "stream.safetensors")
-    assert relative(apart.step().latents(again), scanned.step().latents(names[0])) <= 1e-5
+def prompt(seed=0):
+    """A prompt's embedding."""
+    return np.random.default_rng(seed).standard_normal((3, 8), np.float32)
 
 
-def test_slots_are_updated_in_place():
-    """In the loop over a chunk's calls, only the updates themselves write all slots."""
-    config = ro.RolloutConfig(chunk=1, window=33)
-    noise, text, draw = inputs(1, 1)
-    model, params = wan.WanTransformer(APART), unstack_layers(random_params())
-    cache = ro.empty_cache(model, config, 1, 64, *noise.shape[2:4])
-    text = model.apply({"params": params}, text, method="encode_text")
+@pytest.mark.parametrize("fuse", [False, True])
+def test_joined_projections_are_the_same_parameters(fuse):
+    params = unstack_layers(random_params(), fuse=fuse)
+    assert ("qkv" in params["blocks_0"]["self_attn"]) == fuse
+    chex.assert_trees_all_equal(stack_layers(params), random_params())
 
-    def run(cache, start):
-        return ro.generate_chunk(model, config, params, text, cache, noise, start, 0, 2, draw)
 
-    lines = jax.jit(run).lower(cache, jnp.int32(40)).compile().as_text().split("\n")
-    shape = ",".join(map(str, (1, cache.k.shape[2] + cache.tokens_per_frame, *cache.k.shape[3:])))
-    body = [line for line in lines if "while/body" in line and f" f32[{shape}]" in line.split("(")[0]]
-    assert body
-    assert all("dynamic-update-slice" in line or "dynamic_update_slice" in line for line in body), body
+VIDEOS = [
+    {"window": None, "sink": 0, "positions": "absolute"},
+    {},
+    {"window": 7, "sink": 1, "first_frame_alone": True},
+    {"positions": "absolute"},
+    {"chunk": 1, "window": 4, "sink": 3},
+    {"window": 4},
+    {"context": "noisy", "sink": 0},
+]
+
+
+@pytest.mark.parametrize("changes", [*VIDEOS[:3], *(pytest.param(case, marks=pytest.mark.slow) for case in VIDEOS[3:])])
+def test_videos_from_slots_are_those_from_a_cache(changes, monkeypatch):
+    """Far past the window, and from given frames."""
+    monkeypatch.setattr(attention, "key_multiple", lambda *_: 50)  # as kernels that read keys in blocks have it
+    scanned, apart = pipelines(**changes)
+    alone, chunk = scanned.rollout.first_frame_alone, scanned.rollout.chunk
+    given = np.random.default_rng(1).standard_normal((2, alone + chunk, 4, 4, 4), np.float32)
+    prompts, frames = np.stack([prompt(0), prompt(1)]), 20 + alone
+    ours, theirs = (pipe(prompts, frames=frames, output="latent", initial=given) for pipe in (apart, scanned))
+    assert relative(ours, theirs) <= 1e-5
+    np.testing.assert_array_equal(ours[:, : given.shape[1]], given)
+
+
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("absolute", marks=pytest.mark.slow)])
+def test_streams_with_slots_are_those_with_a_cache(slots, positions):
+    """Through every change of the prompt, a pause, and another stream that comes and goes."""
+    streams = [sf_jax.Stream(pipe, slots=slots) for pipe in pipelines(positions=positions, first_frame_alone=True)]
+    names = [stream.join(prompt(), seed=1) for stream in streams]
+
+    def compare(steps):
+        for _ in range(steps):
+            theirs, ours = (stream.step().latents(name) for stream, name in zip(streams, names, strict=True))
+            assert relative(ours, theirs) <= 1e-5
+
+    compare(5)
+    if slots > 1:
+        for stream in streams:
+            other = stream.join(prompt(9), seed=2)
+            stream.step(only=[other])
+        compare(1)
+        for stream in streams:
+            stream.leave(other)
+    for i, mode in enumerate(("flush", "swap", "recache", "cut")):
+        for stream, name in zip(streams, names, strict=True):
+            stream.prompt(name, prompt(i + 2), mode)
+        compare(4)
+
+
+@pytest.mark.parametrize("positions", ["relative", pytest.param("absolute", marks=pytest.mark.slow)])
+def test_streams_go_on_from_files_of_either_form(tmp_path, positions):
+    streams = [sf_jax.Stream(pipe, slots=2) for pipe in pipelines(positions=positions)]
+    names = [stream.join(prompt(), seed=1) for stream in streams]
+    for stream, name in zip(streams, names, strict=True):
+        for _ in range(5):
+            stream.step()
+        stream.prompt(name, prompt(1), "flush")
+        for _ in range(2):
+            stream.step()
+        stream.save(name, tmp_path / f"{len(tmp_path.name)}{id(stream)}.safetensors")
+    files = [tmp_path / f"{len(tmp_path.name)}{id(stream)}.safetensors" for stream in streams]
+    expected = [stream.step().latents(name) for stream, name in zip(streams, names, strict=True)]
+    for stream, own, file, other in zip(streams, expected, files, files[::-1], strict=True):
+        same, across = stream.restore(file), None
+        np.testing.assert_array_equal(stream.step(only=[same]).latents(same), own)
+        stream.leave(same)
+        across = stream.restore(other)
+        assert relative(stream.step(only=[across]).latents(across), own) <= 1e-5
+
+
+def test_slots_are_never_copied():
+    """In the program of a chunk, only the writes of own frames and of the sink have arrays of all slots."""
+    _, pipe = pipelines(chunk=1, window=33, sink=1)
+    model, config, size = pipe.transformer, pipe.rollout, (4, 4, 4)
+    text = programs.encode_text(model, pipe.params, prompt()[None])
+    cache = programs.empty_cache(model, config, 1, 64, size)
+    source = (jax.random.key(0), jnp.zeros(1, jnp.int32), None)
+    place = (jnp.int32(40), jnp.int32(40), jnp.bool_(False))
+    compiled = programs.next_chunk.lower(model, config, None, (1, *size), pipe.params, text, cache, source, place)
+    compiled = compiled.compile()
+    shape = ",".join(map(str, cache.k[0].shape))
+    lines = [line for line in compiled.as_text().split("\n") if f" f32[{shape}]" in line.split("(")[0]]
+    quiet = ("parameter(", "get-tuple-element(", "dynamic-update-slice", "dynamic_update_slice", "bitcast(")
+    assert lines
+    assert not [line for line in lines if not any(word in line for word in quiet)]
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(a.nbytes for a in (*cache.k, *cache.v, *cache.sink_k))
+
+
+def test_positions_without_end_keep_their_distances():
+    grid, dim = (1, 2), 12
+    keys = np.random.default_rng(0).standard_normal((1, 6, 2, dim)).astype(np.float32)
+    rotated = rope.rotate(keys, rope.rotation(np.arange(3), grid, dim))
+    products = np.einsum("btnd,bsnd->bnts", rotated, rotated)
+    for first in (0, 5, 100_003, 2**31 - 2, -7):
+        frames = (np.arange(3) + first).astype(np.uint32).astype(np.int32) if first > 0 else np.arange(3) + first
+        far = rope.rotate(keys, rope.endless_rotation(jnp.asarray(frames, jnp.int32), grid, dim))
+        np.testing.assert_allclose(np.einsum("btnd,bsnd->bnts", far, far), products, atol=1e-5)
+        back = rope.rotate(far, rope.shift_rotation(jnp.int32(-first), dim))
+        np.testing.assert_allclose(back, rotated, atol=1e-5)
 
 
 @pytest.mark.slow

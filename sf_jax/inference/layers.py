@@ -8,11 +8,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sf_jax.inference import lengths
-from sf_jax.models import attention
+from sf_jax.models import attention, partition
 from sf_jax.models.slots import unstack_layers
 from sf_jax.models.wan import WanConfig
+from sf_jax.parallel.mesh import videos_apart
 from sf_jax.parallel.params import held_bytes
 from sf_jax.rollout import RolloutConfig
 
@@ -45,9 +47,15 @@ class Videos:
                 raise ValueError(f"videos.{field.name} is {value!r}: it must be a whole number, at least 1")
 
 
-def separated(config: WanConfig, params: dict) -> tuple[WanConfig, dict]:
+def separated(config: WanConfig, params: dict, mesh: Mesh | None = None) -> tuple[WanConfig, dict]:
     """A causal transformer with separate layers, from stacked ones; each stack is freed once it is copied."""
-    return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True)
+    fuse = fuses(mesh)
+    return dataclasses.replace(config, scan_layers=False), unstack_layers(params, delete=True, fuse=fuse)
+
+
+def fuses(mesh: Mesh | None) -> bool:
+    """Whether to join the projections of queries, keys and values: on GPUs, unless a mesh splits a video's heads."""
+    return partition.platform() == "gpu" and (mesh is None or videos_apart(mesh) == mesh.size)
 
 
 def generation_network(

@@ -436,7 +436,7 @@ def wan_pipeline(
             memory = device_memory(options.keep_text_encoder)
             apart = layers_apart(network, params, rollout, memory, options.videos, solver is not None)
         if apart:
-            network, params = separated(network, params)
+            network, params = separated(network, params, mesh)
         if mesh is not None:
             params = jax.device_put(params, split(params))
     return VideoPipeline(

@@ -454,7 +454,8 @@ class VideoPipeline:
         if self.rollout is None:
             yield Chunk(self._whole(text, source, sampling, (frames, *size)), None, 0)
             return
-        kept = (self.transformer, self.rollout, text.k.shape[1], frames, size, self.cache_dtype)
+        many = None if sampling.solver is None else (sampling.solver, sampling.guidance)
+        kept = (self.transformer, self.rollout, text.k.shape[1], frames, size, self.cache_dtype, many is not None)
         cache = self.run(programs.empty_cache, *kept)
         given = 0 if initial is None else initial.shape[1]
         first, chunks = self.rollout.chunks(frames - given, given)
@@ -466,7 +467,6 @@ class VideoPipeline:
             )
             yield Chunk(clean, None, start, initial=True)
             start += count
-        many = None if sampling.solver is None else (sampling.solver, sampling.guidance)
         for index, count in enumerate(chunks):
             static = (self.transformer, self.rollout, many, (count, *size))
             place = (start, index, index == len(chunks) - 1)

@@ -11,9 +11,11 @@ from sf_jax.diffusion import solvers
 from sf_jax.diffusion.solvers import guided
 from sf_jax.inference.decoders import Decoder, Encoder, by_columns
 from sf_jax.many_step import guided_chunk
+from sf_jax.models import slot_cache
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_float, to_uint8
+from sf_jax.models.slot_cache import SlotCache
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.rng import Purpose, key_for
 
@@ -70,16 +72,31 @@ def empty_decoder_cache(decoder: Decoder, batch: int, height: int, width: int) -
     return by_columns(decoder.init_cache(batch, height, width))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def empty_cache(
-    model: WanTransformer, config: ro.RolloutConfig, batch: int, frames: int, size: tuple, dtype: str | None = None
-) -> KVCache:
+    model: WanTransformer,
+    config: ro.RolloutConfig,
+    batch: int,
+    frames: int,
+    size: tuple,
+    dtype: str | None = None,
+    many_steps: bool = False,
+) -> KVCache | SlotCache:
     """A cache for `frames` latent frames of `size` (H, W, C), created on its devices; see `kv_cache.DTYPES`."""
+    if has_slots(model, dtype) and not many_steps:
+        return in_place(ro.empty_slots(model, config, batch, frames, *size[:2]))
     return in_place(ro.empty_cache(model, config, batch, frames, *size[:2], dtype=dtype))
 
 
-def in_place(cache: KVCache) -> KVCache:
+def has_slots(model: WanTransformer, dtype: str | None) -> bool:
+    """Whether a few-step student caches in slots: with separate layers, unless the cache has a type of its own."""
+    return not model.config.scan_layers and dtype in (None, model.config.dtype)
+
+
+def in_place(cache: KVCache | SlotCache) -> KVCache | SlotCache:
     """Fixes the sharding of a cache, so that every call returns it with the sharding it came with."""
+    if isinstance(cache, SlotCache):
+        return slot_cache.fixed(cache)
     k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (cache.k, cache.v))
     return cache.replace(k=k, v=v, frames=constrain(cache.frames, None))
 
@@ -153,7 +170,7 @@ STATIC = {
     sample_key: (),
     encode_text: (0,),
     empty_decoder_cache: (1, 2, 3),
-    empty_cache: (0, 1, 2, 3, 4, 5),
+    empty_cache: (0, 1, 2, 3, 4, 5, 6),
     latent_frame: (),
     join_frames: (),
     decode: (),

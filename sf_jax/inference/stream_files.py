@@ -13,15 +13,16 @@ import jax
 import numpy as np
 
 from sf_jax import strict_json
+from sf_jax.inference import stream_forms
 from sf_jax.inference.prompt_change import MAX_OVERSHOOT, MODES
 from sf_jax.inference.stream_state import StreamSpec, StreamState
 from sf_jax.messages import quoted
-from sf_jax.models.slots import stack_layers
+from sf_jax.models.slots import split_projections, stack_layers
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
-FORMAT = "sf_jax stream 3"
-KEYS_VALUES = ("k", "v")
+FORMAT = "sf_jax stream 4"
+KEYS_VALUES = ("k", "v", "sink_k")
 SAMPLE = 4  # entries per axis that the digest reads; of the first axis (the layers) it reads all
 
 
@@ -48,7 +49,7 @@ def write(
     Raises:
       ValueError: if the path cannot be written.
     """
-    arrays = {name: np.asarray(value) for name, value in _flat(one).items()}
+    arrays = {name: np.asarray(value) for name, value in _flat(stream_forms.stored(spec, one)).items()}
     arrays = {name: value for name, value in arrays.items() if not (compact and _is_cache(name))}
     arrays["embeddings"] = embeddings
     tensors = TensorFile(
@@ -99,6 +100,8 @@ def read(
         if there != _digest(weights):
             raise ValueError(f"path: {path} was saved with other weights: load the same checkpoint and decoder")
         compact, arrays = not any(map(_is_cache, file)), {}
+        if not compact:
+            like = stream_forms.as_stored(spec, like, slots="k.0" in file)
         for name, shape in _flat(like).items():
             if compact and _is_cache(name):
                 arrays[name] = np.zeros(shape.shape, shape.dtype)
@@ -113,8 +116,8 @@ def read(
                 arrays[name] = file[name]
     leaves = jax.tree.unflatten(jax.tree.structure(like.replace(text=())), list(arrays.values()))
     _check_host(path, host, leaves, embeddings)
-    text = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.text)
-    return leaves.replace(text=text), host, embeddings, compact
+    one = leaves.replace(text=jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.text))
+    return one if compact else stream_forms.restored(spec, one), host, embeddings, compact
 
 
 def _is_cache(name: str) -> bool:
@@ -181,7 +184,8 @@ def _sample(leaf):
 def _sampled(params):
     """Samples of the student's parameters, for all layers."""
     if "blocks" not in params:
-        few = {name: jax.tree.map(lambda a: a[(slice(SAMPLE),) * a.ndim], params[name]) for name in _layers(params)}
+        layers = {name: split_projections(params[name]) for name in _layers(params)}
+        few = jax.tree.map(lambda a: a[(slice(SAMPLE),) * a.ndim], layers)
         params = stack_layers(params | few)
     return jax.tree.map(_sample, params)
 

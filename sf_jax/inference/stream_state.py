@@ -13,19 +13,22 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sf_jax import rollout as ro
 from sf_jax.inference.decoders import Decoder, by_columns, column_axes
-from sf_jax.inference.programs import COMPILER_OPTIONS
-from sf_jax.models import kv_cache
+from sf_jax.inference.programs import COMPILER_OPTIONS, has_slots
+from sf_jax.models import kv_cache, slot_cache
 from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_uint8
+from sf_jax.models.slot_cache import Chunk, SlotCache
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rng import Purpose, key_for
 
-# Fields whose first axis is the layers and whose second is the streams; in all others the streams are the first axis.
+# Fields whose first axis is the layers and whose second is the streams, unless they are a tuple with an array per layer;
+# in all others the streams are the first axis.
 LAYERED = ("k", "v", "text")
 
 
@@ -52,15 +55,35 @@ class StreamSpec:
         """Latent frames kept per stream, which are those that its next chunk sees."""
         return self.rollout.window - self.rollout.chunk
 
+    @property
+    def sink(self) -> int:
+        """Number of first frames that are always kept."""
+        return min(self.rollout.sink, self.capacity)
+
+    @property
+    def slots(self) -> SlotCache | None:
+        """Shapes of a `SlotCache` of one stream; None if the streams have a `KVCache`."""
+        if not has_slots(self.model, self.cache_dtype):
+            return None
+        return jax.eval_shape(lambda: self.empty_slots(1))
+
+    def empty_slots(self, count: int) -> SlotCache:
+        """The slots of `count` streams."""
+        size, window = self.size[:2], self.rollout.window
+        return ro.empty_slots(self.model, self.rollout, count, window, *size, streams=True)
+
 
 @flax.struct.dataclass
 class StreamState:
     """The state of S streams.
 
     Attributes:
-      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding; `Scaled` in 8 bits.
+      k: [L, S, capacity*tokens, N, D], keys of the kept frames without rotary embedding; `Scaled` in 8 bits. With
+        separate layers, a tuple as in `SlotCache`, as are `v` and `sink_k`.
       v: [L, S, capacity*tokens, N, D], values of the kept frames.
-      held: int32 [S, capacity], number of the frame in each slot of the cache; -1 if it is empty.
+      sink_k: see `SlotCache`; () in a `KVCache`.
+      sink_shift: int32 [S], see `SlotCache`.
+      held: int32 [S, capacity], number of the frame in each place of `latents` (and slot of a `KVCache`); -1 if empty.
       latents: float32 [S, capacity, H, W, C], the clean latents of the same frames.
       text: prompt keys and values [L, S, T, N, D].
       decoder: the decoder's cache, with S as the first axis; () without decoder.
@@ -73,8 +96,10 @@ class StreamState:
       number: int32 [S], number of the video, like `first_index` of a pipeline.
     """
 
-    k: jax.Array | Scaled
-    v: jax.Array | Scaled
+    k: jax.Array | Scaled | tuple[jax.Array, ...]
+    v: jax.Array | Scaled | tuple[jax.Array, ...]
+    sink_k: tuple[jax.Array, ...]
+    sink_shift: jax.Array
     held: jax.Array
     latents: jax.Array
     text: KeysValues
@@ -91,7 +116,11 @@ class StreamState:
 def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
     """The state of `slots` streams that have not begun."""
     config, (height, width, channels) = spec.model.config, spec.size
-    cache = ro.empty_cache(spec.model, spec.rollout, slots, spec.rollout.window, height, width, dtype=spec.cache_dtype)
+    if has_slots(spec.model, spec.cache_dtype):
+        cache = spec.empty_slots(slots)
+    else:
+        window = spec.rollout.window
+        cache = ro.empty_cache(spec.model, spec.rollout, slots, window, height, width, dtype=spec.cache_dtype)
     shape = (config.num_layers, slots, config.text_len, config.num_heads, config.head_dim)
     text = KeysValues(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
     whole = jnp.zeros(slots, jnp.int32)
@@ -99,6 +128,8 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
     return StreamState(
         k=cache.k,
         v=cache.v,
+        sink_k=getattr(cache, "sink_k", ()),
+        sink_shift=whole,
         held=jnp.full((slots, spec.capacity), -1, jnp.int32),
         latents=jnp.zeros((slots, spec.capacity, height, width, channels)),
         text=text,
@@ -127,23 +158,28 @@ def _decoder_cache(decoder: Decoder, batch: int, size: tuple[int, int, int]) -> 
 
 def by_axis(function: Callable, *states: StreamState) -> StreamState:
     """Maps `function(axis, *arrays)` over the arrays of states; `axis` is that of the streams."""
-    layers = {
-        name: jax.tree.map(functools.partial(function, 1), *(getattr(state, name) for state in states))
-        for name in LAYERED
-    }
+    layers = {}
+    for name in LAYERED:
+        fields = [getattr(state, name) for state in states]
+        layers[name] = jax.tree.map(functools.partial(function, _axis(fields[0])), *fields)
     bare = (state.replace(**dict.fromkeys(LAYERED, ())) for state in states)
     return jax.tree.map(functools.partial(function, 0), *bare).replace(**layers)
 
 
+def _axis(field) -> int:
+    """The axis of the streams in a field of `LAYERED`."""
+    return 0 if isinstance(field, tuple) else 1
+
+
 def by_place(function: Callable, state: StreamState) -> StreamState:
     """Maps `function(array, *names)` over the arrays of a state; `names` are their axes' names for `partition`."""
-    names = {"k": "heads", "v": "heads", "text": "features"}
-    layered = {
-        field: jax.tree.map(lambda a, name=name: function(a, None, "batch", None, name, None), getattr(state, field))
-        for field, name in names.items()
-    }
+    names, layered = {"k": "heads", "v": "heads", "sink_k": "heads", "text": "features"}, {}
+    for field, name in names.items():
+        value = getattr(state, field)
+        axes = (None,) * _axis(value) + ("batch", None, name, None)
+        layered[field] = jax.tree.map(lambda a, axes=axes: function(a, *axes), value)
     decoder = jax.tree.map(lambda a: function(a, *column_axes(a)), state.decoder)
-    bare = state.replace(**dict.fromkeys(LAYERED, ()), decoder=())
+    bare = state.replace(**dict.fromkeys(layered, ()), decoder=())
     bare = jax.tree.map(lambda a: function(a, "batch", *[None] * (a.ndim - 1)), bare)
     return bare.replace(**layered, decoder=decoder)
 
@@ -167,9 +203,16 @@ def _spread(state: StreamState) -> StreamState:
     return by_place(constrain, state)
 
 
-def _cache(spec: StreamSpec, one: StreamState) -> KVCache:
+def _cache(spec: StreamSpec, one: StreamState) -> KVCache | SlotCache:
     """The cache of one stream, from `_slot` or inside `vmap` with its axis restored."""
+    if spec.slots is not None:
+        return spec.slots.replace(k=one.k, v=one.v, sink_k=one.sink_k, sink_shift=one.sink_shift[0])
     return KVCache(k=one.k, v=one.v, frames=one.held[0], sink=spec.rollout.sink)
+
+
+def _chunk(one: StreamState, size: int, active: jax.Array | bool) -> Chunk:
+    """The next `size` frames of one stream with a `SlotCache`."""
+    return Chunk(one.age[0], size, one.shift[0], jnp.asarray(active))
 
 
 def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, size: int) -> Layout:
@@ -182,20 +225,25 @@ def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, 
     return layout.replace(frames=frames, context_frames=context, prefixes=(), prefixes_masked=False)
 
 
-def _written(spec: StreamSpec, one: StreamState, kv: KeysValues, clean: jax.Array, active) -> StreamState:
-    """Adds the next frames, with keys and values `kv`, to a stream; unchanged unless `active`."""
+def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -> StreamState:
+    """Adds the next frames, with keys and values `kv` (or slots), to a stream; unchanged unless `active`."""
     age, count = one.age[0], clean.shape[1]
-    cache = kv_cache.write(_cache(spec, one), kv.k, kv.v, age, keep=~active)
-    latents = one.latents
+    cache, latents, held = _cache(spec, one), one.latents, one.held[0]
+    if isinstance(cache, SlotCache):
+        cache = slot_cache.closed(cache, kv, _chunk(one, count, active))
+        one = one.replace(sink_k=cache.sink_k, sink_shift=cache.sink_shift[None])
+    else:
+        cache = kv_cache.write(cache, kv.k, kv.v, age, keep=~active)
     for i in range(count if spec.capacity else 0):
-        slot, dropped = kv_cache.slot_of(cache, age + i)
+        slot, dropped = kv_cache.slot_of(spec, age + i)
+        kept = active if dropped is None else active & ~dropped
         old = jax.lax.dynamic_slice_in_dim(latents, slot, 1, 1)
-        new = jnp.where(active if dropped is None else active & ~dropped, clean[:, i : i + 1], old)
-        latents = jax.lax.dynamic_update_slice_in_dim(latents, new, slot, 1)
+        latents = jax.lax.dynamic_update_slice_in_dim(latents, jnp.where(kept, clean[:, i : i + 1], old), slot, 1)
+        held = held.at[slot].set(jnp.where(kept, age + i, held[slot]))
     return one.replace(
         k=cache.k,
         v=cache.v,
-        held=cache.frames[None],
+        held=held[None],
         latents=latents,
         first=one.first & ~active,
         age=one.age + jnp.where(active, count, 0),
@@ -211,7 +259,11 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     noise_key = jax.random.fold_in(jax.random.fold_in(key, number), one.chunk[0])
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
     cache = _cache(spec, one)
-    inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
+    if isinstance(cache, SlotCache):
+        own = _chunk(one, count, active)
+        inputs = (one.text, slot_cache.opened(cache, one.text, own), slot_cache.layout(cache, own))
+    else:
+        inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
     calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
     draw = ro.key_draw(key, one.number)
@@ -240,7 +292,7 @@ def step(
       without decoder. If a stream's first frame is among them, its first `temporal_factor - 1` pixel frames are empty.
     """
     axes = StreamState(**{field.name: 0 for field in dataclasses.fields(StreamState)}).replace(
-        **dict.fromkeys(LAYERED, 1)
+        **{name: _axis(getattr(state, name)) for name in LAYERED}
     )
 
     def one(stream, active):
@@ -251,7 +303,11 @@ def step(
     mesh = jax.sharding.get_abstract_mesh()
     spread = {} if mesh.empty else {"spmd_axis_name": "data"}
     cache = state.decoder
-    state, latents = jax.vmap(one, (axes, 0), (axes, 0), **spread)(state.replace(decoder=()), active)
+    state = state.replace(decoder=())
+    if len(active) == 1 and isinstance(state.k, tuple):  # vmap would scatter the keys and values into the slots
+        state, latents = _next_chunk(spec, params, state, active[0], spec.rollout.chunk)
+    else:
+        state, latents = jax.vmap(one, (axes, 0), (axes, 0), **spread)(state, active)
     state = state.replace(decoder=cache)
     pixels = None
     if decoder is not None:
@@ -324,18 +380,20 @@ def cut(state: StreamState, slot) -> StreamState:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
     """Keeps only the sink and the newest latent frame of a stream (Infinity-RoPE, arXiv 2511.20649)."""
-    one, sink, tokens = _slot(state, slot), spec.rollout.sink, state.k.shape[2] // max(1, spec.capacity)
+    one, sink, tokens = _slot(state, slot), spec.rollout.sink, int(np.prod(spec.model.config.grid(*spec.size[:2])))
     kept = min(sink + 1, spec.capacity)
     fewer = one.age[0] > kept
     if spec.capacity > sink:
-        newest = kv_cache.slot_of(_cache(spec, one), one.age[0] - 1)[0]
+        cache = _cache(spec, one)
 
-        def moved(a, axis, width):
+        def moved(a, axis, width, ring):
+            newest = kv_cache.slot_of(ring, one.age[0] - 1)[0]
             last = jax.lax.dynamic_slice_in_dim(a, newest * width, width, axis)
             return jnp.where(fewer, jax.lax.dynamic_update_slice_in_dim(a, last, sink * width, axis), a)
 
-        k, v = jax.tree.map(lambda a: moved(a, 2, tokens), (one.k, one.v))
-        one = one.replace(k=k, v=v, latents=moved(one.latents, 1, 1))
+        axis = 1 + _axis(one.k)
+        k, v = jax.tree.map(lambda a: moved(a, axis, tokens, cache), (one.k, one.v))
+        one = one.replace(k=k, v=v, latents=moved(one.latents, 1, 1, spec))
     places = jnp.arange(spec.capacity)
     held = jnp.where(fewer, jnp.where(places < kept, places, -1), one.held)
     age = jnp.where(fewer, kept, one.age)
@@ -375,9 +433,14 @@ def append(
     one, config, (timestep, sigma, number) = _slot(state, slot), spec.rollout, context
     draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
     read = (1 - sigma) * clean + sigma * draw("context", one.chunk[0], number, clean.shape)
-    cache = _cache(spec, one)
-    layout = _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
-    _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, cache)
+    cache, active = _cache(spec, one), jnp.bool_(True)
+    if isinstance(cache, SlotCache):
+        own = _chunk(one, clean.shape[1], active)
+        context, layout = slot_cache.opened(cache, one.text, own), slot_cache.layout(cache, own)
+        layout = layout.replace(keys_only=active)
+    else:
+        context, layout = cache, _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
+    _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, context)
     return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
 
 

@@ -8,6 +8,21 @@ from sf_jax.models import attention
 
 
 @flax.struct.dataclass
+class SlotPlace:
+    """Where a call with `slots.Slots` writes its own keys and values, and which it sees.
+
+    Attributes:
+      rows: int32 [parts], the first row of each of the equal parts of the own tokens.
+      count: int32, number of visible rows; they are the first ones and include the own.
+      endless: whether positions have no limit, see `rope.endless_rotation` (static).
+    """
+
+    rows: jax.Array
+    count: jax.Array
+    endless: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
 class Layout:
     """The positions of one call's tokens in the video, and what they attend to.
 
@@ -27,6 +42,7 @@ class Layout:
         right before the group's window; `frames` and `context_frames` are then numpy. Empty: no shift (static).
       keys_only: bool scalar, whether a call with `slots.Slots` needs only its keys and values. The last block then
         skips the rest, and the flow is meaningless. None: it needs everything.
+      place: where a call with slots that outlive the chunk writes; None: to the first slots, see `slots.take_apart`.
     """
 
     frames: jax.Array | np.ndarray
@@ -40,6 +56,7 @@ class Layout:
     sink: int = flax.struct.field(pytree_node=False, default=0)
     sink_shifts: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     keys_only: jax.Array | None = None
+    place: SlotPlace | None = None
 
 
 def bidirectional_layout(frames: int) -> Layout:

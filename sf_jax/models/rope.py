@@ -41,16 +41,45 @@ def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: in
     Returns:
       float32 [2, F*h*w, D/2]: cosine and sine for each token and channel pair.
     """
-    f_pairs, h_pairs, w_pairs = axis_pairs(head_dim)
-    h, w = grid
+    angles = _angles(MAX_FRAMES, axis_pairs(head_dim)[0])
     if isinstance(frames, np.ndarray):
-        frame_angles = _angles(MAX_FRAMES, f_pairs)[frames]
-        by_frame = np.stack([np.cos(frame_angles), np.sin(frame_angles)]).astype(np.float32)
+        angles = angles[frames]
+        by_frame = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
     else:
-        angles = _angles(MAX_FRAMES, f_pairs)
         table = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
         by_frame = jnp.take(jnp.asarray(table), frames, axis=1)
-    count = by_frame.shape[1]
+    return _of_tokens(by_frame, grid, head_dim)
+
+
+def endless_rotation(frames: jax.Array, grid: tuple[int, int], head_dim: int) -> jax.Array:
+    """As `rotation`, for any int32 positions; only the distances between rotated frames matter then.
+
+    An angle is a fixed-point number of turns in 32 bits, whose overflow drops whole turns, so that angles stay exact for
+    ever. Between two frames they are those of `rotation`, up to 1e-9 per frame and float32 rounding.
+    """
+    return _of_tokens(_endless(frames, head_dim), grid, head_dim)
+
+
+def shift_rotation(frames: jax.Array, head_dim: int) -> jax.Array:
+    """The rotation float32 [2, 1, D/2] that moves keys by a number of frames (int32, any sign)."""
+    rest = head_dim // 2 - axis_pairs(head_dim)[0]
+    still = jnp.stack([jnp.ones((1, rest)), jnp.zeros((1, rest))])
+    return jnp.concatenate([_endless(frames[None], head_dim), still], axis=-1)
+
+
+def _endless(frames, head_dim):
+    """Cosines and sines float32 [2, F, pairs] of the frame axis at int32 positions [F]."""
+    turns = _angles(2, axis_pairs(head_dim)[0])[1] / (2 * np.pi)
+    steps = np.round(turns * 2.0**32).astype(np.uint32)
+    parts = jax.lax.bitcast_convert_type(jnp.asarray(frames, jnp.int32), jnp.uint32)[:, None] * steps
+    angles = jax.lax.bitcast_convert_type(parts, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def _of_tokens(by_frame, grid, head_dim):
+    """Rotations [2, F*h*w, D/2] of the tokens of frames, from those of the frame axis [2, F, pairs]."""
+    f_pairs, h_pairs, w_pairs = axis_pairs(head_dim)
+    (h, w), count = grid, by_frame.shape[1]
 
     def axis(length, pairs):
         angles = _angles(length, pairs)

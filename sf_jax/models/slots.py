@@ -1,8 +1,8 @@
 """Per-layer keys and values of one chunk and its context, read in place.
 
-For networks with separate parameters per layer (`WanConfig.scan_layers` is False). Every call for the chunk writes its
-own keys and values to the first slots. The cached ones follow, with keys rotated once for all calls. Attention then
-reads one array, without concatenating arrays or slicing layers out of a stack.
+For networks with separate parameters per layer (`WanConfig.scan_layers` is False). Attention reads one array per layer,
+without concatenating arrays or slicing layers out of a stack. The slots are those of a `slot_cache.SlotCache`, which
+stay where they are, or copies of a `KVCache` for the calls of one chunk (`take_apart`): caches of 8 bits are read so.
 """
 
 from typing import Any
@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sf_jax.models import attention, rope
+from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KeysValues, KVCache
+from sf_jax.models.layout import SlotPlace
 from sf_jax.models.partition import constrain
+
+QKV = ("q", "k", "v")
 
 
 @flax.struct.dataclass
@@ -22,25 +26,33 @@ class Slots:
     """The keys and values of one layer.
 
     Attributes:
-      k: [B, (n + m) * tokens + padding, N, D] keys with rotary embedding: of the n own frames, then of m cached ones.
+      k: [B, rows, N, D] keys with rotary embedding. From `take_apart`: of the n own frames, then of the cached ones.
       v: values of the same frames.
-      projected: [B, n * tokens, dim] output of the key projection for the own tokens. The cache stores it normalized;
-        `WanTransformer.own_keys_values` normalizes it once per chunk.
+      projected: [B, n * tokens, dim] output of the key projection for the own tokens, which `KVCache` stores
+        normalized; `WanTransformer.own_keys_values` normalizes it once per chunk. None if the slots are the cache.
       text: prompt keys and values [B, S, N, D].
     """
 
     k: jax.Array
     v: jax.Array
-    projected: jax.Array
+    projected: jax.Array | None
     text: KeysValues
 
-    def put(self, rotated_k: jax.Array, projected: jax.Array, v: jax.Array) -> "Slots":
-        """Writes the own rotated keys and values [B, n * tokens, N, D], and stores the key projection's output."""
+    def put(self, rotated_k: jax.Array, projected: jax.Array, v: jax.Array, place: SlotPlace | None) -> "Slots":
+        """Writes the own rotated keys and values [B, n * tokens, N, D], or also the key projection's output."""
+        if place is None:
+            k, v = (_put(old, new, 0) for old, new in ((self.k, rotated_k), (self.v, v)))
+            return self.replace(k=k, v=v, projected=projected)
+        k, values, part = self.k, self.v, v.shape[1] // len(place.rows)
+        for i, row in enumerate(place.rows):
+            own = slice(i * part, (i + 1) * part)
+            k, values = _put(k, rotated_k[:, own], row), _put(values, v[:, own], row)
+        return self.replace(k=k, v=values)
 
-        def front(old, new):
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, 0))
 
-        return self.replace(k=front(self.k, rotated_k), v=front(self.v, v), projected=projected)
+def _put(old, new, row):
+    """`old` [B, rows, N, D] with the rows from `row` on replaced."""
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, row, 0, 0))
 
 
 def take_apart(
@@ -73,8 +85,10 @@ def take_apart(
 
 def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     """Self-attention [B, T, N, D] of one chunk's queries (without rotary embedding) over its slots."""
-    own, tokens = slots.projected.shape[1], shared.tokens
-    if shared.mask_is_prefix:
+    own, tokens = len(shared.own_rotation[0]), shared.tokens
+    if shared.place is not None:
+        mask = shared.place.count
+    elif shared.mask_is_prefix:
         mask = own + shared.context_mask.sum(dtype=jnp.int32) * tokens
     else:
         mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(shared.context_mask, tokens)])
@@ -83,8 +97,14 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     return attention.attend(rope.rotate_constant(q, shared.own_rotation), [segment], shared.implementation)
 
 
-def unstack_layers(params: dict, delete: bool = False) -> dict:
-    """Parameters for `scan_layers=False` from stacked ones; `delete` frees each stack once it is copied."""
+def unstack_layers(params: dict, delete: bool = False, fuse: bool = False) -> dict:
+    """Parameters for `scan_layers=False` from stacked ones.
+
+    Args:
+      params: stacked parameters, as files and training have them.
+      delete: whether to free each stack once it is copied.
+      fuse: whether to join self-attention's projections of queries, keys and values, see `Attention.projections`.
+    """
     blocks = flatten_dict(params["blocks"])
     layers = len(jax.tree.leaves(blocks)[0])
     parts = [{} for _ in range(layers)]
@@ -94,11 +114,41 @@ def unstack_layers(params: dict, delete: bool = False) -> dict:
         if delete:
             jax.tree.map(lambda a: a.delete(), stack)
     rest = {name: value for name, value in params.items() if name != "blocks"}
-    return rest | {f"blocks_{layer}": unflatten_dict(part) for layer, part in enumerate(parts)}
+    blocks = map(unflatten_dict, parts)
+    return rest | {f"blocks_{layer}": _fused(block) if fuse else block for layer, block in enumerate(blocks)}
+
+
+def _fused(block):
+    """A block's parameters with one projection `qkv` in place of self-attention's three."""
+    parts = [block["self_attn"].pop(name) for name in QKV]
+
+    def joined(*parts):
+        if isinstance(parts[0], Scaled):  # [out, in]
+            return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=0), *parts)
+        return jnp.concatenate(parts, axis=-1)
+
+    block["self_attn"]["qkv"] = jax.tree.map(joined, *parts, is_leaf=lambda x: isinstance(x, Scaled))
+    return block
+
+
+def split_projections(block: dict) -> dict:
+    """A block's parameters with self-attention's three projections, which `unstack_layers` may have joined."""
+    rest = dict(block["self_attn"])
+    if "qkv" not in rest:
+        return block
+
+    def parts(whole):
+        if isinstance(whole, Scaled):
+            return jax.tree.map(lambda a: jnp.stack(jnp.split(a, 3, axis=0)), whole)
+        return jnp.stack(jnp.split(whole, 3, axis=-1))
+
+    stacks = jax.tree.map(parts, rest.pop("qkv"), is_leaf=lambda x: isinstance(x, Scaled))
+    return block | {"self_attn": rest | {name: jax.tree.map(lambda a, i=i: a[i], stacks) for i, name in enumerate(QKV)}}
 
 
 def stack_layers(params: dict) -> dict:
     """Inverse of `unstack_layers`: parameters for `scan_layers=True`, the form used by files and training."""
-    layers = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
+    names = [f"blocks_{i}" for i in range(sum(name.startswith("blocks_") for name in params))]
+    layers = [split_projections(params[name]) for name in names]
     rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
     return rest | {"blocks": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}

@@ -16,7 +16,7 @@ import numpy as np
 from sf_jax.models import attention, partition, rope
 from sf_jax.models.kv_cache import KeysValues, KVCache
 from sf_jax.models.layers import Axes, Exact, LayerNorm, Linear, RMSNorm, layer_norm, time_features
-from sf_jax.models.layout import Layout, bidirectional_layout
+from sf_jax.models.layout import Layout, SlotPlace, bidirectional_layout
 from sf_jax.models.partition import constrain
 from sf_jax.models.patches import patchify, unpatchify
 from sf_jax.models.pattern_attention import pattern_attention
@@ -40,6 +40,8 @@ LIMITS = {
     "freq_dim": 1 << 16,
 }
 MAX_PATCH = 64
+# Scope of the conditional of `Layout.keys_only`, by which `perf` identifies it.
+UNLESS_KEYS_ONLY = "unless_keys_only"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,7 @@ class _Shared:
     context_mask: jax.Array | None
     sink_rotations: tuple[jax.Array | None, ...]
     keys_only: jax.Array | None
+    place: SlotPlace | None
     frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     context_frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     pattern: attention.Pattern = flax.struct.field(pytree_node=False)
@@ -179,32 +182,44 @@ class Attention(nn.Module):
         """Declares the layers."""
         dim, eps = self.config.dim, self.config.eps
         biases = nn.initializers.normal(1.0) if self.positional else nn.initializers.zeros
-        self.q, self.k = (Linear(dim, self.config.dtype, SPREAD, bias_init=biases) for _ in range(2))
-        self.v, self.o = _dense(self.config, dim, SPREAD), _dense(self.config, dim, JOIN)
+        self.o = _dense(self.config, dim, JOIN)
+        self.fused = self.has_variable("params", "qkv")
+        if self.fused:
+            self.qkv = _dense(self.config, 3 * dim, SPREAD)
+        else:
+            self.q, self.k = (Linear(dim, self.config.dtype, SPREAD, bias_init=biases) for _ in range(2))
+            self.v = _dense(self.config, dim, SPREAD)
         apart = self.positional and not self.config.scan_layers
         self.norm_q, self.norm_k = RMSNorm(eps, apart), RMSNorm(eps, apart)
 
+    def projections(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        """What `queries` needs of [..., dim], and keys and values [..., dim] before normalization.
+
+        If `slots.unstack_layers` has joined the three projections, GPUs read `x` only once for them.
+        """
+        if not self.fused:
+            return x, self.k(x), self.v(x)
+        joined = self.qkv(x)
+        return joined, *jnp.split(joined, 3, axis=-1)[1:]
+
     def queries(self, x: jax.Array) -> jax.Array:
-        """[..., dim] to [..., N, D]."""
-        return self._heads(self.norm_q(self.q(x)))
+        """[..., dim], or the first output of `projections`, to [..., N, D]."""
+        return self.heads(self.norm_q(x[..., : self.config.dim] if self.fused else self.q(x)))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., dim] to keys and values [..., N, D]."""
-        return self.keys(self.k(x)), self.values(x)
+        return self.keys(self.k(x)), self.heads(self.v(x))
 
     def keys(self, projected: jax.Array) -> jax.Array:
         """Keys [..., N, D] from the output [..., dim] of the projection `k`."""
-        return self._heads(self.norm_k(projected))
-
-    def values(self, x: jax.Array) -> jax.Array:
-        """[..., dim] to values [..., N, D]."""
-        return self._heads(self.v(x))
+        return self.heads(self.norm_k(projected))
 
     def output(self, x: jax.Array) -> jax.Array:
         """[..., N, D] to [..., dim]."""
         return self.o(x.reshape(*x.shape[:-2], -1))
 
-    def _heads(self, x):
+    def heads(self, x: jax.Array) -> jax.Array:
+        """[..., dim] to [..., N, D]."""
         return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
 
 
@@ -251,10 +266,11 @@ class Block(nn.Module):
         shift, scale, *rest = jnp.moveaxis(self.modulation[:, None] + shared.modulation, 2, 0)
         x = constrain(x, *STREAM)
         h = self._modulated(x, shift, scale)
-        projected = self.self_attn.k(h)
-        k, v = (_all_tokens(a) for a in (self.self_attn.keys(projected), self.self_attn.values(h)))
+        h, projected, v = self.self_attn.projections(h)
+        k, v = (_all_tokens(a) for a in (self.self_attn.keys(projected), self.self_attn.heads(v)))
         if isinstance(context, Slots):
-            own = context.put(rope.rotate_constant(k, shared.own_rotation), projected.reshape(*k.shape[:2], -1), v)
+            rotated = rope.rotate_constant(k, shared.own_rotation)
+            own = context.put(rotated, projected.reshape(*k.shape[:2], -1), v, shared.place)
         else:
             own = KeysValues(k, v) if shared.return_kv else None
 
@@ -267,7 +283,8 @@ class Block(nn.Module):
 
         if shared.keys_only is None:
             return behind_keys(self, x), own
-        return nn.cond(shared.keys_only, lambda block, x: x, behind_keys, self, x), own
+        with jax.named_scope(UNLESS_KEYS_ONLY):
+            return nn.cond(shared.keys_only, lambda block, x: x, behind_keys, self, x), own
 
     def _modulated(self, x, shift, scale):
         """Normalizes `x` [B, F, P, dim], then scales and shifts it by float32 [B, F or 1, dim]."""
@@ -409,14 +426,16 @@ class WanTransformer(nn.Module):
             context = KeysValues(context.k, context.v)
             context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
         moved = np.arange(layout.sink)
+        endless = layout.place is not None and layout.place.endless
         sinks = [rope.rotation(moved + n, grid, config.head_dim) if n else None for n in layout.sink_shifts]
         shared = _Shared(
             modulation=self.time_projection(nn.silu(time)).reshape(*t.shape, 6, config.dim),
-            own_rotation=rope.rotation(layout.frames, grid, config.head_dim),
+            own_rotation=(rope.endless_rotation if endless else rope.rotation)(layout.frames, grid, config.head_dim),
             context_rotation=context_rotation,
             context_mask=layout.context_mask,
             sink_rotations=tuple(sinks),
             keys_only=None,
+            place=layout.place,
             frames=_static(layout.frames) if sinks else None,
             context_frames=_static(layout.context_frames) if sinks else None,
             pattern=layout.pattern,

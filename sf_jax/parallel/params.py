@@ -30,8 +30,8 @@ RULES = {
 GENERATION = RULES | {"embed": None}
 
 _ATTENTION = {
-    **{(name, "kernel"): ("layers", "embed", "heads") for name in "qkv"},
-    **{(name, "bias"): ("layers", "heads") for name in "qkv"},
+    **{(name, "kernel"): ("layers", "embed", "heads") for name in ("q", "k", "v", "qkv")},
+    **{(name, "bias"): ("layers", "heads") for name in ("q", "k", "v", "qkv")},
     ("o", "kernel"): ("layers", "heads", "embed"),
     ("o", "bias"): ("layers", "embed"),
     ("norm_q", "scale"): ("layers", "heads"),

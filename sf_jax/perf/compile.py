@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -27,7 +27,8 @@ class Call:
       work: the same including recomputation in a backward pass; None if nothing is recomputed.
       trips: iterations to assume for loops whose number is known only at run time.
       branch: which branch of a conditional to count, see `traffic`.
-      cached: see `traffic`.
+      cached: see `traffic`, as for `shares`.
+      shares: how often conditionals take their larger branch.
       kernel: name of the fused attention that it must use; None for any.
       rate: how often it runs, in the caller's units.
       beside: bytes that stay in a chip's memory meanwhile without being arguments.
@@ -42,6 +43,7 @@ class Call:
     trips: float = 1.0
     branch: str = "mean"
     cached: frozenset[int] = frozenset()
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kernel: str | None = None
     rate: float = 1.0
     beside: int = 0
@@ -135,7 +137,7 @@ def compile_call(call: Call, mesh: Mesh) -> Compiled:
     with jax.set_mesh(mesh):  # decides "auto" attention and the sharding of activations
         compiled = call.function.lower(*call.arguments).compile()
     memory = compiled.memory_analysis()
-    moved = traffic(compiled.as_text(), call.trips, call.branch, call.cached)
+    moved = traffic(compiled.as_text(), call.trips, call.branch, call.cached, call.shares)
     return Compiled(
         name=call.name,
         rate=call.rate,

@@ -16,11 +16,11 @@ from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import programs, text_encoder
 from sf_jax.inference.decoders import Decoder, VaeDecoder, column_axes
 from sf_jax.inference.job import Job
-from sf_jax.inference.layers import Videos, layers_apart
+from sf_jax.inference.layers import Videos, fuses, layers_apart
 from sf_jax.inference.lengths import latent_frames
 from sf_jax.inference.load import VAES
 from sf_jax.inference.sampling import Sampling
-from sf_jax.models import eight_bit, partition, tiny_vae, umt5, vae, wan
+from sf_jax.models import eight_bit, partition, slot_cache, tiny_vae, umt5, vae, wan
 from sf_jax.models.slots import unstack_layers
 from sf_jax.parallel.mesh import check_mesh, check_tokens, make_mesh, videos_apart
 from sf_jax.parallel.params import GENERATION, tree_shardings
@@ -131,7 +131,7 @@ class _Shapes:
         products = what.quantize is not None and eight_bit.multiplies(what.quantize, mesh.devices.flat[0])
         shapes = self._typed(wan.param_shapes(what.config))
         shapes = self._split(jax.eval_shape(functools.partial(quantized_shapes, what.quantize, products), shapes))
-        config, self.stacked = what.config, shapes
+        config = what.config
         if what.rollout is not None:
             apart, sampling = what.apart, what.sampling
             videos = Videos(1, sampling.frames, sampling.height, sampling.width)
@@ -140,7 +140,9 @@ class _Shapes:
                     apart = layers_apart(config, shapes, what.rollout, chip.memory, videos, what.many is not None)
             if apart:
                 config = dataclasses.replace(config, scan_layers=False)
-                shapes = self._split(jax.eval_shape(unstack_layers, shapes))
+                with jax.set_mesh(mesh):
+                    fuse = fuses(mesh)
+                shapes = self._split(jax.eval_shape(functools.partial(unstack_layers, fuse=fuse), shapes))
         self.model, self.params = wan.WanTransformer(config), shapes
         self.prompts = self.batch * (1 if what.many is None else 2)  # with guidance, a negative prompt for each
         self.prompt = self._shape(self.prompts, config.text_len, config.text_dim, dtype=jnp.dtype(config.dtype))
@@ -148,13 +150,7 @@ class _Shapes:
         self.text = self._named(text, None, "batch", None, "features", None)
         self.cache = self.stream = self.decoder = ()
         if what.rollout is not None:
-            empty = jax.eval_shape(
-                lambda: ro.empty_cache(
-                    self.model, what.rollout, self.prompts, what.frames, *what.size[:2], dtype=what.cache_dtype
-                )
-            )
-            k, v = self._named((empty.k, empty.v), None, "batch", None, "heads", None)
-            self.cache = empty.replace(k=k, v=v, frames=self._put(empty.frames))
+            self.cache = jax.tree.map(self._of_cache, jax.eval_shape(lambda: self._empty(self.model)))
         if what.decoder is not None:
             self.decoder = self._put(self._typed(what.decoder))
             stream = jax.eval_shape(lambda: self.decoder.init_cache(self.batch, *what.size[:2]))
@@ -178,6 +174,16 @@ class _Shapes:
         """Adds the shardings of arrays whose axes have names in `partition.AXES`."""
         with jax.set_mesh(self.mesh):
             return jax.tree.map(lambda a: self._put(a, *partition.spec(a.shape, *names)), tree)
+
+    def _empty(self, model):
+        what = self.what
+        rest = (what.frames, what.size, what.cache_dtype, what.many is not None)
+        return programs.empty_cache(model, what.rollout, self.prompts, *rest)
+
+    def _of_cache(self, a):
+        """An array of a cache: keys or values of all layers or of one, or counters."""
+        names = (None,) * (a.ndim - 4) + ("batch", None, "heads", None)
+        return self._named(a, *names) if a.ndim >= 4 else self._put(a)
 
     def _shape(self, *sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(self.mesh, PartitionSpec("data")))
@@ -214,21 +220,26 @@ class _Shapes:
         place = (number, number, jax.ShapeDtypeStruct((), bool))
         size = (what.rollout.chunk, *what.size)
 
-        def arguments(model, params):
-            return (model, what.rollout, what.many, size, params, self.text, self.cache, self._source(), place)
+        def arguments(model, params, cache):
+            return (model, what.rollout, what.many, size, params, self.text, cache, self._source(), place)
 
         trips = 1.0 if what.many else float(what.evaluations)
-        # FLOPs are counted with scanned layers and attention written as matmuls.
-        plain = wan.WanTransformer(dataclasses.replace(what.config, attention="whole", scan_layers=True))
-        flops = _flops(programs.next_chunk, arguments(plain, self.stacked), trips)
+        # At a full cache the sink has been written, and the clean pass skips most of the last layer.
+        skipped = (what.rollout.context == "clean") / trips
+        shares = {wan.UNLESS_KEYS_ONLY: 1.0 - skipped, slot_cache.WHILE_SINK_GROWS: 0.0}
+        # FLOPs are counted with attention written as matmuls.
+        plain = wan.WanTransformer(dataclasses.replace(self.model.config, attention="whole"))
+        cache = jax.eval_shape(lambda: self._empty(plain))
+        flops = _flops(programs.next_chunk, arguments(plain, self.params, cache), trips, shares)
         return Call(
             name=CHUNK,
             function=programs.next_chunk,
-            arguments=arguments(self.model, self.params),
+            arguments=arguments(self.model, self.params, self.cache),
             flops=flops,
             trips=trips,
             branch="largest",
             cached=self._cached(),
+            shares=shares,
             kernel=self.kernel,
             beside=self._others(self.params, self.text, self.cache),
         )
@@ -237,7 +248,7 @@ class _Shapes:
         """Sizes of arrays that hold the cached keys or values that a chunk sees, for one layer or all."""
         what, config = self.what, self.what.config
         tokens, own = math.prod(config.grid(*what.size[:2])), _shard_shape(self.cache.k)
-        videos, dim = own[1], own[3] * own[4]
+        videos, dim = own[-4], own[-2] * own[-1]
         frames = {
             what.seen,
             what.seen + what.rollout.chunk,
@@ -284,9 +295,9 @@ def _shard_shape(keys) -> tuple[int, ...]:
     return numbers.sharding.shard_shape(numbers.shape)
 
 
-def _flops(function: Callable, arguments: tuple, trips: float = 1.0) -> float:
+def _flops(function: Callable, arguments: tuple, trips: float = 1.0, shares: Mapping | None = None) -> float:
     """Matmul operations at a full cache; traced without a mesh, so that attention does not use a kernel."""
-    return matmul_flops(function.trace(*arguments).jaxpr, trips, largest=True)
+    return matmul_flops(function.trace(*arguments).jaxpr, trips, largest=True, shares=shares)
 
 
 def wan_decoder(kind: str, dtype: str) -> VaeDecoder | None:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sf_jax.perf import hlo
 from sf_jax.perf.hlo import Array, Instruction, Module
@@ -111,7 +111,11 @@ class _Tally:
 
 
 def traffic(
-    text: str, dynamic_trips: float = 1.0, branch: str = "mean", cached: frozenset[int] = frozenset()
+    text: str,
+    dynamic_trips: float = 1.0,
+    branch: str = "mean",
+    cached: frozenset[int] = frozenset(),
+    shares: Mapping[str, float] | None = None,
 ) -> Traffic:
     """Counts the bytes that a compiled program moves on one chip.
 
@@ -121,13 +125,15 @@ def traffic(
       branch: which branch of a conditional to count: the "largest" (by operands of matmuls and attention, so at a full
         cache) or the "mean" of all.
       cached: sizes, in elements, of arrays that hold all cached keys or values, to identify copies of them.
+      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it the branch that moves most
+        is taken, and in all others the one that moves least.
 
     Raises:
       ValueError: if the text has no program, or `branch` is unknown.
     """
     if branch not in BRANCHES:
         raise ValueError(f"branch is {branch!r}: it must be one of {', '.join(BRANCHES)}")
-    module = hlo.parse(text)
+    module, shares = hlo.parse(text), shares or {}
 
     @functools.cache
     def tally(name: str) -> _Tally:
@@ -141,7 +147,12 @@ def traffic(
                     total.add(tally(inner), 1.0)
             elif line.operation == "conditional":
                 names = line.called("branch_computations", "true_computation", "false_computation")
-                if branch == "largest" and names:
+                share = next((shares[scope] for scope in line.source.split("/") if scope in shares), None)
+                if share is not None:
+                    by_bytes = sorted(map(tally, names), key=lambda inner: inner.bytes)
+                    total.add(by_bytes[-1], share)
+                    total.add(by_bytes[0], 1 - share)
+                elif branch == "largest" and names:
                     total.add(max(map(tally, names), key=lambda inner: (inner.operands, inner.bytes)), 1.0)
                 else:
                     for inner in names:
@@ -212,7 +223,14 @@ def _written(module: Module, by_name: dict, line: Instruction) -> list[Array]:
     if line.operation.endswith("-start") and line.operation != "all-reduce-start":  # (originals, results, state)
         originals = sum(len(by_name[name].arrays) for name in line.operands if name in by_name)
         return [array for array in line.arrays[originals:] if array.shape]
+    if line.operation == "custom-call" and len(line.arrays) > 1 and _GEMM.search(line.target):
+        return [array for array in line.arrays if not _is_workspace(array)]
     return list(line.arrays)
+
+
+def _is_workspace(array: Array) -> bool:
+    """Whether a matmul's result is memory that a library may use, which one that splits no sums leaves alone."""
+    return array.dtype in ("s8", "u8") and len(array.shape) == 1
 
 
 def _read(module: Module, by_name: dict, line: Instruction) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -146,7 +146,9 @@ def rollout_trips(config: TrainConfig) -> float:
     )
 
 
-def matmul_flops(jaxpr, dynamic_trips: float = 1.0, largest: bool = False) -> float:
+def matmul_flops(
+    jaxpr, dynamic_trips: float = 1.0, largest: bool = False, shares: Mapping[str, float] | None = None
+) -> float:
     """Floating-point operations of all matmuls and convolutions of a traced program, over all devices.
 
     XLA's own count (`cost_analysis`) counts every loop once, and the layers here are a loop.
@@ -155,7 +157,10 @@ def matmul_flops(jaxpr, dynamic_trips: float = 1.0, largest: bool = False) -> fl
       jaxpr: from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
       dynamic_trips: iterations to assume for loops whose number is known only at run time.
       largest: whether to count a conditional's branch with the most operations (a full cache) instead of the mean.
+      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it that branch is taken, and
+        in all others the one with the fewest operations.
     """
+    shares = shares or {}
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
     for equation in jaxpr.eqns:
@@ -170,15 +175,22 @@ def matmul_flops(jaxpr, dynamic_trips: float = 1.0, largest: bool = False) -> fl
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         elif name == "cond":
             # A chunk attends to all that is cached; each branch is one length (`Layout.prefixes`).
-            branches = [matmul_flops(branch, dynamic_trips, largest) for branch in given["branches"]]
+            branches = [matmul_flops(branch, dynamic_trips, largest, shares) for branch in given["branches"]]
+            scopes = str(equation.source_info.name_stack).split("/")
+            share = next((shares[scope] for scope in scopes if scope in shares), None)
+            if share is not None:
+                total += share * max(branches) + (1 - share) * min(branches)
+                continue
             branches = [flops for flops in branches if flops] or [0.0]
             total += max(branches) if largest else sum(branches) / len(branches)
         elif name == "while":
-            total += dynamic_trips * matmul_flops(given["body_jaxpr"], dynamic_trips, largest)
+            total += dynamic_trips * matmul_flops(given["body_jaxpr"], dynamic_trips, largest, shares)
         else:
             passes = given["length"] if name == "scan" else 1
             inside = (x for value in given.values() for x in (value if isinstance(value, (tuple, list)) else (value,)))
             total += passes * sum(
-                matmul_flops(x, dynamic_trips, largest) for x in inside if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+                matmul_flops(x, dynamic_trips, largest, shares)
+                for x in inside
+                if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
             )
     return total

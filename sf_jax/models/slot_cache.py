@@ -1,0 +1,129 @@
+"""A key/value cache whose arrays attention reads where they are: nothing copies them, neither per call nor per chunk.
+
+For networks with separate parameters per layer (`WanConfig.scan_layers` is False). Keys are stored with their rotary
+embedding, and the slots are a ring that has room for the chunk being generated: a chunk overwrites the frames that it
+no longer sees, so that the visible slots are always the first ones, as fused kernels need them. Only distances between
+frames matter, so cached keys never need a new rotation. The sink's keys do if the sink moves with the window: they are
+also kept as they were written, and turned once per chunk.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from sf_jax.models import attention, kv_cache, rope
+from sf_jax.models.kv_cache import KeysValues
+from sf_jax.models.layout import Layout, SlotPlace
+from sf_jax.models.partition import constrain
+from sf_jax.models.slots import Slots
+
+# Scope of the conditional that keeps the sink's keys, by which `perf` identifies it.
+WHILE_SINK_GROWS = "while_sink_grows"
+
+
+@flax.struct.dataclass
+class SlotCache:
+    """Keys and values of past frames and of the current chunk.
+
+    Attributes:
+      k: [B, rows, N, D] per layer, keys with rotary embedding; a slot has the `tokens` rows of a frame.
+      v: values of the same frames.
+      sink_k: [B, sink * tokens, N, D] per layer, keys of the sink as they were written; () if the sink never moves.
+      sink_shift: int32, position minus number of the sink's frames in `sink_k`.
+      tokens: rows of a frame (static).
+      capacity: number of slots (static). The rows behind them are padding, and room for writes that nothing reads.
+      sink: number of first frames that are never overwritten (static).
+      part: number of frames that are written at once (static).
+      window: latent frames that a chunk sees, with itself, if the sink moves; else None (static).
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    sink_k: tuple[jax.Array, ...]
+    sink_shift: jax.Array
+    tokens: int = flax.struct.field(pytree_node=False)
+    capacity: int = flax.struct.field(pytree_node=False)
+    sink: int = flax.struct.field(pytree_node=False)
+    part: int = flax.struct.field(pytree_node=False)
+    window: int | None = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Chunk:
+    """The frames [start, start + size) of one call.
+
+    Attributes:
+      start: int32, number of the first frame.
+      size: number of frames (static).
+      shift: int32, position minus number of the frames.
+      active: bool, whether anything may be written to visible slots; None: always.
+    """
+
+    start: jax.Array | int
+    size: int = flax.struct.field(pytree_node=False)
+    shift: jax.Array | int = 0
+    active: jax.Array | None = None
+
+
+def fixed(cache: SlotCache) -> SlotCache:
+    """Fixes the sharding of the arrays."""
+    k, v, sink_k = (
+        tuple(constrain(a, "batch", None, "heads", None) for a in arrays) for arrays in (cache.k, cache.v, cache.sink_k)
+    )
+    return cache.replace(k=k, v=v, sink_k=sink_k)
+
+
+def layout(cache: SlotCache, chunk: Chunk) -> Layout:
+    """Positions of a chunk, the rows it writes, and those it sees."""
+    part = cache.part if chunk.size % cache.part == 0 else 1
+    first = jnp.asarray(chunk.start, jnp.int32)
+    rows = kv_cache.slot_of(cache, first + part * jnp.arange(chunk.size // part))[0] * cache.tokens
+    if chunk.active is not None:
+        behind = (cache.capacity + part * jnp.arange(chunk.size // part, dtype=jnp.int32)) * cache.tokens
+        rows = jnp.where(chunk.active, rows, behind)
+    count = jnp.minimum(first + chunk.size, cache.capacity) * cache.tokens
+    return Layout(
+        frames=first + chunk.shift + jnp.arange(chunk.size, dtype=jnp.int32),
+        pattern=attention.cached(chunk.size, 0),
+        place=SlotPlace(rows, count, endless=cache.window is not None),
+    )
+
+
+def opened(cache: SlotCache, text: KeysValues, chunk: Chunk) -> tuple[Slots, ...]:
+    """The slots of every layer for a chunk; `text` are prompt keys and values [L, B, S, N, D]."""
+    keys = cache.k
+    if cache.sink_k:
+        position = 0  # of the sink's first frame
+        if cache.window is not None:
+            position = chunk.shift + jnp.maximum(chunk.start + chunk.size - cache.window, 0)
+        turn = rope.shift_rotation(jnp.asarray(position - cache.sink_shift, jnp.int32), cache.k[0].shape[-1])
+        moved = (rope.rotate_constant(a, turn) for a in cache.sink_k)
+        keys = [jax.lax.dynamic_update_slice(k, a, (0, 0, 0, 0)) for k, a in zip(keys, moved, strict=True)]
+    texts = (jax.tree.map(lambda a, i=i: a[i], text) for i in range(len(cache.k)))
+    return tuple(Slots(k, v, None, t) for k, v, t in zip(keys, cache.v, texts, strict=True))
+
+
+def closed(cache: SlotCache, layers: tuple[Slots, ...], chunk: Chunk) -> SlotCache:
+    """The cache after the last call for a chunk, whose keys and values stay."""
+    keys, sink_k, sink_shift = tuple(layer.k for layer in layers), cache.sink_k, cache.sink_shift
+    if sink_k:
+        fresh = jnp.asarray(chunk.start) < cache.sink
+        if chunk.active is not None:
+            fresh = fresh & chunk.active
+        frames = jnp.arange(sink_k[0].shape[1]) // cache.tokens
+        own = ((frames >= chunk.start) & (frames < chunk.start + chunk.size))[:, None, None]
+
+        def written(k, old):
+            if cache.part == chunk.size > 1:  # a chunk that begins in the sink also ends in it
+                at = (0, chunk.start * cache.tokens, 0, 0)
+                new = jax.lax.dynamic_slice(k, at, (len(k), chunk.size * cache.tokens, *k.shape[2:]))
+                return jax.lax.dynamic_update_slice(old, new, at)
+            return jnp.where(own, k[:, : old.shape[1]], old)
+
+        def all_written(old):
+            return tuple(map(written, keys, old))
+
+        with jax.named_scope(WHILE_SINK_GROWS):
+            sink_k = jax.lax.cond(fresh, all_written, lambda old: old, sink_k)
+        sink_shift = jnp.where(fresh, jnp.asarray(chunk.shift, jnp.int32), sink_shift)
+    return cache.replace(k=keys, v=tuple(layer.v for layer in layers), sink_k=sink_k, sink_shift=sink_shift)
