@@ -123,17 +123,19 @@ def empty_slots(
     sink = min(config.sink, capacity)
     relative = config.positions == "relative"
     rows = (capacity + (config.chunk if streams else 0)) * tokens
-    rows += -rows % attention.key_multiple(network.attention, network.dtype, network.head_dim)
+    multiple = attention.key_multiple(network.attention, network.dtype, network.head_dim)
+    rows, heads_first = rows + -rows % multiple, multiple > 1
     aligned = not (streams or config.first_frame_alone or (capacity - sink) % config.chunk or sink % config.chunk)
 
-    def zeros(count):
-        shape = (batch, count, network.num_heads, network.head_dim)
+    def zeros(count, heads_first=False):
+        shape = (count, network.num_heads)[:: -1 if heads_first else 1]
+        shape = (batch, *shape, network.head_dim)
         return tuple(jnp.zeros(shape, network.dtype) for _ in range(network.num_layers))
 
     moves = sink > 0 and (relative or streams)
     return SlotCache(
-        k=zeros(rows),
-        v=zeros(rows),
+        k=zeros(rows, heads_first),
+        v=zeros(rows, heads_first),
         sink_k=zeros(sink * tokens) if moves else (),
         sink_shift=jnp.int32(0),
         tokens=tokens,
@@ -141,6 +143,7 @@ def empty_slots(
         sink=sink,
         part=config.chunk if aligned else 1,
         window=config.window if relative else None,
+        heads_first=heads_first,
     )
 
 

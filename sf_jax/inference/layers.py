@@ -1,7 +1,7 @@
 """The form of a causal transformer's parameters that generates fastest: stacked layers, or separate ones.
 
 With separate layers (`WanConfig.scan_layers` is False) attention reads each layer's keys and values in place
-(`models.slots`). That takes more memory, and compiling takes two to three times as long.
+(`models.slot_cache`). Compiling takes two to three times as long, and memory must hold what scanned layers share.
 """
 
 import dataclasses
@@ -114,10 +114,10 @@ def _kernel_in_place(config: WanConfig) -> str | None:
 
 
 def _bytes_apart(config, params, rollout, videos) -> float:
-    """Bytes of the weights, and of the videos' cache and slots, on a device."""
+    """Bytes of the weights and of the videos' cache on a device, with room for streams and for caches of 8 bits."""
     frames = lengths.latent_frames(videos.frames + -(videos.frames - 1) % FACTOR, FACTOR)
     tokens = min(rollout.window or frames, frames) * videos.height * videos.width // TOKEN_PIXELS
     cache = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     held = held_bytes(params)
-    return held + 2 * cache * videos.count * held / whole  # a mesh splits the cache at least as much as the weights
+    return held + 1.5 * cache * videos.count * held / whole  # a mesh splits the cache at least as much as the weights

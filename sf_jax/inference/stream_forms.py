@@ -8,10 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sf_jax.inference.stream_state import StreamSpec, StreamState
 from sf_jax.models import kv_cache, rope
+from sf_jax.models.slots import get_rows, put_rows
 from sf_jax.models.wan import WanTransformer
 
 
@@ -19,8 +19,9 @@ def stored(spec: StreamSpec, one: StreamState) -> StreamState:
     """A stream of `spec` as files have it: slots without the rows behind them."""
     if spec.slots is None:
         return one
-    rows = spec.slots.capacity * spec.slots.tokens
-    return one.replace(k=tuple(a[:, :rows] for a in one.k), v=tuple(a[:, :rows] for a in one.v))
+    rows, heads_first = spec.slots.capacity * spec.slots.tokens, spec.slots.heads_first
+    k, v = (tuple(get_rows(a, 0, rows, heads_first) for a in arrays) for arrays in (one.k, one.v))
+    return one.replace(k=k, v=v, heads_first=False)
 
 
 def as_stored(spec: StreamSpec, like: StreamState, slots: bool) -> StreamState:
@@ -28,6 +29,7 @@ def as_stored(spec: StreamSpec, like: StreamState, slots: bool) -> StreamState:
     if slots == (spec.slots is not None):
         return jax.eval_shape(lambda one: stored(spec, one), like)
     convert = _to_slots if slots else _from_slots
+    like = jax.eval_shape(lambda one: stored(spec, one), like)
     return jax.eval_shape(lambda one: convert(_with_slots(spec), one), like)
 
 
@@ -38,12 +40,12 @@ def restored(spec: StreamSpec, one: StreamState) -> StreamState:
         return jax.jit(lambda one: _from_slots(_with_slots(spec), one))(one) if slots else one
     if not slots:
         one = jax.jit(lambda one: _to_slots(spec, one))(one)
-    room = spec.slots.k[0].shape[1] - one.k[0].shape[1]
+    like = spec.slots.k[0]
 
     def padded(arrays):
-        return tuple(np.pad(np.asarray(a), ((0, 0), (0, room), (0, 0), (0, 0))) for a in arrays)
+        return tuple(put_rows(jnp.zeros(like.shape, a.dtype), a, 0, spec.slots.heads_first) for a in arrays)
 
-    return one.replace(k=padded(one.k), v=padded(one.v))
+    return one.replace(k=padded(one.k), v=padded(one.v), heads_first=spec.slots.heads_first)
 
 
 def _with_slots(spec):

@@ -84,7 +84,9 @@ def bytes_per_stream(spec: StreamSpec, pipe: VideoPipeline, slots: int = 1) -> S
     memory = pipe.run(lambda: stream_state.step.lower(*arguments).compile().memory_analysis())
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     workspace = (memory.temp_size_in_bytes + max(0, results)) // own
-    return StreamBytes(size((state.k, state.v, state.sink_k)), size(state.latents), size(state.text), size(state.decoder), workspace)
+    return StreamBytes(
+        size((state.k, state.v, state.sink_k)), size(state.latents), size(state.text), size(state.decoder), workspace
+    )
 
 
 def _on_mesh(pipe, state):

@@ -27,8 +27,8 @@ from sf_jax.models.slot_cache import Chunk, SlotCache
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rng import Purpose, key_for
 
-# Fields whose first axis is the layers and whose second is the streams, unless they are a tuple with an array per layer;
-# in all others the streams are the first axis.
+# Fields whose first axis is the layers and whose second is the streams, unless they are a tuple with an array per
+# layer; in all others the streams are the first axis.
 LAYERED = ("k", "v", "text")
 
 
@@ -94,6 +94,7 @@ class StreamState:
       chunk: int32 [S], chunks since the stream began; cuts do not reset it.
       seed: uint32 [S], seed of the noise.
       number: int32 [S], number of the video, like `first_index` of a pipeline.
+      heads_first: see `SlotCache` (static).
     """
 
     k: jax.Array | Scaled | tuple[jax.Array, ...]
@@ -111,6 +112,7 @@ class StreamState:
     chunk: jax.Array
     seed: jax.Array
     number: jax.Array
+    heads_first: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
@@ -141,6 +143,7 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
         chunk=whole,
         seed=whole.astype(jnp.uint32),
         number=whole,
+        heads_first=getattr(cache, "heads_first", False),
     )
 
 
@@ -177,6 +180,8 @@ def by_place(function: Callable, state: StreamState) -> StreamState:
     for field, name in names.items():
         value = getattr(state, field)
         axes = (None,) * _axis(value) + ("batch", None, name, None)
+        if state.heads_first and field in ("k", "v"):
+            axes = slot_cache.axes_of(heads_first=True)
         layered[field] = jax.tree.map(lambda a, axes=axes: function(a, *axes), value)
     decoder = jax.tree.map(lambda a: function(a, *column_axes(a)), state.decoder)
     bare = state.replace(**dict.fromkeys(layered, ()), decoder=())
@@ -291,9 +296,8 @@ def step(
       The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c], or None
       without decoder. If a stream's first frame is among them, its first `temporal_factor - 1` pixel frames are empty.
     """
-    axes = StreamState(**{field.name: 0 for field in dataclasses.fields(StreamState)}).replace(
-        **{name: _axis(getattr(state, name)) for name in LAYERED}
-    )
+    names = [field.name for field in dataclasses.fields(StreamState) if field.name != "heads_first"]
+    axes = state.replace(**dict.fromkeys(names, 0)).replace(**{name: _axis(getattr(state, name)) for name in LAYERED})
 
     def one(stream, active):
         stream = by_axis(lambda axis, a: jnp.expand_dims(a, axis), stream)
@@ -391,7 +395,7 @@ def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
             last = jax.lax.dynamic_slice_in_dim(a, newest * width, width, axis)
             return jnp.where(fewer, jax.lax.dynamic_update_slice_in_dim(a, last, sink * width, axis), a)
 
-        axis = 1 + _axis(one.k)
+        axis = 2 if state.heads_first else 1 + _axis(one.k)
         k, v = jax.tree.map(lambda a: moved(a, axis, tokens, cache), (one.k, one.v))
         one = one.replace(k=k, v=v, latents=moved(one.latents, 1, 1, spec))
     places = jnp.arange(spec.capacity)

@@ -54,8 +54,8 @@ def rotation(frames: np.ndarray | jax.Array, grid: tuple[int, int], head_dim: in
 def endless_rotation(frames: jax.Array, grid: tuple[int, int], head_dim: int) -> jax.Array:
     """As `rotation`, for any int32 positions; only the distances between rotated frames matter then.
 
-    An angle is a fixed-point number of turns in 32 bits, whose overflow drops whole turns, so that angles stay exact for
-    ever. Between two frames they are those of `rotation`, up to 1e-9 per frame and float32 rounding.
+    An angle is a fixed-point number of turns in 32 bits, whose overflow drops whole turns, so that angles stay exact
+    for ever. Between two frames they are those of `rotation`, up to 1e-9 per frame and float32 rounding.
     """
     return _of_tokens(_endless(frames, head_dim), grid, head_dim)
 

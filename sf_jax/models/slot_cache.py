@@ -15,7 +15,7 @@ from sf_jax.models import attention, kv_cache, rope
 from sf_jax.models.kv_cache import KeysValues
 from sf_jax.models.layout import Layout, SlotPlace
 from sf_jax.models.partition import constrain
-from sf_jax.models.slots import Slots
+from sf_jax.models.slots import Slots, get_rows, put_rows
 
 # Scope of the conditional that keeps the sink's keys, by which `perf` identifies it.
 WHILE_SINK_GROWS = "while_sink_grows"
@@ -26,7 +26,8 @@ class SlotCache:
     """Keys and values of past frames and of the current chunk.
 
     Attributes:
-      k: [B, rows, N, D] per layer, keys with rotary embedding; a slot has the `tokens` rows of a frame.
+      k: [B, rows, N, D] per layer, keys with rotary embedding; a slot has the `tokens` rows of a frame. With
+        `heads_first` they are [B, N, rows, D].
       v: values of the same frames.
       sink_k: [B, sink * tokens, N, D] per layer, keys of the sink as they were written; () if the sink never moves.
       sink_shift: int32, position minus number of the sink's frames in `sink_k`.
@@ -34,7 +35,8 @@ class SlotCache:
       capacity: number of slots (static). The rows behind them are padding, and room for writes that nothing reads.
       sink: number of first frames that are never overwritten (static).
       part: number of frames that are written at once (static).
-      window: latent frames that a chunk sees, with itself, if the sink moves; else None (static).
+      window: latent frames that a chunk sees, with itself, if positions are relative to it; else None (static).
+      heads_first: see `slots.Slots` (static).
     """
 
     k: tuple[jax.Array, ...]
@@ -46,6 +48,7 @@ class SlotCache:
     sink: int = flax.struct.field(pytree_node=False)
     part: int = flax.struct.field(pytree_node=False)
     window: int | None = flax.struct.field(pytree_node=False)
+    heads_first: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -67,10 +70,13 @@ class Chunk:
 
 def fixed(cache: SlotCache) -> SlotCache:
     """Fixes the sharding of the arrays."""
-    k, v, sink_k = (
-        tuple(constrain(a, "batch", None, "heads", None) for a in arrays) for arrays in (cache.k, cache.v, cache.sink_k)
-    )
-    return cache.replace(k=k, v=v, sink_k=sink_k)
+    k, v = (tuple(constrain(a, *axes_of(cache.heads_first)) for a in arrays) for arrays in (cache.k, cache.v))
+    return cache.replace(k=k, v=v, sink_k=tuple(constrain(a, *axes_of()) for a in cache.sink_k))
+
+
+def axes_of(heads_first: bool = False) -> tuple[str | None, ...]:
+    """Names of the axes of keys and values, see `partition.AXES`."""
+    return ("batch", "heads", None, None) if heads_first else ("batch", None, "heads", None)
 
 
 def layout(cache: SlotCache, chunk: Chunk) -> Layout:
@@ -98,9 +104,9 @@ def opened(cache: SlotCache, text: KeysValues, chunk: Chunk) -> tuple[Slots, ...
             position = chunk.shift + jnp.maximum(chunk.start + chunk.size - cache.window, 0)
         turn = rope.shift_rotation(jnp.asarray(position - cache.sink_shift, jnp.int32), cache.k[0].shape[-1])
         moved = (rope.rotate_constant(a, turn) for a in cache.sink_k)
-        keys = [jax.lax.dynamic_update_slice(k, a, (0, 0, 0, 0)) for k, a in zip(keys, moved, strict=True)]
+        keys = [put_rows(k, a, 0, cache.heads_first) for k, a in zip(keys, moved, strict=True)]
     texts = (jax.tree.map(lambda a, i=i: a[i], text) for i in range(len(cache.k)))
-    return tuple(Slots(k, v, None, t) for k, v, t in zip(keys, cache.v, texts, strict=True))
+    return tuple(Slots(k, v, None, t, cache.heads_first) for k, v, t in zip(keys, cache.v, texts, strict=True))
 
 
 def closed(cache: SlotCache, layers: tuple[Slots, ...], chunk: Chunk) -> SlotCache:
@@ -115,10 +121,9 @@ def closed(cache: SlotCache, layers: tuple[Slots, ...], chunk: Chunk) -> SlotCac
 
         def written(k, old):
             if cache.part == chunk.size > 1:  # a chunk that begins in the sink also ends in it
-                at = (0, chunk.start * cache.tokens, 0, 0)
-                new = jax.lax.dynamic_slice(k, at, (len(k), chunk.size * cache.tokens, *k.shape[2:]))
-                return jax.lax.dynamic_update_slice(old, new, at)
-            return jnp.where(own, k[:, : old.shape[1]], old)
+                row = chunk.start * cache.tokens
+                return put_rows(old, get_rows(k, row, chunk.size * cache.tokens, cache.heads_first), row)
+            return jnp.where(own, get_rows(k, 0, old.shape[1], cache.heads_first), old)
 
         def all_written(old):
             return tuple(map(written, keys, old))

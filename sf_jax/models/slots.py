@@ -31,28 +31,41 @@ class Slots:
       projected: [B, n * tokens, dim] output of the key projection for the own tokens, which `KVCache` stores
         normalized; `WanTransformer.own_keys_values` normalizes it once per chunk. None if the slots are the cache.
       text: prompt keys and values [B, S, N, D].
+      heads_first: whether keys and values are [B, N, rows, D] instead, as Splash reads them (static).
     """
 
     k: jax.Array
     v: jax.Array
     projected: jax.Array | None
     text: KeysValues
+    heads_first: bool = flax.struct.field(pytree_node=False, default=False)
 
     def put(self, rotated_k: jax.Array, projected: jax.Array, v: jax.Array, place: SlotPlace | None) -> "Slots":
         """Writes the own rotated keys and values [B, n * tokens, N, D], or also the key projection's output."""
         if place is None:
-            k, v = (_put(old, new, 0) for old, new in ((self.k, rotated_k), (self.v, v)))
+            k, v = (put_rows(old, new, 0) for old, new in ((self.k, rotated_k), (self.v, v)))
             return self.replace(k=k, v=v, projected=projected)
         k, values, part = self.k, self.v, v.shape[1] // len(place.rows)
         for i, row in enumerate(place.rows):
             own = slice(i * part, (i + 1) * part)
-            k, values = _put(k, rotated_k[:, own], row), _put(values, v[:, own], row)
+            k = put_rows(k, rotated_k[:, own], row, self.heads_first)
+            values = put_rows(values, v[:, own], row, self.heads_first)
         return self.replace(k=k, v=values)
 
 
-def _put(old, new, row):
-    """`old` [B, rows, N, D] with the rows from `row` on replaced."""
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, row, 0, 0))
+def put_rows(old: jax.Array, new: jax.Array, row: jax.Array | int, heads_first: bool = False) -> jax.Array:
+    """Keys or values of slots, see `Slots`, with the rows from `row` on replaced by `new` [B, T, N, D]."""
+    new = new.astype(old.dtype)
+    if heads_first:
+        return jax.lax.dynamic_update_slice(old, new.transpose(0, 2, 1, 3), (0, 0, row, 0))
+    return jax.lax.dynamic_update_slice(old, new, (0, row, 0, 0))
+
+
+def get_rows(slots: jax.Array, row: jax.Array | int, count: int, heads_first: bool = False) -> jax.Array:
+    """`count` rows [B, count, N, D] of keys or values of slots, from `row` on."""
+    if heads_first:
+        return jax.lax.dynamic_slice_in_dim(slots, row, count, axis=2).transpose(0, 2, 1, 3)
+    return jax.lax.dynamic_slice_in_dim(slots, row, count, axis=1)
 
 
 def take_apart(
@@ -93,7 +106,8 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     else:
         mask = jnp.concatenate([jnp.ones(own, bool), jnp.repeat(shared.context_mask, tokens)])
         mask = jnp.pad(mask, (0, max(0, slots.k.shape[1] - len(mask))))[: slots.k.shape[1]]
-    segment = (slots.k.astype(q.dtype), slots.v.astype(q.dtype), mask)
+    k, v = (a.transpose(0, 2, 1, 3) if slots.heads_first else a for a in (slots.k, slots.v))
+    segment = (k.astype(q.dtype), v.astype(q.dtype), mask)
     return attention.attend(rope.rotate_constant(q, shared.own_rotation), [segment], shared.implementation)
 
 

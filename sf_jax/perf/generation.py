@@ -150,7 +150,9 @@ class _Shapes:
         self.text = self._named(text, None, "batch", None, "features", None)
         self.cache = self.stream = self.decoder = ()
         if what.rollout is not None:
-            self.cache = jax.tree.map(self._of_cache, jax.eval_shape(lambda: self._empty(self.model)))
+            with jax.set_mesh(mesh):
+                empty = jax.eval_shape(lambda: self._empty(self.model))
+            self.cache = self._of_cache(empty)
         if what.decoder is not None:
             self.decoder = self._put(self._typed(what.decoder))
             stream = jax.eval_shape(lambda: self.decoder.init_cache(self.batch, *what.size[:2]))
@@ -180,10 +182,14 @@ class _Shapes:
         rest = (what.frames, what.size, what.cache_dtype, what.many is not None)
         return programs.empty_cache(model, what.rollout, self.prompts, *rest)
 
-    def _of_cache(self, a):
-        """An array of a cache: keys or values of all layers or of one, or counters."""
-        names = (None,) * (a.ndim - 4) + ("batch", None, "heads", None)
-        return self._named(a, *names) if a.ndim >= 4 else self._put(a)
+    def _of_cache(self, cache):
+        """Adds the shardings of a cache."""
+        if not isinstance(cache, slot_cache.SlotCache):
+            k, v = self._named((cache.k, cache.v), None, *slot_cache.axes_of())
+            return cache.replace(k=k, v=v, frames=self._put(cache.frames))
+        k, v = self._named((cache.k, cache.v), *slot_cache.axes_of(cache.heads_first))
+        sink_k = self._named(cache.sink_k, *slot_cache.axes_of())
+        return cache.replace(k=k, v=v, sink_k=sink_k, sink_shift=self._put(cache.sink_shift))
 
     def _shape(self, *sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(self.mesh, PartitionSpec("data")))
@@ -248,7 +254,8 @@ class _Shapes:
         """Sizes of arrays that hold the cached keys or values that a chunk sees, for one layer or all."""
         what, config = self.what, self.what.config
         tokens, own = math.prod(config.grid(*what.size[:2])), _shard_shape(self.cache.k)
-        videos, dim = own[-4], own[-2] * own[-1]
+        videos = own[-4]
+        dim = own[-1] * (own[-3] if getattr(self.cache, "heads_first", False) else own[-2])
         frames = {
             what.seen,
             what.seen + what.rollout.chunk,

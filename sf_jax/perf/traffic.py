@@ -125,8 +125,8 @@ def traffic(
       branch: which branch of a conditional to count: the "largest" (by operands of matmuls and attention, so at a full
         cache) or the "mean" of all.
       cached: sizes, in elements, of arrays that hold all cached keys or values, to identify copies of them.
-      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it the branch that moves most
-        is taken, and in all others the one that moves least.
+      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it the branch that moves
+        most is taken; in all others the one that moves least is.
 
     Raises:
       ValueError: if the text has no program, or `branch` is unknown.

@@ -157,8 +157,8 @@ def matmul_flops(
       jaxpr: from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
       dynamic_trips: iterations to assume for loops whose number is known only at run time.
       largest: whether to count a conditional's branch with the most operations (a full cache) instead of the mean.
-      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it that branch is taken, and
-        in all others the one with the fewest operations.
+      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it that branch is taken; in
+        all others the one with the fewest operations is.
     """
     shares = shares or {}
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
