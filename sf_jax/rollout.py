@@ -21,7 +21,7 @@ from sf_jax.diffusion.schedule import TRAIN_STEPS
 from sf_jax.models import attention, kv_cache, rope, slot_cache
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
-from sf_jax.models.slot_cache import Chunk, SlotCache
+from sf_jax.models.slot_cache import SlotCache, Span
 from sf_jax.models.slots import Slots, take_apart
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rollout_config import RolloutConfig
@@ -115,34 +115,32 @@ def empty_slots(
 ) -> SlotCache:
     """A cache that a network with separate layers reads in place, for a video of `frames` latent frames in all.
 
-    `streams` are endless: their sink can move with any positions, chunks can begin at any slot, and some of a batch may
-    pause, whose calls write behind the slots.
+    In `streams`, the sink can move even with absolute positions, a chunk can begin at any slot, and what paused ones
+    write goes behind the slots.
     """
     network, tokens = model.config, int(np.prod(model.config.grid(height, width)))
     capacity = frames if config.window is None else min(frames, config.window)
-    sink = min(config.sink, capacity)
-    relative = config.positions == "relative"
-    rows = (capacity + (config.chunk if streams else 0)) * tokens
+    sink, relative, heads = min(config.sink, capacity), config.positions == "relative", network.num_heads
+    rows = (capacity + config.chunk * streams) * tokens
     multiple = attention.key_multiple(network.attention, network.dtype, network.head_dim)
     rows, heads_first = rows + -rows % multiple, multiple > 1
+    slots = (heads, rows) if heads_first else (rows, heads)
     aligned = not (streams or config.first_frame_alone or (capacity - sink) % config.chunk or sink % config.chunk)
 
-    def zeros(count, heads_first=False):
-        shape = (count, network.num_heads)[:: -1 if heads_first else 1]
-        shape = (batch, *shape, network.head_dim)
+    def zeros(*rows_and_heads):
+        shape = (batch, *rows_and_heads, network.head_dim)
         return tuple(jnp.zeros(shape, network.dtype) for _ in range(network.num_layers))
 
-    moves = sink > 0 and (relative or streams)
     return SlotCache(
-        k=zeros(rows, heads_first),
-        v=zeros(rows, heads_first),
-        sink_k=zeros(sink * tokens) if moves else (),
+        k=zeros(*slots),
+        v=zeros(*slots),
+        sink_k=zeros(sink * tokens, heads) if sink and (relative or streams) else (),
         sink_shift=jnp.int32(0),
-        tokens=tokens,
+        tokens_per_frame=tokens,
         capacity=capacity,
         sink=sink,
-        part=config.chunk if aligned else 1,
-        window=config.window if relative else None,
+        write_frames=config.chunk if aligned else 1,
+        relative_window=config.window if relative else None,
         heads_first=heads_first,
     )
 
@@ -219,8 +217,7 @@ def predict(
 ) -> tuple[jax.Array, KeysValues | tuple[Slots, ...]]:
     """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and the chunk's keys and values.
 
-    A `cache` of slots is returned with the chunk's keys and values written to it. It also holds the prompt's, and
-    `text` is ignored.
+    Slots are returned with the chunk's keys and values. They also hold the prompt's, and `text` is ignored.
     """
     t = jnp.full((x.shape[0], 1), t, jnp.float32)
     flow, kv = model.apply({"params": params}, x, t, text, layout, cache, return_kv=True)
@@ -239,11 +236,13 @@ def write_chunk(
 ) -> tuple[KVCache | SlotCache, KeysValues | None]:
     """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and caches its keys and values.
 
-    Returns:
-      The new cache, and the keys and values; None with slots, which have them.
+    Returns the new cache, and the keys and values, or None with slots, which have them.
     """
     if isinstance(cache, SlotCache):
-        return write_slots(model, config, params, text, cache, clean, Chunk(start, clean.shape[1]), t), None
+        own = _span(config, cache, start, clean.shape[1])
+        place = slot_cache.layout(cache, own).replace(keys_only=jnp.bool_(True))
+        _, layers = predict(model, config, params, clean, t, text, place, slot_cache.open_slots(cache, text, own))
+        return slot_cache.close_slots(cache, layers, own), None
     seen = seen_cache(config, cache, start)
     layout = chunk_layout(seen, config, start, clean.shape[1])
     if not model.config.scan_layers:  # every layer would compile attention for every number of cached frames
@@ -252,20 +251,11 @@ def write_chunk(
     return kv_cache.write(cache, kv.k, kv.v, start), kv
 
 
-def write_slots(
-    model: WanTransformer,
-    config: RolloutConfig,
-    params: dict,
-    text: KeysValues,
-    cache: SlotCache,
-    clean: jax.Array,
-    chunk: Chunk,
-    t: jax.Array | float,
-) -> SlotCache:
-    """`write_chunk` for slots, whose `chunk` may have positions of its own."""
-    place = slot_cache.layout(cache, chunk).replace(keys_only=jnp.bool_(True))
-    _, layers = predict(model, config, params, clean, t, text, place, slot_cache.opened(cache, text, chunk))
-    return slot_cache.closed(cache, layers, chunk)
+def _span(config, cache, start, size):
+    """The frames [start, start + size) of a call with slots, checked as in `chunk_layout`."""
+    if isinstance(start, int):
+        kv_cache.check_capacity(cache, start + size, config.window)
+    return Span(start, size)
 
 
 def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: jax.Array | int) -> jax.Array:
@@ -315,10 +305,10 @@ def generate_chunk(
     calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
     steps = (noise, chunk, exit_step, calls, draw, timesteps)
     if isinstance(cache, SlotCache):
-        own = Chunk(start, noise.shape[1])
-        state = (text, slot_cache.opened(cache, text, own), slot_cache.layout(cache, own))
+        own = _span(config, cache, start, noise.shape[1])
+        state = (text, slot_cache.open_slots(cache, text, own), slot_cache.layout(cache, own))
         layers, clean, x = denoise_chunk(model, config, params, state, *steps)
-        return slot_cache.closed(cache, layers, own), clean, x
+        return slot_cache.close_slots(cache, layers, own), clean, x
     seen = seen_cache(config, cache, start)
     state = (text, seen, chunk_layout(seen, config, start, noise.shape[1]))
     kv, clean, x = denoise_chunk(model, config, params, state, *steps)

@@ -18,6 +18,7 @@ from sf_jax.perf import chips, compile, devices, generation, report, traffic
 from sf_jax.perf import training as perf_training
 from sf_jax.perf.compile import Compiled
 from sf_jax.perf.traffic import ATTENTION, COPIES, PRODUCTS, REST, Attention, Traffic
+from sf_jax.training.programs import matmul_flops
 from sf_jax.weights.model_configs import config_of
 
 LOOPS = """HloModule m
@@ -139,13 +140,36 @@ def test_a_choice_is_counted_by_its_mean_or_by_its_branch_for_a_full_cache():
 ENTRY %main (a: f32[8,8], n: s32[]) -> f32[8,8] {
   %a = f32[8,8]{1,0} parameter(0)
   %n = s32[] parameter(1)
-  ROOT %c = f32[8,8]{1,0} conditional(%n, %a, %a), branch_computations={%short, %full}
+  ROOT %c = f32[8,8]{1,0} conditional(%n, %a, %a), branch_computations={%short, %full}, metadata={op_name="f/rare/cond"}
 }
 """
     size = 8 * 8 * 4
     assert traffic.traffic(text, branch="largest").kinds == {ATTENTION: 3 * size}
     assert traffic.traffic(text).kinds == {ATTENTION: 1.5 * size, REST: 3 * size}
     assert traffic.traffic(text).attention == {Attention("xla", "f/middle"): 0.5}
+    seldom = traffic.traffic(text, branch="largest", shares={"rare": 0.25})
+    assert seldom.kinds == {ATTENTION: 0.75 * 3 * size, REST: 0.25 * 6 * size}
+
+
+def test_operations_of_a_choice_in_a_scope_are_counted_by_its_share():
+    def run(x, n):
+        with jax.named_scope("rare"):
+            return jax.lax.cond(n > 0, lambda x: x @ x, lambda x: x, x)
+
+    jaxpr = jax.make_jaxpr(run)(jnp.zeros((8, 8)), 1)
+    assert matmul_flops(jaxpr, largest=True) == 2 * 8**3
+    assert matmul_flops(jaxpr, largest=True, shares={"rare": 0.25, "other": 0.0}) == 2 * 8**3 / 4
+
+
+def test_the_workspace_of_a_product_is_not_written():
+    text = """HloModule m
+ENTRY %main (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %c = (bf16[8,8]{1,0}, s8[4194304]{0}) custom-call(%a, %a), custom_call_target="__cublas$lt$matmul"
+  ROOT %d = bf16[8,8]{1,0} get-tuple-element(%c), index=0
+}
+"""
+    assert traffic.traffic(text).kinds == {PRODUCTS: 3 * 8 * 8 * 2}
 
 
 def test_what_a_tpu_brings_to_its_core_is_read_once_and_for_whom():

@@ -1,7 +1,7 @@
 """The form of a causal transformer's parameters that generates fastest: stacked layers, or separate ones.
 
 With separate layers (`WanConfig.scan_layers` is False) attention reads each layer's keys and values in place
-(`models.slot_cache`). Compiling takes two to three times as long, and memory must hold what scanned layers share.
+(`models.slot_cache`). Compilation takes two to three times as long.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from sf_jax.inference import lengths
 from sf_jax.models import attention, partition
-from sf_jax.models.slots import unstack_layers
+from sf_jax.models.slots import split_projections, unstack_layers
 from sf_jax.models.wan import WanConfig
 from sf_jax.parallel.mesh import videos_apart
-from sf_jax.parallel.params import held_bytes
+from sf_jax.parallel.params import GENERATION, held_bytes, tree_shardings
 from sf_jax.rollout import RolloutConfig
 
 FACTOR = 4  # pixel frames per latent frame of Wan's VAE
@@ -56,6 +56,12 @@ def separated(config: WanConfig, params: dict, mesh: Mesh | None = None) -> tupl
 def fuses(mesh: Mesh | None) -> bool:
     """Whether to join the projections of queries, keys and values: on GPUs, unless a mesh splits a video's heads."""
     return partition.platform() == "gpu" and (mesh is None or videos_apart(mesh) == mesh.size)
+
+
+def on_mesh(params: dict, mesh: Mesh) -> dict:
+    """A network's parameters, in any form, on the devices of a mesh."""
+    params = params if fuses(mesh) else split_projections(params)
+    return jax.device_put(params, tree_shardings(params, mesh, GENERATION))
 
 
 def generation_network(
@@ -114,10 +120,13 @@ def _kernel_in_place(config: WanConfig) -> str | None:
 
 
 def _bytes_apart(config, params, rollout, videos) -> float:
-    """Bytes of the weights and of the videos' cache on a device, with room for streams and for caches of 8 bits."""
+    """Bytes of the weights and twice the videos' cache on a device.
+
+    The second half is for negative prompts (many steps), the room of streams, or the copy that a cache of 8 bits needs.
+    """
     frames = lengths.latent_frames(videos.frames + -(videos.frames - 1) % FACTOR, FACTOR)
     tokens = min(rollout.window or frames, frames) * videos.height * videos.width // TOKEN_PIXELS
     cache = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     held = held_bytes(params)
-    return held + 1.5 * cache * videos.count * held / whole  # a mesh splits the cache at least as much as the weights
+    return held + 2 * cache * videos.count * held / whole  # a mesh splits the cache at least as much as the weights

@@ -59,8 +59,7 @@ class WanOptions:
       encoder: whether to load the VAE's encoder, to continue an image or a video.
       keep_text_encoder: whether the text encoder (11 GB) stays in memory between prompts.
       scan_layers: whether a causal transformer scans over stacked layers (`WanConfig.scan_layers`). None is False if
-        cuDNN's or Splash attention is used and memory allows a second copy of the window, which is faster, and else
-        True.
+        cuDNN's or Splash attention is used and the videos fit in memory that way, which is faster, and else True.
       videos: the videos that a device generates side by side, for which None chooses `scan_layers`.
       loras: adapters to merge into the transformer: paths, or pairs of a path and a scale (`adapter_list.as_loras`).
       devices: devices that share the videos of a batch equally; None is the default device only, or with `mesh` as many

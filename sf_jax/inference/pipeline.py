@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sf_jax import rollout as ro
 from sf_jax.diffusion import solvers
-from sf_jax.inference import lengths, programs
+from sf_jax.inference import layers, lengths, programs
 from sf_jax.inference.decoders import Decoder, Encoder
 from sf_jax.inference.executables import Executables
 from sf_jax.inference.sampling import Chunk, Sampling, example_numbers
@@ -27,7 +27,6 @@ from sf_jax.models import attention
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanTransformer
 from sf_jax.parallel import mesh as meshes
-from sf_jax.parallel import params as sharding
 from sf_jax.weights import eight_bit
 from sf_jax.weights.eight_bit import Quantization
 
@@ -202,9 +201,8 @@ class VideoPipeline:
         if isinstance(mesh, str):
             mesh = meshes.make_mesh(meshes.mesh_sizes(mesh))
         pipe = dataclasses.replace(self, mesh=mesh)
-        params = jax.device_put(self.params, sharding.tree_shardings(self.params, mesh, sharding.GENERATION))
         decoder = jax.device_put(self.decoder, NamedSharding(mesh, PartitionSpec()))
-        return dataclasses.replace(pipe, params=params, decoder=decoder)
+        return dataclasses.replace(pipe, params=layers.on_mesh(self.params, mesh), decoder=decoder)
 
     def place(self, batch: jax.Array | np.ndarray) -> jax.Array:
         """Splits an array over the devices along its first axis, the videos."""

@@ -96,7 +96,7 @@ def has_slots(model: WanTransformer, dtype: str | None) -> bool:
 def in_place(cache: KVCache | SlotCache) -> KVCache | SlotCache:
     """Fixes the sharding of a cache, so that every call returns it with the sharding it came with."""
     if isinstance(cache, SlotCache):
-        return slot_cache.fixed(cache)
+        return slot_cache.constrain_cache(cache)
     k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (cache.k, cache.v))
     return cache.replace(k=k, v=v, frames=constrain(cache.frames, None))
 

@@ -240,7 +240,8 @@ class Stream:
           path: the safetensors file.
           compact: whether to omit the keys and values, which are most of the file. `restore` then recomputes them from
             the clean latents, as "recache" does, and later frames are close to those of an uninterrupted stream. With
-            keys and values, and the same number of slots, later frames are bit-identical.
+            keys and values, the same number of slots and the same form of the network (`WanConfig.scan_layers`), later
+            frames are bit-identical.
 
         Raises:
           ValueError: if the stream is unknown, or the path cannot be written.

@@ -1,6 +1,7 @@
 """Stream files, from which another process can continue a stream.
 
-With the same number of slots, it continues bit-identically, unless the file is compact.
+With the same number of slots, it continues bit-identically, unless the file is compact or the networks have different
+forms (`WanConfig.scan_layers`).
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from sf_jax.inference import stream_forms
 from sf_jax.inference.prompt_change import MAX_OVERSHOOT, MODES
 from sf_jax.inference.stream_state import StreamSpec, StreamState
 from sf_jax.messages import quoted
-from sf_jax.models.slots import split_projections, stack_layers
+from sf_jax.models.eight_bit import Scaled
+from sf_jax.models.slots import QKV, stack_layers
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
@@ -49,8 +51,9 @@ def write(
     Raises:
       ValueError: if the path cannot be written.
     """
-    arrays = {name: np.asarray(value) for name, value in _flat(stream_forms.stored(spec, one)).items()}
-    arrays = {name: value for name, value in arrays.items() if not (compact and _is_cache(name))}
+    if compact:
+        one = one.replace(**dict.fromkeys(KEYS_VALUES, ()))
+    arrays = _flat(stream_forms.to_file(jax.tree.map(np.asarray, one.replace(text=()))))
     arrays["embeddings"] = embeddings
     tensors = TensorFile(
         path,
@@ -101,7 +104,7 @@ def read(
             raise ValueError(f"path: {path} was saved with other weights: load the same checkpoint and decoder")
         compact, arrays = not any(map(_is_cache, file)), {}
         if not compact:
-            like = stream_forms.as_stored(spec, like, slots="k.0" in file)
+            here, like = like, stream_forms.file_shapes(path, spec, like, slots="k.0" in file)
         for name, shape in _flat(like).items():
             if compact and _is_cache(name):
                 arrays[name] = np.zeros(shape.shape, shape.dtype)
@@ -117,7 +120,7 @@ def read(
     leaves = jax.tree.unflatten(jax.tree.structure(like.replace(text=())), list(arrays.values()))
     _check_host(path, host, leaves, embeddings)
     one = leaves.replace(text=jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.text))
-    return one if compact else stream_forms.restored(spec, one), host, embeddings, compact
+    return one if compact else stream_forms.from_file(spec, one, here), host, embeddings, compact
 
 
 def _is_cache(name: str) -> bool:
@@ -184,10 +187,32 @@ def _sample(leaf):
 def _sampled(params):
     """Samples of the student's parameters, for all layers."""
     if "blocks" not in params:
-        layers = {name: split_projections(params[name]) for name in _layers(params)}
-        few = jax.tree.map(lambda a: a[(slice(SAMPLE),) * a.ndim], layers)
+        few = {name: _few(params[name]) for name in _layers(params)}
         params = stack_layers(params | few)
     return jax.tree.map(_sample, params)
+
+
+def _few(block):
+    """Samples of a separate layer, of each projection if they are joined; copies nothing else."""
+    few = jax.tree.map(lambda a: a[(slice(SAMPLE),) * a.ndim], block)
+    joined = block["self_attn"].get("qkv")
+    if joined is None:
+        return few
+    narrow = isinstance(joined["kernel"], Scaled)  # [3 * out, in]
+
+    def third(number):
+        def samples(a, axis):
+            first = number * (a.shape[axis] // len(QKV))
+            own = [slice(SAMPLE)] * a.ndim
+            own[axis] = slice(first, first + SAMPLE)
+            return a[tuple(own)]
+
+        kernel = jax.tree.map(lambda a: samples(a, 0 if narrow else -1), joined["kernel"])
+        return {"kernel": kernel, "bias": samples(joined["bias"], -1)}
+
+    few["self_attn"] = {name: value for name, value in few["self_attn"].items() if name != "qkv"}
+    few["self_attn"] |= {name: third(i) for i, name in enumerate(QKV)}
+    return few
 
 
 def _layers(params):

@@ -23,7 +23,7 @@ from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_uint8
-from sf_jax.models.slot_cache import Chunk, SlotCache
+from sf_jax.models.slot_cache import SlotCache, Span
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 from sf_jax.rng import Purpose, key_for
 
@@ -58,7 +58,7 @@ class StreamSpec:
     @property
     def sink(self) -> int:
         """Number of first frames that are always kept."""
-        return min(self.rollout.sink, self.capacity)
+        return self.rollout.sink
 
     @property
     def slots(self) -> SlotCache | None:
@@ -95,6 +95,7 @@ class StreamState:
       seed: uint32 [S], seed of the noise.
       number: int32 [S], number of the video, like `first_index` of a pipeline.
       heads_first: see `SlotCache` (static).
+      slot_rows: number of rows of all slots, without those behind them; 0 in a `KVCache` (static).
     """
 
     k: jax.Array | Scaled | tuple[jax.Array, ...]
@@ -113,6 +114,7 @@ class StreamState:
     seed: jax.Array
     number: jax.Array
     heads_first: bool = flax.struct.field(pytree_node=False, default=False)
+    slot_rows: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> StreamState:
@@ -144,6 +146,7 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
         seed=whole.astype(jnp.uint32),
         number=whole,
         heads_first=getattr(cache, "heads_first", False),
+        slot_rows=cache.capacity * cache.tokens_per_frame if isinstance(cache, SlotCache) else 0,
     )
 
 
@@ -215,9 +218,9 @@ def _cache(spec: StreamSpec, one: StreamState) -> KVCache | SlotCache:
     return KVCache(k=one.k, v=one.v, frames=one.held[0], sink=spec.rollout.sink)
 
 
-def _chunk(one: StreamState, size: int, active: jax.Array | bool) -> Chunk:
+def _span(one: StreamState, size: int, active: jax.Array | bool) -> Span:
     """The next `size` frames of one stream with a `SlotCache`."""
-    return Chunk(one.age[0], size, one.shift[0], jnp.asarray(active))
+    return Span(one.age[0], size, one.shift[0], jnp.asarray(active))
 
 
 def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, size: int) -> Layout:
@@ -235,7 +238,7 @@ def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -
     age, count = one.age[0], clean.shape[1]
     cache, latents, held = _cache(spec, one), one.latents, one.held[0]
     if isinstance(cache, SlotCache):
-        cache = slot_cache.closed(cache, kv, _chunk(one, count, active))
+        cache = slot_cache.close_slots(cache, kv, _span(one, count, active))
         one = one.replace(sink_k=cache.sink_k, sink_shift=cache.sink_shift[None])
     else:
         cache = kv_cache.write(cache, kv.k, kv.v, age, keep=~active)
@@ -265,8 +268,8 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
     cache = _cache(spec, one)
     if isinstance(cache, SlotCache):
-        own = _chunk(one, count, active)
-        inputs = (one.text, slot_cache.opened(cache, one.text, own), slot_cache.layout(cache, own))
+        own = _span(one, count, active)
+        inputs = (one.text, slot_cache.open_slots(cache, one.text, own), slot_cache.layout(cache, own))
     else:
         inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
@@ -296,7 +299,7 @@ def step(
       The new state, latents float32 [S, n, H, W, C], and pixels uint8 [S, n * temporal_factor, h, w, c], or None
       without decoder. If a stream's first frame is among them, its first `temporal_factor - 1` pixel frames are empty.
     """
-    names = [field.name for field in dataclasses.fields(StreamState) if field.name != "heads_first"]
+    names = {field.name for field in dataclasses.fields(StreamState)} - {"heads_first", "slot_rows"}
     axes = state.replace(**dict.fromkeys(names, 0)).replace(**{name: _axis(getattr(state, name)) for name in LAYERED})
 
     def one(stream, active):
@@ -439,12 +442,12 @@ def append(
     read = (1 - sigma) * clean + sigma * draw("context", one.chunk[0], number, clean.shape)
     cache, active = _cache(spec, one), jnp.bool_(True)
     if isinstance(cache, SlotCache):
-        own = _chunk(one, clean.shape[1], active)
-        context, layout = slot_cache.opened(cache, one.text, own), slot_cache.layout(cache, own)
+        own = _span(one, clean.shape[1], active)
+        seen, layout = slot_cache.open_slots(cache, one.text, own), slot_cache.layout(cache, own)
         layout = layout.replace(keys_only=active)
     else:
-        context, layout = cache, _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
-    _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, context)
+        seen, layout = cache, _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
+    _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, seen)
     return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
 
 

@@ -2,7 +2,7 @@
 
 For networks with separate parameters per layer (`WanConfig.scan_layers` is False). Attention reads one array per layer,
 without concatenating arrays or slicing layers out of a stack. The slots are those of a `slot_cache.SlotCache`, which
-stay where they are, or copies of a `KVCache` for the calls of one chunk (`take_apart`): caches of 8 bits are read so.
+stay where they are, or copies of a `KVCache` for the calls of one chunk (`take_apart`), such as one of 8 bits.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class Slots:
     heads_first: bool = flax.struct.field(pytree_node=False, default=False)
 
     def put(self, rotated_k: jax.Array, projected: jax.Array, v: jax.Array, place: SlotPlace | None) -> "Slots":
-        """Writes the own rotated keys and values [B, n * tokens, N, D], or also the key projection's output."""
+        """Writes the own rotated keys and values [B, n * tokens, N, D]; without `place` also keeps `projected`."""
         if place is None:
             k, v = (put_rows(old, new, 0) for old, new in ((self.k, rotated_k), (self.v, v)))
             return self.replace(k=k, v=v, projected=projected)
@@ -127,9 +127,12 @@ def unstack_layers(params: dict, delete: bool = False, fuse: bool = False) -> di
             part[path] = jax.tree.map(lambda a, layer=layer: a[layer], stack)
         if delete:
             jax.tree.map(lambda a: a.delete(), stack)
-    rest = {name: value for name, value in params.items() if name != "blocks"}
-    blocks = map(unflatten_dict, parts)
-    return rest | {f"blocks_{layer}": _fused(block) if fuse else block for layer, block in enumerate(blocks)}
+    apart = {name: value for name, value in params.items() if name != "blocks"}
+    for layer in range(layers):
+        block = unflatten_dict(parts[layer])
+        parts[layer] = None  # frees the three projections of a layer once they are joined
+        apart[f"blocks_{layer}"] = _fused(block) if fuse else block
+    return apart
 
 
 def _fused(block):
@@ -145,8 +148,12 @@ def _fused(block):
     return block
 
 
-def split_projections(block: dict) -> dict:
-    """A block's parameters with self-attention's three projections, which `unstack_layers` may have joined."""
+def split_projections(params: dict) -> dict:
+    """Parameters whose separate layers have three projections again, where `unstack_layers` has joined them."""
+    return {name: _split(value) if name.startswith("blocks_") else value for name, value in params.items()}
+
+
+def _split(block):
     rest = dict(block["self_attn"])
     if "qkv" not in rest:
         return block
@@ -163,6 +170,6 @@ def split_projections(block: dict) -> dict:
 def stack_layers(params: dict) -> dict:
     """Inverse of `unstack_layers`: parameters for `scan_layers=True`, the form used by files and training."""
     names = [f"blocks_{i}" for i in range(sum(name.startswith("blocks_") for name in params))]
-    layers = [split_projections(params[name]) for name in names]
+    layers = [_split(params[name]) for name in names]
     rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
     return rest | {"blocks": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}

@@ -193,9 +193,9 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(eps, apart), RMSNorm(eps, apart)
 
     def projections(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-        """What `queries` needs of [..., dim], and keys and values [..., dim] before normalization.
+        """The input of `queries` for `x` [..., dim], and keys and values [..., dim] before normalization.
 
-        If `slots.unstack_layers` has joined the three projections, GPUs read `x` only once for them.
+        If `slots.unstack_layers` has joined the three projections, they are computed together, and `x` is read once.
         """
         if not self.fused:
             return x, self.k(x), self.v(x)
@@ -203,7 +203,7 @@ class Attention(nn.Module):
         return joined, *jnp.split(joined, 3, axis=-1)[1:]
 
     def queries(self, x: jax.Array) -> jax.Array:
-        """[..., dim], or the first output of `projections`, to [..., N, D]."""
+        """[..., dim] (if the projections are joined, the first output of `projections` instead) to [..., N, D]."""
         return self.heads(self.norm_q(x[..., : self.config.dim] if self.fused else self.q(x)))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -27,8 +27,8 @@ class Call:
       work: the same including recomputation in a backward pass; None if nothing is recomputed.
       trips: iterations to assume for loops whose number is known only at run time.
       branch: which branch of a conditional to count, see `traffic`.
-      cached: see `traffic`, as for `shares`.
-      shares: how often conditionals take their larger branch.
+      cached: see `traffic`.
+      shares: see `traffic`.
       kernel: name of the fused attention that it must use; None for any.
       rate: how often it runs, in the caller's units.
       beside: bytes that stay in a chip's memory meanwhile without being arguments.

@@ -262,7 +262,8 @@ class _Shapes:
             self.cache.capacity,
             self.cache.capacity + what.rollout.chunk,
         }
-        return frozenset(
+        whole = {math.prod(own)} if isinstance(self.cache, slot_cache.SlotCache) else set()  # with its padding
+        return whole | frozenset(
             layers * videos * count * tokens * dim for count in frames if count for layers in (1, config.num_layers)
         )
 

@@ -229,7 +229,7 @@ def written(module: Module, instruction: Instruction) -> list[Array]:
     for line in results:
         own, arrays = arrays[: len(line.arrays)], arrays[len(line.arrays) :]
         if _changes_parameter(by_name, line):
-            own = [dataclasses.replace(own[0], shape=by_name[line.operands[1]].arrays[0].shape)]
+            own = [dataclasses.replace(own[0], shape=by_name[line.operands[_new_part(line)]].arrays[0].shape)]
         parts += [] if line.operation == "parameter" else own
     return parts
 
@@ -251,9 +251,14 @@ def _unwrapped(by_name: dict[str, Instruction], line: Instruction) -> Instructio
 
 def _changes_parameter(by_name: dict[str, Instruction], line: Instruction) -> bool:
     """Whether an instruction updates a part of a parameter, which XLA then does in place."""
-    if line.operation != "dynamic-update-slice":
+    if line.operation != "dynamic-update-slice" and not (line.operation == "scatter" and len(line.operands) == 3):
         return False
     return _unwrapped(by_name, by_name[line.operands[0]]).operation == "parameter"
+
+
+def _new_part(line: Instruction) -> int:
+    """Index of the operand that an update in place writes."""
+    return 2 if line.operation == "scatter" else 1
 
 
 def holds(module: Module, name: str, operations: Sequence[str]) -> Instruction | None:

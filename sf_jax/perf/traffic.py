@@ -6,6 +6,8 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
+from sf_jax.models.slot_cache import WHILE_SINK_GROWS
+from sf_jax.models.wan import UNLESS_KEYS_ONLY
 from sf_jax.perf import hlo
 from sf_jax.perf.hlo import Array, Instruction, Module
 
@@ -125,8 +127,8 @@ def traffic(
       branch: which branch of a conditional to count: the "largest" (by operands of matmuls and attention, so at a full
         cache) or the "mean" of all.
       cached: sizes, in elements, of arrays that hold all cached keys or values, to identify copies of them.
-      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it the branch that moves
-        most is taken; in all others the one that moves least is.
+      shares: scope (of `jax.named_scope`) -> fraction of the runs of its conditional that take the branch which moves
+        most; all others take the one that moves least.
 
     Raises:
       ValueError: if the text has no program, or `branch` is unknown.
@@ -147,8 +149,8 @@ def traffic(
                     total.add(tally(inner), 1.0)
             elif line.operation == "conditional":
                 names = line.called("branch_computations", "true_computation", "false_computation")
-                share = next((shares[scope] for scope in line.source.split("/") if scope in shares), None)
-                if share is not None:
+                scope = line.source.removesuffix("/cond").rsplit("/", 1)[-1]
+                if names and (share := shares.get(scope)) is not None:
                     by_bytes = sorted(map(tally, names), key=lambda inner: inner.bytes)
                     total.add(by_bytes[-1], share)
                     total.add(by_bytes[0], 1 - share)
@@ -218,6 +220,8 @@ def _written(module: Module, by_name: dict, line: Instruction) -> list[Array]:
         return hlo.written(module, line)
     if line.operation == "dynamic-update-slice":
         return list(by_name[line.operands[1]].arrays)
+    if line.operation == "scatter" and len(line.operands) == 3:  # (original, indices, updates)
+        return list(by_name[line.operands[2]].arrays)
     if line.operation == "copy-start":  # (copy, original, state)
         return list(line.arrays[:1])
     if line.operation.endswith("-start") and line.operation != "all-reduce-start":  # (originals, results, state)
@@ -229,7 +233,7 @@ def _written(module: Module, by_name: dict, line: Instruction) -> list[Array]:
 
 
 def _is_workspace(array: Array) -> bool:
-    """Whether a matmul's result is memory that a library may use, which one that splits no sums leaves alone."""
+    """Whether a matmul's result is scratch space, which cuBLAS uses only if it splits the sums."""
     return array.dtype in ("s8", "u8") and len(array.shape) == 1
 
 
@@ -240,8 +244,8 @@ def _read(module: Module, by_name: dict, line: Instruction) -> float:
     if operation in ("dynamic-slice", "gather", "slice"):
         on_chip = all(array.on_chip for array in operands[0].arrays) if operands else False
         return 0.0 if on_chip else sum(array.bytes for array in _written(module, by_name, line))
-    if operation == "dynamic-update-slice":
-        operands = operands[1:2]
+    if operation == "dynamic-update-slice" or (operation == "scatter" and len(operands) == 3):
+        operands = operands[1:]
     numbers = hlo.reads(module, line.called("calls")[0]) if operation == "fusion" else {}
     total = 0.0
     for place, operand in enumerate(operands):
@@ -281,6 +285,7 @@ def _attention(module: Module, line: Instruction, by_name: dict) -> Attention | 
 # Parts of JAX's names other than modules and primitives.
 _TRANSFORMS = re.compile(
     r"while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation|branch_\d+_fun|shard_map"
+    rf"|{UNLESS_KEYS_ONLY}|{WHILE_SINK_GROWS}"
 )
 
 

@@ -157,8 +157,8 @@ def matmul_flops(
       jaxpr: from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
       dynamic_trips: iterations to assume for loops whose number is known only at run time.
       largest: whether to count a conditional's branch with the most operations (a full cache) instead of the mean.
-      shares: scope (of `jax.named_scope`) -> in which share of the runs of a conditional in it that branch is taken; in
-        all others the one with the fewest operations is.
+      shares: scope (of `jax.named_scope`) -> fraction of the runs of its conditional that take that branch; all others
+        take the one with the fewest operations.
     """
     shares = shares or {}
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -176,9 +176,8 @@ def matmul_flops(
         elif name == "cond":
             # A chunk attends to all that is cached; each branch is one length (`Layout.prefixes`).
             branches = [matmul_flops(branch, dynamic_trips, largest, shares) for branch in given["branches"]]
-            scopes = str(equation.source_info.name_stack).split("/")
-            share = next((shares[scope] for scope in scopes if scope in shares), None)
-            if share is not None:
+            scope = str(equation.source_info.name_stack).rsplit("/", 1)[-1]
+            if (share := shares.get(scope)) is not None:
                 total += share * max(branches) + (1 - share) * min(branches)
                 continue
             branches = [flops for flops in branches if flops] or [0.0]
