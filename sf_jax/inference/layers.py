@@ -108,7 +108,9 @@ def layers_apart(
     kernel = _kernel_in_place(config)
     if kernel is None or (many_steps and kernel == "splash"):
         return False
-    return memory is None or _bytes_apart(config, params, rollout, videos) <= 0.75 * memory
+    # Each video has a negative prompt (many steps), or streams have some room and caches of 8 bits a copy.
+    caches = videos.count * (2.0 if many_steps else 1.5)
+    return memory is None or _bytes_apart(config, params, rollout, videos, caches) <= 0.75 * memory
 
 
 def _kernel_in_place(config: WanConfig) -> str | None:
@@ -119,14 +121,11 @@ def _kernel_in_place(config: WanConfig) -> str | None:
     return chosen if chosen in ("cudnn", "splash") else None
 
 
-def _bytes_apart(config, params, rollout, videos) -> float:
-    """Bytes of the weights and twice the videos' cache on a device.
-
-    The second half is for negative prompts (many steps), the room of streams, or the copy that a cache of 8 bits needs.
-    """
+def _bytes_apart(config, params, rollout, videos, caches) -> float:
+    """Bytes of the weights and of `caches` times a video's cache on a device."""
     frames = lengths.latent_frames(videos.frames + -(videos.frames - 1) % FACTOR, FACTOR)
     tokens = min(rollout.window or frames, frames) * videos.height * videos.width // TOKEN_PIXELS
     cache = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     held = held_bytes(params)
-    return held + 2 * cache * videos.count * held / whole  # a mesh splits the cache at least as much as the weights
+    return held + caches * cache * held / whole  # a mesh splits the cache at least as much as the weights
