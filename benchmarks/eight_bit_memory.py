@@ -72,7 +72,7 @@ def compile_chunk(variant: Variant, scan_layers: bool, layers: int) -> jax.stage
         model, rollout, params = wan.WanTransformer(config), ro.RolloutConfig(), placed(params)
         prompt = placed(jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), jnp.bfloat16))
         text = placed(jax.eval_shape(lambda p, t: programs.encode_text(model, p, t), params, prompt))
-        make = functools.partial(ro.empty_cache, model, rollout, 1, FRAMES, *SIZE[:2], dtype=variant.cache)
+        make = functools.partial(programs.empty_cache, model, rollout, 1, FRAMES, SIZE, variant.cache)
         key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
         source = (key, placed(jax.ShapeDtypeStruct((1,), jnp.int32)), number)
         place = (number, number, jax.ShapeDtypeStruct((), bool))

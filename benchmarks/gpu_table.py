@@ -38,6 +38,7 @@ from sf_jax.inference.decoders import VaeDecoder
 from sf_jax.inference.layers import Videos, generation_network
 from sf_jax.inference.lengths import WAN_FACTOR
 from sf_jax.models import tiny_vae, vae
+from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes, wan_1_3b
 from sf_jax.weights.eight_bit import quantize_params, quantizer_for
 
@@ -117,8 +118,10 @@ class Denoising:
         self.source = (programs.sample_key(np.uint32(0)), np.arange(case.batch, dtype=np.int32), None)
 
     def cache(self, frames: int):
-        """A cache after `frames` latent frames."""
-        cache = ro.empty_cache(self.model, self.rollout, self.case.batch, FRAMES, *self.net.size[:2])
+        """A cache after `frames` latent frames; one of slots does not know how many it holds."""
+        cache = programs.empty_cache(self.model, self.rollout, self.case.batch, FRAMES, self.net.size)
+        if not isinstance(cache, KVCache):
+            return cache
         slots = np.full(cache.capacity, -1, np.int32)
         for frame in range(frames):
             ring = cache.capacity - cache.sink
