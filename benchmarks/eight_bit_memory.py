@@ -98,8 +98,9 @@ def eight_bit_products(hlo: str) -> int:
     for line in hlo.splitlines():
         name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
         types[name] = rest.partition("[")[0]
-        if " dot(" in rest:
-            operands = rest.partition(" dot(")[2].partition(")")[0].split(", ")
+        call = " dot(" if " dot(" in rest else " custom-call("
+        if call in rest and (call == " dot(" or "__cublas" in rest):
+            operands = rest.partition(call)[2].partition(")")[0].split(", ")[:2]
             count += all(types.get(operand) in ("s8", "f8e4m3fn") for operand in operands)
     return count
 
