@@ -8,9 +8,10 @@ cache). A chunk is timed with the pipeline's own program (`programs.next_chunk`)
 the first chunk. Decoding is `programs.decode`, once per latent frame. Each is called once to warm up, then `--repeats`
 times; the table has medians. Frames per second are those of all videos over denoising plus decoding, without the host.
 
-Window "21" is a video of 21 latent frames, all of them visible. With "9 + 3", a chunk sees the 9 newest frames and a
-sink of the first 3. The most important settings come first; "fp8" is `load_pipeline(quantize="fp8")`. Four settings at
-a time are compiled in parallel, then timed one by one. Results are appended to `--jsonl`, one JSON line each.
+Window "21" is a video of 21 latent frames, all of them visible. With "9 + 3", a chunk sees 9 cached frames, the first 3
+(sink) included, and its own. The most important settings come first; "fp8" is `load_pipeline(quantize="fp8")`. Four
+settings at a time are compiled in parallel, then timed one by one. Results are appended to `--jsonl`, one JSON line
+each.
 """
 
 import argparse

@@ -5,9 +5,9 @@
   JAX_PLATFORMS=cpu python -m benchmarks.speed --target=h100:1 --layers=2 --file=/tmp/speed.jsonl    # a quick look
 
 Compiles a chunk of 3 latent frames of 480x832 (12 frames) in bfloat16, with four denoising steps and the clean pass
-(which writes the chunk to the cache), for a full cache of 21 latent frames and for a window of 9 + 3 (newest frames and
-sink); then the decoders. Programs in the file that were compiled at this commit are not recompiled. Decoders for TPUs
-compile for tens of minutes each, or for seconds at XLA's level O1, which moves more bytes:
+(which writes the chunk to the cache), for a full cache of 21 latent frames and for 9 cached frames, 3 of them the sink,
+with its own; then the decoders. Programs in the file that were compiled at this commit are not recompiled. Decoders for
+TPUs compile for tens of minutes each, or for seconds at XLA's level O1, which moves more bytes:
 
   export JAX_OPTIMIZATION_LEVEL=O1 JAX_MEMORY_FITTING_LEVEL=O1
   JAX_PLATFORMS=cpu python -m benchmarks.speed --target=v6e:2x2 --program=VAE --program='tiny VAE'

@@ -108,7 +108,7 @@ def test_every_loop_is_counted_as_often_as_it_runs():
 
 
 def test_bytes_are_told_by_kind_and_parts_of_arrays_are_read_as_parts():
-    moved = traffic.traffic(LAYER, cached=frozenset([60 * 8]))
+    moved = traffic.traffic(LAYER, cached={60 * 8: 60})
     token, cache = 6 * 8 * 2, 60 * 8 * 2
     assert moved.kinds[PRODUCTS] == token + 8 * 24 * 2 + 3 * token
     assert moved.kinds[COPIES] == 2 * cache

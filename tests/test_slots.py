@@ -109,8 +109,8 @@ def test_joined_projections_are_the_same_parameters(fuse):
 
 
 VIDEOS = [
-    {"window": None, "sink": 0, "positions": "absolute"},
     {},
+    {"window": None, "sink": 0, "positions": "absolute"},
     {"window": 7, "sink": 1, "first_frame_alone": True},
     {"positions": "absolute"},
     {"chunk": 1, "window": 4, "sink": 3},
@@ -119,7 +119,7 @@ VIDEOS = [
 ]
 
 
-@pytest.mark.parametrize("changes", [*VIDEOS[:3], *(pytest.param(case, marks=pytest.mark.slow) for case in VIDEOS[3:])])
+@pytest.mark.parametrize("changes", [VIDEOS[0], *(pytest.param(case, marks=pytest.mark.slow) for case in VIDEOS[1:])])
 def test_videos_from_slots_are_those_from_a_cache(changes, monkeypatch):
     """Far past the window, and from given frames."""
     monkeypatch.setattr(attention, "key_multiple", lambda *_: 50)  # as kernels that read keys in blocks have it
@@ -132,8 +132,9 @@ def test_videos_from_slots_are_those_from_a_cache(changes, monkeypatch):
     np.testing.assert_array_equal(ours[:, : given.shape[1]], given)
 
 
-@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("positions", ["relative", pytest.param("absolute", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
 def test_streams_with_slots_are_those_with_a_cache(slots, positions, monkeypatch):
     """Through every change of the prompt, a pause, and another stream that comes and goes."""
     if slots > 1:
@@ -186,6 +187,7 @@ def test_streams_go_on_from_files_of_either_form(tmp_path, changes, monkeypatch)
         assert relative(stream.step(only=[across]).latents(across), own) <= (1e-3 if "cache_dtype" in changes else 1e-5)
 
 
+@pytest.mark.slow
 def test_a_pause_at_the_last_position_harms_no_stream():
     """A paused stream computes, too; where its frames would lie past the last position, their rotation is NaN."""
     _, pipe = pipelines(chunk=60, window=60, sink=0, positions="absolute", steps=(1000,), first_steps=None)
@@ -218,7 +220,8 @@ def test_many_steps_need_no_slots():
     assert relative(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_kernels_of_8_bits_are_joined_too(name):
     """Also their digest in files of streams, and the form that a mesh gets whose devices share a video's heads."""
     narrow = quantize_params(random_params(), quantizer_for(name))

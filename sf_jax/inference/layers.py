@@ -1,7 +1,7 @@
 """The form of a causal transformer's parameters that generates fastest: stacked layers, or separate ones.
 
 With separate layers (`WanConfig.scan_layers` is False) attention reads each layer's keys and values in place
-(`models.slot_cache`). Compilation takes two to three times as long.
+(`models.slot_cache`). Compilation takes two to four times as long.
 """
 
 import dataclasses

@@ -42,7 +42,7 @@ class Call:
     work: float | None = None
     trips: float = 1.0
     branch: str = "mean"
-    cached: frozenset[int] = frozenset()
+    cached: Mapping[int, int] = dataclasses.field(default_factory=dict)
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kernel: str | None = None
     rate: float = 1.0

@@ -250,22 +250,16 @@ class _Shapes:
             beside=self._others(self.params, self.text, self.cache),
         )
 
-    def _cached(self) -> frozenset[int]:
-        """Sizes of arrays that hold the cached keys or values that a chunk sees, for one layer or all."""
+    def _cached(self) -> dict[int, int]:
+        """Elements and rows of arrays that hold the cached keys or values that a chunk sees, for one layer or all."""
         what, config = self.what, self.what.config
         tokens, own = math.prod(config.grid(*what.size[:2])), _shard_shape(self.cache.k)
-        videos = own[-4]
-        dim = own[-1] * (own[-3] if getattr(self.cache, "heads_first", False) else own[-2])
-        frames = {
-            what.seen,
-            what.seen + what.rollout.chunk,
-            self.cache.capacity,
-            self.cache.capacity + what.rollout.chunk,
-        }
-        whole = {math.prod(own)} if isinstance(self.cache, slot_cache.SlotCache) else set()  # with its padding
-        return whole | frozenset(
-            layers * videos * count * tokens * dim for count in frames if count for layers in (1, config.num_layers)
-        )
+        heads_first = getattr(self.cache, "heads_first", False)
+        videos, dim = own[-4], own[-1] * (own[-3] if heads_first else own[-2])
+        frames = {what.seen, self.cache.capacity}
+        rows = {tokens * count for base in frames for count in (base, base + what.rollout.chunk) if count}
+        rows.add(own[-2] if heads_first else own[-3])  # with the padding of slots
+        return {layers * videos * count * dim: count for count in rows for layers in (1, config.num_layers)}
 
     def step_call(self) -> Call:
         """A guided solver step of a bidirectional network on a whole video."""

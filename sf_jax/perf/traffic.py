@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -116,7 +117,7 @@ def traffic(
     text: str,
     dynamic_trips: float = 1.0,
     branch: str = "mean",
-    cached: frozenset[int] = frozenset(),
+    cached: Mapping[int, int] | None = None,
     shares: Mapping[str, float] | None = None,
 ) -> Traffic:
     """Counts the bytes that a compiled program moves on one chip.
@@ -126,7 +127,8 @@ def traffic(
       dynamic_trips: iterations to assume for loops whose number is known only at run time.
       branch: which branch of a conditional to count: the "largest" (by operands of matmuls and attention, so at a full
         cache) or the "mean" of all.
-      cached: sizes, in elements, of arrays that hold all cached keys or values, to identify copies of them.
+      cached: number of elements -> number of rows (tokens) of arrays that hold all cached keys or values, to identify
+        copies of them.
       shares: scope (of `jax.named_scope`) -> fraction of the runs of its conditional that take the branch which moves
         most; all others take the one that moves least.
 
@@ -135,7 +137,7 @@ def traffic(
     """
     if branch not in BRANCHES:
         raise ValueError(f"branch is {branch!r}: it must be one of {', '.join(BRANCHES)}")
-    module, shares = hlo.parse(text), shares or {}
+    module, shares, cached = hlo.parse(text), shares or {}, cached or {}
 
     @functools.cache
     def tally(name: str) -> _Tally:
@@ -166,7 +168,14 @@ def traffic(
     return Traffic(dict(total.links), dict(total.kinds), total.kernels, dict(total.attention), tuple(movers))
 
 
-def _count(module: Module, lines: Sequence[Instruction], cached: frozenset[int]) -> _Tally:
+def _has_rows(array: Array, rows: int | None) -> bool:
+    """Whether adjacent axes of an array make up a number of rows; None: no."""
+    axes = len(array.shape)
+    spans = (array.shape[i:j] for i in range(axes) for j in range(i + 1, axes + 1))
+    return rows is not None and any(math.prod(span) == rows for span in spans)
+
+
+def _count(module: Module, lines: Sequence[Instruction], cached: Mapping[int, int]) -> _Tally:
     """Sums of a computation's own instructions."""
     total, by_name = _Tally(), {line.name: line for line in lines}
     users: dict[str, list[Instruction]] = {}
@@ -189,7 +198,7 @@ def _count(module: Module, lines: Sequence[Instruction], cached: frozenset[int])
         kind = PRODUCTS if _product(module, reader) is not None else REST
         if _attention(module, reader, by_name):
             kind = ATTENTION
-        elif kind == REST and any(array.elements in cached for array in results):
+        elif kind == REST and any(_has_rows(array, cached.get(array.elements)) for array in results):
             kind = COPIES
         total.kinds[kind] += size
         total.kernels += 1

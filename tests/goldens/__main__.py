@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    jax.config.update("jax_default_matmul_precision", "highest")
-    passed, failed, missing = run(arguments[0], arguments[1:])
+    with jax.default_matmul_precision("highest"):
+        passed, failed, missing = run(arguments[0], arguments[1:])
     print(f"{passed} passed, {failed} failed; {len(missing)} missing: {', '.join(missing) or 'none'}")
     return 1 if failed or not passed else 0
 
