@@ -2,7 +2,7 @@
 
   python -m venv gpu && gpu/bin/pip install -e ".[eight_bit]" "jax[cuda12]"
   JAX_PLATFORMS=cpu gpu/bin/python -m benchmarks.eight_bit_memory --scan_layers           # one block, scanned
-  JAX_PLATFORMS=cpu gpu/bin/python -m benchmarks.eight_bit_memory --layers=2              # layers apart, as on GPUs
+  JAX_PLATFORMS=cpu gpu/bin/python -m benchmarks.eight_bit_memory --layers=30             # layers apart, as on GPUs
 
 Three latent frames of 480x832 in bfloat16, a cache of 21.
 """
@@ -21,9 +21,12 @@ from sf_jax.models import wan
 from sf_jax.models.slots import unstack_layers
 from sf_jax.parallel.mesh import make_mesh
 from sf_jax.perf.devices import devices_of
+from sf_jax.perf.traffic import traffic
 from sf_jax.weights import eight_bit
 
 FRAMES, SIZE = 21, (60, 104, 16)
+CALLS = 5.0  # four denoising steps and the clean pass, which skips most of the last of separate layers
+SHARES = {wan.UNLESS_KEYS_ONLY: 1 - 1 / CALLS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ def compile_chunk(variant: Variant, scan_layers: bool, layers: int) -> jax.stage
             functools.partial(eight_bit.quantized_shapes, variant.quantize, variant.products), stacked
         )
         if not scan_layers:
-            config, params = dataclasses.replace(config, scan_layers=False), jax.eval_shape(unstack_layers, params)
+            config = dataclasses.replace(config, scan_layers=False)
+            params = jax.eval_shape(functools.partial(unstack_layers, fuse=True), params)
         model, rollout, params = wan.WanTransformer(config), ro.RolloutConfig(), placed(params)
         prompt = placed(jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), jnp.bfloat16))
         text = placed(jax.eval_shape(lambda p, t: programs.encode_text(model, p, t), params, prompt))
@@ -84,11 +88,12 @@ def compile_chunk(variant: Variant, scan_layers: bool, layers: int) -> jax.stage
 def memory(scan_layers: bool, layers: int) -> None:
     """Prints the bytes of a chunk's program for each variant."""
     print(f"\nWan2.1-1.3B, {layers} layers {'scanned' if scan_layers else 'apart'}, one chunk on an H100")
-    print("| 8 bit | arguments, GiB | temporary, GiB | products of 8-bit numbers |\n|---|---|---|---|")
+    print("| 8 bit | arguments, GiB | temporary, GiB | GB moved | products of 8-bit numbers |\n|---|---|---|---|---|")
     for variant in VARIANTS:
         program = compile_chunk(variant, scan_layers, layers)
         memory, text = program.memory_analysis(), program.as_text()
-        sizes = (f"{count / 2**30:.2f}" for count in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
+        sizes = [f"{count / 2**30:.2f}" for count in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)]
+        sizes.append(f"{traffic(text, CALLS, 'largest', shares=SHARES).memory / 1e9:.0f}")
         print(f"| {variant.title} | {' | '.join(sizes)} | {eight_bit_products(text)} |", flush=True)
 
 
