@@ -233,6 +233,15 @@ def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, 
     return layout.replace(frames=frames, context_frames=context, prefixes=(), prefixes_masked=False)
 
 
+def _seen(spec: StreamSpec, one: StreamState, size: int, active: jax.Array):
+    """What the next `size` frames of one stream attend to (its cache, or the slots), and their layout."""
+    cache = _cache(spec, one)
+    if not isinstance(cache, SlotCache):
+        return cache, _layout(spec, cache, one.age[0], one.shift[0], size)
+    own = _span(one, size, active)
+    return slot_cache.open_slots(cache, one.text, own), slot_cache.layout(cache, own)
+
+
 def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -> StreamState:
     """Adds the next frames, with keys and values `kv` (or slots), to a stream; unchanged unless `active`."""
     age, count = one.age[0], clean.shape[1]
@@ -260,18 +269,13 @@ def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -
 
 def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Array, count: int):
     """Generates one stream's next `count` latent frames [1, n, H, W, C], like `programs.next_chunk`."""
-    config, age = spec.rollout, one.age[0]
+    config = spec.rollout
     timesteps, steps = config.timesteps_of(jnp.where(one.first[0], 0, 1))
     number = 2 * steps if spec.noise_number is None else spec.noise_number
     key = key_for(one.seed[0], 0, Purpose.SAMPLE)
     noise_key = jax.random.fold_in(jax.random.fold_in(key, number), one.chunk[0])
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
-    cache = _cache(spec, one)
-    if isinstance(cache, SlotCache):
-        own = _span(one, count, active)
-        inputs = (one.text, slot_cache.open_slots(cache, one.text, own), slot_cache.layout(cache, own))
-    else:
-        inputs = (one.text, cache, _layout(spec, cache, age, one.shift[0], count))
+    inputs = (one.text, *_seen(spec, one, count, active))
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
     calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
     draw = ro.key_draw(key, one.number)
@@ -440,13 +444,10 @@ def append(
     one, config, (timestep, sigma, number) = _slot(state, slot), spec.rollout, context
     draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
     read = (1 - sigma) * clean + sigma * draw("context", one.chunk[0], number, clean.shape)
-    cache, active = _cache(spec, one), jnp.bool_(True)
-    if isinstance(cache, SlotCache):
-        own = _span(one, clean.shape[1], active)
-        seen, layout = slot_cache.open_slots(cache, one.text, own), slot_cache.layout(cache, own)
+    active = jnp.bool_(True)
+    seen, layout = _seen(spec, one, clean.shape[1], active)
+    if isinstance(seen, tuple):
         layout = layout.replace(keys_only=active)
-    else:
-        seen, layout = cache, _layout(spec, cache, one.age[0], one.shift[0], clean.shape[1])
     _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, seen)
     return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
 

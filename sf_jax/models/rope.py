@@ -55,7 +55,7 @@ def endless_rotation(frames: jax.Array, grid: tuple[int, int], head_dim: int) ->
     """As `rotation`, for any int32 positions; only the distances between rotated frames matter then.
 
     An angle is a fixed-point number of turns in 32 bits, whose overflow drops whole turns, so that angles stay exact
-    for ever. Between two frames they are those of `rotation`, up to 1e-9 per frame and float32 rounding.
+    forever. Between two frames they are those of `rotation`, up to 1e-9 per frame and float32 rounding.
     """
     return _of_tokens(_endless(frames, head_dim), grid, head_dim)
 

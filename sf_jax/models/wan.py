@@ -192,7 +192,7 @@ class Attention(nn.Module):
         apart = self.positional and not self.config.scan_layers
         self.norm_q, self.norm_k = RMSNorm(eps, apart), RMSNorm(eps, apart)
 
-    def projections(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    def projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The input of `queries` for `x` [..., dim], and keys and values [..., dim] before normalization.
 
         If `slots.unstack_layers` has joined the three projections, they are computed together, and `x` is read once.
