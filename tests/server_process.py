@@ -100,9 +100,12 @@ class Watched:
         return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
 
 
-async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
-    """Watches a session until it ends or `seconds` have passed; a `pause` between chunks makes the client slow."""
-    seen, until = Watched(), None if seconds is None else time.monotonic() + seconds
+async def watch(server, seconds=None, pause=0.0, record=None, **fields):
+    """Watches a session until it ends or `seconds` have passed; a `pause` between chunks makes the client slow.
+
+    The caller may pass its own `record`, to follow the session while it runs.
+    """
+    seen, until = record or Watched(), None if seconds is None else time.monotonic() + seconds
     options = {"max_queue": 1, "sock": small_socket(server)} if pause else {}
     async with server.connect(**options) as ws:
         await ws.send(json.dumps({"type": "session.start", "prompt": "a 7 moving left, fast"} | fields))
@@ -127,6 +130,14 @@ async def watch(server, seconds=None, pause=0.0, retry=False, **fields):
         except websockets.ConnectionClosed as closed:
             seen.code = closed.rcvd.code if closed.rcvd else None
     return seen
+
+
+async def reached(condition, seconds=120.0):
+    """Waits until `condition()` holds; fails after `seconds`, which only a hang should take."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        await asyncio.sleep(0.05)
 
 
 async def drop(server, seconds):

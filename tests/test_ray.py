@@ -11,7 +11,7 @@ import urllib.error
 
 import pytest
 
-from tests.server_process import Server, watch
+from tests.server_process import Server, Watched, reached, watch
 
 pytest.importorskip("ray.serve", reason="ray is not installed: pip install -e '.[ray]'")
 pytestmark = pytest.mark.slow
@@ -58,31 +58,35 @@ def server():
         process.wait(120)
 
 
-async def _streams(server, count, seconds):
-    tasks = []
-    for _ in range(count):
-        tasks.append(asyncio.create_task(watch(server, seconds, seed=3, format="jpeg")))
-        await asyncio.sleep(0.4)  # lets the router see the previous one
-    return tasks
-
-
 def test_two_replicas(server):
     async def scenario():
         alone = await watch(server, seed=3, format="jpeg", num_frames=48, fps=60)
-        together = await asyncio.gather(*await _streams(server, 4, 8))
-        tasks = await _streams(server, 4, 12)
+        records, tasks = [Watched() for _ in range(2 * SLOTS)], []
+        for record in records:
+            tasks.append(asyncio.create_task(watch(server, record=record, seed=3, format="jpeg")))
+            await reached(lambda: record.payloads)  # noqa: B023
+            await asyncio.sleep(0.4)  # lets the router see it
+        # None of them ends, so none waited for a slot: each replica plays two.
+        await reached(lambda: all(len(record.payloads) > 16 for record in records))
         ids = replicas(server.address.rsplit(":", 1)[1])
-        await asyncio.sleep(2)
         os.kill(ids[0], signal.SIGKILL)
-        return alone, together, ids, await asyncio.gather(*tasks)
+        await reached(lambda: sum(task.done() for task in tasks) == SLOTS)
+        ended = [task.done() for task in tasks]
+        counts = [len(record.payloads) for record in records]
+        await reached(
+            lambda: all(
+                end or len(record.payloads) > count + 16
+                for record, count, end in zip(records, counts, ended, strict=True)
+            )
+        )
+        assert [task.done() for task in tasks] == ended
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return alone, records, ids, ended, await watch(server, num_frames=12)
 
-    alone, together, ids, broken = asyncio.run(scenario())
-    assert len(ids) == 2 and alone.done["reason"] == "completed"
-    for seen in together:  # no stream waited for a slot: two on each replica
-        assert seen.payloads[:16] == alone.payloads and len(seen.payloads) > 16
-    ended = [seen for seen in broken if seen.code is not None]
-    assert len(ended) == 2 and {seen.code for seen in ended} == {1012}
-    for seen in broken:
-        assert seen.payloads[:10] == alone.payloads[:10]
-        assert seen in ended or len(seen.payloads) > 24
-    assert asyncio.run(watch(server, num_frames=12)).done["reason"] == "completed"
+    alone, records, ids, ended, last = asyncio.run(scenario())
+    assert len(ids) == 2 and alone.done["reason"] == last.done["reason"] == "completed"
+    for record, end in zip(records, ended, strict=True):
+        assert record.payloads[:16] == alone.payloads
+        assert record.code == (1012 if end else None)
