@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.streaming import random_params
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     noise = jax.random.normal(jax.random.key(1), (1, rollout.chunk, *size, config.channels))
     calls = {}
     for capacity in capacities:
-        cache = ro.empty_cache(model, rollout, 1, capacity, *size)
+        cache = rollout_cache.empty_cache(model, rollout, 1, capacity, *size)
         full = cache.replace(frames=jnp.where(jnp.arange(capacity) < capacity - 3, jnp.arange(capacity), -1))
         fixed = functools.partial(chunk, model, rollout, params, text)
         calls[capacity, "first"] = functools.partial(fixed, cache, noise, jnp.int32(0))

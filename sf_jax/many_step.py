@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.diffusion.solvers import Solver, euler, guided, integrate
 from sf_jax.models import attention
 from sf_jax.models.kv_cache import KVCache
+from sf_jax.models.slot_cache import Span
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
 
 
@@ -44,15 +46,16 @@ def guided_chunk(
     Returns:
       The new cache and the clean chunk [B, n, H, W, C].
     """
-    layout = ro.chunk_layout(cache, config, start, noise.shape[1])
+    context = rollout_cache.open_chunk(config, cache, text, Span(start, noise.shape[1]))
 
     def flow(x, t):
         t = jnp.full((2 * x.shape[0], 1), t, jnp.float32)
-        both = model.apply({"params": params}, jnp.repeat(x, 2, axis=0), t, text, layout, cache)
+        inputs = (jnp.repeat(x, 2, axis=0), t, context.text, context.layout, context.cache)
+        both = model.apply({"params": params}, *inputs)
         return guided(both[::2], both[1::2], guidance)
 
     clean = integrate(solver, flow, noise)
-    cache, _ = ro.write_chunk(model, config, params, text, cache, jnp.repeat(clean, 2, axis=0), start)
+    cache = ro.write_chunk(model, config, params, text, cache, jnp.repeat(clean, 2, axis=0), start)
     return cache, clean
 
 
@@ -88,11 +91,11 @@ def guided_rollout(
     given, chunks = config.chunks(frames, start)
     pairs = jnp.stack([text, negative], axis=1).reshape(2 * batch, *text.shape[1:])
     kv = model.apply({"params": params}, pairs, method="encode_text")
-    cache = ro.empty_cache(model, config, 2 * batch, start + frames, height, width)
+    cache = rollout_cache.empty_cache(model, config, 2 * batch, start + frames, height, width)
     done = []
     for first, last in attention.chunk_bounds(given) if given else ():
         clean = initial[:, first:last]
-        cache, _ = ro.write_chunk(model, config, params, kv, cache, jnp.repeat(clean, 2, axis=0), first)
+        cache = ro.write_chunk(model, config, params, kv, cache, jnp.repeat(clean, 2, axis=0), first)
         done.append(clean)
 
     def step(cache, noise, chunk, first, _):
@@ -148,7 +151,7 @@ def forced_trajectory(
         context_frames=positions,
         pattern=attention.replay(chunks, 0, config.window, config.sink, frames),
     )
-    causal, behind = (ro.with_moved_sink(config, layout) for layout in (causal, behind))
+    causal, behind = (rollout_cache.with_moved_sink(config, layout) for layout in (causal, behind))
     contexts = []
     for prompt in (text, negative)[: 1 if guidance == 1 else 2]:
         kv = model.apply({"params": params}, prompt, method="encode_text")

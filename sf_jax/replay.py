@@ -13,7 +13,8 @@ import numpy as np
 
 from sf_jax.models import attention, kv_cache
 from sf_jax.models.wan import KeysValues, Layout, WanTransformer
-from sf_jax.rollout import Rollout, RolloutConfig, with_moved_sink
+from sf_jax.rollout import Rollout, RolloutConfig
+from sf_jax.rollout_cache import with_moved_sink
 
 CACHE_GRADIENTS = ("stop", "straight_through", "write")
 

@@ -15,21 +15,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sf_jax.diffusion.schedule import TRAIN_STEPS
-from sf_jax.models import attention, kv_cache, rope, slot_cache
+from sf_jax.models import attention, kv_cache, rope
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
 from sf_jax.models.slot_cache import SlotCache, Span
 from sf_jax.models.slots import Slots, take_apart
-from sf_jax.models.wan import KeysValues, Layout, WanTransformer
+from sf_jax.models.wan import KeysValues, WanTransformer
+from sf_jax.rollout_cache import Context, close_chunk, empty_cache, open_chunk
 from sf_jax.rollout_config import RolloutConfig
 
 # draw(kind, chunk, step, shape) -> standard normal noise; kind is "renoise" or "context".
 Draw = Callable[[str, Any, Any, tuple[int, ...]], jax.Array]
-
-MAX_PREFIXES = 16
 
 
 @flax.struct.dataclass
@@ -76,152 +74,38 @@ def example_noise(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -
     return constrain(noise, "batch", *[None] * (len(shape) - 1))
 
 
-def empty_cache(
-    model: WanTransformer,
-    config: RolloutConfig,
-    batch: int,
-    frames: int,
-    height: int,
-    width: int,
-    keep_from: int | None = None,
-    dtype: str | None = None,
-) -> KVCache:
-    """A cache for `frames` latent frames in total; with a window, a ring of the frames that the window needs.
-
-    `keep_from` makes it large enough to hold the sink and all frames from that one on at the end. `dtype` is one of
-    `kv_cache.DTYPES`; None is the model's.
-    """
-    grid = model.config.grid(height, width)
-    capacity = kv_cache.capacity_for(frames, config.chunk, config.window)
-    if keep_from is not None:
-        capacity = max(capacity, min(frames, config.sink + frames - keep_from))
-    dtype = dtype or model.config.dtype
-    heads, head_dim = model.config.num_heads, model.config.head_dim
-    # A full cache never evicts, so it needs no sink of its own; the visibility mask still applies it.
-    sink = min(config.sink, capacity)
-    return kv_cache.init_cache(
-        model.config.num_layers, batch, capacity, grid[0] * grid[1], heads, head_dim, dtype, sink
-    )
-
-
-def empty_slots(
-    model: WanTransformer,
-    config: RolloutConfig,
-    batch: int,
-    frames: int,
-    height: int,
-    width: int,
-    streams: bool = False,
-) -> SlotCache:
-    """A cache that a network with separate layers reads in place, for a video of `frames` latent frames in all.
-
-    In `streams`, the sink can move even with absolute positions, a chunk can begin at any slot, and what paused ones
-    write goes behind the slots.
-    """
-    network, tokens = model.config, int(np.prod(model.config.grid(height, width)))
-    capacity = frames if config.window is None else min(frames, config.window)
-    sink, relative, heads = min(config.sink, capacity), config.positions == "relative", network.num_heads
-    rows = (capacity + config.chunk * streams) * tokens
-    multiple = attention.key_multiple(network.attention, network.dtype, network.head_dim)
-    rows, heads_first = rows + -rows % multiple, multiple > 1
-    slots = (heads, rows) if heads_first else (rows, heads)
-    aligned = not (streams or config.first_frame_alone or (capacity - sink) % config.chunk or sink % config.chunk)
-
-    def zeros(*rows_and_heads):
-        shape = (batch, *rows_and_heads, network.head_dim)
-        return tuple(jnp.zeros(shape, network.dtype) for _ in range(network.num_layers))
-
-    return SlotCache(
-        k=zeros(*slots),
-        v=zeros(*slots),
-        sink_k=zeros(sink * tokens, heads) if sink and (relative or streams) else (),
-        sink_shift=jnp.int32(0),
-        tokens_per_frame=tokens,
-        capacity=capacity,
-        sink=sink,
-        write_frames=config.chunk if aligned else 1,
-        relative_window=config.window if relative else None,
-        heads_first=heads_first,
-    )
-
-
-def chunk_layout(cache: KVCache, config: RolloutConfig, start: jax.Array | int, size: int) -> Layout:
-    """Positions and visible cache slots of the chunk [start, start + size).
-
-    Raises:
-      ValueError: if the chunk does not fit into a cache without window (checked only if `start` is a Python int).
-    """
-    if isinstance(start, int):
-        kv_cache.check_capacity(cache, start + size, config.window)
-    prefixes, masked = context_lengths(config, cache.capacity, start)
-    frames, context_frames = jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32), cache.frames
-    if config.positions == "relative":
-        moved = jnp.maximum(start + size - config.window, 0)
-        frames = frames - moved
-        context_frames = jnp.where(context_frames < config.sink, context_frames, context_frames - moved)
-    return Layout(
-        frames=frames,
-        context_frames=jnp.maximum(context_frames, 0),
-        context_mask=kv_cache.visible(cache, start, start + size, config.window),
-        pattern=attention.cached(size, cache.capacity),
-        # Ring slots fill in order and never leave the window, so a key count suffices; a larger cache needs a mask.
-        mask_is_prefix=config.window is None or cache.capacity <= config.window - config.chunk,
-        prefixes=prefixes,
-        prefixes_masked=masked,
-    )
-
-
-def seen_cache(config: RolloutConfig, cache: KVCache, start: jax.Array | int) -> KVCache:
-    """The part of the cache that the chunk at `start` sees: its window, if the cache holds more frames than that."""
-    return cache if config.window is None else kv_cache.within(cache, start, config.window - config.chunk)
-
-
-def with_moved_sink(config: RolloutConfig, layout: Layout) -> Layout:
-    """Moves the sink right before every chunk's window in the layout of a whole video (numpy positions).
-
-    The other frames keep their numbers as positions, since only distances matter.
-    """
-    if config.positions != "relative" or not config.sink:
-        return layout
-    ends = [int(layout.frames[group.queries[1] - 1]) + 1 for group in layout.pattern]
-    shifts = tuple(max(0, end - config.window) for end in ends)
-    return layout.replace(sink=config.sink, sink_shifts=shifts) if any(shifts) else layout
-
-
-def context_lengths(config: RolloutConfig, capacity: int, start: jax.Array | int) -> tuple[tuple[int, ...], bool]:
-    """Possible numbers of cached frames before the chunk at `start`, for a cache of `capacity` frames, ascending.
-
-    A traced `start` can be any chunk. Each length adds a copy of the attention to the compiled program, so only some
-    of many lengths are kept, always including the longest.
-
-    Returns:
-      The lengths, and whether some were dropped (`Layout.prefixes`, `Layout.prefixes_masked`).
-    """
-    if isinstance(start, int):
-        return (min(start, capacity),), False
-    first = 1 if config.first_frame_alone else config.chunk
-    lengths = [*range(first, capacity, config.chunk), *([] if config.window is None else [capacity])]
-    every = max(1, -(-len(lengths) // (MAX_PREFIXES - 1)))
-    return tuple(sorted({0, *lengths[::-every]})), every > 1
-
-
 def predict(
     model: WanTransformer,
     config: RolloutConfig,
     params: dict,
     x: jax.Array,
     t: jax.Array | float,
-    text: KeysValues,
-    layout: Layout,
-    cache: KVCache | tuple[Slots, ...],
+    context: Context,
 ) -> tuple[jax.Array, KeysValues | tuple[Slots, ...]]:
     """Clean prediction of one chunk `x` [B, n, H, W, C] at timestep `t` (scalar), and the chunk's keys and values.
 
-    Slots are returned with the chunk's keys and values. They also hold the prompt's, and `text` is ignored.
+    With slots, returns the slots with the chunk's keys and values.
     """
     t = jnp.full((x.shape[0], 1), t, jnp.float32)
-    flow, kv = model.apply({"params": params}, x, t, text, layout, cache, return_kv=True)
+    flow, kv = model.apply({"params": params}, x, t, context.text, context.layout, context.cache, return_kv=True)
     return config.schedule.to_clean(flow, x, t), kv
+
+
+def clean_pass(
+    model: WanTransformer,
+    config: RolloutConfig,
+    params: dict,
+    context: Context,
+    clean: jax.Array,
+    t: jax.Array | float = 0.0,
+) -> KeysValues | tuple[Slots, ...]:
+    """Keys and values (or the slots with them) of the chunk `clean` [B, n, H, W, C] at timestep `t`."""
+    layout = context.layout
+    if isinstance(context.cache, tuple):
+        layout = layout.replace(keys_only=jnp.bool_(True))
+    elif not model.config.scan_layers:  # every layer would compile attention for every number of cached frames
+        layout = layout.replace(prefixes=(), prefixes_masked=False)
+    return predict(model, config, params, clean, t, context.replace(layout=layout))[1]
 
 
 def write_chunk(
@@ -233,29 +117,11 @@ def write_chunk(
     clean: jax.Array,
     start: jax.Array | int,
     t: float = 0.0,
-) -> tuple[KVCache | SlotCache, KeysValues | None]:
-    """The clean pass: runs the network on `clean` [B, n, H, W, C] at timestep `t` and caches its keys and values.
-
-    Returns the new cache, and the keys and values, or None with slots, which have them.
-    """
-    if isinstance(cache, SlotCache):
-        own = _span(config, cache, start, clean.shape[1])
-        place = slot_cache.layout(cache, own).replace(keys_only=jnp.bool_(True))
-        _, layers = predict(model, config, params, clean, t, text, place, slot_cache.open_slots(cache, text, own))
-        return slot_cache.close_slots(cache, layers, own), None
-    seen = seen_cache(config, cache, start)
-    layout = chunk_layout(seen, config, start, clean.shape[1])
-    if not model.config.scan_layers:  # every layer would compile attention for every number of cached frames
-        layout = layout.replace(prefixes=(), prefixes_masked=False)
-    _, kv = predict(model, config, params, clean, t, text, layout, seen)
-    return kv_cache.write(cache, kv.k, kv.v, start), kv
-
-
-def _span(config, cache, start, size):
-    """The frames [start, start + size) of a call with slots, checked as in `chunk_layout`."""
-    if isinstance(start, int):
-        kv_cache.check_capacity(cache, start + size, config.window)
-    return Span(start, size)
+) -> KVCache | SlotCache:
+    """The cache with the keys and values of the frames `clean` [B, n, H, W, C] from `start` on, by the clean pass."""
+    span = Span(start, clean.shape[1])
+    written = clean_pass(model, config, params, open_chunk(config, cache, text, span), clean, t)
+    return close_chunk(cache, written, span)
 
 
 def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: jax.Array | int) -> jax.Array:
@@ -303,23 +169,17 @@ def generate_chunk(
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
     calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
-    steps = (noise, chunk, exit_step, calls, draw, timesteps)
-    if isinstance(cache, SlotCache):
-        own = _span(config, cache, start, noise.shape[1])
-        state = (text, slot_cache.open_slots(cache, text, own), slot_cache.layout(cache, own))
-        layers, clean, x = denoise_chunk(model, config, params, state, *steps)
-        return slot_cache.close_slots(cache, layers, own), clean, x
-    seen = seen_cache(config, cache, start)
-    state = (text, seen, chunk_layout(seen, config, start, noise.shape[1]))
-    kv, clean, x = denoise_chunk(model, config, params, state, *steps)
-    return kv_cache.write(cache, kv.k, kv.v, start), clean, x
+    span = Span(start, noise.shape[1])
+    context = open_chunk(config, cache, text, span)
+    written, clean, x = denoise_chunk(model, config, params, context, noise, chunk, exit_step, calls, draw, timesteps)
+    return close_chunk(cache, written, span), clean, x
 
 
 def denoise_chunk(
     model: WanTransformer,
     config: RolloutConfig,
     params: dict,
-    state: tuple[KeysValues, KVCache | tuple[Slots, ...], Layout],
+    context: Context,
     noise: jax.Array,
     chunk: jax.Array | int,
     exit_step: jax.Array | int,
@@ -334,7 +194,7 @@ def denoise_chunk(
       model: see `generate_chunk`, as are `config`, `params`, `noise`, `chunk`, `exit_step` and `draw`.
       config: see `generate_chunk`.
       params: see `generate_chunk`.
-      state: prompt keys and values, the cache or its slots, and the chunk's layout.
+      context: from `open_chunk`.
       noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
       exit_step: see `generate_chunk`.
@@ -349,7 +209,6 @@ def denoise_chunk(
       The last call's keys and values (or the slots with them), the clean chunk, and its noisy input at the exit step.
     """
     timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
-    text, cache, layout = state
     in_place = not model.config.scan_layers
 
     def call(index, carry):
@@ -363,25 +222,32 @@ def denoise_chunk(
         )
         now = jax.lax.switch(kind, inputs)
         t = jnp.where(step > exit_step, timesteps[-1], timesteps[step])
-        place = layout.replace(keys_only=step > exit_step) if in_place else layout
-        predicted, kv = predict(model, config, params, now, t, text, place, kv if in_place else cache)
+        here = context
+        if in_place:
+            here = context.replace(cache=kv, layout=context.layout.replace(keys_only=step > exit_step))
+        predicted, kv = predict(model, config, params, now, t, here)
         return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
 
-    if isinstance(cache, tuple):
-        empty = cache
-    elif in_place:
-        grid = model.config.grid(*noise.shape[2:4])
-        rotation = rope.rotation(layout.context_frames, grid, model.config.head_dim)
-        seen = layout.prefixes[-1] if layout.prefixes else cache.capacity
-        multiple = attention.key_multiple(model.config.attention, model.config.dtype, model.config.head_dim)
-        empty = take_apart(cache, text, rotation, noise.shape[1] * grid[0] * grid[1], seen, multiple)
-    else:
-        kv = jax.eval_shape(lambda: predict(model, config, params, noise, timesteps[0], text, layout, cache)[1])
-        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
-    clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, empty))
-    if in_place and not isinstance(cache, tuple):
+    first = _first_carry(model, config, params, context, noise)
+    clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, first))
+    if in_place and not isinstance(context.cache, tuple):
         kv = model.apply({"params": params}, kv, method="own_keys_values")
     return jax.lax.stop_gradient((kv, clean, x))
+
+
+def _first_carry(model, config, params, context, noise):
+    """What the calls for a chunk hand on: slots, or the chunk's keys and values, which are zero at first."""
+    network, cache, layout = model.config, context.cache, context.layout
+    if isinstance(cache, tuple):
+        return cache
+    if network.scan_layers:
+        kv = jax.eval_shape(lambda: predict(model, config, params, noise, 0.0, context)[1])
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kv)
+    grid = network.grid(*noise.shape[2:4])
+    rotation = rope.rotation(layout.context_frames, grid, network.head_dim)
+    seen = layout.prefixes[-1] if layout.prefixes else cache.capacity
+    multiple = attention.key_multiple(network.attention, network.dtype, network.head_dim)
+    return take_apart(cache, context.text, rotation, noise.shape[1] * grid[0] * grid[1], seen, multiple)
 
 
 def rollout(
@@ -426,7 +292,7 @@ def rollout(
     if cache is None:
         cache = empty_cache(model, config, batch, start + frames, height, width, keep_from)
         for first, last in attention.chunk_bounds(given) if given else ():
-            cache, _ = write_chunk(model, config, params, text, cache, initial[:, first:last], first)
+            cache = write_chunk(model, config, params, text, cache, initial[:, first:last], first)
     kv_cache.check_capacity(cache, start + frames, config.window)
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
 

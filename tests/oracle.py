@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.models import attention, kv_cache
 from sf_jax.models.wan import KeysValues
 
@@ -20,11 +21,11 @@ def rollout_video(
     given, chunks = config.chunks(frames, start)
     if not isinstance(text, KeysValues):
         text = model.apply({"params": params}, text, method="encode_text")
-    cache = ro.empty_cache(model, config, batch, start + frames, height, width, keep_from=0)
+    cache = rollout_cache.empty_cache(model, config, batch, start + frames, height, width, keep_from=0)
     given_live = cache_gradient == "write" and config.context == "clean" and first_live == 0
     writer = (params, text) if given_live else jax.lax.stop_gradient((params, text))
     for first, last in attention.chunk_bounds(given) if given else ():
-        cache, _ = ro.write_chunk(model, config, *writer, cache, initial[:, first:last], first)
+        cache = ro.write_chunk(model, config, *writer, cache, initial[:, first:last], first)
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
 
     def step(cache, noise, chunk, first, exit_step):
@@ -35,16 +36,17 @@ def rollout_video(
 
         written, clean, x = ro.generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
         seen = jax.lax.stop_gradient(cache) if cache_gradient == "stop" else cache
-        layout = ro.chunk_layout(seen, config, first, noise.shape[1])
+        layout = rollout_cache.chunk_layout(seen, config, first, noise.shape[1])
+        context = rollout_cache.Context(text, seen, layout)
         t = jnp.asarray(config.timesteps, jnp.float32)[exit_step]
-        video, noisy_kv = ro.predict(model, config, params, x, t, text, layout, seen)
+        video, noisy_kv = ro.predict(model, config, params, x, t, context)
         if cache_gradient == "stop":
             return jax.lax.stop_gradient(written), passing(video)
         if config.context == "noisy":
             kv = noisy_kv
         elif cache_gradient == "write":
             read = ro.context_input(config, clean, draw, chunk)
-            _, kv = ro.predict(model, config, params, read, config.context_timestep, text, layout, seen)
+            _, kv = ro.predict(model, config, params, read, config.context_timestep, context)
         else:  # values from the clean pass, gradient from the exit step
             kv = jax.tree.map(
                 lambda whole, own: part_of(whole, own, first) + (own - jax.lax.stop_gradient(own)),

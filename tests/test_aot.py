@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.config import MeshConfig
 from sf_jax.inference import programs
 from sf_jax.models import attention, discriminator, vae, wan
@@ -117,7 +118,9 @@ def test_streaming_with_a_cache_runs_on_every_devices_share(target, form):
 
     def chunk(params, noise, text):
         params = params if scan_layers else unstack_layers(params)
-        cache = (ro.empty_slots if form == "slots" else ro.empty_cache)(model, rollout, 2, 8, *SIZE)
+        cache = (rollout_cache.empty_slots if form == "slots" else rollout_cache.empty_cache)(
+            model, rollout, 2, 8, *SIZE
+        )
         text = model.apply({"params": params}, text, method="encode_text")
         draw = ro.key_draw(jax.random.key(0), jnp.arange(2))
         cache, clean, _ = ro.generate_chunk(model, rollout, params, text, cache, noise, jnp.int32(2), 1, 1, draw)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sf_jax
-from sf_jax import load_pipeline
+from sf_jax import load_pipeline, rollout_cache
 from sf_jax import rollout as ro
 from sf_jax.inference import programs, quantization
 from sf_jax.inference.job import Job
@@ -104,8 +104,8 @@ def test_attention_reads_what_the_cache_of_8_bits_holds(name, scan_layers):
         part = jax.lax.dynamic_slice_in_dim(noise, start, 3, 1)
         return ro.generate_chunk(model, config, params, text, cache, part, start, start // 3, 0, draw)[:2]
 
-    cache, first = chunk(ro.empty_cache(model, config, 2, 6, *SIZE, dtype=name), 0)
-    full, exact = chunk(ro.empty_cache(model, config, 2, 6, *SIZE), 0)
+    cache, first = chunk(rollout_cache.empty_cache(model, config, 2, 6, *SIZE, dtype=name), 0)
+    full, exact = chunk(rollout_cache.empty_cache(model, config, 2, 6, *SIZE), 0)
     np.testing.assert_allclose(first, exact, rtol=0, atol=1e-5)  # the first chunk reads no cache
     wide = cache.replace(k=cache.k.astype(jnp.float32), v=cache.v.astype(jnp.float32))
     assert relative(wide.k, full.k) < CLOSE[name] and relative(wide.v, full.v) < CLOSE[name]
@@ -166,7 +166,7 @@ def test_one_program_for_all_videos_and_no_wide_kernel_in_it():
     assert programs.next_chunk._cache_size() == size
     model = pipe.transformer
     kv = jax.eval_shape(lambda: programs.encode_text(model, params, text))
-    cache = jax.eval_shape(lambda: ro.empty_cache(model, rollout, 1, 9, *SIZE, dtype="fp8"))
+    cache = jax.eval_shape(lambda: rollout_cache.empty_cache(model, rollout, 1, 9, *SIZE, dtype="fp8"))
     source, place = (jax.random.key(0), jnp.arange(1), 5), (jnp.int32(3), jnp.int32(1), jnp.bool_(False))
     arguments = (model, rollout, None, (3, *SIZE, SMALL.channels), params, kv, cache, source, place)
     entry = programs.next_chunk.lower(*arguments).compile().as_text().partition("ENTRY")[2]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sf_jax import load_pipeline
+from sf_jax import load_pipeline, rollout_cache
 from sf_jax import rollout as ro
 from sf_jax.inference import programs
 from sf_jax.models import attention, wan
@@ -81,7 +81,7 @@ def test_cached_is_block_causal(case):
     params, (noise, text, draw) = random_params(), inputs(frames)
     past = run(config, params, text, noise, draw, 1, False)
     chunks = (config.chunk,) * (frames // config.chunk)
-    layout = ro.with_moved_sink(config, causal_layout(chunks, True, config.window, config.sink))
+    layout = rollout_cache.with_moved_sink(config, causal_layout(chunks, True, config.window, config.sink))
     clean_t = jnp.zeros((2, frames))
     t = jnp.concatenate([clean_t, clean_t + config.timesteps[1]], axis=1)
     both = jnp.concatenate([past.video, past.exit_inputs], axis=1)
@@ -115,9 +115,9 @@ def test_a_moved_sink_is_replayed_and_has_its_gradient():
 
 @pytest.mark.parametrize("start", [4, 5000, np.int32(2**31 - 100)])
 def test_there_is_no_longest_video(start):
-    cache = ro.empty_cache(MODEL, SINK, 1, FRAMES, 2, 2)
+    cache = rollout_cache.empty_cache(MODEL, SINK, 1, FRAMES, 2, 2)
     held = np.array([0, 1, start - 2, start - 1], np.int32)
-    layout = ro.chunk_layout(cache.replace(frames=jnp.asarray(held)), SINK, jnp.int32(start), 2)
+    layout = rollout_cache.chunk_layout(cache.replace(frames=jnp.asarray(held)), SINK, jnp.int32(start), 2)
     np.testing.assert_array_equal(layout.frames, [4, 5])
     np.testing.assert_array_equal(layout.context_frames, [0, 1, 2, 3])
     assert layout.context_mask.all()

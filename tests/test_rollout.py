@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sf_jax import many_step
+from sf_jax import many_step, rollout_cache
 from sf_jax import rollout as ro
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.models import attention, kv_cache, pattern_attention, wan
+from sf_jax.models.slot_cache import Span
 from sf_jax.replay import CACHE_GRADIENTS, keep_from, replay, replay_recorded
 from sf_jax.training.programs import matmul_flops
 from tests import oracle
@@ -88,11 +89,12 @@ def test_ring_equals_the_full_cache(name):
 @pytest.mark.parametrize("name", ["windowed", "window and sink"])
 def test_a_window_in_a_whole_cache_needs_no_mask(name):
     config, frames, *_ = case(name)
-    cache = ro.empty_cache(MODEL, config, 1, frames, *SIZE, keep_from=0)
+    cache = rollout_cache.empty_cache(MODEL, config, 1, frames, *SIZE, keep_from=0)
     cache = cache.replace(frames=jnp.arange(frames))
     for start in range(0, frames - config.chunk + 1, config.chunk):
-        seen = ro.seen_cache(config, cache.replace(frames=jnp.where(cache.frames < start, cache.frames, -1)), start)
-        layout = ro.chunk_layout(seen, config, jnp.int32(start), config.chunk)
+        past = cache.replace(frames=jnp.where(cache.frames < start, cache.frames, -1))
+        seen = rollout_cache.seen_cache(config, past, start)
+        layout = rollout_cache.chunk_layout(seen, config, jnp.int32(start), config.chunk)
         assert seen.capacity == config.window - config.chunk and layout.mask_is_prefix
         past = attention.visible_past(start, start + config.chunk, config.window, config.sink)
         visible = [frame for first, last in past for frame in range(first, last)]
@@ -105,7 +107,7 @@ def test_a_window_in_a_whole_cache_needs_no_mask(name):
 def test_nothing_is_computed_for_empty_cache(name, most, monkeypatch):
     config, frames, noise, text, draw = case(name)
     params, videos, work = random_params(), [], []
-    monkeypatch.setattr(ro, "MAX_PREFIXES", most)
+    monkeypatch.setattr(rollout_cache, "MAX_PREFIXES", most)
     for small in (1 << 30, 0):  # one masked attention for all chunks, or one per number of cached frames
         monkeypatch.setattr(pattern_attention, "PREFIX_LOGITS", small)
 
@@ -120,16 +122,16 @@ def test_nothing_is_computed_for_empty_cache(name, most, monkeypatch):
 
 def test_the_last_chunk_has_no_clean_pass():
     config, _, noise, text, draw = case("chunk-wise")
-    params, cache = random_params(), ro.empty_cache(MODEL, config, 2, 9, *SIZE)
+    params, cache = random_params(), rollout_cache.empty_cache(MODEL, config, 2, 9, *SIZE)
     text = MODEL.apply({"params": params}, text, method="encode_text")
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def chunk(last):
         made = ro.generate_chunk(MODEL, config, params, text, cache, noise[:, :3], 0, 0, 1, draw, last=last)
-        return made[:2], ro.predict(MODEL, config, params, made[2], config.timesteps[1], text, layout, cache)[1]
+        return made[:2], ro.predict(MODEL, config, params, made[2], config.timesteps[1], context)[1]
 
-    layout = ro.chunk_layout(cache, config, 0, 3)
+    context = rollout_cache.open_chunk(config, cache, text, Span(0, 3))
     ((cached, clean), _), ((kept, same), exit_kv) = chunk(False), chunk(True)
     np.testing.assert_array_equal(clean, same)
     assert relative(kept.k[:, :, :12], exit_kv.k) < 1e-6 and relative(cached.k[:, :, :12], exit_kv.k) > 1e-3
@@ -343,7 +345,7 @@ def test_bad_rollouts_are_refused_before_anything_runs():
     noise, text, draw = inputs(8)
     with pytest.raises(ValueError, match="frames is 8: with chunk=3 it must be a multiple of 3"):
         ro.rollout(MODEL, config, random_params(), text, noise, 0, draw)
-    cache = ro.empty_cache(MODEL, SHAPES["chunk-wise"], 2, 6, *SIZE)
+    cache = rollout_cache.empty_cache(MODEL, SHAPES["chunk-wise"], 2, 6, *SIZE)
     kv = jax.eval_shape(lambda: MODEL.apply({"params": random_params()}, text, method="encode_text"))
     with pytest.raises(ValueError, match="the cache holds 6 frames but the rollout has 9"):
         ro.write_chunk(MODEL, SHAPES["chunk-wise"], random_params(), kv, cache, noise[:, :3], 6)

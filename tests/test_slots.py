@@ -11,6 +11,7 @@ import pytest
 import sf_jax
 from sf_jax import config as configuration
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import layers, programs, stream_files
 from sf_jax.inference.load import load_pipeline
@@ -205,7 +206,7 @@ def test_a_video_that_is_longer_than_its_slots_is_refused():
     noise, text, draw = inputs(2)
     params = unstack_layers(random_params())
     text = model.apply({"params": params}, text, method="encode_text")
-    cache = ro.empty_slots(model, config, 2, 4, 4, 4)
+    cache = rollout_cache.empty_slots(model, config, 2, 4, 4, 4)
     with pytest.raises(ValueError, match="holds 4 frames but the rollout has 6"):
         ro.generate_chunk(model, config, params, text, cache, noise, 4, 2, 0, draw)
 

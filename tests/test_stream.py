@@ -11,6 +11,7 @@ import pytest
 
 import sf_jax
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.inference import stream_state
 from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.prompt_change import MODES
@@ -147,7 +148,8 @@ def next_chunk(pipe, kept, positions, own, embedding, noise_of):
     cache = ro.KVCache(*kept, frames=jnp.asarray(positions))
     noise, draw, t = drawn(pipe, one)
     calls = len(config.steps) + 1
-    arguments = (config, params, (kv, cache, layout), noise, one.chunk[0], len(config.steps) - 1, calls, draw, t)
+    context = rollout_cache.Context(kv, cache, layout)
+    arguments = (config, params, context, noise, one.chunk[0], len(config.steps) - 1, calls, draw, t)
     return ro.denoise_chunk(model, *arguments)[1][0]
 
 
@@ -203,7 +205,7 @@ def test_prompts_change_in_every_mode(positions, sink):
         elif mode == "cut":
             kv = pipe.transformer.apply({"params": pipe.params}, text(7)[None], method="encode_text")
             noise, draw, t = drawn(pipe, before)
-            cache = ro.empty_cache(pipe.transformer, pipe.rollout, 1, 12, 4, 4)
+            cache = rollout_cache.empty_cache(pipe.transformer, pipe.rollout, 1, 12, 4, 4)
             chunk = before.chunk[0]
             arguments = (pipe.params, kv, cache, noise, 0, chunk, len(pipe.rollout.steps) - 1, draw, t)
             wanted = ro.generate_chunk(pipe.transformer, pipe.rollout, *arguments)[1][0]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.models.wan import WanTransformer
 from sf_jax.replay import replay
 from sf_jax.training import self_forcing
@@ -47,21 +48,21 @@ def test_prompts_change_before_the_frames_that_learn(rollout):
     again = jax.jit(lambda past: replay(MODEL, config.rollout, params, text, past))(past)
     assert relative(again, past.video) < 1e-5
     old = MODEL.apply({"params": params}, jnp.roll(text, 1, axis=0), method="encode_text")
-    written, _ = ro.write_chunk(MODEL, config.rollout, params, old, before.cache, before.video[:, 3:], 3)
+    written = ro.write_chunk(MODEL, config.rollout, params, old, before.cache, before.video[:, 3:], 3)
     swapped = jnp.stack([relative(past.cache.k[:, i, :24], written.k[:, i]) < 1e-5 for i in range(4)])
     kv = MODEL.apply({"params": params}, text, method="encode_text")
-    cache = ro.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, keep_from=0)
+    cache = rollout_cache.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, keep_from=0)
     for first in (0, 3):
-        cache, _ = ro.write_chunk(MODEL, config.rollout, params, kv, cache, past.video[:, first : first + 3], first)
+        cache = ro.write_chunk(MODEL, config.rollout, params, kv, cache, past.video[:, first : first + 3], first)
     recached = jnp.stack([relative(past.cache.k[:, i, :24], cache.k[:, i, :24]) < 1e-5 for i in range(4)])
     assert (swapped != recached).all() and swapped.any() and recached.any(), (swapped, recached)
     # With the same prompt, both modes are equal.
     same = jnp.broadcast_to(text[:1], text.shape)
     kept = switched(config, same, examples)
     one = MODEL.apply({"params": params}, same, method="encode_text")
-    cache = ro.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, keep_from=0)
+    cache = rollout_cache.empty_cache(MODEL, config.rollout, 4, 12, 4, 4, keep_from=0)
     for first in (0, 3):
-        cache, _ = ro.write_chunk(MODEL, config.rollout, params, one, cache, kept.video[:, first : first + 3], first)
+        cache = ro.write_chunk(MODEL, config.rollout, params, one, cache, kept.video[:, first : first + 3], first)
     assert relative(kept.cache.k[:, :, :24], cache.k[:, :, :24]) < 1e-5
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.evaluation import metrics
 from sf_jax.evaluation.judge import WINDOW, Judge
 from sf_jax.inference.pipeline import VideoPipeline
@@ -59,7 +60,7 @@ def generate_behind_real(
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(-1, *text.shape[1:])
         real = jnp.repeat(real, 2, axis=0)
     text = encode_text(model, params, text)
-    cache = ro.empty_cache(model, config, len(text.k[0]), frames, *size[:2], dtype=pipe.cache_dtype)
+    cache = rollout_cache.empty_cache(model, config, len(text.k[0]), frames, *size[:2], dtype=pipe.cache_dtype)
     parts = []
     for chunk, (start, count) in enumerate(zip(pipe.chunk_starts(frames), config.chunks(frames)[1], strict=True)):
         given, place, own = real[:, start : start + count], (jnp.int32(start), jnp.int32(chunk)), None
@@ -133,4 +134,4 @@ def _write(model, config, few, params, text, cache, real, source, place):
     (key, examples), (start, chunk), t = source, place, 0.0
     if few:
         real, t = ro.context_input(config, real, ro.key_draw(key, examples), chunk), config.context_timestep
-    return ro.write_chunk(model, config, params, text, cache, real, start, t)[0]
+    return ro.write_chunk(model, config, params, text, cache, real, start, t)

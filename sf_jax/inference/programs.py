@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.diffusion import solvers
 from sf_jax.diffusion.solvers import guided
 from sf_jax.inference.decoders import Decoder, Encoder, by_columns
@@ -84,8 +85,8 @@ def empty_cache(
 ) -> KVCache | SlotCache:
     """A cache for `frames` latent frames of `size` (H, W, C), created on its devices; see `kv_cache.DTYPES`."""
     if has_slots(model, dtype) and not many_steps:
-        return in_place(ro.empty_slots(model, config, batch, frames, *size[:2]))
-    return in_place(ro.empty_cache(model, config, batch, frames, *size[:2], dtype=dtype))
+        return in_place(rollout_cache.empty_slots(model, config, batch, frames, *size[:2]))
+    return in_place(rollout_cache.empty_cache(model, config, batch, frames, *size[:2], dtype=dtype))
 
 
 def has_slots(model: WanTransformer, dtype: str | None) -> bool:
@@ -143,7 +144,7 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
 def write_initial(model, config, params, text, cache, clean, start):
     """Writes a chunk of given latents [B, n, H, W, C] to the cache."""
     clean = jnp.repeat(clean, text.k.shape[1] // clean.shape[0], axis=0)
-    return in_place(ro.write_chunk(model, config, params, text, cache, clean, start)[0])
+    return in_place(ro.write_chunk(model, config, params, text, cache, clean, start))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.inference.decoders import Decoder, by_columns, column_axes
 from sf_jax.inference.programs import COMPILER_OPTIONS, has_slots
 from sf_jax.models import kv_cache, slot_cache
@@ -24,7 +25,7 @@ from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_uint8
 from sf_jax.models.slot_cache import SlotCache, Span
-from sf_jax.models.wan import KeysValues, Layout, WanTransformer
+from sf_jax.models.wan import KeysValues, WanTransformer
 from sf_jax.rng import Purpose, key_for
 
 # Fields whose first axis is the layers and whose second is the streams, unless they are a tuple with an array per
@@ -70,7 +71,7 @@ class StreamSpec:
     def empty_slots(self, count: int) -> SlotCache:
         """The slots of `count` streams."""
         size, window = self.size[:2], self.rollout.window
-        return ro.empty_slots(self.model, self.rollout, count, window, *size, streams=True)
+        return rollout_cache.empty_slots(self.model, self.rollout, count, window, *size, streams=True)
 
 
 @flax.struct.dataclass
@@ -124,7 +125,9 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
         cache = spec.empty_slots(slots)
     else:
         window = spec.rollout.window
-        cache = ro.empty_cache(spec.model, spec.rollout, slots, window, height, width, dtype=spec.cache_dtype)
+        cache = rollout_cache.empty_cache(
+            spec.model, spec.rollout, slots, window, height, width, dtype=spec.cache_dtype
+        )
     shape = (config.num_layers, slots, config.text_len, config.num_heads, config.head_dim)
     text = KeysValues(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
     whole = jnp.zeros(slots, jnp.int32)
@@ -219,38 +222,22 @@ def _cache(spec: StreamSpec, one: StreamState) -> KVCache | SlotCache:
 
 
 def _span(one: StreamState, size: int, active: jax.Array | bool) -> Span:
-    """The next `size` frames of one stream with a `SlotCache`."""
+    """The next `size` frames of one stream."""
     return Span(one.age[0], size, one.shift[0], jnp.asarray(active))
 
 
-def _layout(spec: StreamSpec, cache: KVCache, age: jax.Array, shift: jax.Array, size: int) -> Layout:
-    """Positions and visible slots of the next `size` frames; attention covers all slots at any age."""
-    layout = ro.chunk_layout(cache, spec.rollout, age, size)
-    frames, context = layout.frames, layout.context_frames
-    if spec.rollout.positions == "absolute":
-        frames = frames + shift
-        context = jnp.where(context < spec.rollout.sink, context, context + shift)
-    return layout.replace(frames=frames, context_frames=context, prefixes=(), prefixes_masked=False)
-
-
-def _seen(spec: StreamSpec, one: StreamState, size: int, active: jax.Array):
-    """What the next `size` frames of one stream attend to (its cache, or the slots), and their layout."""
-    cache = _cache(spec, one)
-    if not isinstance(cache, SlotCache):
-        return cache, _layout(spec, cache, one.age[0], one.shift[0], size)
-    own = _span(one, size, active)
-    return slot_cache.open_slots(cache, one.text, own), slot_cache.layout(cache, own)
+def _context(spec: StreamSpec, one: StreamState, size: int, active: jax.Array) -> rollout_cache.Context:
+    """What the calls for the next `size` frames of one stream read."""
+    return rollout_cache.open_chunk(spec.rollout, _cache(spec, one), one.text, _span(one, size, active))
 
 
 def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -> StreamState:
     """Adds the next frames, with keys and values `kv` (or slots), to a stream; unchanged unless `active`."""
     age, count = one.age[0], clean.shape[1]
-    cache, latents, held = _cache(spec, one), one.latents, one.held[0]
+    latents, held = one.latents, one.held[0]
+    cache = rollout_cache.close_chunk(_cache(spec, one), kv, _span(one, count, active))
     if isinstance(cache, SlotCache):
-        cache = slot_cache.close_slots(cache, kv, _span(one, count, active))
         one = one.replace(sink_k=cache.sink_k, sink_shift=cache.sink_shift[None])
-    else:
-        cache = kv_cache.write(cache, kv.k, kv.v, age, keep=~active)
     for i in range(count if spec.capacity else 0):
         slot, dropped = kv_cache.slot_of(spec, age + i)
         kept = active if dropped is None else active & ~dropped
@@ -275,12 +262,12 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     key = key_for(one.seed[0], 0, Purpose.SAMPLE)
     noise_key = jax.random.fold_in(jax.random.fold_in(key, number), one.chunk[0])
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
-    inputs = (one.text, *_seen(spec, one, count, active))
+    context = _context(spec, one, count, active)
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
     calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
     draw = ro.key_draw(key, one.number)
     kv, clean, _ = ro.denoise_chunk(
-        spec.model, config, params, inputs, noise, one.chunk[0], steps - 1, calls, draw, timesteps, repeats
+        spec.model, config, params, context, noise, one.chunk[0], steps - 1, calls, draw, timesteps, repeats
     )
     one = _written(spec, one, kv, clean, active)
     return one.replace(chunk=one.chunk + active), clean
@@ -445,11 +432,8 @@ def append(
     draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
     read = (1 - sigma) * clean + sigma * draw("context", one.chunk[0], number, clean.shape)
     active = jnp.bool_(True)
-    seen, layout = _seen(spec, one, clean.shape[1], active)
-    if isinstance(seen, tuple):
-        layout = layout.replace(keys_only=active)
-    _, kv = ro.predict(spec.model, config, params, read, timestep, one.text, layout, seen)
-    return _put(state, slot, _written(spec, one, kv, clean, jnp.bool_(True)))
+    kv = ro.clean_pass(spec.model, config, params, _context(spec, one, clean.shape[1], active), read, timestep)
+    return _put(state, slot, _written(spec, one, kv, clean, active))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=COMPILER_OPTIONS)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.config import TrainConfig
 from sf_jax.models import attention
 from sf_jax.models.wan import WanTransformer
@@ -154,7 +155,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial)
     other = jnp.where((switches < config.prompt_switch)[:, None, None], other, text)
     old, new = (student.apply({"params": params}, prompt, method="encode_text") for prompt in (other, text))
     size = (len(examples), given + noise.shape[1], *noise.shape[2:4])
-    empty = ro.empty_cache(student, rollout, *size, keep_from=0)
+    empty = rollout_cache.empty_cache(student, rollout, *size, keep_from=0)
     chunks = rollout.chunks(before, given)
     bounds = attention.chunk_bounds(sum(chunks, ()))
 
@@ -164,7 +165,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial)
         part, t = video[:, first:last], 0.0
         if index >= len(chunks[0]):
             part, t = ro.context_input(rollout, part, draw, index - len(chunks[0])), rollout.context_timestep
-        return ro.write_chunk(student, rollout, params, text, cache, part, first, t)[0]
+        return ro.write_chunk(student, rollout, params, text, cache, part, first, t)
 
     start = empty
     for index in range(len(chunks[0])):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.config import TrainConfig
 from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule
 from sf_jax.models import attention
@@ -25,7 +26,7 @@ def layout_of(config: TrainConfig, teacher_forcing: bool) -> Layout:
     """The causal layout of a whole training video, with the rollout's window, sink and positions."""
     rollout = config.rollout
     layout = causal.causal_layout(chunks_of(config), teacher_forcing, rollout.window, rollout.sink)
-    return ro.with_moved_sink(rollout, layout)
+    return rollout_cache.with_moved_sink(rollout, layout)
 
 
 def per_example(key: jax.Array, examples: jax.Array, draw) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.diffusion.schedule import FlowSchedule
 from sf_jax.models import attention, kv_cache, rope, wan
 from sf_jax.objectives import dmd, scores, sid
@@ -107,7 +108,7 @@ def _cache_case(folder, arrays, meta, model, params, name, case):
 
     @jax.jit
     def call(state, x, t, start):
-        layout = ro.chunk_layout(state, config, start, size)
+        layout = rollout_cache.chunk_layout(state, config, start, size)
         times = jnp.full((x.shape[0], 1), t)
         flow, kv = model.apply({"params": params}, x, times, text, layout, state, return_kv=True)
         return flow, config.schedule.to_clean(flow, x, times), kv
@@ -247,7 +248,7 @@ def _trace(folder, arrays, prefix, model, params, config, text, noise, draw):
     """Every call of the network in one rollout, in order."""
     text = model.apply({"params": params}, text, method="encode_text")
     frames, count = noise.shape[1], len(config.steps)
-    state = ro.empty_cache(model, config, noise.shape[0], frames, *noise.shape[2:4])
+    state = rollout_cache.empty_cache(model, config, noise.shape[0], frames, *noise.shape[2:4])
     one = jax.jit(
         lambda state, x, start, chunk, step: ro.generate_chunk(
             model, config, params, text, state, x, start, chunk, step, draw
