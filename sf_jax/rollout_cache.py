@@ -5,6 +5,8 @@ that scan over their layers. A `SlotCache` has an array per layer, which attenti
 `close_chunk` hide the difference.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -102,6 +104,20 @@ def empty_slots(
         relative_window=config.window if relative else None,
         heads_first=heads_first,
     )
+
+
+def by_axes(function: Callable, cache: KVCache | SlotCache) -> KVCache | SlotCache:
+    """Maps `function(array, *names)` over a cache's arrays; `names` are their axes' names for `partition`."""
+
+    def mapped(tree, *names):
+        return jax.tree.map(lambda a: function(a, *names), tree)
+
+    if not isinstance(cache, SlotCache):
+        k, v = mapped((cache.k, cache.v), None, *slot_cache.axes_of())
+        return cache.replace(k=k, v=v, frames=function(cache.frames, None))
+    k, v = mapped((cache.k, cache.v), *slot_cache.axes_of(cache.heads_first))
+    sink_k = mapped(cache.sink_k, *slot_cache.axes_of())
+    return cache.replace(k=k, v=v, sink_k=sink_k, sink_shift=function(cache.sink_shift))
 
 
 def open_chunk(config: RolloutConfig, cache: KVCache | SlotCache, text: KeysValues, span: Span) -> Context:

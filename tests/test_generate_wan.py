@@ -6,15 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sf_jax import load_pipeline
 from sf_jax.inference import batch, lengths
 from sf_jax.inference.job import Job, video_names
+from sf_jax.inference.sampling import Chunk
 from sf_jax.io import video as video_io
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.package import Package, load_package, read_header, save_package
@@ -49,6 +52,21 @@ def test_student_writes_videos_latents_and_a_sheet(folder, tmp_path, capsys):
     assert all(np.abs(latents[0] - other).max() > 0.1 for other in latents[1:])
     printed = capsys.readouterr().out
     assert printed.count("chunk ") == 4 * 3 and "time to first frame" in printed and "FPS without decoding" in printed
+
+
+@pytest.mark.parametrize("frames", [7, 37])
+def test_only_the_frames_of_the_sheet_stay_in_memory(tmp_path, monkeypatch, frames):
+    whole = np.random.default_rng(0).integers(0, 256, (1, frames, 16, 16, 3), np.uint8)
+    ends = [1, *range(5, frames, 12), frames]
+    chunks = [Chunk(np.zeros(1), part, i) for i, part in enumerate(np.split(whole, ends[:-1], axis=1))]
+    sheets, sheet = [], video_io.contact_sheet
+    monkeypatch.setattr(video_io, "contact_sheet", lambda given, **o: sheets.append(given) or sheet(given, **o))
+    pipe = types.SimpleNamespace(sampling=types.SimpleNamespace(frames=frames, height=16, width=16))
+    written = batch._write(pipe, batch.Style(16.0), [(tmp_path / "a", "a")], iter(chunks), batch.Times(), "")
+    assert [path.name for path in written] == ["a.mp4", "a.png"] and len(read_frames(written[0])) == frames
+    assert sheets[0].shape[1] < 16
+    with Image.open(written[1]) as image:
+        np.testing.assert_array_equal(np.asarray(image), sheet(whole, every=max(1, frames // 8), factor=1))
 
 
 @pytest.mark.slow

@@ -173,6 +173,7 @@ def test_contact_sheet_shows_the_right_frames(tmp_path):
         for column, frame in enumerate((0, 3, 6)):
             y, x = top + row * 25 + 1, column * 25 + 1
             assert (plain[y : y + 24, x : x + 24] == videos[row, frame]).all()
+    assert (video_io.contact_sheet(videos[:, ::3], stride=3, factor=1) == plain).all()
     labeled = video_io.contact_sheet(videos, every=3, factor=1, labels=["an 8 moving up", "b", "c"])
     margin = labeled.shape[1] - plain.shape[1]
     assert margin > 40 and (labeled[:, margin:] == plain).all()

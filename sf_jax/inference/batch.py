@@ -27,6 +27,7 @@ from sf_jax.weights.networks import check_network, describe_network
 DIGITS_FPS, WAN_FPS = 12.0, 16.0
 DIGITS_FRAMES = 2**17  # limit for the frames of all digit videos generated together
 DIFFERENT_CHUNKS = 3  # kinds of chunks in a video: a lone first frame, the first one of full size, and all later ones
+SHEET_FRAMES = 8  # of a contact sheet with one video, at least, if the video has as many
 LABEL = 200  # maximum number of a prompt's characters on a contact sheet
 
 
@@ -261,6 +262,7 @@ def _write(
     paths, frames = [path.with_name(f"{path.name}.mp4") for path, _ in videos], pipe.sampling.frames
     size = (pipe.sampling.height * style.scale, pipe.sampling.width * style.scale)
     step = max(1, pipe.sampling.height // 120)
+    every = 1 if style.gif else max(1, frames // SHEET_FRAMES)  # only the frames of the contact sheet stay in memory
     with contextlib.ExitStack() as stack:
         # small videos are written later, one by one: there may be hundreds
         open_now = [] if style.gif else paths
@@ -281,11 +283,11 @@ def _write(
                 if chunk.start == first:
                     times.first.append(decoded - began)
             before = decoded
+            small.append(pixels[: len(videos), -done % every :: every, ::step, ::step].copy())
             done += pixels.shape[1]
             print(f"{label}chunk {index + 1}: {done}/{frames} frames, {decoded - began:.2f} s", flush=True)
             for writer, video in zip(writers, pixels, strict=False):
                 writer.append(video_io.upscale(video, style.scale))
-            small.append(pixels[: len(videos), :, ::step, ::step])
             if style.latents:
                 latents.append(np.asarray(chunk.latents).astype(np.float32))
     small = np.concatenate(small, axis=1)
@@ -298,11 +300,11 @@ def _write(
             with files.replacing(path.with_suffix(".npy")) as unfinished, open(unfinished, "wb") as file:
                 np.save(file, video)
             written.append(path.with_suffix(".npy"))
-    return written if style.only_videos else [*written, *_write_stills(style, videos, small)]
+    return written if style.only_videos else [*written, *_write_stills(style, videos, small, every)]
 
 
-def _write_stills(style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray) -> list[Path]:
-    """Writes GIFs and contact sheets of small videos uint8 [N, F, h, w, c]."""
+def _write_stills(style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray, stride: int) -> list[Path]:
+    """Writes GIFs and contact sheets of small videos, of which uint8 [N, F, h, w, c] has every `stride`-th frame."""
     written, frames = [], small.shape[1]
     if style.gif:
         for (path, _), video in zip(videos, small, strict=True):
@@ -316,5 +318,6 @@ def _write_stills(style: Style, videos: Sequence[tuple[Path, str]], small: np.nd
         return [*written, path]
     for (path, _), video in zip(videos, small, strict=True):
         written.append(path.with_name(f"{path.name}.png"))
-        video_io.write_png(written[-1], video_io.contact_sheet(video[None], every=max(1, frames // 8), factor=1))
+        sheet = video_io.contact_sheet(video[None], every=max(1, frames // SHEET_FRAMES), stride=stride, factor=1)
+        video_io.write_png(written[-1], sheet)
     return written

@@ -12,7 +12,6 @@ from sf_jax.diffusion import solvers
 from sf_jax.diffusion.solvers import guided
 from sf_jax.inference.decoders import Decoder, Encoder, by_columns
 from sf_jax.many_step import guided_chunk
-from sf_jax.models import slot_cache
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.partition import constrain
 from sf_jax.models.patch_codec import to_float, to_uint8
@@ -96,10 +95,7 @@ def has_slots(model: WanTransformer, dtype: str | None) -> bool:
 
 def in_place(cache: KVCache | SlotCache) -> KVCache | SlotCache:
     """Fixes the sharding of a cache, so that every call returns it with the sharding it came with."""
-    if isinstance(cache, SlotCache):
-        return slot_cache.constrain_cache(cache)
-    k, v = jax.tree.map(lambda a: constrain(a, None, "batch", None, "heads", None), (cache.k, cache.v))
-    return cache.replace(k=k, v=v, frames=constrain(cache.frames, None))
+    return rollout_cache.by_axes(constrain, cache)
 
 
 def by_video(tree: Any) -> Any:

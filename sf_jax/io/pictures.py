@@ -61,13 +61,14 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def contact_sheet(
-    videos: np.ndarray, *, every: int = 1, labels: Sequence[str] | None = None, factor: int = 2
+    videos: np.ndarray, *, every: int = 1, stride: int = 1, labels: Sequence[str] | None = None, factor: int = 2
 ) -> np.ndarray:
     """Draws frames of videos side by side, one row per video, with frame numbers above.
 
     Args:
       videos: uint8 [N, F, h, w, 1 or 3].
-      every: Show the frames 0, every, 2 * every, ...
+      every: Show the given frames 0, every, 2 * every, ...
+      stride: The given frames are number 0, stride, 2 * stride, ... of their videos.
       labels: N texts for the left margin.
       factor: Upscaling of the frames.
 
@@ -102,7 +103,7 @@ def contact_sheet(
         y = grid.top + i * grid.row + (grid.row - line) // 2
         draw.text((_MARGIN, y), label, fill=_INK, font=font)
     for j in range(columns):
-        number = str(j * every)
+        number = str(j * every * stride)
         if font.getlength(number) < grid.column:
             draw.text((grid.left + j * grid.column + _RULE, _MARGIN // 2), number, fill=_INK, font=font)
     return np.asarray(image)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from sf_jax.models import attention, kv_cache, rope
 from sf_jax.models.kv_cache import KeysValues
 from sf_jax.models.layout import Layout, SlotPlace
-from sf_jax.models.partition import constrain
 from sf_jax.models.slots import Slots, get_rows, put_rows
 
 # Scope of the conditional that keeps the sink's keys, by which `perf` identifies it.
@@ -66,12 +65,6 @@ class Span:
     size: int = flax.struct.field(pytree_node=False)
     shift: jax.Array | int = 0
     active: jax.Array | None = None
-
-
-def constrain_cache(cache: SlotCache) -> SlotCache:
-    """Fixes the sharding of the arrays."""
-    k, v = (tuple(constrain(a, *axes_of(cache.heads_first)) for a in arrays) for arrays in (cache.k, cache.v))
-    return cache.replace(k=k, v=v, sink_k=tuple(constrain(a, *axes_of()) for a in cache.sink_k))
 
 
 def axes_of(heads_first: bool = False) -> tuple[str | None, ...]:

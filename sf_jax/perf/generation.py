@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sf_jax import rollout as ro
+from sf_jax import rollout_cache
 from sf_jax.diffusion import solvers
 from sf_jax.diffusion.solvers import Solver
 from sf_jax.inference import programs, text_encoder
@@ -152,7 +153,7 @@ class _Shapes:
         if what.rollout is not None:
             with jax.set_mesh(mesh):
                 empty = jax.eval_shape(lambda: self._empty(self.model))
-            self.cache = self._of_cache(empty)
+            self.cache = rollout_cache.by_axes(self._named, empty)
         if what.decoder is not None:
             self.decoder = self._put(self._typed(what.decoder))
             stream = jax.eval_shape(lambda: self.decoder.init_cache(self.batch, *what.size[:2]))
@@ -181,15 +182,6 @@ class _Shapes:
         what = self.what
         rest = (what.frames, what.size, what.cache_dtype, what.many is not None)
         return programs.empty_cache(model, what.rollout, self.prompts, *rest)
-
-    def _of_cache(self, cache):
-        """Adds the shardings of a cache."""
-        if not isinstance(cache, slot_cache.SlotCache):
-            k, v = self._named((cache.k, cache.v), None, *slot_cache.axes_of())
-            return cache.replace(k=k, v=v, frames=self._put(cache.frames))
-        k, v = self._named((cache.k, cache.v), *slot_cache.axes_of(cache.heads_first))
-        sink_k = self._named(cache.sink_k, *slot_cache.axes_of())
-        return cache.replace(k=k, v=v, sink_k=sink_k, sink_shift=self._put(cache.sink_shift))
 
     def _shape(self, *sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(self.mesh, PartitionSpec("data")))
