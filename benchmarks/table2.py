@@ -10,19 +10,22 @@ Ablations are measured at 4 times the training length, with and without the cont
 alone changes is the row "SF+DMD, write" of the table.
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
-search for every row, on seeds that no row of the table has. A row is trained and measured per seed: at 1, 4 and 16
-times the training length, and at 4 times with real clips as the context of every chunk. That control has no exposure to
-own outputs: what a row loses there, it does not lose to exposure. A second control starts from one real chunk and
-continues alone: it separates errors that add up from those of a first chunk without context.
+search for every row, on seeds that no row of the table has; it goes on where the best rate is the lowest or highest. A
+row is trained and measured per seed: at 1, 4 and 16 times the training length, and at 4 times with real clips as the
+context of every chunk. That control has no exposure to own outputs: what a row loses there, it does not lose to
+exposure. A second control starts from one real chunk and continues alone: it separates errors that add up from those of
+a first chunk without context.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
-starts are there. The start is one and the same for all seeds: intervals leave its own variation out.
+starts are there. The start is one and the same for all seeds: intervals leave its own variation out. Without
+runs/table2 the start is trained anew, so new lines have its digest.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import platform
 import subprocess
@@ -52,6 +55,7 @@ CONTROLS = (False, True, "first")  # its own video alone, real frames behind eve
 SAMPLES = 128
 TUNING_SEEDS = (100,)
 RATES = (3e-5, 1e-4, 3e-4)
+LOWER_AND_HIGHER = {3e-5: 1e-5, 3e-4: 1e-3}  # what the search tries next if the best of `RATES` is at its edge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,11 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
     return path
 
 
+def start_digest(row: Row, seed: int, chunk: int) -> str:
+    """Identifies the weights that a few-step row starts from."""
+    return hashlib.sha256(start_of(row, seed, chunk).read_bytes()).hexdigest()[:12]
+
+
 def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Path:
     """Trains a row, unless its weights are there."""
     config = configured(row, seed, chunk, rate)
@@ -270,6 +279,7 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Meas
         where = {
             "rate": row.rate_of(chunk),
             "updates": row.updates if row.few_step else None,
+            "start": start_digest(row, seed, chunk) if row.few_step else None,
             "commit": (path.parent / "commit").read_text(),  # of the training
             "jax": jax.__version__,
             "python": platform.python_version(),
@@ -279,16 +289,22 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Meas
 
 
 def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> None:
-    """Prints the joint score of every rate that has none yet."""
-    keys = ("row", "chunk", "seed", "rate")
-    done = {tuple(result[key] for key in keys) for result in read(results) if result.get("tuning")}
-    for rate in RATES:
-        about = {"row": row.name, "chunk": chunk, "seed": seed, "rate": rate}
-        if tuple(about.values()) in done:
-            continue
-        figures = measure(load_pipeline(weights_of(row, seed, chunk, rate)), CONTROL_LENGTH, seed)
-        write(results, about | {"tuning": True, "commit": commit(), "figures": figures_of(figures)})
-        print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
+    """Prints the joint score of every rate that has none yet with the present start."""
+    about = {"row": row.name, "chunk": chunk, "seed": seed, "start": start_digest(row, seed, chunk)}
+    scores = {
+        result["rate"]: result["figures"]["joint"]
+        for result in read(results)
+        if result.get("tuning") and about.items() <= result.items()
+    }
+    rates = list(RATES)
+    while left := [rate for rate in rates if rate not in scores]:
+        for rate in left:
+            figures = measure(load_pipeline(weights_of(row, seed, chunk, rate)), CONTROL_LENGTH, seed)
+            write(results, about | {"rate": rate, "tuning": True, "commit": commit(), "figures": figures_of(figures)})
+            print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
+            scores[rate] = figures.joint
+        best = max(scores, key=scores.get)
+        rates += [LOWER_AND_HIGHER[best]] if best in LOWER_AND_HIGHER else []
 
 
 def plan(rows: list[Row], seeds, chunks, lengths, results: list[dict]) -> list[tuple]:

@@ -18,7 +18,7 @@ COLUMNS = {
     "digit": "digit",
     "direction": "direction",
     "border_jump": "border jump",
-    "frechet": "Frechet, quarters 1 and 4",
+    "frechet": "Frechet, quarters 1 to 4",
     "diversity": "diversity",
     "brightness": "brightness",
     "motion": "motion",
@@ -44,7 +44,7 @@ def _text(values: list[float | None], digits: int) -> str:
 
 def _cell(column: str, figures: list[dict]) -> str:
     if column == "frechet":
-        return ", ".join(_text([f["frechet_per_quarter"][q] for f in figures], 1) for q in (0, -1))
+        return ", ".join(_text([f["frechet_per_quarter"][q] for f in figures], 1) for q in range(4))
     return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity") else 3)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,22 @@ def test_kernels_equal_the_plain_one(kind, odd):
     for kernel in (splash,) if kind == "mask" else (splash, lengths):
         for run in (lambda f, q: f(q, segments), lambda f, q: jax.grad(lambda q: (f(q, segments) ** 2).sum())(q)):
             assert relative(run(kernel, q), run(lambda *a: attention.attend(*a, "xla"), q)) < 2e-6
+
+
+def test_splash_reads_no_block_behind_a_common_count():
+    pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention")  # inside of a trace, it causes another one
+    q, k, v = qkv(12, 1300)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(k, v, count):
+        return attention_kernels.splash_attention(q, [(k, v, count)], common_count=True, interpret=True)
+
+    for count in (5, 512, 513, 1300):
+        blocks = -(-count // attention_kernels.BLOCK)
+        unread = jnp.arange(1300)[:, None, None] >= blocks * attention_kernels.BLOCK
+        plain = attention.attend(q, [(k[:, :count], v[:, :count], None)], "whole")
+        assert relative(run(*(jnp.where(unread, jnp.nan, a) for a in (k, v)), jnp.int32(count)), plain) < 2e-6
 
 
 def test_kernels_run_on_every_devices_share():

@@ -1,5 +1,8 @@
 """The paper's table on the digits: every row is a valid run, results are kept, and the report is written."""
 
+import math
+import types
+
 import pytest
 
 from benchmarks import table2, table2_report
@@ -44,6 +47,25 @@ def test_what_is_there_is_not_made_again(tmp_path):
     ]
     noisy = next(row for row in table2.ABLATIONS if row.name == "noisy context")
     assert table2.plan([noisy], [0], [3], lengths, [])[0][3] == [(36, False)]  # no control
+
+
+@pytest.mark.parametrize(
+    "best, tried",
+    [(1e-4, [3e-5, 1e-4, 3e-4]), (1e-3, [3e-5, 1e-4, 3e-4, 1e-3]), (1e-5, [3e-5, 1e-4, 3e-4, 1e-5])],
+)
+def test_the_search_goes_on_at_its_edges(best, tried, monkeypatch, tmp_path):
+    row, path = table2.ROWS[2], tmp_path / "results.jsonl"
+    monkeypatch.setattr(table2, "start_digest", lambda row, seed, chunk: "abc")
+    monkeypatch.setattr(table2, "weights_of", lambda row, seed, chunk, rate: rate)
+    monkeypatch.setattr(table2, "load_pipeline", lambda rate: rate)
+    monkeypatch.setattr(table2, "figures_of", lambda figures: vars(figures))
+
+    def measure(rate, frames, seed):
+        return types.SimpleNamespace(joint=1.0 - abs(math.log(rate / best)))
+
+    for _ in range(2):  # the second time, all is there
+        table2.tune(row, 100, 3, measure, path)
+    assert [result["rate"] for result in table2.read(path)] == tried
 
 
 def test_one_run_is_measured_at_several_numbers_of_updates(monkeypatch, tmp_path):

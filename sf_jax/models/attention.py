@@ -215,6 +215,7 @@ def attend(
     implementation: str = "auto",
     max_logits: int | None = None,
     split: str = "heads",
+    common_count: bool = False,
 ) -> jax.Array:
     """Softmax attention of `q` over the keys of all segments together.
 
@@ -230,6 +231,8 @@ def attend(
       max_logits: most logits that "xla" computes at once, and most per tile; None uses the backend's defaults.
       split: what the mesh axis `context` splits, in addition to the batch: the "heads", the queries' "tokens", or
         "none", which also keeps all heads on every device.
+      common_count: whether a lone segment's key count is the same for the whole batch even under `vmap`. Splash then
+        reads no block behind it. (cuDNN never does; for a batch of counts, Splash would run once per example.)
 
     Returns:
       [B, T, N, D], dtype of `q`.
@@ -238,7 +241,7 @@ def attend(
     if chosen == "cudnn":
         return attention_kernels.cudnn(q, segments, split)
     if chosen == "splash":
-        return attention_kernels.splash_attention(q, segments, split)
+        return attention_kernels.splash_attention(q, segments, split, common_count)
     batch, length, heads, dim = q.shape
     keys = sum(k.shape[1] for k, _, _ in segments)
     q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(partition.platform(), MAX_LOGITS_ELSEWHERE)

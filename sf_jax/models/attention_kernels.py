@@ -1,5 +1,6 @@
 """Fused attention kernels: cuDNN on GPUs, Splash on TPUs. Call them through `attention.attend`."""
 
+import importlib.util
 from collections.abc import Sequence
 
 import jax
@@ -7,6 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sf_jax.models.partition import attention_axes, mesh_axes
+
+if importlib.util.find_spec("libtpu") is not None:
+    # Slow to import, so only where there may be a TPU; but not inside of a trace, after which JAX would trace again.
+    import jax.experimental.pallas.ops.tpu.splash_attention
 
 LANES = 128
 # Splash's block size for keys and values, and the largest for queries.
@@ -45,20 +50,23 @@ def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", impleme
 
 
 def splash_attention(
-    q: jax.Array, segments: Sequence[tuple], split: str = "heads", interpret: bool = False
+    q: jax.Array, segments: Sequence[tuple], split: str = "heads", common_count: bool = False, interpret: bool = False
 ) -> jax.Array:
     """Attention by the Splash kernel; arguments as in `attention.attend`.
 
     Lengths are padded to the kernel's blocks and heads to its 128 lanes. Padded and masked keys get a different segment
-    id from the queries, which hides them.
+    id from the queries, which hides them. With a common count, whole blocks of hidden keys are skipped.
     """
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     hidden = jnp.concatenate([_hidden(k.shape[1], mask) for k, _, mask in segments])
 
-    def local(q, k, v, hidden):
-        return _splash_local(q, k, v, hidden, interpret)
+    count = segments[0][2]
+    counts = (count,) if common_count and len(segments) == 1 and count is not None and not count.ndim else ()
 
-    return _on_shares(local, split, q, k, v, hidden)
+    def local(q, k, v, hidden, *counts):
+        return _splash_local(q, k, v, hidden, counts, interpret)
+
+    return _on_shares(local, split, q, k, v, hidden, *counts)
 
 
 def _on_shares(kernel, split, q, k, v, *whole):
@@ -83,8 +91,8 @@ def _hidden(length, mask):
     return 1 - visible.astype(jnp.int32)
 
 
-def _splash_local(q, k, v, hidden, interpret):
-    # Imported here because Pallas is slow to import.
+def _splash_local(q, k, v, hidden, counts, interpret):
+    # Imported here because Pallas is slow to import; see the top of this file.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -104,8 +112,22 @@ def _splash_local(q, k, v, hidden, interpret):
         block_kv_dq=BLOCK,
     )
     kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
+    for count in counts:
+        reads = _blocks_before(count, q.shape[2] // block, k.shape[2] // BLOCK)
+        reads = kernel.fwd_mask_info._replace(**reads)
+        kernel = splash.SplashAttentionKernel(reads, kernel.dq_mask_info, kernel.dkv_mask_info, **kernel.kwargs)
     out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, ids)
     return out[:, :, :length, :dim].transpose(0, 2, 1, 3)
+
+
+def _blocks_before(count, rows, columns):
+    """Fields of Splash's `MaskInfo` for which it reads only the blocks of the first `count` keys."""
+    last = (jnp.asarray(count, jnp.int32) - 1) // BLOCK
+    blocks = jnp.arange(columns)
+    # a block that is not read keeps the index of the last one, so that nothing is fetched; 2 is a block without mask
+    fields = {"data_next": jnp.minimum(blocks, last), "block_mask": jnp.where(blocks <= last, 2, 0)}
+    small = jnp.int8 if columns <= 128 else jnp.int16
+    return {name: jnp.broadcast_to(a.astype(small), (1, rows, columns)) for name, a in fields.items()}
 
 
 def _padded(x, tokens):

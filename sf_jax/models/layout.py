@@ -15,11 +15,13 @@ class SlotPlace:
       rows: int32 [parts], the first row of each of the equal parts of the own tokens.
       count: int32, number of visible rows; they are the first ones and include the own.
       endless: whether positions have no limit, see `rope.endless_rotation` (static).
+      common: whether `count` is that of the whole batch even under `vmap`, see `attention.attend` (static).
     """
 
     rows: jax.Array
     count: jax.Array
     endless: bool = flax.struct.field(pytree_node=False, default=False)
+    common: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass

@@ -85,7 +85,7 @@ def layout(cache: SlotCache, span: Span) -> Layout:
     return Layout(
         frames=frames,
         pattern=attention.cached(span.size, 0),
-        place=SlotPlace(rows, count, endless=cache.relative_window is not None),
+        place=SlotPlace(rows, count, endless=cache.relative_window is not None, common=span.active is None),
     )
 
 

@@ -99,8 +99,9 @@ def take_apart(
 def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     """Self-attention [B, T, N, D] of one chunk's queries (without rotary embedding) over its slots."""
     own, tokens = len(shared.own_rotation[0]), shared.tokens
+    common = False
     if shared.place is not None:
-        mask = shared.place.count
+        mask, common = shared.place.count, shared.place.common
     elif shared.mask_is_prefix:
         mask = own + shared.context_mask.sum(dtype=jnp.int32) * tokens
     else:
@@ -108,7 +109,8 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
         mask = jnp.pad(mask, (0, max(0, slots.k.shape[1] - len(mask))))[: slots.k.shape[1]]
     k, v = (a.transpose(0, 2, 1, 3) if slots.heads_first else a for a in (slots.k, slots.v))
     segment = (k.astype(q.dtype), v.astype(q.dtype), mask)
-    return attention.attend(rope.rotate_constant(q, shared.own_rotation), [segment], shared.implementation)
+    q = rope.rotate_constant(q, shared.own_rotation)
+    return attention.attend(q, [segment], shared.implementation, common_count=common)
 
 
 def unstack_layers(params: dict, delete: bool = False, fuse: bool = False) -> dict:
