@@ -18,6 +18,7 @@ from sf_jax.models.kv_cache import KeysValues
 from sf_jax.models.slots import unstack_layers
 from sf_jax.perf.devices import devices_of
 from sf_jax.perf.traffic import COPIES, traffic
+from sf_jax.replay import keep_from, replay
 from sf_jax.training import sharding
 from tests.absent import KERNELS, TARGETS, WIDE, on
 from tests.helpers import marked
@@ -128,6 +129,20 @@ def test_streaming_with_a_cache_runs_on_every_devices_share(target, form):
 
     noise = shape(2, 2, *SIZE, CONFIG.channels)
     assert has_kernel(target, compiled(target, chunk, params, noise, TEXT))
+
+
+@on_targets
+def test_a_window_in_training_stays_on_the_kernel(target):
+    model, config = wan.WanTransformer(CONFIG), ro.RolloutConfig(chunk=2, window=6, sink=2)
+
+    def loss(params, noise, text):
+        text = model.apply({"params": params}, text, method="encode_text")
+        draw = ro.key_draw(jax.random.key(0), jnp.arange(2))
+        past = ro.rollout(model, config, params, text, noise, 1, draw, None, keep_from(config, "stop", 10))
+        return (replay(model, config, params, text, past) ** 2).mean()
+
+    text = compiled(target, jax.grad(loss), wan.param_shapes(CONFIG), shape(2, 10, *SIZE, CONFIG.channels), TEXT)
+    assert has_kernel(target, text) and "attention_xla" not in text
 
 
 @on_targets

@@ -74,6 +74,16 @@ def test_streams_are_the_videos_of_a_pipeline(changes):
         assert stream.frames(one) == frames
 
 
+def test_a_stream_starts_from_an_image():
+    pipe, image = bare(first_frame_alone=True), np.random.default_rng(5).standard_normal((1, 1, 4, 4, 4), np.float32)
+    whole = pipe(text(0)[None], frames=7, output="latent", seed=3, initial=image)[0]
+    stream = sf_jax.Stream(pipe)
+    one = stream.join(text(0), seed=3, initial=image[0])
+    np.testing.assert_array_equal(whole[:1], image[0])
+    streamed = latents(stream, one, 3)
+    assert relative(streamed, whole[-len(streamed) :]) < 1e-5 and stream.frames(one) == len(whole) == 7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("vae", ["wan", "tiny"])
 def test_pixels_are_those_of_a_pipeline(folder, vae):
@@ -370,7 +380,8 @@ np.save(sys.argv[1], np.concatenate(parts, axis=1))
         command = [sys.executable, "-c", program, str(tmp_path / count), count]
         subprocess.run(command, check=True, env={**__import__("os").environ, **environment})
     one, eight = (np.load(tmp_path / f"{count}.npy") for count in ("1", "8"))
-    assert relative(eight, one) < 1e-4
+    assert relative(eight[:, :9], one[:, :9]) < 1e-5
+    assert relative(eight, one) < 1e-4  # rounding adds up over the chunks
 
 
 def test_what_streams_take_is_known_before(digits):
