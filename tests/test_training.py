@@ -240,6 +240,29 @@ def test_full_size_recipe_has_the_right_shapes(variant):
         assert all(v.shape == () or name.endswith("nonfinite") for name, v in values.items())
 
 
+def loops_over_layers(jaxpr, layers):
+    """Number of places in a traced program that loop over the layers of a network, each of which XLA compiles."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == layers:
+            count += 1
+            continue
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = [getattr(one, "jaxpr", one) for one in inner]
+        count += sum(loops_over_layers(one, layers) for one in inner if hasattr(one, "eqns"))
+    return count
+
+
+def test_an_update_compiles_few_copies_of_a_network():
+    config = from_dict(wan_distill.get_config("1_3b"))
+    run = abstract.abstract_run(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    counts = {}
+    for name, function, _ in stages.updates_of(config, run.media):
+        counts[name] = loops_over_layers(jax.make_jaxpr(function)(*run.arguments).jaxpr, config.model.num_layers)
+    # Prompts' keys and values included: student, teacher (guided) and critic; the rollout is one, its replay two.
+    assert counts == {"student": 12, "critic": 6}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
