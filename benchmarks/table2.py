@@ -294,7 +294,8 @@ def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> No
     scores = {
         result["rate"]: result["figures"]["joint"]
         for result in read(results)
-        if result.get("tuning") and about.items() <= result.items()
+        if result.get("tuning")
+        and about.items() <= ({"start": about["start"]} | result).items()  # older ones have none
     }
     rates = list(RATES)
     while left := [rate for rate in rates if rate not in scores]:

@@ -67,8 +67,16 @@ CASES = [
     for positions in ("absolute", "relative")
     if sink + chunk <= window
 ]
+# As the shipped student and the paper have them.
+SHIPPED = [
+    {"chunk": 3, "window": window, "sink": sink, "positions": positions}
+    for window in (6, 9)
+    for sink in (0, 3)
+    for positions in ("absolute", "relative")
+]
 # Subsets that cover every kind of window and sink at least once.
-FAST, SLOW = CASES[1::13], CASES[7::13]
+FAST, SLOW = [*CASES[1::13], SHIPPED[3]], [*CASES[7::13], SHIPPED[4]]
+CASES += SHIPPED
 LONGEST = (pytest.mark.slow, pytest.mark.exhaustive)
 MARKED = [
     pytest.param(case, marks=() if case in FAST else pytest.mark.slow if case in SLOW else LONGEST) for case in CASES
