@@ -297,15 +297,15 @@ def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> No
         if result.get("tuning")
         and about.items() <= ({"start": about["start"]} | result).items()  # older ones have none
     }
-    rates = list(RATES)
-    while left := [rate for rate in rates if rate not in scores]:
-        for rate in left:
+    rates = RATES
+    while rates:
+        for rate in (rate for rate in rates if rate not in scores):
             figures = measure(load_pipeline(weights_of(row, seed, chunk, rate)), CONTROL_LENGTH, seed)
             write(results, about | {"rate": rate, "tuning": True, "commit": commit(), "figures": figures_of(figures)})
             print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
             scores[rate] = figures.joint
         best = max(scores, key=scores.get)
-        rates += [LOWER_AND_HIGHER[best]] if best in LOWER_AND_HIGHER else []
+        rates = (LOWER_AND_HIGHER[best],) if best in LOWER_AND_HIGHER and LOWER_AND_HIGHER[best] not in scores else ()
 
 
 def plan(rows: list[Row], seeds, chunks, lengths, results: list[dict]) -> list[tuple]:

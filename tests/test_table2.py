@@ -66,6 +66,12 @@ def test_the_search_goes_on_at_its_edges(best, tried, monkeypatch, tmp_path):
     for _ in range(2):  # the second time, all is there
         table2.tune(row, 100, 3, measure, path)
     assert [result["rate"] for result in table2.read(path)] == tried
+    older = [{k: v for k, v in result.items() if k != "start"} for result in table2.read(path)[:3]]
+    path.unlink()
+    for result in older:
+        table2.write(path, result)
+    table2.tune(row, 100, 3, measure, path)
+    assert [result["rate"] for result in table2.read(path)] == tried
 
 
 def test_one_run_is_measured_at_several_numbers_of_updates(monkeypatch, tmp_path):
