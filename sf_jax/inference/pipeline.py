@@ -302,11 +302,11 @@ class VideoPipeline:
         """
         if self.rollout is None:
             raise ValueError(f"{', '.join(changes)}: a bidirectional network has no chunks; give a causal checkpoint")
-        fields = {field.name for field in dataclasses.fields(ro.RolloutConfig)}
+        fields = sorted(field.name for field in dataclasses.fields(ro.RolloutConfig))
         for name, value in changes.items():
             if name not in fields:
-                raise ValueError(f"{name} is no field of RolloutConfig: fields are {', '.join(sorted(fields))}")
-            if name in ("steps", "first_steps"):
+                raise ValueError(f"{name} is no field of RolloutConfig: fields are {', '.join(fields)}")
+            if name in ("steps", "first_steps") and isinstance(value, (list, np.ndarray)):
                 changes[name] = tuple(value)
             elif name in ("chunk", "window", "sink") and not isinstance(value, (int, np.integer, type(None))):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")
