@@ -55,7 +55,8 @@ CONTROLS = (False, True, "first")  # its own video alone, real frames behind eve
 SAMPLES = 128
 TUNING_SEEDS = (100,)
 RATES = (3e-5, 1e-4, 3e-4)
-LOWER_AND_HIGHER = {3e-5: 1e-5, 3e-4: 1e-3}  # what the search tries next if the best of `RATES` is at its edge
+# What the search tries next if the best rate is the lowest or highest that it has.
+LOWER_AND_HIGHER = {3e-5: 1e-5, 1e-5: 3e-6, 3e-4: 1e-3, 1e-3: 3e-3}
 
 
 @dataclasses.dataclass(frozen=True)

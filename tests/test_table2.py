@@ -51,7 +51,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 @pytest.mark.parametrize(
     "best, tried",
-    [(1e-4, [3e-5, 1e-4, 3e-4]), (1e-3, [3e-5, 1e-4, 3e-4, 1e-3]), (1e-5, [3e-5, 1e-4, 3e-4, 1e-5])],
+    [(1e-4, [3e-5, 1e-4, 3e-4]), (1e-3, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]), (1e-5, [3e-5, 1e-4, 3e-4, 1e-5, 3e-6])],
 )
 def test_the_search_goes_on_at_its_edges(best, tried, monkeypatch, tmp_path):
     row, path = table2.ROWS[2], tmp_path / "results.jsonl"
