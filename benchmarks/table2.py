@@ -10,11 +10,11 @@ Ablations are measured at 4 times the training length, with and without the cont
 alone changes is the row "SF+DMD, write" of the table.
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
-search for every row, on seeds that no row of the table has; it goes on where the best rate is the lowest or highest. A
-row is trained and measured per seed: at 1, 4 and 16 times the training length, and at 4 times with real clips as the
-context of every chunk. That control has no exposure to own outputs: what a row loses there, it does not lose to
-exposure. A second control starts from one real chunk and continues alone: it separates errors that add up from those of
-a first chunk without context.
+search for every row, on seeds that no row of the table has. Where the best rate is the lowest or highest, it goes on by
+two steps at most; docs/lab_notebook.md says for which rows it did. A row is trained and measured per seed: at 1, 4 and
+16 times the training length, and at 4 times with real clips as the context of every chunk. That control has no exposure
+to own outputs: what a row loses there, it does not lose to exposure. A second control starts from one real chunk and
+continues alone: it separates errors that add up from those of a first chunk without context.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
@@ -67,7 +67,7 @@ class Row:
       name: what the table calls it.
       variant: of configs/digits.py.
       changes: fields that differ from it.
-      rate: learning rate of a few-step student, of `RATES`; see `--tune`.
+      rate: learning rate of a few-step student, from the search (`--tune`).
       updates: of the student, where it is a few-step one.
       start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
       framewise_rate: learning rate frame-wise, where another one is best there.
@@ -290,7 +290,7 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Meas
 
 
 def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> None:
-    """Prints the joint score of every rate that has none yet with the present start."""
+    """Prints the joint score of every rate that has none yet; results without a digest count as of this start."""
     about = {"row": row.name, "chunk": chunk, "seed": seed, "start": start_digest(row, seed, chunk)}
     scores = {
         result["rate"]: result["figures"]["joint"]

@@ -118,7 +118,13 @@ def write_chunk(
     start: jax.Array | int,
     t: float = 0.0,
 ) -> KVCache | SlotCache:
-    """The cache with the keys and values of the frames `clean` [B, n, H, W, C] from `start` on, by the clean pass."""
+    """The cache with the keys and values of the frames `clean` [B, n, H, W, C] from `start` on.
+
+    The clean pass computes them at timestep `t`, which is 0 unless the context is noisy.
+
+    Raises:
+      ValueError: see `open_chunk`.
+    """
     span = Span(start, clean.shape[1])
     written = clean_pass(model, config, params, open_chunk(config, cache, text, span), clean, t)
     return close_chunk(cache, written, span)
@@ -165,6 +171,9 @@ def generate_chunk(
 
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
+
+    Raises:
+      ValueError: see `open_chunk`.
     """
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps

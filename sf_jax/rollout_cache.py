@@ -27,7 +27,7 @@ class Context:
     """What the network's calls for one chunk read besides their input.
 
     Attributes:
-      text: prompt keys and values; slots have their own.
+      text: prompt keys and values [L, B, S, N, D]; slots have their own.
       cache: keys and values of earlier frames, or every layer's slots.
       layout: positions of the chunk, and what it sees.
     """

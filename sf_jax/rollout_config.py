@@ -57,7 +57,7 @@ class RolloutConfig:
         """Validates the settings."""
         for name in ("steps", "first_steps"):
             if not isinstance(getattr(self, name), tuple):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be a tuple of timesteps")
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be a list or tuple of timesteps")
         for name, steps in (("steps", self.steps), ("first_steps", self.first_steps or self.steps)):
             if not steps or list(steps) != sorted(set(steps), reverse=True) or steps[-1] <= 0:
                 raise ValueError(f"{name} is {steps}: it must descend strictly and end above 0")

@@ -212,7 +212,7 @@ def test_pipelines_that_cannot_be_are_refused(digits, wan, bare, folder, tmp_pat
         digits.with_rollout(foo=3)
     with pytest.raises(ValueError, match="chunk is 2.0: it must be a whole number"):
         digits.with_rollout(chunk=2.0)
-    with pytest.raises(ValueError, match="first_steps is None: it must be a tuple of timesteps"):
+    with pytest.raises(ValueError, match="first_steps is None: it must be a list or tuple of timesteps"):
         digits.with_rollout(first_steps=None)
     many = wan.with_sampling(solver=Solver("unipc", 5.0, 2))
     with pytest.raises(ValueError, match="context is 'noisy': it has no effect on a network that takes many steps"):

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import websockets
 
-from tests.server_process import drop, reached, running, vanish, watch
+from tests.server_process import Watched, drop, reached, running, vanish, watch
 
 pytestmark = pytest.mark.slow
 SLOTS = 6
@@ -30,7 +30,7 @@ def test_many_clients(server):
         alone = await watch(server, seed=3, format="jpeg", num_frames=12 * SECONDS // 2, fps=60)
         before = server.resources()
         regular = [watch(server, SECONDS, seed=3, format="jpeg") for _ in range(4)]
-        slow = watch(server, SECONDS, pause=1.5, seed=3)
+        slow = watch(server, SECONDS, pause=3.0, seed=3)
         waiting = [watch(server, SECONDS, seed=3) for _ in range(2)]
         tasks = [asyncio.create_task(one) for one in [*regular, slow]]
         await asyncio.sleep(0.5)
@@ -46,8 +46,8 @@ def test_many_clients(server):
     for seen in regular:
         assert seen.payloads[:count] == alone.payloads[:count]
     behind = max(counts) - slow.metadata[-1]["generation_chunk_index"]
-    assert len(slow.payloads) > 5 and slow.metadata[-1]["dropped"] > 0
-    assert behind < max(counts) - len(slow.payloads), (behind, counts)  # it gets recent chunks, not all
+    assert len(slow.payloads) > 3 and slow.metadata[-1]["dropped"] > 0
+    assert behind < max(counts) / 2, (behind, counts)  # it gets recent chunks, not all
     assert sum(len(seen.payloads) for seen in waited) > 0  # the slot of the dropping client
     asyncio.run(reached(lambda: server.metric("streams") == server.metric("queue") == 0))
     after = server.resources()
@@ -141,8 +141,9 @@ def test_malformed_messages_disturb_nobody(server):
 
 def test_control_frames_are_no_way_round_the_rates(server):
     async def scenario():
-        good = asyncio.create_task(watch(server, 6))
-        await asyncio.sleep(1)
+        good = Watched()
+        watching = asyncio.create_task(watch(server, record=good))
+        await reached(lambda: len(good.payloads) > 3)
         flood = vanish(server)
         began = time.monotonic()
         try:
@@ -155,7 +156,11 @@ def test_control_frames_are_no_way_round_the_rates(server):
             raise AssertionError("the flood was taken")
         assert time.monotonic() - began < 30
         flood.close()
-        return await good
+        count = len(good.payloads)
+        await reached(lambda: len(good.payloads) > count + 8)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        return good
 
     good = asyncio.run(scenario())
     assert max(good.intervals[3:]) < 3.0  # nobody else waits while the server reads pings
@@ -165,7 +170,7 @@ def test_a_vanished_client_frees_its_slot(server):
     # Some of them have buffers that their streams fill.
     sockets = [vanish(server, format="jpeg" if i % 2 else "m4s", fps=60 if i % 2 else 12) for i in range(SLOTS)]
     asyncio.run(reached(lambda: server.metric("streams") == SLOTS))
-    asyncio.run(reached(lambda: server.metric("streams") == 0))
+    asyncio.run(reached(lambda: server.metric("streams") == 0, 30.0))
     for client in sockets:
         client.close()
 

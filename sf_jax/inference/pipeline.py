@@ -7,7 +7,7 @@ Source: official `CausalInferencePipeline`, `CausalDiffusionInferencePipeline` a
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -306,7 +306,7 @@ class VideoPipeline:
         for name, value in changes.items():
             if name not in fields:
                 raise ValueError(f"{name} is no field of RolloutConfig: fields are {', '.join(fields)}")
-            if name in ("steps", "first_steps") and isinstance(value, (list, np.ndarray)):
+            if name in ("steps", "first_steps") and isinstance(value, Iterable):
                 changes[name] = tuple(value)
             elif name in ("chunk", "window", "sink") and not isinstance(value, (int, np.integer, type(None))):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from sf_jax.models.partition import attention_axes, mesh_axes
 
 if importlib.util.find_spec("libtpu") is not None:
-    # Slow to import, so only where there may be a TPU; but not inside of a trace, after which JAX would trace again.
+    # Only where there may be a TPU, as it is slow. Importing it in the middle of a trace makes JAX trace once more.
     import jax.experimental.pallas.ops.tpu.splash_attention
 
 LANES = 128
