@@ -191,7 +191,7 @@ def test_streams_go_on_from_files_of_either_form(tmp_path, changes, monkeypatch)
 @pytest.mark.slow
 def test_a_pause_at_the_last_position_harms_no_stream():
     """A paused stream computes, too; where its frames would lie past the last position, their rotation is NaN."""
-    _, pipe = pipelines(chunk=60, window=60, sink=0, positions="absolute", steps=(1000,), first_steps=None)
+    _, pipe = pipelines(chunk=60, window=60, sink=0, positions="absolute", steps=(1000,), first_steps=())
     stream = sf_jax.Stream(pipe, slots=2)
     ends, other = stream.join(prompt(0), seed=0), stream.join(prompt(1), seed=1)
     for _ in range(MAX_FRAMES // 60):
