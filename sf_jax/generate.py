@@ -142,6 +142,8 @@ def _prompts(default: str | None) -> list[str]:
         missing = [] if default is None else [default]
         default = missing if wan else [DEFAULT_PROMPT]
         default = [] if _JOB["schedule"].value else default
+        if flags.FLAGS["prompt"].present > 1:
+            raise ValueError("prompt is given more than once: write the prompts to a file, a line each, for --prompts")
         return default if _PROMPT.value is None else [captions.valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")

@@ -84,6 +84,12 @@ def test_help_ends_without_an_error():
     assert "--run_with_pdb" not in done.stdout and "usage: sf-jax generate" in done.stdout
 
 
+def test_a_prompt_is_not_dropped_for_another():
+    done = run("-m", "sf_jax", "generate", "--prompt=a 7", "--prompt=a 2")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: prompt is given more than once: write the prompts to a file")
+
+
 def test_the_whole_help_ends_without_an_error(capsys):
     def main():
         """Not run."""
