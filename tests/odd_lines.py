@@ -89,7 +89,7 @@ LINES = {
         [*WAN, "--steps=9"],
         [*WAN, "--solver=unipc", "--steps=0"],
         [*WAN, "--solver=unipc", f"--guidance={10**12}"],
-        [*WAN, f"--prompt={'snow ' * 10**6}"],
+        [*WAN[:-1], f"--prompt={'snow ' * 10**6}"],
         [*WAN, "--image={t}/none.png"],
         [*WAN, "--video={t}/none.mp4"],
     ],

@@ -357,7 +357,7 @@ def generate(*arguments):
         (["--model={folder}", "--checkpoint={folder}/student.safetensors", *GOOD, "--frames=80"], "frames is 80"),
         (["--model={folder}", "--checkpoint={folder}/student.safetensors", *GOOD, "--frames=13"], "9 or 21"),
         (["--model={folder}", *GOOD, "--height=40", "--solver=euler"], "height is 40: it must be a multiple of 16"),
-        (["--model={folder}", *GOOD, "--prompt= ", "--solver=euler"], "prompt is empty"),
+        (["--model={folder}", "--prompt= ", *GOOD[1:], "--solver=euler"], "prompt is empty"),
         (["--model={folder}", "--solver=euler"], "prompt is missing"),
         (["--model={folder}", *GOOD, "--seed=4294967296"], "flag --seed=4294967296"),
         (["--model={folder}", "--prompt=a", "cat"], "unexpected argument 'cat'"),
