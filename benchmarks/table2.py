@@ -34,25 +34,23 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from benchmarks import table2_report as report
+from benchmarks.table2_measure import Measure
 from configs import digits
 from sf_jax import compilation
 from sf_jax.config import TrainConfig, from_dict
-from sf_jax.evaluation import judge as judging
-from sf_jax.evaluation import metrics
-from sf_jax.evaluation.forced import generate_behind_real, measure_behind_real
+from sf_jax.evaluation import counting, metrics
 from sf_jax.inference.load import load_pipeline
 from sf_jax.training import loop
 
 RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/results/ablations.jsonl")
+COUNTING_RESULTS = Path("docs/results/counting.jsonl")
 RUNS = Path("runs/table2")
 LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
 CONTROLS = (False, True, "first")  # its own video alone, real frames behind every chunk, a real first chunk
-SAMPLES = 128
 TUNING_SEEDS = (100,)
 RATES = (3e-5, 1e-4, 3e-4)
 # What the search tries next if the best rate is the lowest or highest that it has.
@@ -73,6 +71,7 @@ class Row:
       framewise_rate: learning rate frame-wise, where another one is best there.
       chunks: sizes of chunk with which it is run.
       run_updates: updates of the whole run, for the rows of a run that is measured several times.
+      world: which digits, as `data.world`.
     """
 
     name: str
@@ -84,6 +83,12 @@ class Row:
     framewise_rate: float | None = None
     chunks: tuple[int, ...] = (3, 1)
     run_updates: int | None = None
+    world: str = "moving"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of its world's runs."""
+        return RUNS if self.world == "moving" else RUNS / self.world
 
     def rate_of(self, chunk: int) -> float | None:
         """Learning rate with chunks of this size."""
@@ -116,7 +121,23 @@ ROWS = (
     Row("SF+GAN", "gan", rate=1e-4),
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
+# Rates of the same search, chunks of 3 and of 1.
+_COUNTING_RATES: dict[str, tuple[float | None, float | None]] = {
+    "TF+DMD": (None, 3e-4),
+    "DF+DMD": (None, 3e-4),
+    "SF+DMD": (None, 3e-4),
+    "SF+DMD, write": (None, 3e-4),
+}
+COUNTING_ROWS = tuple(
+    dataclasses.replace(row, world="counting", rate=rates[0], framewise_rate=rates[1], chunks=(1,))
+    for row in ROWS
+    for rates in [_COUNTING_RATES.get(row.name, (None, None))]
+    if row.name in _COUNTING_RATES or not row.few_step
+)
 QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
+WEIGHTS = ("teacher_weights", "init_weights")
+COUNTING_TEACHER = {"steps": 3000, "init_weights": "shipped"}
+COUNTING_GUIDANCE = 2.5
 _SHIFTED = digits.VARIANTS["distill"]()["score"] | {"time_shift": 3.0}
 _NOISY = digits.VARIANTS["distill"]()["rollout"] | {"context": "noisy"}
 _GIVEN = digits.VARIANTS["distill"]()["rollout"] | {"first_frame_alone": True}
@@ -145,9 +166,32 @@ ABLATIONS = (
 )
 
 
+def variant_of(row: Row, name: str) -> dict:
+    """A variant of configs/digits.py in the row's world."""
+    values = digits.VARIANTS[name]()
+    if row.world == "counting":
+        values["data"] = values["data"] | {"world": row.world}
+        values |= {key: str(teacher_of(row)) for key in WEIGHTS if values.get(key) == "shipped"}
+        values["score"] = values["score"] | {"guidance": COUNTING_GUIDANCE}
+        if name == "init":
+            values["ode"] = values["ode"] | {"guidance": COUNTING_GUIDANCE}
+    return values
+
+
+def teacher_of(row: Row) -> Path:
+    """The teacher of a world that has no shipped one; trains it unless it is there."""
+    path = row.runs / "teacher" / "teacher.safetensors"
+    if not path.exists():
+        values = digits.VARIANTS["teacher"]()
+        values |= COUNTING_TEACHER | {"data": values["data"] | {"world": row.world}}
+        values["optimizer"], values["ema"] = values["optimizer"] | {"lr": 6e-3}, values["ema"] | {"decay": 0.997}
+        loop.train(from_dict(values), path.parent)
+    return path
+
+
 def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
     """The configuration of a row."""
-    values = digits.VARIANTS[row.variant]() | row.changes | {"seed": seed}
+    values = variant_of(row, row.variant) | row.changes | {"seed": seed}
     values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
     if values["rollout"].get("first_frame_alone"):
         frames = values["data"]["frames"]
@@ -166,9 +210,9 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
     """The weights that a few-step row starts from; trains them unless they are there."""
     if row.start == "TF+DMD":
         return weights_of(next(r for r in ROWS if r.name == "TF+DMD"), seed, chunk)
-    path = RUNS / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
+    path = row.runs / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
     if not path.exists():
-        values = digits.VARIANTS[row.start]()
+        values = variant_of(row, row.start)
         values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
             values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))
@@ -186,7 +230,7 @@ def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Pa
     """Trains a row, unless its weights are there."""
     config = configured(row, seed, chunk, rate)
     name = "".join(c if c.isalnum() else "_" for c in row.name.replace("+", "_"))
-    folder = RUNS / f"{name}-chunk{chunk}-seed{seed}"
+    folder = row.runs / f"{name}-chunk{chunk}-seed{seed}"
     if row.few_step:
         folder /= f"rate{rate or row.rate_of(chunk):g}-updates{row.run_updates or row.updates}"
     path = folder / ("student.safetensors" if row.few_step else "causal.safetensors")
@@ -197,40 +241,6 @@ def weights_of(row: Row, seed: int, chunk: int, rate: float | None = None) -> Pa
         loop.train(config, folder, allow_config_change=row.run_updates is not None).rename(path)
         (folder / "commit").write_text(commit())
     return path
-
-
-@dataclasses.dataclass
-class Measure:
-    """Takes the figures of a pipeline; prompts, real clips and judge are the same for all."""
-
-    samples: int = SAMPLES
-
-    def __post_init__(self):
-        self.judge = judging.load()
-        self.prompts, self.kinds, self.targets = metrics.choose_prompts(self.samples)
-        self.context, self.references = {}, {}
-
-    def reference(self, frames: int) -> metrics.Reference:
-        """Figures of real clips of a length; the control's context are others."""
-        if frames not in self.references:
-            real, self.context[frames] = (metrics.real_clips(self.kinds, frames, draw) for draw in range(2))
-            self.references[frames] = metrics.reference(real, self.targets, self.judge)
-        return self.references[frames]
-
-    def __call__(self, pipe, frames: int, seed: int, control: bool | str = False) -> metrics.Figures:
-        """Figures of videos of `frames` frames, with one of `CONTROLS`."""
-        reference, parts = self.reference(frames), []
-        for first in range(0, self.samples, 64):
-            part = slice(first, first + 64)
-            if control:
-                clips, only_first = self.context[frames][part], control == "first"
-                parts.append(generate_behind_real(pipe, self.prompts[part], clips, seed, first, only_first))
-            else:
-                parts.append(pipe(self.prompts[part], frames=frames, seed=seed, first_index=first))
-        videos, figures = np.concatenate(parts), (self.targets, self.judge, reference, pipe.chunk_starts(frames))
-        if control is True:
-            return measure_behind_real(videos, self.context[frames], *figures)
-        return metrics.measure(videos, *figures)
 
 
 def commit() -> str:
@@ -257,11 +267,11 @@ def write(path: Path, result: dict) -> None:
         file.write(json.dumps(result, separators=(",", ":")) + "\n")
 
 
-def figures_of(figures: metrics.Figures) -> dict:
+def figures_of(figures: metrics.Figures | counting.Figures) -> dict:
     """What of the figures is kept."""
     kept = dataclasses.asdict(figures)
     for name in ("digit_per_frame", "direction_per_frame"):
-        del kept[name]
+        kept.pop(name, None)
     rounded = {k: [round(x, 3) for x in v] if isinstance(v, tuple) else round(v, 4) for k, v in kept.items()}
     return {k: None if v != v else v for k, v in rounded.items()}  # NaN is no JSON
 
@@ -287,6 +297,15 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Meas
             "seconds": round(trained),
         }
         write(results, about | where | {"figures": figures_of(figures)})
+
+
+def run_real(chunk: int, lengths: list[tuple], measure: Measure, results: Path) -> None:
+    """Measures real clips as if a row had made them: the most that a row can reach."""
+    for frames, control in lengths:
+        about = {"row": "real clips", "chunk": chunk, "seed": 0, "frames": frames, "control": control}
+        where = {"rate": None, "updates": None, "commit": commit(), "jax": jax.__version__}
+        figures = measure.real(frames)
+        write(results, about | where | {"python": platform.python_version(), "figures": figures_of(figures)})
 
 
 def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> None:
@@ -334,10 +353,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
     parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
+    parser.add_argument("--world", default="moving", choices=("moving", "counting"), help="which digits")
     parser.add_argument("--ablations", action="store_true", help="rows that change one thing of SF+DMD each")
     args = parser.parse_args(arguments)
     compilation.keep_compiled()
+    if args.world == "counting" and (args.ablations or args.quick):
+        parser.error("--world=counting has neither --ablations nor --quick: leave them out")
     rows, results = list(ABLATIONS if args.ablations else ROWS), ABLATION_RESULTS if args.ablations else RESULTS
+    if args.world == "counting":
+        rows, results = list(COUNTING_ROWS), COUNTING_RESULTS
     if args.rows:
         names, known = args.rows.split(";"), dict.fromkeys(row.name for row in rows)
         unknown = set(names) - set(known)
@@ -355,13 +379,16 @@ def main(arguments: list[str]) -> None:
         lengths = [(CONTROL_LENGTH, control) for control in CONTROLS]
     if not args.report:
         work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(results))
-        measure = Measure()
+        measure = Measure(args.world)
         bar = tqdm(work, desc="table2", unit="run")
         for row, seed, chunk, left in bar:
             bar.set_postfix_str(f"{row.name}, chunk {chunk}, seed {seed}")
             if args.tune and row.few_step:
                 tune(row, seed, chunk, measure, results)
             elif not args.tune:
+                have_real = any(result["row"] == "real clips" and result["chunk"] == chunk for result in read(results))
+                if args.world == "counting" and not have_real:
+                    run_real(chunk, [length for length in lengths if not length[1]], measure, results)
                 run_row(row, seed, chunk, left, measure, results)
                 report.write(read(results), results.with_suffix(".md"))
     for path in report.write(read(results), results.with_suffix(".md")):

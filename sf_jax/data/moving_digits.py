@@ -276,9 +276,11 @@ class DigitsConfig(tfds.core.BuilderConfig):
 
     Attributes:
       clips: For each split, the number of clips and of frames per clip.
+      world: One of WORLDS: "moving", or "counting" for `sf_jax.data.counting_digits`.
     """
 
     clips: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    world: str = "moving"
 
 
 FULL = DigitsConfig(
@@ -286,13 +288,17 @@ FULL = DigitsConfig(
     description="Clips for the models, for the evaluation's classifier and for its ceiling figures.",
     clips={"train": (24000, 12), "judge": (2000, 12), "test": (1000, 48)},
 )
+COUNTING = DigitsConfig(
+    name="counting", description="Digits that count, for training.", clips={"train": (24000, 12)}, world="counting"
+)
+WORLDS = {"moving": FULL, "counting": COUNTING}
 
 
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
     """Builder of the moving digits; needs neither TensorFlow nor network access."""
 
     VERSION = tfds.core.Version("1.2.0")
-    BUILDER_CONFIGS = [FULL]
+    BUILDER_CONFIGS = list(WORLDS.values())
     # There are no metadata files next to this module, and looking for them would need importlib_resources.
     code_path = None
 
@@ -310,8 +316,13 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self.builder_config.clips}
 
     def _generate_examples(self, split: str):
+        from sf_jax.data import counting_digits  # lazy, as it builds on this module
+
         num_clips, num_frames = self.builder_config.clips[split]
-        yield from enumerate(generate(plan_clips(split, num_clips), num_frames))
+        if self.builder_config.world == "counting":
+            yield from enumerate(counting_digits.generate(counting_digits.plan_clips(split, num_clips, num_frames)))
+        else:
+            yield from enumerate(generate(plan_clips(split, num_clips), num_frames))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ VOCABULARY = (
     *("right", "down", "left", "up"),
     *("slowly", "fast"),
 )
+# The words of each of `options.WORLDS`.
+VOCABULARIES = {"moving": VOCABULARY, "counting": ("counting", "slowly", "fast")}
 
 
 def words_of(prompt: str) -> tuple[str, ...]:

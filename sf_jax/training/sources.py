@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from sf_jax.config import TrainConfig
-from sf_jax.data import moving_digits, pipeline, prompts, videos
+from sf_jax.data import counting_digits, moving_digits, pipeline, prompts, videos
 from sf_jax.distributed import by_first
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.text import WordEmbedding
+from sf_jax.models.text import VOCABULARIES, WordEmbedding
 from sf_jax.models.vae import VaeConfig
 from sf_jax.training.media import Media, digits_media, wan_media
 
@@ -80,9 +80,11 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
 
 def _digits(config, needs_videos, vae, share, dropout) -> Source:
     del vae  # digits have none
-    codec, text = PatchCodec.load(), WordEmbedding()
+    world, folder = config.data.world, config.data.dir
+    codec, text = PatchCodec.load(), WordEmbedding(vocabulary=VOCABULARIES[world])
     _check_digits(config, codec, text)
-    captions, folder = moving_digits.all_captions(), config.data.dir
+    captions = moving_digits.all_captions() if world == "moving" else counting_digits.CAPTIONS
+    built = moving_digits.WORLDS[world]
 
     def prompt(index):
         caption = captions[index % len(captions)]
@@ -90,8 +92,8 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
 
     @functools.cache
     def open_clips():
-        by_first(lambda: moving_digits.build(folder))
-        return moving_digits.source(folder, "train")
+        by_first(lambda: moving_digits.build(folder, built))
+        return moving_digits.source(folder, "train", built)
 
     if needs_videos:  # here, which all processes reach, as opening waits for the first of them
         open_clips()
@@ -131,7 +133,7 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         lambda: pipeline.prompt_iterator(captions, text_encoder=text, **share),
         open_videos,
         samples,
-        digest_of([moving_digits.FULL.name, str(moving_digits.MovingDigits.VERSION), captions]),
+        digest_of([built.name, str(moving_digits.MovingDigits.VERSION), captions]),
         open_clips().digest if needs_videos else None,
     )
 
