@@ -13,6 +13,7 @@ from sf_jax import files
 from sf_jax.inference import batch
 from sf_jax.inference.job import Job
 from sf_jax.io import video as video_io
+from sf_jax.io.arrays import npy_writer
 
 try:
     import resource
@@ -183,6 +184,29 @@ def test_contact_sheet_shows_the_right_frames(tmp_path):
         assert (np.asarray(image) == labeled).all()
     with pytest.raises(ValueError, match="labels: got 1, allowed: one for each of the 3"):
         video_io.contact_sheet(videos, labels=["a"])
+
+
+def test_npy_files_grow(tmp_path):
+    path, values = tmp_path / "a.npy", RNG.normal(size=(7, 3, 2)).astype(np.float32)
+    with npy_writer(path) as append:
+        for part in np.split(values, [1, 4]):
+            append(part)
+        assert not path.exists()
+    written = np.load(path)
+    assert written.dtype == np.float32
+    np.testing.assert_array_equal(written, values)
+    np.save(tmp_path / "b.npy", values)
+    assert (tmp_path / "b.npy").read_bytes() == path.read_bytes()
+    before = path.read_bytes()
+    for parts, message in (
+        ([values, values.astype(np.float64)], r"array: got float64 .*, allowed: float32 \[n, \*\(3, 2\)\]"),
+        ([values, values[..., :1]], "array: got float32"),
+        ([], "has no entries"),
+    ):
+        with pytest.raises(ValueError, match=message), npy_writer(path) as append:
+            for part in parts:
+                append(part)
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_upscale_repeats_pixels():

@@ -21,6 +21,7 @@ from sf_jax.inference.sampling import Chunk
 from sf_jax.inference.scenes import scheduled_chunks
 from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.io import video as video_io
+from sf_jax.io.arrays import npy_writer
 from sf_jax.parallel.mesh import video_devices
 from sf_jax.weights.networks import check_network, describe_network
 
@@ -267,6 +268,7 @@ def _write(
         # small videos are written later, one by one: there may be hundreds
         open_now = [] if style.gif else paths
         writers = [stack.enter_context(video_io.Mp4Writer(path, style.fps, size)) for path in open_now]
+        appends = [stack.enter_context(npy_writer(path.with_suffix(".npy"))) for path in open_now if style.latents]
         first = None
         for index, chunk in enumerate(chunks):
             jax.block_until_ready(chunk.latents)
@@ -289,17 +291,20 @@ def _write(
             for writer, video in zip(writers, pixels, strict=False):
                 writer.append(video_io.upscale(video, style.scale))
             if style.latents:
-                latents.append(np.asarray(chunk.latents).astype(np.float32))
+                new = np.asarray(chunk.latents).astype(np.float32)
+                for append, video in zip(appends, new, strict=False):
+                    append(video)
+                latents += [new] if style.gif else []
     small = np.concatenate(small, axis=1)
     if style.gif:
         for path, video in zip(paths, small, strict=True):
             video_io.write_mp4(path, video_io.upscale(video, style.scale), style.fps)
     written = list(paths)
     if style.latents:
-        for path, video in zip(paths, np.concatenate(latents, axis=1), strict=False):
-            with files.replacing(path.with_suffix(".npy")) as unfinished, open(unfinished, "wb") as file:
-                np.save(file, video)
-            written.append(path.with_suffix(".npy"))
+        written += [path.with_suffix(".npy") for path in paths]
+    for path, video in zip(paths, np.concatenate(latents, axis=1) if latents else (), strict=False):
+        with npy_writer(path.with_suffix(".npy")) as append:
+            append(video)
     return written if style.only_videos else [*written, *_write_stills(style, videos, small, every)]
 
 
