@@ -41,12 +41,12 @@ from benchmarks.table2_measure import Measure
 from configs import digits
 from sf_jax import compilation
 from sf_jax.config import TrainConfig, from_dict
-from sf_jax.evaluation import counting, metrics
+from sf_jax.evaluation import bouncing, metrics
 from sf_jax.inference.load import load_pipeline
 from sf_jax.training import loop
 
 RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/results/ablations.jsonl")
-COUNTING_RESULTS = Path("docs/results/counting.jsonl")
+BOUNCING_RESULTS = Path("docs/results/bouncing.jsonl")
 RUNS = Path("runs/table2")
 LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
@@ -122,22 +122,22 @@ ROWS = (
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
 # Rates of the same search, chunks of 3 and of 1.
-_COUNTING_RATES: dict[str, tuple[float | None, float | None]] = {
+_BOUNCING_RATES: dict[str, tuple[float | None, float | None]] = {
     "TF+DMD": (None, 3e-4),
     "DF+DMD": (None, 3e-4),
     "SF+DMD": (None, 3e-4),
     "SF+DMD, write": (None, 3e-4),
 }
-COUNTING_ROWS = tuple(
-    dataclasses.replace(row, world="counting", rate=rates[0], framewise_rate=rates[1], chunks=(1,))
+BOUNCING_ROWS = tuple(
+    dataclasses.replace(row, world="bouncing", rate=rates[0], framewise_rate=rates[1], chunks=(1,))
     for row in ROWS
-    for rates in [_COUNTING_RATES.get(row.name, (None, None))]
-    if row.name in _COUNTING_RATES or not row.few_step
+    for rates in [_BOUNCING_RATES.get(row.name, (None, None))]
+    if row.name in _BOUNCING_RATES or not row.few_step
 )
 QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
 WEIGHTS = ("teacher_weights", "init_weights")
-COUNTING_TEACHER = {"steps": 3000, "init_weights": "shipped"}
-COUNTING_GUIDANCE = 2.5
+BOUNCING_TEACHER = {"steps": 3000, "init_weights": "shipped"}
+BOUNCING_GUIDANCE = 2.5
 _SHIFTED = digits.VARIANTS["distill"]()["score"] | {"time_shift": 3.0}
 _NOISY = digits.VARIANTS["distill"]()["rollout"] | {"context": "noisy"}
 _GIVEN = digits.VARIANTS["distill"]()["rollout"] | {"first_frame_alone": True}
@@ -169,12 +169,12 @@ ABLATIONS = (
 def variant_of(row: Row, name: str) -> dict:
     """A variant of configs/digits.py in the row's world."""
     values = digits.VARIANTS[name]()
-    if row.world == "counting":
+    if row.world == "bouncing":
         values["data"] = values["data"] | {"world": row.world}
         values |= {key: str(teacher_of(row)) for key in WEIGHTS if values.get(key) == "shipped"}
-        values["score"] = values["score"] | {"guidance": COUNTING_GUIDANCE}
+        values["score"] = values["score"] | {"guidance": BOUNCING_GUIDANCE}
         if name == "init":
-            values["ode"] = values["ode"] | {"guidance": COUNTING_GUIDANCE}
+            values["ode"] = values["ode"] | {"guidance": BOUNCING_GUIDANCE}
     return values
 
 
@@ -183,7 +183,7 @@ def teacher_of(row: Row) -> Path:
     path = row.runs / "teacher" / "teacher.safetensors"
     if not path.exists():
         values = digits.VARIANTS["teacher"]()
-        values |= COUNTING_TEACHER | {"data": values["data"] | {"world": row.world}}
+        values |= BOUNCING_TEACHER | {"data": values["data"] | {"world": row.world}}
         values["optimizer"], values["ema"] = values["optimizer"] | {"lr": 6e-3}, values["ema"] | {"decay": 0.997}
         loop.train(from_dict(values), path.parent)
     return path
@@ -267,7 +267,7 @@ def write(path: Path, result: dict) -> None:
         file.write(json.dumps(result, separators=(",", ":")) + "\n")
 
 
-def figures_of(figures: metrics.Figures | counting.Figures) -> dict:
+def figures_of(figures: metrics.Figures | bouncing.Figures) -> dict:
     """What of the figures is kept."""
     kept = dataclasses.asdict(figures)
     for name in ("digit_per_frame", "direction_per_frame"):
@@ -353,15 +353,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
     parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
-    parser.add_argument("--world", default="moving", choices=("moving", "counting"), help="which digits")
+    parser.add_argument("--world", default="moving", choices=("moving", "bouncing"), help="which digits")
     parser.add_argument("--ablations", action="store_true", help="rows that change one thing of SF+DMD each")
     args = parser.parse_args(arguments)
     compilation.keep_compiled()
-    if args.world == "counting" and (args.ablations or args.quick):
-        parser.error("--world=counting has neither --ablations nor --quick: leave them out")
+    if args.world == "bouncing" and (args.ablations or args.quick):
+        parser.error("--world=bouncing has neither --ablations nor --quick: leave them out")
     rows, results = list(ABLATIONS if args.ablations else ROWS), ABLATION_RESULTS if args.ablations else RESULTS
-    if args.world == "counting":
-        rows, results = list(COUNTING_ROWS), COUNTING_RESULTS
+    if args.world == "bouncing":
+        rows, results = list(BOUNCING_ROWS), BOUNCING_RESULTS
     if args.rows:
         names, known = args.rows.split(";"), dict.fromkeys(row.name for row in rows)
         unknown = set(names) - set(known)
@@ -387,7 +387,7 @@ def main(arguments: list[str]) -> None:
                 tune(row, seed, chunk, measure, results)
             elif not args.tune:
                 have_real = any(result["row"] == "real clips" and result["chunk"] == chunk for result in read(results))
-                if args.world == "counting" and not have_real:
+                if args.world == "bouncing" and not have_real:
                     run_real(chunk, [length for length in lengths if not length[1]], measure, results)
                 run_row(row, seed, chunk, left, measure, results)
                 report.write(read(results), results.with_suffix(".md"))

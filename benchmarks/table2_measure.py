@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from sf_jax.evaluation import counting, metrics
+from sf_jax.evaluation import bouncing, metrics
 from sf_jax.evaluation import judge as judging
 from sf_jax.evaluation.forced import generate_behind_real, measure_behind_real
 from sf_jax.inference.pipeline import VideoPipeline
@@ -41,36 +41,36 @@ class Measure:
 
     def __post_init__(self):
         self.judge, self.context, self.references = judging.load(), {}, {}
-        if self.world == "counting":
-            self.prompts, self.kinds = counting.choose_prompts(self.samples)
-            self.targets = self.kinds  # the speeds are all that a prompt says
+        if self.world == "bouncing":
+            self.prompts, self.targets = bouncing.choose_prompts(self.samples)
+            self.kinds = self.targets
         else:
             self.prompts, self.kinds, self.targets = metrics.choose_prompts(self.samples)
 
-    def reference(self, frames: int) -> metrics.Reference | counting.Reference:
+    def reference(self, frames: int) -> metrics.Reference | bouncing.Reference:
         """Figures of real clips of a length; the control's context are others."""
         if frames not in self.references:
-            clips_of = counting.real_clips if self.world == "counting" else metrics.real_clips
+            clips_of = bouncing.real_clips if self.world == "bouncing" else metrics.real_clips
             real, self.context[frames] = (clips_of(self.kinds, frames, draw) for draw in range(2))
-            if self.world == "counting":
-                self.references[frames] = counting.reference(real, self.judge)
+            if self.world == "bouncing":
+                self.references[frames] = bouncing.reference(real, self.judge)
             else:
                 self.references[frames] = metrics.reference(real, self.targets, self.judge)
         return self.references[frames]
 
-    def real(self, frames: int) -> counting.Figures:
-        """Figures of real clips that count, by a reference of others."""
+    def real(self, frames: int) -> bouncing.Figures:
+        """Figures of real clips of bouncing digits, by a reference of others."""
         reference = self.reference(frames)
-        return counting.measure(self.context[frames], self.targets, self.judge, reference)
+        return bouncing.measure(self.context[frames], self.targets, self.judge, reference)
 
     def __call__(
         self, pipe: VideoPipeline, frames: int, seed: int, control: bool | str = False
-    ) -> metrics.Figures | counting.Figures:
+    ) -> metrics.Figures | bouncing.Figures:
         """Figures of videos of `frames` frames, with one of `table2.CONTROLS`."""
         reference, clips = self.reference(frames), self.context[frames] if control else None
         videos = generate(pipe, self.prompts, frames, seed, clips, control == "first")
         figures = (self.targets, self.judge, reference, pipe.chunk_starts(frames))
         if control is True:
-            behind_real = counting.measure_behind_real if self.world == "counting" else measure_behind_real
+            behind_real = bouncing.measure_behind_real if self.world == "bouncing" else measure_behind_real
             return behind_real(videos, clips, *figures)
-        return (counting if self.world == "counting" else metrics).measure(videos, *figures)
+        return (bouncing if self.world == "bouncing" else metrics).measure(videos, *figures)

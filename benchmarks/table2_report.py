@@ -23,29 +23,30 @@ COLUMNS = {
     "brightness": "brightness",
     "motion": "motion",
 }
-COUNTING_COLUMNS = {
+BOUNCING_COLUMNS = {
     "joint": "lawful",
-    "digit": "digits in order",
+    "digit": "right digits",
     "path": "path",
     "border_jump": "border jump",
     "frechet": "Frechet, quarters 1 to 4",
     "diversity": "diversity",
+    "forgetting": "forgetting",
     "brightness": "brightness",
     "motion": "motion",
 }
 TITLES = {
     "table2": "Table 2 on the moving digits",
     "ablations": "One change of SF+DMD at a time",
-    "counting": "Table 2 on digits that count",
+    "bouncing": "Table 2 on digits that bounce",
 }
-_COUNTING = (
+_BOUNCING = (
     "",
-    "The world is `sf_jax/data/counting_digits.py`: a digit bounces between walls and becomes the next one at each.",
-    "'Lawful' is the share of windows of six frames that obey the laws of motion and of counting; 'digits in order'",
-    "and 'path' are the shares that obey one of them (`sf_jax/evaluation/counting.py`). The judge misreads some digits",
-    "of real clips, too.",
+    "The world is `sf_jax/data/bouncing_digits.py`: two digits take turns, and change at every wall they bounce off.",
+    "'Lawful' is the share of windows of six frames in which the right digits move straight at the prompt's pace and",
+    "change exactly at walls; 'right digits' and 'path' are the shares that obey one of these laws. 'Forgetting' is",
+    "small if a digit keeps its shape while the other one is shown (`sf_jax/evaluation/bouncing.py`).",
 )
-OPTIONS = {"table2": "", "ablations": " --ablations", "counting": " --world=counting"}
+OPTIONS = {"table2": "", "ablations": " --ablations", "bouncing": " --world=bouncing"}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -68,7 +69,7 @@ def _text(values: list[float | None], digits: int) -> str:
 def _cell(column: str, figures: list[dict]) -> str:
     if column == "frechet":
         return ", ".join(_text([f["frechet_per_quarter"][q] for f in figures], 1) for q in range(4))
-    return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity") else 3)
+    return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity", "forgetting") else 3)
 
 
 def label(result: dict) -> str:
@@ -141,8 +142,8 @@ def write(results: list[dict], page: Path) -> list[Path]:
         return []
     page.parent.mkdir(parents=True, exist_ok=True)
     picture = page.with_suffix(".png")
-    counting, option = page.stem == "counting", OPTIONS[page.stem]
-    draw(results, picture, "windows that obey both laws" if counting else "digit and direction right")
+    bouncing, option = page.stem == "bouncing", OPTIONS[page.stem]
+    draw(results, picture, "windows that obey both laws" if bouncing else "digit and direction right")
     lines = [
         f"# {TITLES[page.stem]}",
         "",
@@ -151,7 +152,7 @@ def write(results: list[dict], page: Path) -> list[Path]:
         "What the rows are: `benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means",
         "over 6 windows. Behind real frames, windows across a border are judged with the real frames before it.",
         "",
-        *(_COUNTING if counting else ()),
+        *(_BOUNCING if bouncing else ()),
         "",
         f"![Drift curves]({picture.name})",
         "",
@@ -161,7 +162,7 @@ def write(results: list[dict], page: Path) -> list[Path]:
     for (chunk, frames, control), rows in groups:
         kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
         heading = f"## {kind}, {frames} frames ({frames // TRAIN_FRAMES} x training){BEHIND[control]}"
-        lines += [heading, "", table(rows, COUNTING_COLUMNS if counting else COLUMNS), ""]
+        lines += [heading, "", table(rows, BOUNCING_COLUMNS if bouncing else COLUMNS), ""]
     commits = sorted({result["commit"] for result in results if "frames" in result})
     versions = sorted({f"Python {r['python']}, JAX {r['jax']}" for r in results if "frames" in r})
     lines += [f"Commits: {', '.join(commits)}. {'; '.join(versions)}.", ""]

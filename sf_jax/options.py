@@ -7,7 +7,7 @@ from sf_jax.messages import quoted
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("constant", "cosine")
 FORCINGS = ("teacher", "diffusion")
-WORLDS = ("moving", "counting")
+WORLDS = ("moving", "bouncing")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -201,7 +201,7 @@ class DataConfig:
       text_dropout: share of captions that "teacher" and "causal" replace by the empty prompt.
       cut: share of digit clips whose first `rollout.sink` frames are shifted around the canvas. For a much later chunk,
         the sink then shows what the digit looks like, but not where it is.
-      world: which digits: "moving" (`data/moving_digits.py`) or "counting" (`data/counting_digits.py`).
+      world: which digits: "moving" (`data/moving_digits.py`) or "bouncing" (`data/bouncing_digits.py`).
     """
 
     name: str = "digits"

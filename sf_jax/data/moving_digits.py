@@ -276,7 +276,7 @@ class DigitsConfig(tfds.core.BuilderConfig):
 
     Attributes:
       clips: For each split, the number of clips and of frames per clip.
-      world: One of WORLDS: "moving", or "counting" for `sf_jax.data.counting_digits`.
+      world: One of WORLDS: "moving", or "bouncing" for `sf_jax.data.bouncing_digits`.
     """
 
     clips: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -288,10 +288,10 @@ FULL = DigitsConfig(
     description="Clips for the models, for the evaluation's classifier and for its ceiling figures.",
     clips={"train": (24000, 12), "judge": (2000, 12), "test": (1000, 48)},
 )
-COUNTING = DigitsConfig(
-    name="counting", description="Digits that count, for training.", clips={"train": (24000, 12)}, world="counting"
+BOUNCING = DigitsConfig(
+    name="bouncing", description="Pairs that bounce, for training.", clips={"train": (24000, 12)}, world="bouncing"
 )
-WORLDS = {"moving": FULL, "counting": COUNTING}
+WORLDS = {"moving": FULL, "bouncing": BOUNCING}
 
 
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
@@ -316,11 +316,11 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self.builder_config.clips}
 
     def _generate_examples(self, split: str):
-        from sf_jax.data import counting_digits  # lazy, as it builds on this module
+        from sf_jax.data import bouncing_digits  # lazy, as it builds on this module
 
         num_clips, num_frames = self.builder_config.clips[split]
-        if self.builder_config.world == "counting":
-            yield from enumerate(counting_digits.generate(counting_digits.plan_clips(split, num_clips, num_frames)))
+        if self.builder_config.world == "bouncing":
+            yield from enumerate(bouncing_digits.generate(bouncing_digits.plan_clips(split, num_clips, num_frames)))
         else:
             yield from enumerate(generate(plan_clips(split, num_clips), num_frames))
 

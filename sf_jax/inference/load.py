@@ -19,7 +19,7 @@ from sf_jax.inference.text_encoder import Umt5TextEncoder
 from sf_jax.models import eight_bit
 from sf_jax.models.kv_cache import DTYPES as CACHE_DTYPES
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.text import VOCABULARIES, WordEmbedding
+from sf_jax.models.text import WordEmbedding
 from sf_jax.models.tiny_vae import TinyVaeDecoder
 from sf_jax.models.vae import WanVae
 from sf_jax.models.wan import WanConfig, WanTransformer
@@ -234,7 +234,7 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
     Raises:
       ValueError: if it is not a network of moving digits.
     """
-    codec, text = PatchCodec.load(), WordEmbedding(vocabulary=VOCABULARIES[package.world])
+    codec, text = PatchCodec.load(), WordEmbedding()
     config = package.config
     if config.channels != codec.channels or config.text_dim != text.dim:
         raise ValueError(

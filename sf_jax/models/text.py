@@ -17,8 +17,6 @@ VOCABULARY = (
     *("right", "down", "left", "up"),
     *("slowly", "fast"),
 )
-# The words of each of `options.WORLDS`.
-VOCABULARIES = {"moving": VOCABULARY, "counting": ("counting", "slowly", "fast")}
 
 
 def words_of(prompt: str) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from sf_jax.config import TrainConfig
-from sf_jax.data import counting_digits, moving_digits, pipeline, prompts, videos
+from sf_jax.data import bouncing_digits, moving_digits, pipeline, prompts, videos
 from sf_jax.distributed import by_first
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.text import VOCABULARIES, WordEmbedding
+from sf_jax.models.text import WordEmbedding
 from sf_jax.models.vae import VaeConfig
 from sf_jax.training.media import Media, digits_media, wan_media
 
@@ -81,9 +81,9 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
 def _digits(config, needs_videos, vae, share, dropout) -> Source:
     del vae  # digits have none
     world, folder = config.data.world, config.data.dir
-    codec, text = PatchCodec.load(), WordEmbedding(vocabulary=VOCABULARIES[world])
+    codec, text = PatchCodec.load(), WordEmbedding()
     _check_digits(config, codec, text)
-    captions = moving_digits.all_captions() if world == "moving" else counting_digits.CAPTIONS
+    captions = (moving_digits if world == "moving" else bouncing_digits).all_captions()
     built = moving_digits.WORLDS[world]
 
     def prompt(index):

@@ -1,13 +1,14 @@
-"""A harder world of digits: a digit bounces between walls and becomes the next one at each of them.
+"""A harder world: two digits take turns, and change at every wall that they bounce off.
 
-A caption says how fast it moves, never which digit it is or where it goes. Only the frames so far say that, so a model
-has to remember it. What follows a 9 is a 0. Every new digit is another scan.
+A caption names the two digits and how fast they move. It says neither which of them is shown first, nor where it goes:
+only the frames so far say that, so a model has to remember it, and the shape of the one that is away, too.
 
 The digit's center (of brightness) moves in a straight line at a constant pace between the walls, and its direction is
 mirrored there.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,13 @@ import numpy as np
 from sf_jax.data import moving_digits as digits
 
 WALLS = (7.25, 15.75)  # rows and columns that the center does not cross; no ink of any scan then leaves the canvas
+PAIRS = tuple(itertools.combinations(range(10), 2))
 SPEEDS = digits.SPEEDS
 PACES = (0.75, 1.5)  # pixels per frame
 PACE_JITTER = 0.1
-CAPTIONS = ("counting, slowly", "counting, fast", "counting")
 SPEED_OMITTED = digits.SPEED_OMITTED
+REPEAT_LAGS = (9, 400)  # frames after which no clip is in the state of an earlier frame
+REPEAT_DISTANCE = 0.25  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Clips:
       digit: Each frame's digit, int64 [N, F].
       center: The digit's center of brightness (row, column), in pixels from the first one's, float64 [N, F, 2].
       velocity: In the first frame, pixels per frame (row, column), float64 [N, 2].
+      pair: Index into PAIRS, int64 [N].
       speed: Index into SPEEDS, whether or not the caption mentions it, int64 [N].
       told: Whether the caption mentions the speed, bool [N].
     """
@@ -40,6 +44,7 @@ class Clips:
     digit: np.ndarray
     center: np.ndarray
     velocity: np.ndarray
+    pair: np.ndarray
     speed: np.ndarray
     told: np.ndarray
 
@@ -51,7 +56,19 @@ class Clips:
 
     def captions(self) -> list[str]:
         """Returns the N captions."""
-        return [CAPTIONS[s if told else -1] for s, told in zip(self.speed.tolist(), self.told.tolist(), strict=True)]
+        speeds = np.where(self.told, self.speed, -1)
+        return [caption(p, None if s < 0 else s) for p, s in zip(self.pair.tolist(), speeds.tolist(), strict=True)]
+
+
+def caption(pair: int, speed: int | None = None) -> str:
+    """Returns the caption of a clip, e.g. "a 3 and an 8, slowly"; without `speed`, no word for it."""
+    text = " and ".join(f"{'an' if digit == 8 else 'a'} {digit}" for digit in PAIRS[pair])
+    return text if speed is None else f"{text}, {SPEEDS[speed]}"
+
+
+def all_captions() -> tuple[str, ...]:
+    """Returns all 135 captions: every pair, with every speed and without one."""
+    return tuple(caption(pair, speed) for pair in range(len(PAIRS)) for speed in (*range(len(SPEEDS)), None))
 
 
 def bounce(free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,13 +87,34 @@ def bounce(free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(room % 2, high - inside, low + inside), room.astype(np.int64)
 
 
+def nearly_repeats(velocity: np.ndarray) -> np.ndarray:
+    """Returns which motions come back to an earlier state, place and direction, in REPEAT_LAGS; [N, 2] -> bool [N]."""
+    lags = np.arange(REPEAT_LAGS[0], REPEAT_LAGS[1] + 1)
+    period = 2 * (WALLS[1] - WALLS[0])  # as long as the way there and back
+    moved = velocity[:, None, :] * lags[None, :, None]
+    moved = (moved + period / 2) % period - period / 2
+    return (np.linalg.norm(moved, axis=-1) < REPEAT_DISTANCE).any(axis=1)
+
+
+def sample_motion(rng: np.random.Generator, speed: np.ndarray) -> np.ndarray:
+    """Draws velocities in any direction, by rejection sampling; speeds [N] -> float64 [N, 2] (row, column)."""
+    velocity = np.zeros((len(speed), 2))
+    left = np.arange(len(speed))
+    while left.size:
+        heading = rng.uniform(0, 2 * np.pi, left.size)
+        pace = np.asarray(PACES)[speed[left]] * rng.uniform(1 - PACE_JITTER, 1 + PACE_JITTER, left.size)
+        velocity[left] = pace[:, None] * np.stack([np.sin(heading), np.cos(heading)], axis=-1)
+        left = left[nearly_repeats(velocity[left])]
+    return velocity
+
+
 def plan_clips(split: str, num_clips: int, num_frames: int, *, seed: int = digits.SEED) -> Clips:
-    """Draws the clips of a split, with first digits and speeds in equal shares.
+    """Draws the clips of a split, with pairs and speeds in equal shares.
 
     Args:
       split: One of moving_digits.SPLITS; its scans are those of the moving digits.
       num_clips: N.
-      num_frames: F; the first frames of longer clips with the same seed are not the same clips.
+      num_frames: F.
       seed: Seed; does not affect how the scans are split.
 
     Returns:
@@ -90,25 +128,18 @@ def plan_clips(split: str, num_clips: int, num_frames: int, *, seed: int = digit
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1, digits.SPLITS.index(split)])))
     _, labels = digits.load_scans()
     own = digits.split_scans(labels)[split]
-    first, speed = np.unravel_index(rng.permutation(num_clips) % (10 * len(SPEEDS)), (10, len(SPEEDS)))
+    pair, speed = np.unravel_index(rng.permutation(num_clips) % (len(PAIRS) * len(SPEEDS)), (len(PAIRS), len(SPEEDS)))
     start = rng.uniform(*WALLS, size=(num_clips, 2))
-    heading = rng.uniform(0, 2 * np.pi, num_clips)
-    pace = np.asarray(PACES)[speed] * rng.uniform(1 - PACE_JITTER, 1 + PACE_JITTER, num_clips)
-    velocity = pace[:, None] * np.stack([np.sin(heading), np.cos(heading)], axis=-1)
+    velocity = sample_motion(rng, speed)
     told = rng.random(num_clips) >= SPEED_OMITTED
-    center, room = bounce(digits.trajectory(start, velocity, num_frames))
-    hits = np.abs(room - room[:, :1]).sum(axis=-1)
-    digit = (first[:, None] + hits) % 10
-    # The scan stays the same between two walls. A digit's first one is drawn, later ones are those behind it in the
-    # split, so that a clip does not show a scan twice.
-    later, values = hits // 10, (first[:, None] + np.arange(min(10, int(hits.max()) + 1))) % 10
-    scan = np.zeros_like(hits)
+    pairs = rng.permuted(np.asarray(PAIRS)[pair], axis=1)  # which of the two is first
+    scans = np.zeros_like(pairs)
     for value in range(10):
-        pool, drawn = own[labels[own] == value], np.zeros(values.shape, np.int64)
-        drawn[values == value] = rng.choice(len(pool), size=int((values == value).sum()))
-        shown = digit == value
-        scan[shown] = pool[(np.take_along_axis(drawn, hits % 10, axis=1) + later)[shown] % len(pool)]
-    return Clips(scan, digit, center, velocity, speed, told)
+        scans[pairs == value] = rng.choice(own[labels[own] == value], size=int((pairs == value).sum()))
+    center, room = bounce(digits.trajectory(start, velocity, num_frames))
+    turn = np.abs(room - room[:, :1]).sum(axis=-1) % 2
+    scan, digit = (np.take_along_axis(two, turn, axis=1) for two in (scans, pairs))
+    return Clips(scan, digit, center, velocity, pair, speed, told)
 
 
 def render(clips: Clips) -> np.ndarray:

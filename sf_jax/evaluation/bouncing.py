@@ -1,30 +1,47 @@
-"""Metrics of videos of counting digits: how far they obey the laws of `sf_jax.data.counting_digits`.
+"""Metrics of videos of bouncing digits: how far they obey the laws of `sf_jax.data.bouncing_digits`.
 
-No prompt says which digit a video shows or where it goes, so the metrics compare a video with itself. A window of
-WINDOW frames obeys both laws if there is a path, straight between the walls and of the prompt's pace, that is never
-farther than TOLERANCE pixels from the digit's center along either axis, and the digit becomes the next one exactly
-where the path meets a wall.
+No prompt says where a digit goes or whose turn it is, so the metrics compare a video with itself. A window of WINDOW
+frames obeys both laws if there is a path, straight between the walls and of the prompt's pace, that is never farther
+than TOLERANCE pixels from the digit's center along either axis, and the prompt's two digits change exactly where the
+path meets a wall.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from sf_jax.data import counting_digits
+from sf_jax.data import bouncing_digits
 from sf_jax.evaluation import metrics
 from sf_jax.evaluation.judge import DIGITS, Judge
 from sf_jax.evaluation.judge import WINDOW as STILL
 
 WINDOW = 6
-TOLERANCE = 0.75  # pixels, along each axis
+TOLERANCE = 0.5  # pixels, along each axis
 PACE_TOLERANCE = 0.25  # of the prompt's pace
 _INK = 32  # darker pixels are background: a codec's noise would pull the center to the canvas' middle
 # Of the paths that are tried along an axis: every 0.25 pixels, every 0.1 pixels per frame.
 _STARTS, _VELOCITIES = 35, 43
 _PART = 2048  # windows that are compared with all paths at a time
-_FRAMES_COMPARED = 32  # of each video, by `diversity`
+_FRAMES_COMPARED = 32  # of each video, by `shape_distances`
+_KINDS = (len(bouncing_digits.PAIRS), len(bouncing_digits.SPEEDS))
+_STRIDE = 37  # coprime to the number of kinds
+_PAIRS = np.asarray(bouncing_digits.PAIRS)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Targets:
+    """What N videos should show.
+
+    Attributes:
+      pair: Index into bouncing_digits.PAIRS, int64 [N].
+      speed: Index into bouncing_digits.SPEEDS, int64 [N].
+    """
+
+    pair: np.ndarray
+    speed: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,21 +51,21 @@ class Observation:
     Attributes:
       digit: The judge's digit of every frame, int64 [N, F].
       center: The digit's center (row, column), float64 [N, F, 2]; NaN in an empty frame.
-      still: The judge's features of every frame, float32 [N, F, 64].
+      shape: Magnitudes of every frame's Fourier transform, which ignore the place, float32 [N, F, 312].
     """
 
     digit: np.ndarray
     center: np.ndarray
-    still: np.ndarray
+    shape: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """Values of real clips of the same length and speeds, for comparison.
+    """Values of real clips of the same length with the same targets, for comparison.
 
     Attributes:
       features: The judge's features of windows of 3 frames, float32 [N, W, 64].
-      spread: See `diversity`.
+      spread: The first of `shape_distances`.
       brightness: Mean pixel, 0 to 255.
       motion: Mean absolute difference of consecutive frames, 0 to 255.
     """
@@ -67,7 +84,7 @@ class Figures:
       frames: Length of the videos, F.
       samples: Number of videos.
       joint: Share of windows that obey both laws.
-      digit: Share of windows whose digit never goes back or jumps: at most two walls are met between two frames.
+      digit: Share of windows that show nothing but the prompt's two digits.
       path: Share of windows with a lawful path of the prompt's pace, whatever the digits.
       joint_per_frame: `joint` of each first frame of a window, F - WINDOW + 1 values.
       joint_per_quarter: `joint` of each quarter of the windows.
@@ -75,6 +92,8 @@ class Figures:
       border_jump: Median distance in pixels between the center in the first frame of a chunk and where the two frames
         before lead; NaN without two frames before a border.
       diversity: Distance between frames of different videos that show the same digit, relative to real clips.
+      forgetting: Distance between frames of one video that show the same digit, relative to those of different videos:
+        0 if the digit keeps its shape, also while the other one is shown, and 1 if it does not at all.
       brightness: Mean pixel relative to real clips.
       motion: Mean absolute frame difference relative to real clips.
     """
@@ -89,21 +108,26 @@ class Figures:
     frechet_per_quarter: tuple[float, ...]
     border_jump: float
     diversity: float
+    forgetting: float
     brightness: float
     motion: float
 
 
-def choose_prompts(num_samples: int) -> tuple[list[str], np.ndarray]:
-    """Returns N prompts, slow and fast by turns, and their speeds (int64 [N])."""
-    speed = np.arange(num_samples) % len(counting_digits.SPEEDS)
-    return [counting_digits.CAPTIONS[s] for s in speed], speed
+def choose_prompts(num_samples: int) -> tuple[list[str], Targets]:
+    """Chooses N prompts, balanced over pairs and speeds, with several samples each; also returns their targets."""
+    prompt = np.arange(num_samples) % math.ceil(num_samples / metrics.SAMPLES_PER_PROMPT)
+    pair, speed = np.unravel_index(prompt * _STRIDE % math.prod(_KINDS), _KINDS)
+    captions = [bouncing_digits.caption(p, s) for p, s in zip(pair.tolist(), speed.tolist(), strict=True)]
+    return captions, Targets(pair, speed)
 
 
-def real_clips(speed: np.ndarray, frames: int, seed: int) -> np.ndarray:
-    """Renders clips of given speeds from the `test` scans; uint8 [N, frames, 24, 24, 1]."""
-    plan = counting_digits.plan_clips("test", 10 * len(counting_digits.SPEEDS) * len(speed), frames, seed=seed)
-    stock = [np.flatnonzero(plan.speed == value)[: len(speed)].tolist() for value in range(len(counting_digits.SPEEDS))]
-    return counting_digits.render(plan[np.array([stock[value].pop() for value in speed])])
+def real_clips(targets: Targets, frames: int, seed: int) -> np.ndarray:
+    """Renders clips with given targets from the `test` scans; uint8 [N, frames, 24, 24, 1]."""
+    kinds = np.ravel_multi_index((targets.pair, targets.speed), _KINDS)
+    plan = bouncing_digits.plan_clips("test", int(np.bincount(kinds).max()) * math.prod(_KINDS), frames, seed=seed)
+    planned = np.ravel_multi_index((plan.pair, plan.speed), _KINDS)
+    stock = [np.flatnonzero(planned == kind).tolist() for kind in range(math.prod(_KINDS))]
+    return bouncing_digits.render(plan[np.array([stock[kind].pop() for kind in kinds])])
 
 
 def observe(videos: np.ndarray, judge: Judge) -> Observation:
@@ -113,7 +137,8 @@ def observe(videos: np.ndarray, judge: Judge) -> Observation:
     opinion = judge(np.repeat(videos.reshape(count * frames, 1, *videos.shape[2:]), STILL, axis=1))
     ink = np.where(videos[..., 0] >= _INK, videos[..., 0], 0)
     digit = opinion.digit[:, 0].argmax(axis=-1).reshape(count, frames)
-    return Observation(digit, counting_digits.centers(ink), opinion.features[:, 0].reshape(count, frames, -1))
+    shape = np.abs(np.fft.rfft2(videos[..., 0] / 255.0)).astype(np.float32).reshape(count, frames, -1)
+    return Observation(digit, bouncing_digits.centers(ink), shape)
 
 
 @functools.cache
@@ -124,11 +149,11 @@ def _paths() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
       Their positions [P, WINDOW], their paces [P], the index of each path's walls [P], and the numbers of walls that
       were met since the first frame, of each such index [K, WINDOW].
     """
-    starts = np.linspace(*counting_digits.WALLS, _STARTS)
-    fastest = max(counting_digits.PACES) * (1 + PACE_TOLERANCE) * (1 + counting_digits.PACE_JITTER)
+    starts = np.linspace(*bouncing_digits.WALLS, _STARTS)
+    fastest = max(bouncing_digits.PACES) * (1 + PACE_TOLERANCE) * (1 + bouncing_digits.PACE_JITTER)
     velocities = np.linspace(-fastest, fastest, _VELOCITIES)
     free = (starts[:, None, None] + velocities[None, :, None] * np.arange(WINDOW)).reshape(-1, WINDOW)
-    positions, room = counting_digits.bounce(free)
+    positions, room = bouncing_digits.bounce(free)
     walls, index = np.unique(np.abs(room - room[:, :1]), axis=0, return_inverse=True)
     return positions, np.tile(np.abs(velocities), _STARTS), index.reshape(-1), walls
 
@@ -149,12 +174,12 @@ def _paces(center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return least, greatest
 
 
-def correctness(seen: Observation, speed: np.ndarray) -> dict[str, np.ndarray]:
+def correctness(seen: Observation, targets: Targets) -> dict[str, np.ndarray]:
     """Which windows obey the laws.
 
     Args:
       seen: What the videos show.
-      speed: The prompts' speeds, [N].
+      targets: The prompts' targets.
 
     Returns:
       "joint", "digit" and "path" (see `Figures`), each bool [N, F - WINDOW + 1].
@@ -166,36 +191,43 @@ def correctness(seen: Observation, speed: np.ndarray) -> dict[str, np.ndarray]:
     if frames < WINDOW:
         raise ValueError(f"videos: got {frames} frames, allowed: {WINDOW} or more")
     windows = np.lib.stride_tricks.sliding_window_view
-    digit = windows(seen.digit, WINDOW, axis=1).reshape(-1, WINDOW)
-    grown = (digit - digit[:, :1]) % DIGITS
+    changed = windows(seen.digit, WINDOW, axis=1).reshape(-1, WINDOW)
+    changed = changed != changed[:, :1]
+    among = (seen.digit[..., None] == _PAIRS[targets.pair][:, None]).any(axis=-1)
+    among = windows(among, WINDOW, axis=1).all(axis=-1).reshape(-1)
     rows, columns = (_paces(windows(seen.center[..., axis], WINDOW, axis=1).reshape(-1, WINDOW)) for axis in range(2))
-    pace = np.repeat(np.asarray(counting_digits.PACES)[speed], frames - WINDOW + 1)
+    pace = np.repeat(np.asarray(bouncing_digits.PACES)[targets.speed], frames - WINDOW + 1)
     walls = _paths()[3]
-    path, joint = np.zeros(len(digit), bool), np.zeros(len(digit), bool)
+    path, joint = np.zeros(len(among), bool), np.zeros(len(among), bool)
     for i in range(len(walls)):
         for j in range(len(walls)):
             slowest = np.hypot(rows[0][:, i], columns[0][:, j])
             fastest = np.hypot(np.maximum(rows[1][:, i], 0), np.maximum(columns[1][:, j], 0))
             fits = (slowest <= (1 + PACE_TOLERANCE) * pace) & (fastest >= (1 - PACE_TOLERANCE) * pace)
             path |= fits
-            joint |= fits & (grown == walls[i] + walls[j]).all(axis=1)
-    in_order = (np.diff(digit, axis=1) % DIGITS <= 2).all(axis=1)
-    return {name: x.reshape(count, -1) for name, x in (("joint", joint), ("digit", in_order), ("path", path))}
+            joint |= fits & among & (changed == (walls[i] + walls[j]) % 2).all(axis=1)
+    return {name: x.reshape(count, -1) for name, x in (("joint", joint), ("digit", among), ("path", path))}
 
 
-def diversity(seen: Observation) -> float:
-    """Mean distance between the judge's features of frames of different videos that show the same digit."""
+def shape_distances(seen: Observation) -> tuple[float, float]:
+    """Mean distances between the shapes of frames that show the same digit.
+
+    Returns:
+      The distance in different videos, and in the same video; NaN where no digit is shown twice.
+    """
     every = -(-seen.digit.shape[1] // _FRAMES_COMPARED)
-    digit, still = seen.digit[:, ::every], seen.still[:, ::every].astype(np.float64)
+    digit, shape = seen.digit[:, ::every], seen.shape[:, ::every].astype(np.float64)
     video = np.broadcast_to(np.arange(len(digit))[:, None], digit.shape)
-    distances = []
+    sums, counts = np.zeros(2), np.zeros(2)
     for value in range(DIGITS):
-        points, owner = still[digit == value], video[digit == value]
+        points, owner = shape[digit == value], video[digit == value]
         squares = (points**2).sum(axis=1)
         distance = np.sqrt(np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0))
-        distances.append(distance[owner[:, None] != owner])
-    joined = np.concatenate(distances)
-    return float(joined.mean()) if joined.size else float("nan")
+        same = owner[:, None] == owner
+        sums += distance[~same].sum(), distance[same].sum()
+        counts += (~same).sum(), same.sum() - len(points)
+    between, within = np.where(counts, sums / np.maximum(counts, 1), np.nan).tolist()
+    return between, within
 
 
 def jump(center: np.ndarray, chunk_starts: Sequence[int]) -> float:
@@ -205,24 +237,24 @@ def jump(center: np.ndarray, chunk_starts: Sequence[int]) -> float:
         return float("nan")
     now, before, earlier = (center[:, starts - back] for back in range(3))
     seen = np.isfinite(now + before + earlier).all(axis=-1)  # no empty frame
-    expected, _ = counting_digits.bounce(2 * before[seen] - earlier[seen])
+    expected, _ = bouncing_digits.bounce(2 * before[seen] - earlier[seen])
     return float(np.median(np.linalg.norm(now[seen] - expected, axis=-1))) if seen.any() else float("nan")
 
 
 def reference(videos: np.ndarray, judge: Judge) -> Reference:
     """Computes the values of real clips, uint8 [N, F, 24, 24, 1], that models are compared with."""
-    spread = diversity(observe(videos, judge))
+    spread, _ = shape_distances(observe(videos, judge))
     return Reference(judge(videos).features, spread, float(videos.mean()), metrics.motion(videos))
 
 
 def measure(
-    videos: np.ndarray, speed: np.ndarray, judge: Judge, real: Reference, chunk_starts: Sequence[int] = (0,)
+    videos: np.ndarray, targets: Targets, judge: Judge, real: Reference, chunk_starts: Sequence[int] = (0,)
 ) -> Figures:
     """Computes all metrics.
 
     Args:
       videos: uint8 [N, F, 24, 24, 1].
-      speed: The prompts' speeds, [N].
+      targets: The prompts' targets.
       judge: The judge.
       real: The reference, from clips of the same length.
       chunk_starts: First frames of the chunks in which the videos were generated.
@@ -234,7 +266,8 @@ def measure(
       ValueError: The videos are too short.
     """
     seen, parts = observe(videos, judge), metrics.quarters(videos.shape[1])
-    right, features = correctness(seen, speed), judge(videos).features
+    right, features = correctness(seen, targets), judge(videos).features
+    between, within = shape_distances(seen)
     return Figures(
         frames=videos.shape[1],
         samples=len(videos),
@@ -246,7 +279,8 @@ def measure(
             for _, part in parts
         ),
         border_jump=jump(seen.center, chunk_starts[1:]),
-        diversity=diversity(seen) / real.spread,
+        diversity=between / real.spread,
+        forgetting=within / between if between else float("nan"),
         brightness=float(videos.mean()) / real.brightness,
         motion=metrics.motion(videos) / real.motion,
     )
@@ -255,7 +289,7 @@ def measure(
 def measure_behind_real(
     videos: np.ndarray,
     clips: np.ndarray,
-    speed: np.ndarray,
+    targets: Targets,
     judge: Judge,
     real: Reference,
     chunk_starts: Sequence[int],
@@ -265,7 +299,7 @@ def measure_behind_real(
     Args:
       videos: uint8 [N, F, 24, 24, 1], generated.
       clips: uint8 [N, F, 24, 24, 1], the real clips that each chunk was conditioned on.
-      speed: The prompts' speeds, [N].
+      targets: The prompts' targets.
       judge: The judge.
       real: The reference, from other real clips of the same length.
       chunk_starts: First frames of the chunks.
@@ -273,7 +307,7 @@ def measure_behind_real(
     Returns:
       The metrics. Those of windows leave out the chunks with fewer than WINDOW - 1 frames before them.
     """
-    figures = measure(videos, speed, judge, real, chunk_starts)
+    figures = measure(videos, targets, judge, real, chunk_starts)
     own, given = observe(videos, judge), observe(clips, judge)
     right, jumps = [], []
     for start, end in zip(chunk_starts, [*chunk_starts[1:], videos.shape[1]], strict=True):
@@ -282,9 +316,9 @@ def measure_behind_real(
             continue
         joined = [
             np.concatenate([getattr(given, name)[:, first:start], getattr(own, name)[:, start:end]], axis=1)
-            for name in ("digit", "center", "still")
+            for name in ("digit", "center", "shape")
         ]
-        right.append(correctness(Observation(*joined), speed))
+        right.append(correctness(Observation(*joined), targets))
         jumps.append(jump(joined[1], [WINDOW - 1]))
     merged = {name: np.concatenate([r[name] for r in right], axis=1) for name in right[0]}
     return dataclasses.replace(
