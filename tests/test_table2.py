@@ -17,19 +17,45 @@ def result(row, seed, frames=36, control=False, joint=0.9):
     return about | where | {"figures": figures}
 
 
-RUNS = [(row, chunk) for row in (*table2.ROWS, *table2.ABLATIONS) for chunk in row.chunks]
+ALL_ROWS = (*table2.ROWS, *table2.ABLATIONS, *table2.BOUNCING_ROWS)
+RUNS = [(row, chunk) for row in ALL_ROWS for chunk in row.chunks]
 
 
-@pytest.mark.parametrize("row, chunk", RUNS, ids=[f"{row.name}-{chunk}" for row, chunk in RUNS])
+@pytest.mark.parametrize("row, chunk", RUNS, ids=[f"{row.world}-{row.name}-{chunk}" for row, chunk in RUNS])
 def test_every_row_is_a_run(row, chunk, monkeypatch):
     monkeypatch.setattr(table2, "start_of", lambda row, seed, chunk: "start")
+    monkeypatch.setattr(table2, "teacher_of", lambda row: "teacher of the world")
     config = table2.configured(row, 7, chunk)
+    assert config.data.world == row.world
+    weights = config.teacher_weights if row.few_step else config.init_weights
+    assert weights == ("shipped" if row.world == "moving" else "teacher of the world")
     assert config.seed == 7 and config.rollout.chunk == chunk
     if row.few_step:
         assert config.optimizer.lr == row.rate_of(chunk) and config.init_weights == "start"
         assert config.steps == row.updates * config.generator_every
     tuned = table2.configured(row, 7, chunk, 3e-5)
     assert not row.few_step or tuned.optimizer.lr == 3e-5
+
+
+def test_the_second_world_has_its_own_teacher_start_and_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(table2, "RUNS", tmp_path)
+    trained = []
+
+    def train(config, folder):
+        trained.append((config.stage, config.data.world, config.teacher_weights))
+        folder.mkdir(parents=True)
+        path = folder / ("teacher.safetensors" if config.stage == "teacher" else "student.safetensors")
+        path.touch()
+        return path
+
+    monkeypatch.setattr(table2.loop, "train", train)
+    rows = {row.name: row for row in table2.BOUNCING_ROWS}
+    assert {"many-step TF", "TF+DMD", "DF+DMD", "SF+DMD", "SF+DMD, write"} <= set(rows)
+    for _ in range(2):  # the second time, all is there
+        start = table2.start_of(rows["SF+DMD"], 0, 1)
+    teacher = tmp_path / "bouncing" / "teacher" / "teacher.safetensors"
+    assert start == tmp_path / "bouncing" / "start-init-chunk1" / "student.safetensors"
+    assert trained == [("teacher", "bouncing", None), ("init", "bouncing", str(teacher))]
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
@@ -112,6 +138,7 @@ def test_the_report_has_means_and_intervals(tmp_path):
 def test_bad_arguments_are_refused(capsys):
     for arguments, message in (
         (["--rows=SF+XYZ"], "--rows has SF+XYZ"),
+        (["--world=bouncing", "--ablations"], "--world=bouncing has neither --ablations nor --quick"),
         (["--quick", "--ablations"], "--quick has rows, seed and length of its own"),
     ):
         with pytest.raises(SystemExit):
