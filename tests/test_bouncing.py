@@ -120,7 +120,7 @@ def test_real_clips_are_lawful_and_others_are_not(clips):
     best = figures(real)
     assert best.joint > 0.9 and best.digit > 0.9 and best.path > 0.99 and best.border_jump < 0.2
     assert 0.8 < best.diversity < 1.2 and 0.9 < best.brightness < 1.1 and best.forgetting < 0.3
-    assert figures(np.repeat(real[:, :1], 24, axis=1)).joint < 0.05  # it stands still
+    assert figures(np.repeat(real[:, :1], 24, axis=1)).joint < 0.1  # it stands still
     assert figures(np.roll(real, 1, axis=0)).digit < 0.3  # another prompt
     assert figures(np.zeros_like(real)).path == 0
     shuffled = figures(real[:, np.random.default_rng(0).permutation(24)])

@@ -19,7 +19,7 @@ from sf_jax.evaluation.judge import DIGITS, Judge
 from sf_jax.evaluation.judge import WINDOW as STILL
 
 WINDOW = 6
-TOLERANCE = 0.5  # pixels, along each axis
+TOLERANCE = 0.75  # pixels, along each axis
 PACE_TOLERANCE = 0.25  # of the prompt's pace
 _INK = 32  # darker pixels are background: a codec's noise would pull the center to the canvas' middle
 # Of the paths that are tried along an axis: every 0.25 pixels, every 0.1 pixels per frame.
