@@ -4,6 +4,7 @@
   python -m benchmarks.table2 --quick          # three rows, one seed, one length
   python -m benchmarks.table2 --rows="SF+DMD;TF+DMD" --seeds=0,1 --chunks=3
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
+  python -m benchmarks.table2 --world=bouncing # the harder world of sf_jax/data/bouncing_digits.py
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 Ablations are measured at 4 times the training length, with and without the controls; what the gradient into the cache
@@ -19,7 +20,9 @@ continues alone: it separates errors that add up from those of a first chunk wit
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
 starts are there. The start is one and the same for all seeds: intervals leave its own variation out. Without
-runs/table2 the start is trained anew, so new lines have its digest.
+runs/table2 the start is trained anew, so new lines have its digest. The second world has a teacher of its own, which
+is trained first, its runs in runs/table2/bouncing and its results in docs/results/bouncing.jsonl; its rows are run
+frame by frame.
 """
 
 import argparse
@@ -43,6 +46,7 @@ from sf_jax import compilation
 from sf_jax.config import TrainConfig, from_dict
 from sf_jax.evaluation import bouncing, metrics
 from sf_jax.inference.load import load_pipeline
+from sf_jax.options import WORLDS
 from sf_jax.training import loop
 
 RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/results/ablations.jsonl")
@@ -51,6 +55,7 @@ RUNS = Path("runs/table2")
 LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
 CONTROLS = (False, True, "first")  # its own video alone, real frames behind every chunk, a real first chunk
+REAL = "real clips"
 TUNING_SEEDS = (100,)
 RATES = (3e-5, 1e-4, 3e-4)
 # What the search tries next if the best rate is the lowest or highest that it has.
@@ -121,23 +126,18 @@ ROWS = (
     Row("SF+GAN", "gan", rate=1e-4),
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
-# Rates of the same search, chunks of 3 and of 1.
-_BOUNCING_RATES: dict[str, tuple[float | None, float | None]] = {
-    "TF+DMD": (None, 3e-4),
-    "DF+DMD": (None, 3e-4),
-    "SF+DMD": (None, 3e-4),
-    "SF+DMD, write": (None, 3e-4),
-}
+# The second world: frame-wise, each at the rate of its own search.
+BOUNCING_RATES = {"TF+DMD": 3e-4, "DF+DMD": 3e-4, "SF+DMD": 3e-4, "SF+DMD, write": 3e-4}
+BOUNCING_TEACHERS = (  # one after the other, from the shipped one
+    {"steps": 3000, "seed": 0, "lr": 6e-3, "decay": 0.997},
+    {"steps": 4000, "seed": 1, "lr": 6e-3, "decay": 0.998},
+)
 BOUNCING_ROWS = tuple(
-    dataclasses.replace(row, world="bouncing", rate=rates[0], framewise_rate=rates[1], chunks=(1,))
+    dataclasses.replace(row, world="bouncing", rate=BOUNCING_RATES.get(row.name), framewise_rate=None, chunks=(1,))
     for row in ROWS
-    for rates in [_BOUNCING_RATES.get(row.name, (None, None))]
-    if row.name in _BOUNCING_RATES or not row.few_step
+    if row.name in BOUNCING_RATES or not row.few_step
 )
 QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
-WEIGHTS = ("teacher_weights", "init_weights")
-BOUNCING_TEACHER = {"steps": 3000, "init_weights": "shipped"}
-BOUNCING_GUIDANCE = 2.5
 _SHIFTED = digits.VARIANTS["distill"]()["score"] | {"time_shift": 3.0}
 _NOISY = digits.VARIANTS["distill"]()["rollout"] | {"context": "noisy"}
 _GIVEN = digits.VARIANTS["distill"]()["rollout"] | {"first_frame_alone": True}
@@ -169,24 +169,27 @@ ABLATIONS = (
 def variant_of(row: Row, name: str) -> dict:
     """A variant of configs/digits.py in the row's world."""
     values = digits.VARIANTS[name]()
-    if row.world == "bouncing":
+    if row.world != "moving":
         values["data"] = values["data"] | {"world": row.world}
-        values |= {key: str(teacher_of(row)) for key in WEIGHTS if values.get(key) == "shipped"}
-        values["score"] = values["score"] | {"guidance": BOUNCING_GUIDANCE}
-        if name == "init":
-            values["ode"] = values["ode"] | {"guidance": BOUNCING_GUIDANCE}
+        shipped = [key for key in ("teacher_weights", "init_weights") if values.get(key) == "shipped"]
+        values |= dict.fromkeys(shipped, str(teacher_of(row))) if shipped else {}
     return values
 
 
 def teacher_of(row: Row) -> Path:
     """The teacher of a world that has no shipped one; trains it unless it is there."""
-    path = row.runs / "teacher" / "teacher.safetensors"
-    if not path.exists():
-        values = digits.VARIANTS["teacher"]()
-        values |= BOUNCING_TEACHER | {"data": values["data"] | {"world": row.world}}
-        values["optimizer"], values["ema"] = values["optimizer"] | {"lr": 6e-3}, values["ema"] | {"decay": 0.997}
-        loop.train(from_dict(values), path.parent)
-    return path
+    weights = "shipped"
+    for number, settings in enumerate(BOUNCING_TEACHERS, 1):
+        path = row.runs / f"teacher{number}" / "teacher.safetensors"
+        if not path.exists():
+            values = digits.VARIANTS["teacher"]()
+            values |= {"init_weights": str(weights), "steps": settings["steps"], "seed": settings["seed"]}
+            values["data"] = values["data"] | {"world": row.world}
+            values["optimizer"] = values["optimizer"] | {"lr": settings["lr"]}
+            values["ema"] = values["ema"] | {"decay": settings["decay"]}
+            loop.train(from_dict(values), path.parent)
+        weights = path
+    return weights
 
 
 def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
@@ -209,16 +212,20 @@ def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> Tr
 def start_of(row: Row, seed: int, chunk: int) -> Path:
     """The weights that a few-step row starts from; trains them unless they are there."""
     if row.start == "TF+DMD":
-        return weights_of(next(r for r in ROWS if r.name == "TF+DMD"), seed, chunk)
+        return weights_of(_row_of(row.world, "TF+DMD"), seed, chunk)
     path = row.runs / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
     if not path.exists():
         values = variant_of(row, row.start)
         values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
-            values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))
+            values["teacher_weights"] = str(weights_of(_row_of(row.world, "many-step TF"), 0, chunk))
             values["consistency"] = values["consistency"] | {"guidance": 2.0, "later_guidance": 1.5}  # of 1000 steps
         loop.train(from_dict(values), path.parent)
     return path
+
+
+def _row_of(world: str, name: str) -> Row:
+    return next(row for row in (*ROWS, *BOUNCING_ROWS) if (row.world, row.name) == (world, name))
 
 
 def start_digest(row: Row, seed: int, chunk: int) -> str:
@@ -300,11 +307,12 @@ def run_row(row: Row, seed: int, chunk: int, lengths: list[tuple], measure: Meas
 
 
 def run_real(chunk: int, lengths: list[tuple], measure: Measure, results: Path) -> None:
-    """Measures real clips as if a row had made them: the most that a row can reach."""
-    for frames, control in lengths:
-        about = {"row": "real clips", "chunk": chunk, "seed": 0, "frames": frames, "control": control}
+    """Measures real clips as if a row had made them, which is the most that one can reach; unless that is done."""
+    done = {(result["chunk"], result.get("frames")) for result in read(results) if result["row"] == REAL}
+    for frames in (frames for frames, control in lengths if not control and (chunk, frames) not in done):
+        about = {"row": REAL, "chunk": chunk, "seed": 0, "frames": frames, "control": False}
         where = {"rate": None, "updates": None, "commit": commit(), "jax": jax.__version__}
-        figures = measure.real(frames)
+        figures = measure.real(frames, chunk)
         write(results, about | where | {"python": platform.python_version(), "figures": figures_of(figures)})
 
 
@@ -353,7 +361,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
     parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
-    parser.add_argument("--world", default="moving", choices=("moving", "bouncing"), help="which digits")
+    parser.add_argument("--world", default="moving", choices=WORLDS, help="which digits")
     parser.add_argument("--ablations", action="store_true", help="rows that change one thing of SF+DMD each")
     args = parser.parse_args(arguments)
     compilation.keep_compiled()
@@ -369,6 +377,9 @@ def main(arguments: list[str]) -> None:
             parser.error(f"--rows has {', '.join(unknown)}: rows are {'; '.join(known)}")
         rows = [row for row in rows if row.name in names]
     seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
+    idle = set(chunks) - {chunk for row in rows for chunk in row.chunks}
+    if idle and args.chunks != parser.get_default("chunks"):
+        parser.error(f"--chunks has {', '.join(map(str, sorted(idle)))}: no row is run with it")
     lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, control) for control in CONTROLS[1:]]
     if args.ablations:
         lengths = [(CONTROL_LENGTH, control) for control in CONTROLS]
@@ -386,9 +397,8 @@ def main(arguments: list[str]) -> None:
             if args.tune and row.few_step:
                 tune(row, seed, chunk, measure, results)
             elif not args.tune:
-                have_real = any(result["row"] == "real clips" and result["chunk"] == chunk for result in read(results))
-                if args.world == "bouncing" and not have_real:
-                    run_real(chunk, [length for length in lengths if not length[1]], measure, results)
+                if args.world == "bouncing":
+                    run_real(chunk, lengths, measure, results)
                 run_row(row, seed, chunk, left, measure, results)
                 report.write(read(results), results.with_suffix(".md"))
     for path in report.write(read(results), results.with_suffix(".md")):

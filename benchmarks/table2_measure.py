@@ -58,10 +58,10 @@ class Measure:
                 self.references[frames] = metrics.reference(real, self.targets, self.judge)
         return self.references[frames]
 
-    def real(self, frames: int) -> bouncing.Figures:
-        """Figures of real clips of bouncing digits, by a reference of others."""
-        reference = self.reference(frames)
-        return bouncing.measure(self.context[frames], self.targets, self.judge, reference)
+    def real(self, frames: int, chunk: int) -> metrics.Figures | bouncing.Figures:
+        """Figures of real clips, by a reference of others."""
+        figures = (self.targets, self.judge, self.reference(frames), range(0, frames, chunk))
+        return (bouncing if self.world == "bouncing" else metrics).measure(self.context[frames], *figures)
 
     def __call__(
         self, pipe: VideoPipeline, frames: int, seed: int, control: bool | str = False

@@ -25,6 +25,7 @@ COLUMNS = {
 }
 BOUNCING_COLUMNS = {
     "joint": "lawful",
+    "turns": "at walls",
     "digit": "right digits",
     "path": "path",
     "border_jump": "border jump",
@@ -40,11 +41,12 @@ TITLES = {
     "bouncing": "Table 2 on digits that bounce",
 }
 _BOUNCING = (
-    "",
     "The world is `sf_jax/data/bouncing_digits.py`: two digits take turns, and change at every wall they bounce off.",
-    "'Lawful' is the share of windows of six frames in which the right digits move straight at the prompt's pace and",
-    "change exactly at walls; 'right digits' and 'path' are the shares that obey one of these laws. 'Forgetting' is",
-    "small if a digit keeps its shape while the other one is shown (`sf_jax/evaluation/bouncing.py`).",
+    "'Lawful' is the share of windows of six frames in which the prompt's digits move straight at its pace and change",
+    "where they meet walls; 'at walls' is the same share of the windows in which they meet one. 'Right digits' are",
+    "windows with no other digit, 'path' those that move as they should, whatever the digits. 'Forgetting' is about",
+    "0.2 if a digit comes back in the shape that it had and 1 if in any (`sf_jax/evaluation/bouncing.py`).",
+    "",
 )
 OPTIONS = {"table2": "", "ablations": " --ablations", "bouncing": " --world=bouncing"}
 
@@ -120,8 +122,9 @@ def draw(results: list[dict], path: Path, share: str) -> None:
                 curves = np.array([r["figures"]["joint_per_frame"] for r in rows])
                 first = frames - curves.shape[1]  # the frame that the first window ends with
                 # a running mean over six windows: two chunks, so that the borders' period does not hide the drift
-                curves = np.array([np.convolve(curve, np.ones(6) / 6, "valid") for curve in curves])
-                places = np.arange(curves.shape[1]) + first + 2.5
+                width = min(6, curves.shape[1])
+                curves = np.array([np.convolve(curve, np.ones(width) / width, "valid") for curve in curves])
+                places = np.arange(curves.shape[1]) + first + (width - 1) / 2
                 stats = np.array([interval(list(column)) for column in curves.T])
                 (line,) = ax.plot(places, stats[:, 0], label=f"{name} ({len(rows)})", color=colors[name])
                 low, high = (stats[:, 0] + sign * np.nan_to_num(stats[:, 1]) for sign in (-1, 1))
@@ -153,7 +156,6 @@ def write(results: list[dict], page: Path) -> list[Path]:
         "over 6 windows. Behind real frames, windows across a border are judged with the real frames before it.",
         "",
         *(_BOUNCING if bouncing else ()),
-        "",
         f"![Drift curves]({picture.name})",
         "",
     ]

@@ -78,9 +78,16 @@ def evaluate(
       The report and the paths written.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or a model shows other digits than moving ones.
     """
     check_amounts(frames, train_frames, num_samples, batch_size)
+    for name, pipe in pipes.items():
+        world = getattr(pipe, "world", None) or "moving"
+        if world != "moving":
+            raise ValueError(
+                f"checkpoint: {name} shows {world} digits, allowed: networks of moving digits "
+                f"(`python -m benchmarks.table2 --world={world}` measures others)"
+            )
     out, judge = files.check_writable(out), judging.load()
     files.remove_leftovers(out)
     prompts, kinds, targets = metrics.choose_prompts(num_samples)

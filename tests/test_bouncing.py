@@ -7,13 +7,14 @@ import pytest
 
 from benchmarks import table2, table2_measure
 from configs import digits
+from sf_jax import evaluate, options
 from sf_jax.config import from_dict
 from sf_jax.data import bouncing_digits, moving_digits
 from sf_jax.evaluation import bouncing, judge
 from sf_jax.inference.load import load_pipeline
 from sf_jax.models.text import WordEmbedding
 from sf_jax.training import loop, stages
-from sf_jax.weights.package import save_package
+from sf_jax.weights.package import load_package, save_package
 from tests.helpers import random_params
 
 SMALL = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "channels": 8, "text_dim": 64, "text_len": 10}
@@ -139,14 +140,15 @@ def test_digits_that_ignore_walls_or_change_their_shape(plan):
         for changes in (
             {},
             {"scan": np.repeat(plan.scan[:, :1], 40, axis=1)},
-            {"scan": np.concatenate([plan.scan[:, :2], plan.scan[:, :-2]], axis=1)},
+            {"scan": np.concatenate([plan.scan[:, :1], plan.scan[:, :-1]], axis=1)},
             {"scan": other},
         )
     )
     assert own.joint > 0.9 and own.forgetting < 0.3
-    assert never.path > 0.99 and never.digit > 0.9 and never.joint < 0.7
-    assert late.path > 0.99 and late.digit > 0.9 and late.joint < 0.6
-    assert shapes.joint > 0.85 and shapes.forgetting > 0.9
+    assert own.turns > 0.9
+    assert never.path > 0.99 and never.digit > 0.9 and never.joint < 0.55 and never.turns < 0.3
+    assert late.path > 0.99 and late.digit > 0.9 and late.joint < 0.45 and late.turns < 0.25
+    assert shapes.joint > 0.8 and shapes.forgetting > 0.9
 
 
 def test_windows_behind_real_frames(clips):
@@ -159,10 +161,35 @@ def test_windows_behind_real_frames(clips):
     assert len(same.joint_per_frame) == 18  # the first two chunks have too few frames before them
 
 
-def test_short_videos_are_refused(clips):
-    targets, real, _ = clips
+def test_empty_frames_and_wandering_digits(plan):
+    # One frame of each video is empty: its windows are not lawful, and its borders do not count.
+    seen = bouncing.Observation(plan.digit, plan.center.copy(), np.zeros((180, 40, 1)))
+    seen.center[:, 20] = np.nan
+    targets = bouncing.Targets(plan.pair, plan.speed)
+    joint = bouncing.correctness(seen, targets)["joint"]
+    assert not joint[:, 15:21].any() and joint[:, :15].mean() > 0.95 and joint[:, 21:].mean() > 0.95
+    assert bouncing.jumps(seen.center, [20, 21, 22]).size == 0 and bouncing.jumps(seen.center, [1, 10]).shape == (180,)
+    noise = np.random.default_rng(0).normal(size=plan.center.shape)
+    shares = [
+        bouncing.correctness(dataclasses.replace(seen, center=plan.center + size * noise), targets)["joint"].mean()
+        for size in (0.2, 0.6)
+    ]
+    assert shares[0] > 0.9 and shares[1] < 0.5
+
+
+def test_what_does_not_fit_is_refused(clips):
+    targets, real, reference = clips
+    seen = bouncing.observe(real[:, :12], judge.load())
     with pytest.raises(ValueError, match="videos: got 5 frames, allowed: 6 or more"):
-        bouncing.correctness(bouncing.observe(real[:, :5], judge.load()), targets)
+        bouncing.correctness(bouncing.Observation(seen.digit[:, :5], seen.center[:, :5], seen.shape[:, :5]), targets)
+    with pytest.raises(ValueError, match="videos: got 63, allowed: 64, one for each target"):
+        bouncing.correctness(bouncing.Observation(seen.digit[1:], seen.center[1:], seen.shape[1:]), targets)
+    with pytest.raises(ValueError, match="videos: got 12 frames, allowed: 24 as in the reference"):
+        bouncing.measure(real[:, :12], targets, judge.load(), reference)
+    with pytest.raises(ValueError, match="videos: got 3 windows of 6 frames, allowed: 4 or more"):
+        bouncing.measure(real[:, :8], targets, judge.load(), reference)
+    with pytest.raises(ValueError, match="num_samples: got 3, allowed: 4 or more"):
+        bouncing.choose_prompts(3)
 
 
 # Training and generation.
@@ -181,6 +208,16 @@ def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
     save_package(path, stages.package_of(config, random_params(config.model)))
     return path
+
+
+def test_other_commands_know_the_world(teacher, tmp_path):
+    assert load_package(teacher).world == load_pipeline(teacher).world == "bouncing"
+    assert load_pipeline().world == "moving"
+    with pytest.raises(ValueError, match="checkpoint: mine shows bouncing digits, allowed: networks of moving digits"):
+        evaluate.evaluate({"mine": load_pipeline(teacher)}, tmp_path)
+    with pytest.raises(ValueError, match="teacher_weights is 'shipped': that teacher does not know data.world"):
+        config_of("distill")
+    assert set(options.WORLDS) == set(moving_digits.WORLDS)
 
 
 @pytest.mark.slow

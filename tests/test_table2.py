@@ -42,7 +42,7 @@ def test_the_second_world_has_its_own_teacher_start_and_runs(monkeypatch, tmp_pa
     trained = []
 
     def train(config, folder):
-        trained.append((config.stage, config.data.world, config.teacher_weights))
+        trained.append((config.stage, config.data.world, config.init_weights, config.teacher_weights))
         folder.mkdir(parents=True)
         path = folder / ("teacher.safetensors" if config.stage == "teacher" else "student.safetensors")
         path.touch()
@@ -53,9 +53,29 @@ def test_the_second_world_has_its_own_teacher_start_and_runs(monkeypatch, tmp_pa
     assert {"many-step TF", "TF+DMD", "DF+DMD", "SF+DMD", "SF+DMD, write"} <= set(rows)
     for _ in range(2):  # the second time, all is there
         start = table2.start_of(rows["SF+DMD"], 0, 1)
-    teacher = tmp_path / "bouncing" / "teacher" / "teacher.safetensors"
-    assert start == tmp_path / "bouncing" / "start-init-chunk1" / "student.safetensors"
-    assert trained == [("teacher", "bouncing", None), ("init", "bouncing", str(teacher))]
+    folder = tmp_path / "bouncing"
+    first, second = (str(folder / f"teacher{i}" / "teacher.safetensors") for i in (1, 2))
+    assert start == folder / "start-init-chunk1" / "student.safetensors"
+    assert trained == [
+        ("teacher", "bouncing", "shipped", None),
+        ("teacher", "bouncing", first, None),
+        ("init", "bouncing", None, second),
+    ]
+
+
+def test_real_clips_are_measured_once_for_each_length(monkeypatch, tmp_path):
+    monkeypatch.setattr(table2, "figures_of", lambda figures: figures)
+    path, measured = tmp_path / "results.jsonl", []
+
+    def real(frames, chunk):
+        measured.append((frames, chunk))
+        return {"joint": 0.9}
+
+    measure = types.SimpleNamespace(real=real)
+    lengths = [(9, False), (36, False), (36, True)]
+    for part in (lengths[:1], lengths, lengths):  # the first one was cut short
+        table2.run_real(1, part, measure, path)
+    assert measured == [(9, 1), (36, 1)]
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
@@ -135,9 +155,21 @@ def test_the_report_has_means_and_intervals(tmp_path):
     assert table2_report.write([], tmp_path / "none.md") == []
 
 
+def test_the_page_of_the_second_world(tmp_path):
+    row = next(row for row in table2.BOUNCING_ROWS if row.name == "SF+DMD")
+    figures = {name: 0.5 for name in table2_report.BOUNCING_COLUMNS if name != "frechet"}
+    figures |= {"frechet_per_quarter": [1.0] * 4, "joint_per_frame": [0.5] * 4}
+    results = [result(row, seed, 9) | {"chunk": 1, "figures": figures} for seed in range(2)]
+    page, _ = table2_report.write(results, tmp_path / "bouncing.md")
+    text = page.read_text()
+    assert "# Table 2 on digits that bounce" in text and "--world=bouncing --report" in text and "| at walls |" in text
+    assert "\n\n\n" not in text
+
+
 def test_bad_arguments_are_refused(capsys):
     for arguments, message in (
         (["--rows=SF+XYZ"], "--rows has SF+XYZ"),
+        (["--world=bouncing", "--chunks=3"], "--chunks has 3: no row is run with it"),
         (["--world=bouncing", "--ablations"], "--world=bouncing has neither --ablations nor --quick"),
         (["--quick", "--ablations"], "--quick has rows, seed and length of its own"),
     ):

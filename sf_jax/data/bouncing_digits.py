@@ -4,7 +4,7 @@ A caption names the two digits and how fast they move. It says neither which of 
 only the frames so far say that, so a model has to remember it, and the shape of the one that is away, too.
 
 The digit's center (of brightness) moves in a straight line at a constant pace between the walls, and its direction is
-mirrored there.
+mirrored there. Two walls that it meets between two frames, in a corner, leave its turn as it is.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ SPEEDS = digits.SPEEDS
 PACES = (0.75, 1.5)  # pixels per frame
 PACE_JITTER = 0.1
 SPEED_OMITTED = digits.SPEED_OMITTED
-REPEAT_LAGS = (9, 400)  # frames after which no clip is in the state of an earlier frame
-REPEAT_DISTANCE = 0.25  # pixels
+REPEAT_LAGS = (9, 400)  # so many frames later, no clip has the place and direction of an earlier frame again
+REPEAT_DISTANCE = 0.25  # pixels along the path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Clips:
     Attributes:
       scan: Index of each frame's scan among all of `moving_digits.load_scans`, int64 [N, F].
       digit: Each frame's digit, int64 [N, F].
-      center: The digit's center of brightness (row, column), in pixels from the first one's, float64 [N, F, 2].
+      center: The digit's center of brightness (row, column) in pixels; (0, 0) is the center of the top left pixel,
+        float64 [N, F, 2].
       velocity: In the first frame, pixels per frame (row, column), float64 [N, 2].
       pair: Index into PAIRS, int64 [N].
       speed: Index into SPEEDS, whether or not the caption mentions it, int64 [N].
@@ -78,8 +79,8 @@ def bounce(free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       free: Positions along one axis as if there were no walls, any shape.
 
     Returns:
-      The position between WALLS, and the number (with its sign) of the room among mirrored ones that the free position
-      is in. Two positions on a path have as many walls between them as their rooms are apart.
+      The position between WALLS, and the index of the mirrored copy of the room that holds the free position; it may
+      be negative. Two positions on a path have as many walls between them as their rooms are apart.
     """
     low, high = WALLS
     room = np.floor((free - low) / (high - low))
@@ -88,7 +89,7 @@ def bounce(free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearly_repeats(velocity: np.ndarray) -> np.ndarray:
-    """Returns which motions come back to an earlier state, place and direction, in REPEAT_LAGS; [N, 2] -> bool [N]."""
+    """Returns which motions come back to a place and direction after REPEAT_LAGS frames; [N, 2] -> bool [N]."""
     lags = np.arange(REPEAT_LAGS[0], REPEAT_LAGS[1] + 1)
     period = 2 * (WALLS[1] - WALLS[0])  # as long as the way there and back
     moved = velocity[:, None, :] * lags[None, :, None]
@@ -104,12 +105,13 @@ def sample_motion(rng: np.random.Generator, speed: np.ndarray) -> np.ndarray:
         heading = rng.uniform(0, 2 * np.pi, left.size)
         pace = np.asarray(PACES)[speed[left]] * rng.uniform(1 - PACE_JITTER, 1 + PACE_JITTER, left.size)
         velocity[left] = pace[:, None] * np.stack([np.sin(heading), np.cos(heading)], axis=-1)
-        left = left[nearly_repeats(velocity[left])]
+        parts = np.array_split(left, -(-left.size // 1000))
+        left = np.concatenate([part[nearly_repeats(velocity[part])] for part in parts])
     return velocity
 
 
 def plan_clips(split: str, num_clips: int, num_frames: int, *, seed: int = digits.SEED) -> Clips:
-    """Draws the clips of a split, with pairs and speeds in equal shares.
+    """Draws the clips of a split; in multiples of 90, pairs and speeds have equal shares.
 
     Args:
       split: One of moving_digits.SPLITS; its scans are those of the moving digits.
@@ -142,9 +144,9 @@ def plan_clips(split: str, num_clips: int, num_frames: int, *, seed: int = digit
     return Clips(scan, digit, center, velocity, pair, speed, told)
 
 
-def render(clips: Clips) -> np.ndarray:
-    """Draws clips, uint8 [N, F, CANVAS, CANVAS, 1]."""
-    scans, _ = digits.load_scans()
+def render(clips: Clips, scans: np.ndarray | None = None) -> np.ndarray:
+    """Draws clips, uint8 [N, F, CANVAS, CANVAS, 1]; `scans` are those of `moving_digits.load_scans`."""
+    scans = digits.load_scans()[0] if scans is None else scans
     corner = clips.center - centers(scans)[clips.scan]
     frames = digits.render(scans[clips.scan.reshape(-1)], corner.reshape(-1, 1, 2))
     return frames.reshape(*clips.scan.shape, *frames.shape[2:])
@@ -173,13 +175,13 @@ def generate(clips: Clips, part: int = 250) -> Iterator[dict[str, Any]]:
       part: Number of clips that are drawn at a time.
 
     Yields:
-      For each clip: video uint8 [F, CANVAS, CANVAS, 1], caption str; digit and direction of its first frame, and speed,
-      int.
+      For each clip: video uint8 [F, CANVAS, CANVAS, 1], caption str, and digit, direction (both in the first frame)
+      and speed, int.
     """
-    directions = direction_of(clips.velocity)
+    directions, scans = direction_of(clips.velocity), digits.load_scans()[0]
     for begin in range(0, len(clips), part):
         some = clips[begin : begin + part]
-        videos = render(some)
+        videos = render(some, scans)
         for i, text in enumerate(some.captions()):
             yield {
                 "video": videos[i],

@@ -272,7 +272,7 @@ def generate(clips: Clips, num_frames: int) -> Iterator[dict[str, Any]]:
 
 @dataclasses.dataclass(eq=False)
 class DigitsConfig(tfds.core.BuilderConfig):
-    """Size of the dataset.
+    """A variant of the dataset.
 
     Attributes:
       clips: For each split, the number of clips and of frames per clip.
@@ -305,7 +305,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits that move over a canvas that wraps round, with captions.",
+            description="Handwritten digits that move, with captions.",
             features=FEATURES,
             # The plan is already shuffled.
             disable_shuffling=True,
@@ -401,10 +401,15 @@ def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> Cli
     folder = _folder(data_dir, config)
     if not folder.exists():
         raise ValueError(
-            f"data_dir: got {data_dir}, which has no moving digits, allowed: a folder that "
-            "`python -m sf_jax.data.moving_digits --data_dir=...` has filled"
+            f"data_dir: got {data_dir}, which has no {config.world} digits, allowed: a folder that "
+            f"`python -m sf_jax.data.moving_digits --data_dir=...{_option(config)}` has filled"
         )
     return ClipSource(_open(folder, split))
+
+
+def _option(config: DigitsConfig) -> str:
+    """The option of the command line that selects a variant."""
+    return "" if config.world == "moving" else f" --world={config.world}"
 
 
 def _folder(data_dir: str | Path, config: DigitsConfig) -> Path:
@@ -444,14 +449,17 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="sf_jax.data.moving_digits", description=main.__doc__)
     parser.add_argument("--data_dir", help="build the clips in this folder")
+    parser.add_argument("--world", default="moving", choices=WORLDS, help="which clips to build")
     parser.add_argument("--fit_codec", help="fit the patch codec on training frames and write it to this file")
     parser.add_argument("--channels", type=int, default=8, help="channels of the codec")
     args = parser.parse_args()
     if not args.data_dir and not args.fit_codec:
         parser.error("give --data_dir or --fit_codec")
+    if args.world != "moving" and not args.data_dir:
+        parser.error(f"--world={args.world} has no effect without --data_dir: the codec is that of moving digits")
     with command.errors_in_one_line():
         if args.data_dir:
-            print(f"moving_digits: {build(args.data_dir)}")
+            print(f"moving_digits: {build(args.data_dir, WORLDS[args.world])}")
         if args.fit_codec:
             from sf_jax.models import patch_codec  # lazy, as only this option needs JAX
 

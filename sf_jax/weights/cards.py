@@ -253,9 +253,10 @@ class Card:
         if self.run is None:
             return ""
         data = _table_of(self.run.config, "data")
-        rows = {"dataset": "moving digits" if data.get("name") == "digits" else "prepared prompts and videos"}
+        world = data.get("world", "moving")
+        rows = {"dataset": f"{world} digits" if data.get("name") == "digits" else "prepared prompts and videos"}
         rows |= {"digest": f"`{self.run.digests['data.dir']}`"} if "data.dir" in self.run.digests else {}
-        counts = _counts(Path(str(data.get("dir"))))
+        counts = _counts(Path(str(data.get("dir"))), "full" if world == "moving" else str(world))
         rows |= {f"entries of `{name}` when this was written": count for name, count in counts.items()}
         return "## Data\n\n" + _table(rows)
 
@@ -278,10 +279,15 @@ class Card:
         return f"## License\n\n{weights} The code that wrote them, sf_jax: Apache-2.0.\n"
 
 
-def _counts(folder: Path) -> dict[str, int]:
-    """Number of training examples of each dataset in a data folder, from tfds's `dataset_info.json`."""
+def _counts(folder: Path, variant: str) -> dict[str, int]:
+    """Number of training examples of each dataset in a data folder, from tfds's `dataset_info.json`.
+
+    Args:
+      folder: the data folder.
+      variant: which of the variants of a dataset counts (`moving_digits.WORLDS`), for those that have some.
+    """
     counts = {}
-    paths = [*folder.glob("*/dataset_info.json"), *folder.glob("*/*/*/dataset_info.json")]
+    paths = [*folder.glob("*/dataset_info.json"), *folder.glob(f"*/{variant}/*/dataset_info.json")]
     for info in map(_json, sorted(paths)):
         for split in info["splits"] if isinstance(info.get("splits"), list) else []:
             lengths = split.get("shardLengths") if isinstance(split, dict) and split.get("name") == "train" else None
