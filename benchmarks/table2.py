@@ -4,7 +4,7 @@
   python -m benchmarks.table2 --quick          # three rows, one seed, one length
   python -m benchmarks.table2 --rows="SF+DMD;TF+DMD" --seeds=0,1 --chunks=3
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
-  python -m benchmarks.table2 --world=bouncing # the harder world of sf_jax/data/bouncing_digits.py
+  python -m benchmarks.table2 --captions=undirected    # a harder task: no prompt says where the digit goes
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 Ablations are measured at 4 times the training length, with and without the controls; what the gradient into the cache
@@ -20,9 +20,10 @@ continues alone: it separates errors that add up from those of a first chunk wit
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
 starts are there. The start is one and the same for all seeds: intervals leave its own variation out. Without
-runs/table2 the start is trained anew, so new lines have its digest. The second world has a teacher of its own, which
-is trained first, its runs in runs/table2/bouncing and its results in docs/results/bouncing.jsonl; its rows are run
-frame by frame.
+runs/table2 the start is trained anew, so new lines have its digest. With `--captions=undirected` a
+video has to keep the direction in which it began: its direction is right where it does. These rows are run frame by
+frame, have a teacher of their own, which is trained first, their runs in runs/table2/undirected, and their results in
+docs/results/undirected.jsonl.
 """
 
 import argparse
@@ -44,13 +45,13 @@ from benchmarks.table2_measure import Measure
 from configs import digits
 from sf_jax import compilation
 from sf_jax.config import TrainConfig, from_dict
-from sf_jax.evaluation import bouncing, metrics
+from sf_jax.evaluation import metrics
 from sf_jax.inference.load import load_pipeline
-from sf_jax.options import WORLDS
+from sf_jax.options import CAPTIONS
 from sf_jax.training import loop
 
 RESULTS, ABLATION_RESULTS = Path("docs/results/table2.jsonl"), Path("docs/results/ablations.jsonl")
-BOUNCING_RESULTS = Path("docs/results/bouncing.jsonl")
+UNDIRECTED_RESULTS = Path("docs/results/undirected.jsonl")
 RUNS = Path("runs/table2")
 LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
@@ -76,7 +77,7 @@ class Row:
       framewise_rate: learning rate frame-wise, where another one is best there.
       chunks: sizes of chunk with which it is run.
       run_updates: updates of the whole run, for the rows of a run that is measured several times.
-      world: which digits, as `data.world`.
+      captions: as `data.captions`.
     """
 
     name: str
@@ -88,12 +89,12 @@ class Row:
     framewise_rate: float | None = None
     chunks: tuple[int, ...] = (3, 1)
     run_updates: int | None = None
-    world: str = "moving"
+    captions: str = "full"
 
     @property
     def runs(self) -> Path:
-        """The folder of its world's runs."""
-        return RUNS if self.world == "moving" else RUNS / self.world
+        """The folder of the runs with its captions."""
+        return RUNS if self.captions == "full" else RUNS / self.captions
 
     def rate_of(self, chunk: int) -> float | None:
         """Learning rate with chunks of this size."""
@@ -126,16 +127,14 @@ ROWS = (
     Row("SF+GAN", "gan", rate=1e-4),
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
-# The second world: frame-wise, each at the rate of its own search.
-BOUNCING_RATES = {"TF+DMD": 3e-4, "DF+DMD": 3e-4, "SF+DMD": 3e-4, "SF+DMD, write": 3e-4}
-BOUNCING_TEACHERS = (  # one after the other, from the shipped one
-    {"steps": 3000, "seed": 0, "lr": 6e-3, "decay": 0.997},
-    {"steps": 4000, "seed": 1, "lr": 6e-3, "decay": 0.998},
-)
-BOUNCING_ROWS = tuple(
-    dataclasses.replace(row, world="bouncing", rate=BOUNCING_RATES.get(row.name), framewise_rate=None, chunks=(1,))
+# Frame by frame with captions that do not say where a digit goes, each at the rate of its own search.
+UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 1e-3, "SF+DMD": 3e-4, "SF+DMD, write": 1e-4}
+UNDIRECTED_ROWS = tuple(
+    dataclasses.replace(
+        row, captions="undirected", rate=UNDIRECTED_RATES.get(row.name), framewise_rate=None, chunks=(1,)
+    )
     for row in ROWS
-    if row.name in BOUNCING_RATES or not row.few_step
+    if row.name in UNDIRECTED_RATES or not row.few_step
 )
 QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
 _SHIFTED = digits.VARIANTS["distill"]()["score"] | {"time_shift": 3.0}
@@ -167,29 +166,24 @@ ABLATIONS = (
 
 
 def variant_of(row: Row, name: str) -> dict:
-    """A variant of configs/digits.py in the row's world."""
+    """A variant of configs/digits.py with the row's captions."""
     values = digits.VARIANTS[name]()
-    if row.world != "moving":
-        values["data"] = values["data"] | {"world": row.world}
+    if row.captions != "full":
+        values["data"] = values["data"] | {"captions": row.captions}
         shipped = [key for key in ("teacher_weights", "init_weights") if values.get(key) == "shipped"]
         values |= dict.fromkeys(shipped, str(teacher_of(row))) if shipped else {}
     return values
 
 
 def teacher_of(row: Row) -> Path:
-    """The teacher of a world that has no shipped one; trains it unless it is there."""
-    weights = "shipped"
-    for number, settings in enumerate(BOUNCING_TEACHERS, 1):
-        path = row.runs / f"teacher{number}" / "teacher.safetensors"
-        if not path.exists():
-            values = digits.VARIANTS["teacher"]()
-            values |= {"init_weights": str(weights), "steps": settings["steps"], "seed": settings["seed"]}
-            values["data"] = values["data"] | {"world": row.world}
-            values["optimizer"] = values["optimizer"] | {"lr": settings["lr"]}
-            values["ema"] = values["ema"] | {"decay": settings["decay"]}
-            loop.train(from_dict(values), path.parent)
-        weights = path
-    return weights
+    """The shipped teacher after some training on other captions, unless that is there."""
+    path = row.runs / "teacher" / "teacher.safetensors"
+    if not path.exists():
+        values = digits.VARIANTS["teacher"]() | {"init_weights": "shipped", "steps": 1500}
+        values["data"] = values["data"] | {"captions": row.captions}
+        values["optimizer"], values["ema"] = values["optimizer"] | {"lr": 4e-3}, values["ema"] | {"decay": 0.997}
+        loop.train(from_dict(values), path.parent)
+    return path
 
 
 def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> TrainConfig:
@@ -212,20 +206,20 @@ def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> Tr
 def start_of(row: Row, seed: int, chunk: int) -> Path:
     """The weights that a few-step row starts from; trains them unless they are there."""
     if row.start == "TF+DMD":
-        return weights_of(_row_of(row.world, "TF+DMD"), seed, chunk)
+        return weights_of(_row_of(row.captions, "TF+DMD"), seed, chunk)
     path = row.runs / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
     if not path.exists():
         values = variant_of(row, row.start)
         values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
-            values["teacher_weights"] = str(weights_of(_row_of(row.world, "many-step TF"), 0, chunk))
+            values["teacher_weights"] = str(weights_of(_row_of(row.captions, "many-step TF"), 0, chunk))
             values["consistency"] = values["consistency"] | {"guidance": 2.0, "later_guidance": 1.5}  # of 1000 steps
         loop.train(from_dict(values), path.parent)
     return path
 
 
-def _row_of(world: str, name: str) -> Row:
-    return next(row for row in (*ROWS, *BOUNCING_ROWS) if (row.world, row.name) == (world, name))
+def _row_of(captions: str, name: str) -> Row:
+    return next(row for row in (*ROWS, *UNDIRECTED_ROWS) if (row.captions, row.name) == (captions, name))
 
 
 def start_digest(row: Row, seed: int, chunk: int) -> str:
@@ -274,11 +268,11 @@ def write(path: Path, result: dict) -> None:
         file.write(json.dumps(result, separators=(",", ":")) + "\n")
 
 
-def figures_of(figures: metrics.Figures | bouncing.Figures) -> dict:
+def figures_of(figures: metrics.Figures) -> dict:
     """What of the figures is kept."""
     kept = dataclasses.asdict(figures)
     for name in ("digit_per_frame", "direction_per_frame"):
-        kept.pop(name, None)
+        del kept[name]
     rounded = {k: [round(x, 3) for x in v] if isinstance(v, tuple) else round(v, 4) for k, v in kept.items()}
     return {k: None if v != v else v for k, v in rounded.items()}  # NaN is no JSON
 
@@ -361,15 +355,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
     parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
-    parser.add_argument("--world", default="moving", choices=WORLDS, help="which digits")
+    parser.add_argument("--captions", default="full", choices=CAPTIONS, help="as data.captions")
     parser.add_argument("--ablations", action="store_true", help="rows that change one thing of SF+DMD each")
     args = parser.parse_args(arguments)
     compilation.keep_compiled()
-    if args.world == "bouncing" and (args.ablations or args.quick):
-        parser.error("--world=bouncing has neither --ablations nor --quick: leave them out")
+    if args.captions != "full" and (args.ablations or args.quick):
+        parser.error(f"--captions={args.captions} has neither --ablations nor --quick: leave them out")
     rows, results = list(ABLATIONS if args.ablations else ROWS), ABLATION_RESULTS if args.ablations else RESULTS
-    if args.world == "bouncing":
-        rows, results = list(BOUNCING_ROWS), BOUNCING_RESULTS
+    if args.captions == "undirected":
+        rows, results = list(UNDIRECTED_ROWS), UNDIRECTED_RESULTS
     if args.rows:
         names, known = args.rows.split(";"), dict.fromkeys(row.name for row in rows)
         unknown = set(names) - set(known)
@@ -390,14 +384,14 @@ def main(arguments: list[str]) -> None:
         lengths = [(CONTROL_LENGTH, control) for control in CONTROLS]
     if not args.report:
         work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(results))
-        measure = Measure(args.world)
+        measure = Measure(args.captions)
         bar = tqdm(work, desc="table2", unit="run")
         for row, seed, chunk, left in bar:
             bar.set_postfix_str(f"{row.name}, chunk {chunk}, seed {seed}")
             if args.tune and row.few_step:
                 tune(row, seed, chunk, measure, results)
             elif not args.tune:
-                if args.world == "bouncing":
+                if args.captions == "undirected":
                     run_real(chunk, lengths, measure, results)
                 run_row(row, seed, chunk, left, measure, results)
                 report.write(read(results), results.with_suffix(".md"))

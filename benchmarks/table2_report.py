@@ -23,32 +23,18 @@ COLUMNS = {
     "brightness": "brightness",
     "motion": "motion",
 }
-BOUNCING_COLUMNS = {
-    "joint": "lawful",
-    "turns": "at walls",
-    "digit": "right digits",
-    "path": "path",
-    "border_jump": "border jump",
-    "frechet": "Frechet, quarters 1 to 4",
-    "diversity": "diversity",
-    "forgetting": "forgetting",
-    "brightness": "brightness",
-    "motion": "motion",
-}
 TITLES = {
     "table2": "Table 2 on the moving digits",
     "ablations": "One change of SF+DMD at a time",
-    "bouncing": "Table 2 on digits that bounce",
+    "undirected": "Table 2 on the moving digits, directions untold",
 }
-_BOUNCING = (
-    "The world is `sf_jax/data/bouncing_digits.py`: two digits take turns, and change at every wall they bounce off.",
-    "'Lawful' is the share of windows of six frames in which the prompt's digits move straight at its pace and change",
-    "where they meet walls; 'at walls' is the same share of the windows in which they meet one. 'Right digits' are",
-    "windows with no other digit, 'path' those that move as they should, whatever the digits. 'Forgetting' is about",
-    "0.2 if a digit comes back in the shape that it had and 1 if in any (`sf_jax/evaluation/bouncing.py`).",
+_UNDIRECTED = (
+    "No prompt says where the digit goes. The direction is right where it is that in which the video began (the most",
+    "frequent one of its first seven windows); behind real frames it is that of the clip. Not the prompt, but only the",
+    "frames so far can keep it.",
     "",
 )
-OPTIONS = {"table2": "", "ablations": " --ablations", "bouncing": " --world=bouncing"}
+OPTIONS = {"table2": "", "ablations": " --ablations", "undirected": " --captions=undirected"}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -71,7 +57,7 @@ def _text(values: list[float | None], digits: int) -> str:
 def _cell(column: str, figures: list[dict]) -> str:
     if column == "frechet":
         return ", ".join(_text([f["frechet_per_quarter"][q] for f in figures], 1) for q in range(4))
-    return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity", "forgetting") else 3)
+    return _text([f[column] for f in figures], 2 if column in ("border_jump", "diversity") else 3)
 
 
 def label(result: dict) -> str:
@@ -92,19 +78,19 @@ def grouped(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     return {group: dict(sorted(rows.items())) for group, rows in groups.items()}
 
 
-def table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:
+def table(rows: dict[str, list[dict]]) -> str:
     """One Markdown table."""
-    lines = [f"| row | seeds | rate | {' | '.join(columns.values())} |", f"|---|---|---|{'---|' * len(columns)}"]
+    lines = [f"| row | seeds | rate | {' | '.join(COLUMNS.values())} |", f"|---|---|---|{'---|' * len(COLUMNS)}"]
     for name, results in rows.items():
         figures = [result["figures"] for result in results]
-        cells = " | ".join(_cell(column, figures) for column in columns)
+        cells = " | ".join(_cell(column, figures) for column in COLUMNS)
         rates = ", ".join(sorted({f"{r['rate']:g}" for r in results if r["rate"]})) or "-"
         lines.append(f"| {name} | {len(results)} | {rates} | {cells} |")
     return "\n".join(lines)
 
 
-def draw(results: list[dict], path: Path, share: str) -> None:
-    """Draws `joint`, which the axis calls `share`, over the frames of the longest videos, and behind real clips."""
+def draw(results: list[dict], path: Path) -> None:
+    """Draws the joint accuracy over the frames of the longest videos, and behind real clips."""
     groups = grouped(results)
     chunks = sorted({chunk for chunk, _, _ in groups}, reverse=True)
     names = sorted({name for rows in groups.values() for name in rows})
@@ -131,7 +117,7 @@ def draw(results: list[dict], path: Path, share: str) -> None:
                 ax.fill_between(places, low, high, alpha=0.15, color=line.get_color())
             ax.axvline(TRAIN_FRAMES - 0.5, color="0.5", linestyle="--")
             kind = "chunk-wise" if chunk > 1 else "frame-wise"
-            ax.set(title=f"{kind}, {title}", xlabel="frame", ylabel=share, ylim=(0, 1.03))
+            ax.set(title=f"{kind}, {title}", xlabel="frame", ylabel="digit and direction right", ylim=(0, 1.03))
             ax.grid(alpha=0.3)
             ax.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=100)
@@ -145,17 +131,16 @@ def write(results: list[dict], page: Path) -> list[Path]:
         return []
     page.parent.mkdir(parents=True, exist_ok=True)
     picture = page.with_suffix(".png")
-    bouncing, option = page.stem == "bouncing", OPTIONS[page.stem]
-    draw(results, picture, "windows that obey both laws" if bouncing else "digit and direction right")
+    draw(results, picture)
     lines = [
         f"# {TITLES[page.stem]}",
         "",
-        f"Written by `python -m benchmarks.table2{option} --report` from `{page.with_suffix('.jsonl')}`,",
+        f"Written by `python -m benchmarks.table2{OPTIONS[page.stem]} --report` from `{page.with_suffix('.jsonl')}`,",
         "where each line has its seed, commit and versions. Mean over the seeds and its 95 % interval (Student's t).",
         "What the rows are: `benchmarks/table2.py`. The dashed line is the training length, 9 frames; curves are means",
         "over 6 windows. Behind real frames, windows across a border are judged with the real frames before it.",
         "",
-        *(_BOUNCING if bouncing else ()),
+        *(_UNDIRECTED if page.stem == "undirected" else ()),
         f"![Drift curves]({picture.name})",
         "",
     ]
@@ -164,7 +149,7 @@ def write(results: list[dict], page: Path) -> list[Path]:
     for (chunk, frames, control), rows in groups:
         kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
         heading = f"## {kind}, {frames} frames ({frames // TRAIN_FRAMES} x training){BEHIND[control]}"
-        lines += [heading, "", table(rows, BOUNCING_COLUMNS if bouncing else COLUMNS), ""]
+        lines += [heading, "", table(rows), ""]
     commits = sorted({result["commit"] for result in results if "frames" in result})
     versions = sorted({f"Python {r['python']}, JAX {r['jax']}" for r in results if "frames" in r})
     lines += [f"Commits: {', '.join(commits)}. {'; '.join(versions)}.", ""]

@@ -78,15 +78,15 @@ def evaluate(
       The report and the paths written.
 
     Raises:
-      ValueError: If an argument is out of range, or a model shows other digits than moving ones.
+      ValueError: If an argument is out of range, or a model knows other captions.
     """
     check_amounts(frames, train_frames, num_samples, batch_size)
     for name, pipe in pipes.items():
-        world = getattr(pipe, "world", None) or "moving"
-        if world != "moving":
+        captions = getattr(pipe, "captions", None) or "full"
+        if captions != "full":
             raise ValueError(
-                f"checkpoint: {name} shows {world} digits, allowed: networks of moving digits "
-                f"(`python -m benchmarks.table2 --world={world}` measures others)"
+                f"checkpoint: {name} was trained on captions {captions!r}, allowed: on 'full' ones, which all prompts "
+                f"are here (`python -m benchmarks.table2 --captions={captions}` measures it)"
             )
     out, judge = files.check_writable(out), judging.load()
     files.remove_leftovers(out)

@@ -7,7 +7,7 @@ from sf_jax.messages import quoted
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("constant", "cosine")
 FORCINGS = ("teacher", "diffusion")
-WORLDS = ("moving", "bouncing")
+CAPTIONS = ("full", "undirected")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -201,7 +201,7 @@ class DataConfig:
       text_dropout: share of captions that "teacher" and "causal" replace by the empty prompt.
       cut: share of digit clips whose first `rollout.sink` frames are shifted around the canvas. For a much later chunk,
         the sink then shows what the digit looks like, but not where it is.
-      world: which digits: "moving" (`data/moving_digits.py`) or "bouncing" (`data/bouncing_digits.py`).
+      captions: of digit clips: "full", or "undirected", which do not say where a digit goes.
     """
 
     name: str = "digits"
@@ -211,16 +211,16 @@ class DataConfig:
     width: int = 6
     text_dropout: float = 0.1
     cut: float = 0.0
-    world: str = "moving"
+    captions: str = "full"
 
     def __post_init__(self):
         """Validates names and ranges."""
         one_of("data.name", self.name, ("digits", "wan"))
-        one_of("data.world", self.world, WORLDS)
-        if self.world != "moving" and self.name != "digits":
-            raise ValueError(f"data.world is {self.world!r}: for the data {self.name!r} it must be 'moving'")
-        if not 0 <= self.cut <= 1 or (self.cut and (self.name, self.world) != ("digits", "moving")):
-            raise ValueError(f"data.cut is {self.cut}: it must be in [0, 1], and 0 but for moving digits")
+        one_of("data.captions", self.captions, CAPTIONS)
+        if self.captions != "full" and self.name != "digits":
+            raise ValueError(f"data.captions is {self.captions!r}: for the data {self.name!r} it must be 'full'")
+        if not 0 <= self.cut <= 1 or (self.cut and self.name != "digits"):
+            raise ValueError(f"data.cut is {self.cut}: it must be in [0, 1], and 0 but for the data 'digits'")
         at_least(self, 1, "frames", "height", "width")
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"data.text_dropout is {self.text_dropout}: it must be in [0, 1]")

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from sf_jax import options
 from sf_jax.data import moving_digits, pipeline
 from sf_jax.models import patch_codec
 from sf_jax.models.text import VOCABULARY, WordEmbedding
@@ -92,6 +93,20 @@ def test_captions():
     assert moving_digits.caption(8, 4, 1) == "an 8 moving left, fast"
     assert moving_digits.caption(3, 7) == "a 3 moving up and right"
     assert len(set(moving_digits.all_captions())) == 240
+    assert moving_digits.caption(8, None, 1) == "an 8 moving, fast" and moving_digits.caption(3, None) == "a 3 moving"
+    assert len(set(moving_digits.all_captions("undirected"))) == 30
+
+
+def test_undirected_captions_are_of_the_same_clips():
+    plan = moving_digits.plan_clips("train", 40)
+    full, undirected = (list(moving_digits.generate(plan, 2, captions)) for captions in ("full", "undirected"))
+    assert set(plan.captions("undirected")) <= set(moving_digits.all_captions("undirected"))
+    for one, other in zip(full, undirected, strict=True):
+        np.testing.assert_array_equal(one["video"], other["video"])
+        direction = moving_digits.DIRECTIONS[one["direction"]]
+        assert one["caption"].replace(f" {direction}", "") == other["caption"]
+    assert moving_digits.VARIANTS["undirected"].clips["train"] == moving_digits.VARIANTS["full"].clips["train"]
+    assert set(moving_digits.VARIANTS) == set(options.CAPTIONS)
 
 
 def test_render_at_whole_pixels_places_the_scan_and_wraps_round():

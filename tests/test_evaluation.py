@@ -274,6 +274,26 @@ def test_prompts_are_balanced_and_real_clips_show_them(num_samples, judge):
         metrics.choose_prompts(3)
 
 
+def test_without_told_directions_a_video_has_to_keep_its_own(judge, measure, clips):
+    prompts, kinds, targets = metrics.choose_undirected_prompts(140)
+    assert set(prompts) <= set(moving_digits.all_captions("undirected"))
+    assert (np.bincount(targets.digit) == 14).all() and (np.bincount(targets.prompt) == 7).all()
+    shares = np.array(moving_digits.DIRECTION_SHARES["train"])
+    np.testing.assert_array_equal(np.bincount(targets.direction), 140 * shares / shares.sum())
+    videos = metrics.real_clips(kinds, 24, seed=1)
+    own = dataclasses.replace(targets, direction=None)
+    opinion = judge(videos)
+    told, kept = (metrics.correctness(opinion, wanted)["direction"] for wanted in (targets, own))
+    assert told.mean() > 0.98 and kept.mean() > 0.98
+    turned = np.concatenate([videos[:, :12], np.rot90(videos[:, 12:], axes=(2, 3))], axis=1)
+    kept = metrics.correctness(judge(turned), own)["direction"]
+    assert kept[:, : metrics.OWN_WINDOWS].mean() > 0.98 and kept[:, 12:].mean() < 0.02
+    figures = measure(clips[3], dataclasses.replace(clips[1], direction=None))
+    assert figures.joint > 0.95
+    with pytest.raises(ValueError, match="num_samples: got 3"):
+        metrics.choose_undirected_prompts(3)
+
+
 def test_evaluate_writes_everything(tmp_path, capsys):
     pipes = {"a model": RealPipe(), "teacher": RealPipe(only_frames=12)}
     outcome, paths = evaluate.evaluate(pipes, tmp_path / "new", frames=16, num_samples=40, seed=3, batch_size=16)
@@ -301,6 +321,9 @@ def test_evaluate_refuses_before_generating(tmp_path):
         evaluate.evaluate({"a": pipe}, tmp_path, frames=7)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         evaluate.evaluate({"a": pipe}, tmp_path, batch_size=0)
+    undirected = dataclasses.replace(load_pipeline(), captions="undirected")
+    with pytest.raises(ValueError, match="checkpoint: b was trained on captions 'undirected', allowed: on 'full' ones"):
+        evaluate.evaluate({"a": pipe, "b": undirected}, tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ValueError, match="out: cannot write in"):
         evaluate.evaluate({"a": pipe}, tmp_path / "file")

@@ -17,18 +17,18 @@ def result(row, seed, frames=36, control=False, joint=0.9):
     return about | where | {"figures": figures}
 
 
-ALL_ROWS = (*table2.ROWS, *table2.ABLATIONS, *table2.BOUNCING_ROWS)
+ALL_ROWS = (*table2.ROWS, *table2.ABLATIONS, *table2.UNDIRECTED_ROWS)
 RUNS = [(row, chunk) for row in ALL_ROWS for chunk in row.chunks]
 
 
-@pytest.mark.parametrize("row, chunk", RUNS, ids=[f"{row.world}-{row.name}-{chunk}" for row, chunk in RUNS])
+@pytest.mark.parametrize("row, chunk", RUNS, ids=[f"{row.captions}-{row.name}-{chunk}" for row, chunk in RUNS])
 def test_every_row_is_a_run(row, chunk, monkeypatch):
     monkeypatch.setattr(table2, "start_of", lambda row, seed, chunk: "start")
-    monkeypatch.setattr(table2, "teacher_of", lambda row: "teacher of the world")
+    monkeypatch.setattr(table2, "teacher_of", lambda row: "teacher")
     config = table2.configured(row, 7, chunk)
-    assert config.data.world == row.world
+    assert config.data.captions == row.captions
     weights = config.teacher_weights if row.few_step else config.init_weights
-    assert weights == ("shipped" if row.world == "moving" else "teacher of the world")
+    assert weights == ("shipped" if row.captions == "full" else "teacher")
     assert config.seed == 7 and config.rollout.chunk == chunk
     if row.few_step:
         assert config.optimizer.lr == row.rate_of(chunk) and config.init_weights == "start"
@@ -37,29 +37,27 @@ def test_every_row_is_a_run(row, chunk, monkeypatch):
     assert not row.few_step or tuned.optimizer.lr == 3e-5
 
 
-def test_the_second_world_has_its_own_teacher_start_and_runs(monkeypatch, tmp_path):
+def test_undirected_rows_have_their_own_teacher_start_and_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(table2, "RUNS", tmp_path)
     trained = []
 
     def train(config, folder):
-        trained.append((config.stage, config.data.world, config.init_weights, config.teacher_weights))
+        trained.append((config.stage, config.data.captions, config.init_weights, config.teacher_weights))
         folder.mkdir(parents=True)
         path = folder / ("teacher.safetensors" if config.stage == "teacher" else "student.safetensors")
         path.touch()
         return path
 
     monkeypatch.setattr(table2.loop, "train", train)
-    rows = {row.name: row for row in table2.BOUNCING_ROWS}
+    rows = {row.name: row for row in table2.UNDIRECTED_ROWS}
     assert {"many-step TF", "TF+DMD", "DF+DMD", "SF+DMD", "SF+DMD, write"} <= set(rows)
     for _ in range(2):  # the second time, all is there
         start = table2.start_of(rows["SF+DMD"], 0, 1)
-    folder = tmp_path / "bouncing"
-    first, second = (str(folder / f"teacher{i}" / "teacher.safetensors") for i in (1, 2))
+    folder = tmp_path / "undirected"
     assert start == folder / "start-init-chunk1" / "student.safetensors"
     assert trained == [
-        ("teacher", "bouncing", "shipped", None),
-        ("teacher", "bouncing", first, None),
-        ("init", "bouncing", None, second),
+        ("teacher", "undirected", "shipped", None),
+        ("init", "undirected", None, str(folder / "teacher" / "teacher.safetensors")),
     ]
 
 
@@ -155,22 +153,20 @@ def test_the_report_has_means_and_intervals(tmp_path):
     assert table2_report.write([], tmp_path / "none.md") == []
 
 
-def test_the_page_of_the_second_world(tmp_path):
-    row = next(row for row in table2.BOUNCING_ROWS if row.name == "SF+DMD")
-    figures = {name: 0.5 for name in table2_report.BOUNCING_COLUMNS if name != "frechet"}
-    figures |= {"frechet_per_quarter": [1.0] * 4, "joint_per_frame": [0.5] * 4}
-    results = [result(row, seed, 9) | {"chunk": 1, "figures": figures} for seed in range(2)]
-    page, _ = table2_report.write(results, tmp_path / "bouncing.md")
+def test_the_page_of_undirected_prompts(tmp_path):
+    row = next(row for row in table2.UNDIRECTED_ROWS if row.name == "SF+DMD")
+    results = [result(row, seed, 9) | {"chunk": 1} for seed in range(2)]
+    page, _ = table2_report.write(results, tmp_path / "undirected.md")
     text = page.read_text()
-    assert "# Table 2 on digits that bounce" in text and "--world=bouncing --report" in text and "| at walls |" in text
+    assert "directions untold" in text and "--captions=undirected --report" in text
     assert "\n\n\n" not in text
 
 
 def test_bad_arguments_are_refused(capsys):
     for arguments, message in (
         (["--rows=SF+XYZ"], "--rows has SF+XYZ"),
-        (["--world=bouncing", "--chunks=3"], "--chunks has 3: no row is run with it"),
-        (["--world=bouncing", "--ablations"], "--world=bouncing has neither --ablations nor --quick"),
+        (["--captions=undirected", "--chunks=3"], "--chunks has 3: no row is run with it"),
+        (["--captions=undirected", "--ablations"], "--captions=undirected has neither --ablations nor --quick"),
         (["--quick", "--ablations"], "--quick has rows, seed and length of its own"),
     ):
         with pytest.raises(SystemExit):

@@ -19,7 +19,18 @@ from sf_jax import load_pipeline
 from sf_jax.config import MeshConfig, config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.training import abstract, checkpoint, fingerprint, loop, metrics, programs, self_forcing, sharding, stages
+from sf_jax.training import (
+    abstract,
+    checkpoint,
+    fingerprint,
+    loop,
+    metrics,
+    programs,
+    self_forcing,
+    sharding,
+    sources,
+    stages,
+)
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
 from sf_jax.weights.package import load_package, save_package
@@ -52,6 +63,26 @@ def small_config(stage, **changes):
     if "gan" in values:
         values["gan"] = values["gan"] | {"head": {"taps": (0, 1)}}
     return from_dict(values | {"batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2, **changes})
+
+
+def test_undirected_captions(tmp_path, monkeypatch):
+    few = dataclasses.replace(moving_digits.UNDIRECTED, name="few", clips={"train": (40, 8)})
+    monkeypatch.setitem(moving_digits.VARIANTS, "undirected", few)
+    config = small_config("teacher", data_dir=str(tmp_path / "data"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, captions="undirected"))
+    source = sources.open_source(config, needs_videos=True)
+    captions = {source.prompt(i)[0] for i in range(60)} | {source.clip(i)[0] for i in range(40)}
+    assert captions <= set(moving_digits.all_captions("undirected"))
+    path = tmp_path / "teacher.safetensors"
+    save_package(path, stages.package_of(config, random_params(config.model)))
+    assert load_package(path).captions == load_pipeline(path).captions == "undirected"
+    assert load_pipeline().captions == "full"
+    with pytest.raises(ValueError, match="teacher_weights is 'shipped': data.captions is 'undirected'"):
+        dataclasses.replace(small_config("distill"), data=config.data)
+    with pytest.raises(ValueError, match="data.captions is 'few': it must be one of full, undirected"):
+        dataclasses.replace(config.data, captions="few")
+    with pytest.raises(ValueError, match="data.captions is 'undirected': for the data 'wan' it must be 'full'"):
+        dataclasses.replace(config.data, name="wan")
 
 
 def losses(workdir):

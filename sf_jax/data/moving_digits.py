@@ -93,24 +93,29 @@ class Clips:
     def __getitem__(self, part: slice) -> "Clips":
         return Clips(**{field.name: getattr(self, field.name)[part] for field in dataclasses.fields(self)})
 
-    def captions(self) -> list[str]:
-        """Returns the N captions."""
+    def captions(self, captions: str = "full") -> list[str]:
+        """Returns the N captions, of which "undirected" ones say nothing of directions."""
         speeds = np.where(self.told, self.speed, -1)
         rows = zip(self.digit.tolist(), self.direction.tolist(), speeds.tolist(), strict=True)
-        return [caption(digit, direction, None if s < 0 else s) for digit, direction, s in rows]
+        return [caption(n, d if captions == "full" else None, None if s < 0 else s) for n, d, s in rows]
 
 
-def caption(digit: int, direction: int, speed: int | None = None) -> str:
-    """Returns the caption of a clip, e.g. "an 8 moving up and right, slowly"; without `speed`, no word for it."""
-    article = "an" if digit == 8 else "a"
-    text = f"{article} {digit} moving {DIRECTIONS[direction]}"
-    return text if speed is None else f"{text}, {SPEEDS[speed]}"
+def caption(digit: int, direction: int | None, speed: int | None = None) -> str:
+    """Returns the caption of a clip, e.g. "an 8 moving up and right, slowly".
+
+    Args:
+      digit: 0 to 9.
+      direction: Index into DIRECTIONS; None says nothing of it.
+      speed: Index into SPEEDS; None says nothing of it.
+    """
+    words = ["an" if digit == 8 else "a", str(digit), "moving", *([] if direction is None else [DIRECTIONS[direction]])]
+    return " ".join(words) + ("" if speed is None else f", {SPEEDS[speed]}")
 
 
-def all_captions() -> tuple[str, ...]:
-    """Returns all 240 captions: every digit and direction, with every speed and without one."""
-    speeds = (*range(len(SPEEDS)), None)
-    return tuple(caption(n, d, s) for n in range(10) for d in range(len(DIRECTIONS)) for s in speeds)
+def all_captions(captions: str = "full") -> tuple[str, ...]:
+    """Returns all captions: every digit, every speed and none, and every direction (240); "undirected", none (30)."""
+    speeds, directions = (*range(len(SPEEDS)), None), range(len(DIRECTIONS)) if captions == "full" else (None,)
+    return tuple(caption(n, d, s) for n in range(10) for d in directions for s in speeds)
 
 
 def captions_words() -> tuple[str, ...]:
@@ -246,12 +251,13 @@ def render(scans: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.round(np.clip(canvas, 0, 255)).astype(np.uint8)[..., None]
 
 
-def generate(clips: Clips, num_frames: int) -> Iterator[dict[str, Any]]:
+def generate(clips: Clips, num_frames: int, captions: str = "full") -> Iterator[dict[str, Any]]:
     """Yields the examples of a plan.
 
     Args:
       clips: The plan.
       num_frames: F.
+      captions: One of VARIANTS.
 
     Yields:
       For each clip: video uint8 [F, CANVAS, CANVAS, 1], caption str, digit, direction and speed int.
@@ -260,7 +266,7 @@ def generate(clips: Clips, num_frames: int) -> Iterator[dict[str, Any]]:
     for begin in range(0, len(clips), _CHUNK):
         part = clips[begin : begin + _CHUNK]
         videos = render(scans[part.scan], trajectory(part.start, part.velocity, num_frames))
-        for i, text in enumerate(part.captions()):
+        for i, text in enumerate(part.captions(captions)):
             yield {
                 "video": videos[i],
                 "caption": text,
@@ -276,11 +282,11 @@ class DigitsConfig(tfds.core.BuilderConfig):
 
     Attributes:
       clips: For each split, the number of clips and of frames per clip.
-      world: One of WORLDS: "moving", or "bouncing" for `sf_jax.data.bouncing_digits`.
+      captions: One of VARIANTS: "full", or "undirected", which say nothing of directions.
     """
 
     clips: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    world: str = "moving"
+    captions: str = "full"
 
 
 FULL = DigitsConfig(
@@ -288,17 +294,20 @@ FULL = DigitsConfig(
     description="Clips for the models, for the evaluation's classifier and for its ceiling figures.",
     clips={"train": (24000, 12), "judge": (2000, 12), "test": (1000, 48)},
 )
-BOUNCING = DigitsConfig(
-    name="bouncing", description="Pairs that bounce, for training.", clips={"train": (24000, 12)}, world="bouncing"
+UNDIRECTED = DigitsConfig(
+    name="undirected",
+    description="The same clips for the models, with captions that do not say where a digit goes.",
+    clips={"train": FULL.clips["train"]},
+    captions="undirected",
 )
-WORLDS = {"moving": FULL, "bouncing": BOUNCING}
+VARIANTS = {"full": FULL, "undirected": UNDIRECTED}
 
 
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
     """Builder of the moving digits; needs neither TensorFlow nor network access."""
 
     VERSION = tfds.core.Version("1.2.0")
-    BUILDER_CONFIGS = list(WORLDS.values())
+    BUILDER_CONFIGS = list(VARIANTS.values())
     # There are no metadata files next to this module, and looking for them would need importlib_resources.
     code_path = None
 
@@ -316,13 +325,8 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self.builder_config.clips}
 
     def _generate_examples(self, split: str):
-        from sf_jax.data import bouncing_digits  # lazy, as it builds on this module
-
         num_clips, num_frames = self.builder_config.clips[split]
-        if self.builder_config.world == "bouncing":
-            yield from enumerate(bouncing_digits.generate(bouncing_digits.plan_clips(split, num_clips, num_frames)))
-        else:
-            yield from enumerate(generate(plan_clips(split, num_clips), num_frames))
+        yield from enumerate(generate(plan_clips(split, num_clips), num_frames, self.builder_config.captions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,7 +405,7 @@ def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> Cli
     folder = _folder(data_dir, config)
     if not folder.exists():
         raise ValueError(
-            f"data_dir: got {data_dir}, which has no {config.world} digits, allowed: a folder that "
+            f"data_dir: got {data_dir}, which has no clips with captions {config.captions!r}, allowed: a folder that "
             f"`python -m sf_jax.data.moving_digits --data_dir=...{_option(config)}` has filled"
         )
     return ClipSource(_open(folder, split))
@@ -409,7 +413,7 @@ def source(data_dir: str | Path, split: str, config: DigitsConfig = FULL) -> Cli
 
 def _option(config: DigitsConfig) -> str:
     """The option of the command line that selects a variant."""
-    return "" if config.world == "moving" else f" --world={config.world}"
+    return "" if config.captions == "full" else f" --captions={config.captions}"
 
 
 def _folder(data_dir: str | Path, config: DigitsConfig) -> Path:
@@ -449,17 +453,17 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="sf_jax.data.moving_digits", description=main.__doc__)
     parser.add_argument("--data_dir", help="build the clips in this folder")
-    parser.add_argument("--world", default="moving", choices=WORLDS, help="which clips to build")
+    parser.add_argument("--captions", default="full", choices=VARIANTS, help="which clips to build")
     parser.add_argument("--fit_codec", help="fit the patch codec on training frames and write it to this file")
     parser.add_argument("--channels", type=int, default=8, help="channels of the codec")
     args = parser.parse_args()
     if not args.data_dir and not args.fit_codec:
         parser.error("give --data_dir or --fit_codec")
-    if args.world != "moving" and not args.data_dir:
-        parser.error(f"--world={args.world} has no effect without --data_dir: the codec is that of moving digits")
+    if args.captions != "full" and not args.data_dir:
+        parser.error(f"--captions={args.captions} has no effect without --data_dir")
     with command.errors_in_one_line():
         if args.data_dir:
-            print(f"moving_digits: {build(args.data_dir, WORLDS[args.world])}")
+            print(f"moving_digits: {build(args.data_dir, VARIANTS[args.captions])}")
         if args.fit_codec:
             from sf_jax.models import patch_codec  # lazy, as only this option needs JAX
 

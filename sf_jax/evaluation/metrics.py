@@ -19,8 +19,10 @@ QUARTERS = 4
 MIN_FRAMES = 2 * QUARTERS
 SAMPLES_PER_PROMPT = 4
 IDENTITY_LAG = 5
+OWN_WINDOWS = 7  # those of the training length
 _KINDS = (10, len(moving_digits.DIRECTIONS), len(moving_digits.SPEEDS))
 _NUM_KINDS = math.prod(_KINDS)
+_DIRECTION_STRIDE = 11  # coprime to the sum of the shares
 _STRIDE = 61  # Coprime to the number of kinds; of all such numbers, it balances any first few prompts best.
 
 
@@ -30,17 +32,18 @@ class Targets:
 
     Attributes:
       digit: int64 [N].
-      direction: Index into moving_digits.DIRECTIONS, int64 [N].
+      direction: Index into moving_digits.DIRECTIONS, int64 [N]; None, if prompts do not tell it, is the one in which
+        each video begins, the most frequent one of its first OWN_WINDOWS windows.
       prompt: Index of the sample's prompt, int64 [N].
     """
 
     digit: np.ndarray
-    direction: np.ndarray
+    direction: np.ndarray | None
     prompt: np.ndarray
 
     def __post_init__(self):
         for name in ("direction", "prompt"):
-            if np.shape(getattr(self, name)) != np.shape(self.digit):
+            if getattr(self, name) is not None and np.shape(getattr(self, name)) != np.shape(self.digit):
                 got = np.shape(getattr(self, name))
                 raise ValueError(f"Targets.{name}: got shape {got}, allowed: {np.shape(self.digit)}")
 
@@ -146,6 +149,28 @@ def choose_prompts(num_samples: int) -> tuple[list[str], np.ndarray, Targets]:
     return captions, kinds, Targets(digit, direction, prompt)
 
 
+def choose_undirected_prompts(num_samples: int) -> tuple[list[str], np.ndarray, Targets]:
+    """`choose_prompts` for captions "undirected": balanced over digits and speeds.
+
+    Args:
+      num_samples: N; in multiples of 20 all digits and speeds are equally frequent.
+
+    Returns:
+      The N prompts; the kind of each, with directions in the shares of the training clips; and the targets with these
+      directions, which are those of `real_clips`. Generated videos choose their own.
+    """
+    if num_samples < SAMPLES_PER_PROMPT:
+        raise ValueError(f"num_samples: got {num_samples}, allowed: {SAMPLES_PER_PROMPT} or more")
+    index = np.arange(num_samples)
+    prompt = index % (_KINDS[0] * _KINDS[2])
+    digit, speed = np.unravel_index(prompt, (_KINDS[0], _KINDS[2]))
+    directions = np.repeat(np.arange(_KINDS[1]), moving_digits.DIRECTION_SHARES["train"])
+    direction = directions[index * _DIRECTION_STRIDE % len(directions)]
+    captions = [moving_digits.caption(n, None, s) for n, s in zip(digit.tolist(), speed.tolist(), strict=True)]
+    kinds = np.ravel_multi_index((digit, direction, speed), _KINDS)
+    return captions, kinds, Targets(digit, direction, prompt)
+
+
 def real_clips(kinds: np.ndarray, frames: int, seed: int) -> np.ndarray:
     """Renders clips of given kinds from the `test` scans; uint8 [N, frames, 24, 24, 1]."""
     rounds = int(np.bincount(kinds).max())
@@ -192,7 +217,11 @@ def correctness(opinion: Opinion, targets: Targets) -> dict[str, np.ndarray]:
     if len(opinion.digit) != len(targets):
         raise ValueError(f"targets: got {len(targets)}, allowed: one for each of {len(opinion.digit)} videos")
     digit = opinion.digit.argmax(axis=-1) == targets.digit[:, None]
-    direction = opinion.direction.argmax(axis=-1) == targets.direction[:, None]
+    seen, wanted = opinion.direction.argmax(axis=-1), targets.direction
+    if wanted is None:
+        first = seen[:, :OWN_WINDOWS, None] == np.arange(len(moving_digits.DIRECTIONS))
+        wanted = first.sum(axis=1).argmax(axis=-1)
+    direction = seen == wanted[:, None]
     return {"digit": digit, "direction": direction, "joint": digit & direction}
 
 

@@ -258,7 +258,7 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
         many_steps=package.kind != "student",
         noise_number=None,
         progress=False,
-        world=package.world,
+        captions=package.captions,
     )
 
 

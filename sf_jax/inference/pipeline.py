@@ -59,7 +59,7 @@ class VideoPipeline:
       executables: cache of compiled programs, as used by the commands.
       quantization: how the parameters were quantized to 8 bits; None if they were not.
       cache_dtype: type of cached keys and values, one of `kv_cache.DTYPES`; None is the network's type.
-      world: which digits the network shows, one of `options.WORLDS`; None for Wan2.1.
+      captions: of the digit clips that the network was trained on, one of `options.CAPTIONS`; None for Wan2.1.
     """
 
     text_encoder: TextEncoder | None
@@ -78,7 +78,7 @@ class VideoPipeline:
     executables: Executables | None = None
     quantization: Quantization | None = None
     cache_dtype: str | None = None
-    world: str | None = None
+    captions: str | None = None
 
     def __post_init__(self):
         """Checks that the network can be split over the mesh."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sf_jax.config import TrainConfig
-from sf_jax.data import bouncing_digits, moving_digits, pipeline, prompts, videos
+from sf_jax.data import moving_digits, pipeline, prompts, videos
 from sf_jax.distributed import by_first
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
@@ -80,11 +80,10 @@ def open_source(config: TrainConfig, needs_videos: bool, vae: VaeConfig | None =
 
 def _digits(config, needs_videos, vae, share, dropout) -> Source:
     del vae  # digits have none
-    world, folder = config.data.world, config.data.dir
+    folder, variant = config.data.dir, moving_digits.VARIANTS[config.data.captions]
     codec, text = PatchCodec.load(), WordEmbedding()
     _check_digits(config, codec, text)
-    captions = (moving_digits if world == "moving" else bouncing_digits).all_captions()
-    built = moving_digits.WORLDS[world]
+    captions = moving_digits.all_captions(variant.captions)
 
     def prompt(index):
         caption = captions[index % len(captions)]
@@ -92,8 +91,8 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
 
     @functools.cache
     def open_clips():
-        by_first(lambda: moving_digits.build(folder, built))
-        return moving_digits.source(folder, "train", built)
+        by_first(lambda: moving_digits.build(folder, variant))
+        return moving_digits.source(folder, "train", variant)
 
     if needs_videos:  # here, which all processes reach, as opening waits for the first of them
         open_clips()
@@ -133,7 +132,7 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
         lambda: pipeline.prompt_iterator(captions, text_encoder=text, **share),
         open_videos,
         samples,
-        digest_of([built.name, str(moving_digits.MovingDigits.VERSION), captions]),
+        digest_of([variant.name, str(moving_digits.MovingDigits.VERSION), captions]),
         open_clips().digest if needs_videos else None,
     )
 

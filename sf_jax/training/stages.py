@@ -297,5 +297,5 @@ def package_of(config: TrainConfig, params: dict) -> Package:
         shift=config.score.score_shift if kind == "teacher" else config.rollout.shift,
         guidance=config.score.guidance,
         params=params,
-        world=config.data.world,
+        captions=config.data.captions,
     )

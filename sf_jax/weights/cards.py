@@ -253,10 +253,11 @@ class Card:
         if self.run is None:
             return ""
         data = _table_of(self.run.config, "data")
-        world = data.get("world", "moving")
-        rows = {"dataset": f"{world} digits" if data.get("name") == "digits" else "prepared prompts and videos"}
+        captions = str(data.get("captions", "full"))
+        digits = "moving digits" + ("" if captions == "full" else f", captions {captions!r}")
+        rows = {"dataset": digits if data.get("name") == "digits" else "prepared prompts and videos"}
         rows |= {"digest": f"`{self.run.digests['data.dir']}`"} if "data.dir" in self.run.digests else {}
-        counts = _counts(Path(str(data.get("dir"))), "full" if world == "moving" else str(world))
+        counts = _counts(Path(str(data.get("dir"))), captions)
         rows |= {f"entries of `{name}` when this was written": count for name, count in counts.items()}
         return "## Data\n\n" + _table(rows)
 
@@ -284,7 +285,7 @@ def _counts(folder: Path, variant: str) -> dict[str, int]:
 
     Args:
       folder: the data folder.
-      variant: which of the variants of a dataset counts (`moving_digits.WORLDS`), for those that have some.
+      variant: which of the variants of a dataset counts (`moving_digits.VARIANTS`), for those that have some.
     """
     counts = {}
     paths = [*folder.glob("*/dataset_info.json"), *folder.glob(f"*/{variant}/*/dataset_info.json")]

@@ -15,7 +15,7 @@ from sf_jax.diffusion.schedule import MAX_SHIFT
 from sf_jax.messages import shortened
 from sf_jax.models.rope import MAX_FRAMES
 from sf_jax.models.wan import WanConfig, param_shapes
-from sf_jax.options import WORLDS, at_least, one_of
+from sf_jax.options import CAPTIONS, at_least, one_of
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import mapping, transformer
 from sf_jax.weights.files import open_tensors
@@ -43,7 +43,7 @@ class Package:
       shift: shift of the sampling schedule.
       guidance: guidance scale for sampling a many-step network.
       params: parameters, float32 numpy.
-      world: which digits it shows, one of `options.WORLDS`; of no meaning for Wan2.1.
+      captions: of the digit clips that it was trained on, one of `options.CAPTIONS`; of no meaning for Wan2.1.
     """
 
     kind: str
@@ -54,12 +54,12 @@ class Package:
     shift: float
     guidance: float
     params: dict = dataclasses.field(repr=False, default_factory=dict)
-    world: str = "moving"
+    captions: str = "full"
 
     def __post_init__(self):
         """Validates the fields."""
         one_of("kind", self.kind, KINDS)
-        one_of("world", self.world, WORLDS)
+        one_of("captions", self.captions, CAPTIONS)
         at_least(self, 1, "frames")
         if self.frames > MAX_FRAMES:
             raise ValueError(f"frames is {self.frames}: at most {MAX_FRAMES} latent frames have positions")
