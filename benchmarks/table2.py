@@ -22,8 +22,8 @@ not made again. Runs lie in runs/table2. Two of these commands with different se
 starts are there. The start is one and the same for all seeds: intervals leave its own variation out. Without
 runs/table2 the start is trained anew, so new lines have its digest. With `--captions=undirected` a
 video has to keep the direction in which it began: its direction is right where it does. These rows are run frame by
-frame, have a teacher of their own, which is trained first, their runs in runs/table2/undirected, and their results in
-docs/results/undirected.jsonl.
+frame, have a teacher of their own, which is trained first, and start from a student that DF+DMD has trained for as long
+as they are. Their runs lie in runs/table2/undirected, their results in docs/results/undirected.jsonl.
 """
 
 import argparse
@@ -73,7 +73,8 @@ class Row:
       changes: fields that differ from it.
       rate: learning rate of a few-step student, from the search (`--tune`).
       updates: of the student, where it is a few-step one.
-      start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD".
+      start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD"
+        or of UNDIRECTED_START.
       framewise_rate: learning rate frame-wise, where another one is best there.
       chunks: sizes of chunk with which it is run.
       run_updates: updates of the whole run, for the rows of a run that is measured several times.
@@ -127,14 +128,17 @@ ROWS = (
     Row("SF+GAN", "gan", rate=1e-4),
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
-# Frame by frame with captions that do not say where a digit goes, each at the rate of its own search.
-UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 1e-3, "SF+DMD": 3e-4, "SF+DMD, write": 1e-4}
+# Frame by frame with captions that do not say where a digit goes, each at the rate of its own search. The few-step
+# start's own videos fade there, and Self Forcing from it fades, too. So all rows start from one student of DF+DMD.
+UNDIRECTED_START = Row("DF+DMD start", "causvid", rate=1e-3, chunks=(1,), captions="undirected")
+UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 3e-4, "SF+DMD": 1e-4, "SF+DMD, write": 1e-4}
 UNDIRECTED_ROWS = tuple(
     dataclasses.replace(
-        row, captions="undirected", rate=UNDIRECTED_RATES.get(row.name), framewise_rate=None, chunks=(1,)
+        row, captions="undirected", rate=rate, framewise_rate=None, chunks=(1,), start=UNDIRECTED_START.name
     )
     for row in ROWS
-    if row.name in UNDIRECTED_RATES or not row.few_step
+    for rate in [UNDIRECTED_RATES.get(row.name)]
+    if rate
 )
 QUICK = ("TF+DMD", "DF+DMD", "SF+DMD")
 _SHIFTED = digits.VARIANTS["distill"]()["score"] | {"time_shift": 3.0}
@@ -207,6 +211,8 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
     """The weights that a few-step row starts from; trains them unless they are there."""
     if row.start == "TF+DMD":
         return weights_of(_row_of(row.captions, "TF+DMD"), seed, chunk)
+    if row.start == UNDIRECTED_START.name:
+        return weights_of(UNDIRECTED_START, TUNING_SEEDS[0], chunk)
     path = row.runs / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
     if not path.exists():
         values = variant_of(row, row.start)

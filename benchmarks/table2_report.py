@@ -156,10 +156,17 @@ def write(results: list[dict], page: Path) -> list[Path]:
     tuning = [result for result in results if result.get("tuning")]
     if tuning:
         lines += ["## Rates", "", "Joint score at 36 frames, on seeds that the table does not have.", ""]
-        lines += ["| row | chunk | rate | seed | joint |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {r['row']} | {r['chunk']} | {r['rate']:g} | {r['seed']} | {r['figures']['joint']:.3f} |" for r in tuning
-        ]
+        lines += ["| row | chunk | rate | seed | start | joint |", "|---|---|---|---|---|---|"]
+        for r in tuning:
+            cells = (
+                r["row"],
+                r["chunk"],
+                f"{r['rate']:g}",
+                r["seed"],
+                r.get("start", ""),
+                f"{r['figures']['joint']:.3f}",
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     page.write_text("\n".join(lines))
     return [page, picture]
