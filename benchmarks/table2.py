@@ -4,7 +4,7 @@
   python -m benchmarks.table2 --quick          # three rows, one seed, one length
   python -m benchmarks.table2 --rows="SF+DMD;TF+DMD" --seeds=0,1 --chunks=3
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
-  python -m benchmarks.table2 --captions=undirected    # a harder task: no prompt says where the digit goes
+  python -m benchmarks.table2 --captions=undirected --chunks=1    # harder: no prompt says where the digit goes
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 Ablations are measured at 4 times the training length, with and without the controls; what the gradient into the cache
@@ -20,10 +20,12 @@ continues alone: it separates errors that add up from those of a first chunk wit
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
 starts are there. The start is one and the same for all seeds: intervals leave its own variation out. Without
-runs/table2 the start is trained anew, so new lines have its digest. With `--captions=undirected` a
-video has to keep the direction in which it began: its direction is right where it does. These rows are run frame by
-frame, have a teacher of their own, which is trained first, and start from a student that DF+DMD has trained for as long
-as they are. Their runs lie in runs/table2/undirected, their results in docs/results/undirected.jsonl.
+runs/table2 the start is trained anew, so new lines have its digest.
+
+With `--captions=undirected` a video has to keep the direction in which it began: its direction is right where it does.
+These rows are run frame by frame, have a teacher of their own, which is trained first, and start from a student that
+DF+DMD has trained for as long as they are. Their runs lie in runs/table2/undirected, their results in
+docs/results/undirected.jsonl.
 """
 
 import argparse

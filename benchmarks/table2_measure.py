@@ -55,8 +55,7 @@ class Measure:
                 parts.append(pipe(self.prompts[part], frames=frames, seed=seed, first_index=first))
         videos, figures = np.concatenate(parts), (self.judge, reference, pipe.chunk_starts(frames))
         if control is True:
-            judge, *rest = figures
-            return measure_behind_real(videos, self.context[frames], self.targets, judge, *rest)
+            return measure_behind_real(videos, self.context[frames], self.targets, *figures)
         # Behind one real frame alone, nothing shows the clip's direction.
         return metrics.measure(videos, self._targets(), *figures)
 
