@@ -133,7 +133,7 @@ ROWS = (
 # Frame by frame with captions that do not say where a digit goes, each at the rate of its own search. The few-step
 # start's own videos fade there, and Self Forcing from it fades, too. So all rows start from one student of DF+DMD.
 UNDIRECTED_START = Row("DF+DMD start", "causvid", rate=1e-3, chunks=(1,), captions="undirected")
-UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 3e-4, "SF+DMD": 1e-4, "SF+DMD, write": 1e-4}
+UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 1e-4, "SF+DMD": 1e-4, "SF+DMD, write": 1e-4}
 UNDIRECTED_ROWS = tuple(
     dataclasses.replace(
         row, captions="undirected", rate=rate, framewise_rate=None, chunks=(1,), start=UNDIRECTED_START.name
