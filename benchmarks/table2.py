@@ -4,7 +4,7 @@
   python -m benchmarks.table2 --quick          # three rows, one seed, one length
   python -m benchmarks.table2 --rows="SF+DMD;TF+DMD" --seeds=0,1 --chunks=3
   python -m benchmarks.table2 --report         # only writes docs/results/table2.md and its figure from the results
-  python -m benchmarks.table2 --captions=undirected --chunks=1    # harder: no prompt says where the digit goes
+  python -m benchmarks.table2 --captions=undirected  # harder: no prompt says where the digit goes
   python -m benchmarks.table2 --ablations --seeds=0,1,2 --chunks=3    # one change at a time, docs/results/ablations.md
 
 Ablations are measured at 4 times the training length, with and without the controls; what the gradient into the cache
@@ -131,7 +131,8 @@ ROWS = (
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
 # Frame by frame with captions that do not say where a digit goes, each at the rate of its own search. The few-step
-# start's own videos fade there, and Self Forcing from it fades, too. So all rows start from one student of DF+DMD.
+# start's own videos fade there, and Self Forcing from it fades, too. So all rows start from one student of DF+DMD, at
+# the best rate of a search from the few-step start (whose results have that start's digest).
 UNDIRECTED_START = Row("DF+DMD start", "causvid", rate=1e-3, chunks=(1,), captions="undirected")
 UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 1e-4, "SF+DMD": 1e-4, "SF+DMD, write": 1e-4}
 UNDIRECTED_ROWS = tuple(
@@ -212,7 +213,7 @@ def configured(row: Row, seed: int, chunk: int, rate: float | None = None) -> Tr
 def start_of(row: Row, seed: int, chunk: int) -> Path:
     """The weights that a few-step row starts from; trains them unless they are there."""
     if row.start == "TF+DMD":
-        return weights_of(_row_of(row.captions, "TF+DMD"), seed, chunk)
+        return weights_of(next(r for r in ROWS if r.name == "TF+DMD"), seed, chunk)
     if row.start == UNDIRECTED_START.name:
         return weights_of(UNDIRECTED_START, TUNING_SEEDS[0], chunk)
     path = row.runs / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
@@ -220,14 +221,10 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
         values = variant_of(row, row.start)
         values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
-            values["teacher_weights"] = str(weights_of(_row_of(row.captions, "many-step TF"), 0, chunk))
+            values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))
             values["consistency"] = values["consistency"] | {"guidance": 2.0, "later_guidance": 1.5}  # of 1000 steps
         loop.train(from_dict(values), path.parent)
     return path
-
-
-def _row_of(captions: str, name: str) -> Row:
-    return next(row for row in (*ROWS, *UNDIRECTED_ROWS) if (row.captions, row.name) == (captions, name))
 
 
 def start_digest(row: Row, seed: int, chunk: int) -> str:
@@ -360,7 +357,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="three rows, one seed, 4 times the training length")
     parser.add_argument("--rows", default="", help="names of rows, separated by semicolons")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--chunks", default="3,1", help="3 is chunk-wise, 1 frame-wise")
+    parser.add_argument("--chunks", default="", help="3 is chunk-wise, 1 frame-wise; all that the rows have")
     parser.add_argument("--tune", action="store_true", help="try the rates instead, on other seeds")
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
     parser.add_argument("--captions", default="full", choices=CAPTIONS, help="as data.captions")
@@ -378,10 +375,10 @@ def main(arguments: list[str]) -> None:
         if unknown:
             parser.error(f"--rows has {', '.join(unknown)}: rows are {'; '.join(known)}")
         rows = [row for row in rows if row.name in names]
-    seeds, chunks = ([int(x) for x in text.split(",")] for text in (args.seeds, args.chunks))
-    idle = set(chunks) - {chunk for row in rows for chunk in row.chunks}
-    if idle and args.chunks != parser.get_default("chunks"):
-        parser.error(f"--chunks has {', '.join(map(str, sorted(idle)))}: no row is run with it")
+    seeds, known = [int(x) for x in args.seeds.split(",")], {chunk for row in rows for chunk in row.chunks}
+    chunks = [int(x) for x in args.chunks.split(",")] if args.chunks else sorted(known, reverse=True)
+    if set(chunks) - known:
+        parser.error(f"--chunks has {', '.join(map(str, sorted(set(chunks) - known)))}: no row is run with it")
     lengths = [(frames, False) for frames in LENGTHS] + [(CONTROL_LENGTH, control) for control in CONTROLS[1:]]
     if args.ablations:
         lengths = [(CONTROL_LENGTH, control) for control in CONTROLS]
@@ -393,14 +390,15 @@ def main(arguments: list[str]) -> None:
     if not args.report:
         work = plan(rows, TUNING_SEEDS if args.tune else seeds, chunks, lengths, read(results))
         measure = Measure(args.captions)
+        if args.captions == "undirected" and not args.tune:
+            for chunk in chunks:
+                run_real(chunk, lengths, measure, results)
         bar = tqdm(work, desc="table2", unit="run")
         for row, seed, chunk, left in bar:
             bar.set_postfix_str(f"{row.name}, chunk {chunk}, seed {seed}")
             if args.tune and row.few_step:
                 tune(row, seed, chunk, measure, results)
             elif not args.tune:
-                if args.captions == "undirected":
-                    run_real(chunk, lengths, measure, results)
                 run_row(row, seed, chunk, left, measure, results)
                 report.write(read(results), results.with_suffix(".md"))
     for path in report.write(read(results), results.with_suffix(".md")):

@@ -19,7 +19,7 @@ class Measure:
 
     Attributes:
       captions: as `data.captions`. Without a direction in them, videos are compared with that in which they begin, and
-        behind real frames with that of the clip.
+        with real frames behind every chunk with that of the clip.
       samples: number of videos.
     """
 
@@ -56,7 +56,7 @@ class Measure:
         videos, figures = np.concatenate(parts), (self.judge, reference, pipe.chunk_starts(frames))
         if control is True:
             return measure_behind_real(videos, self.context[frames], self.targets, *figures)
-        # Behind one real frame alone, nothing shows the clip's direction.
+        # Behind one real frame nothing shows the clip's direction, so a video chooses its own there, too.
         return metrics.measure(videos, self._targets(), *figures)
 
     def _targets(self) -> metrics.Targets:

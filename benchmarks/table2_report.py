@@ -29,9 +29,9 @@ TITLES = {
     "undirected": "Table 2 on the moving digits, directions untold",
 }
 _UNDIRECTED = (
-    "No prompt says where the digit goes. The direction is right where it is that in which the video began (the most",
-    "frequent one of its first seven windows); behind real frames it is that of the clip. Not the prompt, but only the",
-    "frames so far can keep it.",
+    "No prompt says where the digit goes: only the frames so far can keep it. The direction is right where it is that",
+    "in which the video began, the most frequent one of its first seven windows, which favors those; with real frames",
+    "behind every chunk it is that of the clip. A video that stood still would keep its direction, too: see the motion.",
     "",
 )
 OPTIONS = {"table2": "", "ablations": " --ablations", "undirected": " --captions=undirected"}

@@ -85,8 +85,8 @@ def evaluate(
         captions = getattr(pipe, "captions", None) or "full"
         if captions != "full":
             raise ValueError(
-                f"checkpoint: {name} was trained on captions {captions!r}, allowed: on 'full' ones, which all prompts "
-                f"are here (`python -m benchmarks.table2 --captions={captions}` measures it)"
+                f"checkpoint: {name} knows captions {captions!r}, allowed: 'full', as all prompts here tell a "
+                f"direction (`python -m benchmarks.table2 --captions={captions}` measures it)"
             )
     out, judge = files.check_writable(out), judging.load()
     files.remove_leftovers(out)

@@ -107,6 +107,8 @@ def test_undirected_captions_are_of_the_same_clips():
         assert one["caption"].replace(f" {direction}", "") == other["caption"]
     assert moving_digits.VARIANTS["undirected"].clips["train"] == moving_digits.VARIANTS["full"].clips["train"]
     assert set(moving_digits.VARIANTS) == set(options.CAPTIONS)
+    with pytest.raises(ValueError, match="captions is 'few': it must be one of full, undirected"):
+        moving_digits.all_captions("few")
 
 
 def test_render_at_whole_pixels_places_the_scan_and_wraps_round():

@@ -280,6 +280,8 @@ def test_without_told_directions_a_video_has_to_keep_its_own(judge, measure, cli
     assert (np.bincount(targets.digit) == 14).all() and (np.bincount(targets.prompt) == 7).all()
     shares = np.array(moving_digits.DIRECTION_SHARES["train"])
     np.testing.assert_array_equal(np.bincount(targets.direction), 140 * shares / shares.sum())
+    fast = np.array(["fast" in text for text in prompts])
+    np.testing.assert_allclose(np.bincount(targets.direction[fast], minlength=8), 70 * shares / shares.sum(), atol=5)
     videos = metrics.real_clips(kinds, 24, seed=1)
     own = dataclasses.replace(targets, direction=None)
     opinion = judge(videos)
@@ -322,7 +324,7 @@ def test_evaluate_refuses_before_generating(tmp_path):
     with pytest.raises(ValueError, match="batch_size: got 0"):
         evaluate.evaluate({"a": pipe}, tmp_path, batch_size=0)
     undirected = dataclasses.replace(load_pipeline(), captions="undirected")
-    with pytest.raises(ValueError, match="checkpoint: b was trained on captions 'undirected', allowed: on 'full' ones"):
+    with pytest.raises(ValueError, match="checkpoint: b knows captions 'undirected', allowed: 'full'"):
         evaluate.evaluate({"a": pipe, "b": undirected}, tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ValueError, match="out: cannot write in"):

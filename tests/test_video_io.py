@@ -202,6 +202,8 @@ def test_npy_files_grow(tmp_path):
         ([values, values.astype(np.float64)], r"array: got float64 .*, allowed: float32 \[n, \*\(3, 2\)\]"),
         ([values, values[..., :1]], "array: got float32"),
         ([], "has no entries"),
+        ([np.float32(1).reshape(())], r"array: got float32 \(\), allowed: numbers \[n, ...\]"),
+        ([np.array(["a"])], "array: got <U1"),
     ):
         with pytest.raises(ValueError, match=message), npy_writer(path) as append:
             for part in parts:

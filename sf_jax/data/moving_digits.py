@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 
 from sf_jax.data import shards
 from sf_jax.files import check_writable, is_quiet
+from sf_jax.options import one_of
 
 CANVAS = 24
 SPRITE = 12
@@ -94,7 +95,12 @@ class Clips:
         return Clips(**{field.name: getattr(self, field.name)[part] for field in dataclasses.fields(self)})
 
     def captions(self, captions: str = "full") -> list[str]:
-        """Returns the N captions, of which "undirected" ones say nothing of directions."""
+        """Returns the N captions, of which "undirected" ones say nothing of directions.
+
+        Raises:
+          ValueError: `captions` is none of VARIANTS.
+        """
+        one_of("captions", captions, tuple(VARIANTS))
         speeds = np.where(self.told, self.speed, -1)
         rows = zip(self.digit.tolist(), self.direction.tolist(), speeds.tolist(), strict=True)
         return [caption(n, d if captions == "full" else None, None if s < 0 else s) for n, d, s in rows]
@@ -113,7 +119,12 @@ def caption(digit: int, direction: int | None, speed: int | None = None) -> str:
 
 
 def all_captions(captions: str = "full") -> tuple[str, ...]:
-    """Returns all captions: every digit, every speed and none, and every direction (240); "undirected", none (30)."""
+    """Returns all captions: every digit, every speed and none, and every direction (240); "undirected", none (30).
+
+    Raises:
+      ValueError: `captions` is none of VARIANTS.
+    """
+    one_of("captions", captions, tuple(VARIANTS))
     speeds, directions = (*range(len(SPEEDS)), None), range(len(DIRECTIONS)) if captions == "full" else (None,)
     return tuple(caption(n, d, s) for n in range(10) for d in directions for s in speeds)
 
@@ -314,7 +325,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits that move, with captions.",
+            description="Handwritten digits that move over a canvas that wraps round, with captions.",
             features=FEATURES,
             # The plan is already shuffled.
             disable_shuffling=True,

@@ -19,10 +19,9 @@ QUARTERS = 4
 MIN_FRAMES = 2 * QUARTERS
 SAMPLES_PER_PROMPT = 4
 IDENTITY_LAG = 5
-OWN_WINDOWS = 7  # those of the training length
+OWN_WINDOWS = 9 - WINDOW + 1  # those of the training length
 _KINDS = (10, len(moving_digits.DIRECTIONS), len(moving_digits.SPEEDS))
 _NUM_KINDS = math.prod(_KINDS)
-_DIRECTION_STRIDE = 11  # coprime to the sum of the shares
 _STRIDE = 61  # Coprime to the number of kinds; of all such numbers, it balances any first few prompts best.
 
 
@@ -33,7 +32,8 @@ class Targets:
     Attributes:
       digit: int64 [N].
       direction: Index into moving_digits.DIRECTIONS, int64 [N]; None, if prompts do not tell it, is the one in which
-        each video begins, the most frequent one of its first OWN_WINDOWS windows.
+        each video begins, the most frequent one of its first OWN_WINDOWS windows. Those windows favor a video then, and
+        one that stands still keeps its direction: read it with `Figures.motion`.
       prompt: Index of the sample's prompt, int64 [N].
     """
 
@@ -158,6 +158,9 @@ def choose_undirected_prompts(num_samples: int) -> tuple[list[str], np.ndarray, 
     Returns:
       The N prompts; the kind of each, with directions in the shares of the training clips; and the targets with these
       directions, which are those of `real_clips`. Generated videos choose their own.
+
+    Raises:
+      ValueError: There are too few.
     """
     if num_samples < SAMPLES_PER_PROMPT:
         raise ValueError(f"num_samples: got {num_samples}, allowed: {SAMPLES_PER_PROMPT} or more")
@@ -165,7 +168,8 @@ def choose_undirected_prompts(num_samples: int) -> tuple[list[str], np.ndarray, 
     prompt = index % (_KINDS[0] * _KINDS[2])
     digit, speed = np.unravel_index(prompt, (_KINDS[0], _KINDS[2]))
     directions = np.repeat(np.arange(_KINDS[1]), moving_digits.DIRECTION_SHARES["train"])
-    direction = directions[index * _DIRECTION_STRIDE % len(directions)]
+    # In any order that depends on neither digit nor speed.
+    direction = np.random.Generator(np.random.Philox(0)).permutation(np.resize(directions, num_samples))
     captions = [moving_digits.caption(n, None, s) for n, s in zip(digit.tolist(), speed.tolist(), strict=True)]
     kinds = np.ravel_multi_index((digit, direction, speed), _KINDS)
     return captions, kinds, Targets(digit, direction, prompt)

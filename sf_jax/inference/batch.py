@@ -294,7 +294,8 @@ def _write(
                 new = np.asarray(chunk.latents).astype(np.float32)
                 for append, video in zip(appends, new, strict=False):
                     append(video)
-                latents += [new] if style.gif else []
+                if style.gif:
+                    latents.append(new)
     small = np.concatenate(small, axis=1)
     if style.gif:
         for path, video in zip(paths, small, strict=True):
@@ -302,9 +303,10 @@ def _write(
     written = list(paths)
     if style.latents:
         written += [path.with_suffix(".npy") for path in paths]
-    for path, video in zip(paths, np.concatenate(latents, axis=1) if latents else (), strict=False):
-        with npy_writer(path.with_suffix(".npy")) as append:
-            append(video)
+    if latents:
+        for path, video in zip(paths, np.concatenate(latents, axis=1), strict=False):
+            with npy_writer(path.with_suffix(".npy")) as append:
+                append(video)
     return written if style.only_videos else [*written, *_write_stills(style, videos, small, every)]
 
 

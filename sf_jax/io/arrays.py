@@ -17,10 +17,10 @@ def npy_writer(path: str | Path) -> Iterator[Callable[[np.ndarray], None]]:
       path: The file.
 
     Yields:
-      A function that appends an array [n, ...]; all have the shape and dtype of the first but for n.
+      A function that appends a numpy array of numbers [n, ...]; all have the shape and dtype of the first but for n.
 
     Raises:
-      ValueError: The folder is not writable, an array does not fit, or nothing was appended.
+      ValueError: The folder is not writable, the path is a folder, an array does not fit, or nothing was appended.
       OSError: The disk is full.
     """
     length, kind = 0, None
@@ -29,6 +29,8 @@ def npy_writer(path: str | Path) -> Iterator[Callable[[np.ndarray], None]]:
         def append(array: np.ndarray) -> None:
             nonlocal length, kind
             if kind is None:
+                if array.ndim < 1 or array.dtype.kind not in "biufc":
+                    raise ValueError(f"array: got {array.dtype} {array.shape}, allowed: numbers [n, ...]")
                 kind = array.shape[1:], array.dtype
                 _write_header(file, 0, *kind)
             elif kind != (array.shape[1:], array.dtype):

@@ -1,6 +1,7 @@
 """Model cards: a README.md next to exported weights, with the YAML header that the Hugging Face hub reads."""
 
 import dataclasses
+import glob
 import hashlib
 import json
 import re
@@ -288,7 +289,7 @@ def _counts(folder: Path, variant: str) -> dict[str, int]:
       variant: which of the variants of a dataset counts (`moving_digits.VARIANTS`), for those that have some.
     """
     counts = {}
-    paths = [*folder.glob("*/dataset_info.json"), *folder.glob(f"*/{variant}/*/dataset_info.json")]
+    paths = [*folder.glob("*/dataset_info.json"), *folder.glob(f"*/{glob.escape(variant)}/*/dataset_info.json")]
     for info in map(_json, sorted(paths)):
         for split in info["splits"] if isinstance(info.get("splits"), list) else []:
             lengths = split.get("shardLengths") if isinstance(split, dict) and split.get("name") == "train" else None
