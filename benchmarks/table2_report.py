@@ -31,7 +31,7 @@ TITLES = {
 _UNDIRECTED = (
     "No prompt says where the digit goes: only the frames so far can keep it. The direction is right where it is that",
     "in which the video began, the most frequent one of its first seven windows, which favors those; with real frames",
-    "behind every chunk it is that of the clip. A video that stood still would keep its direction, too: see the motion.",
+    "behind every chunk it is that of the clip. A video that stands still keeps its direction, too: see the motion.",
     "",
 )
 OPTIONS = {"table2": "", "ablations": " --ablations", "undirected": " --captions=undirected"}
