@@ -121,8 +121,8 @@ def draw(results: list[dict], path: Path) -> None:
             ax.grid(alpha=0.3)
             ax.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=100)
-    # a third of the bytes
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    # a quarter of the bytes
+    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def write(results: list[dict], page: Path) -> list[Path]:
