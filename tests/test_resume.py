@@ -144,7 +144,7 @@ def test_changed_configs_go_on_when_told_to(copy, capsys):
 def test_other_data_is_refused(copy, monkeypatch):
     config, workdir, weights = copy
     captions = moving_digits.all_captions()
-    monkeypatch.setattr(moving_digits, "all_captions", lambda: captions[:-1])
+    monkeypatch.setattr(moving_digits, "all_captions", lambda _: captions[:-1])
     with pytest.raises(
         ValueError, match="data.dir is .*: step 4 was trained with other data; use the old data, or --allow"
     ):
