@@ -130,9 +130,10 @@ ROWS = (
     Row("SF+GAN", "gan", rate=1e-4),
     Row("SF+GAN, write", "gan", _WRITE, 1e-4),
 )
-# Frame by frame with captions that do not say where a digit goes, each at the rate of its own search. The few-step
-# start's own videos fade there, and Self Forcing from it fades, too. So all rows start from one student of DF+DMD, at
-# the best rate of a search from the few-step start (whose results have that start's digest).
+# Frame by frame with captions that do not say where a digit goes. The rates of SF+DMD and DF+DMD are the best of their
+# searches; TF+DMD and `write` have those of full captions, until `--tune` has searched theirs. The few-step start's own
+# videos fade there, and Self Forcing from it fades, too. So all rows start from one student of DF+DMD, at the best rate
+# of a search from the few-step start (whose results have that start's digest).
 UNDIRECTED_START = Row("DF+DMD start", "causvid", rate=1e-3, chunks=(1,), captions="undirected")
 UNDIRECTED_RATES = {"TF+DMD": 3e-5, "DF+DMD": 1e-4, "SF+DMD": 1e-4, "SF+DMD, write": 1e-4}
 UNDIRECTED_ROWS = tuple(

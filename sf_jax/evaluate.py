@@ -81,13 +81,7 @@ def evaluate(
       ValueError: If an argument is out of range, or a model knows other captions.
     """
     check_amounts(frames, train_frames, num_samples, batch_size)
-    for name, pipe in pipes.items():
-        captions = getattr(pipe, "captions", None) or "full"
-        if captions != "full":
-            raise ValueError(
-                f"checkpoint: {name} knows captions {captions!r}, allowed: 'full', as all prompts here tell a "
-                f"direction (`python -m benchmarks.table2 --captions={captions}` measures it)"
-            )
+    check_captions(pipes)
     out, judge = files.check_writable(out), judging.load()
     files.remove_leftovers(out)
     prompts, kinds, targets = metrics.choose_prompts(num_samples)
@@ -115,6 +109,21 @@ def evaluate(
     settings = {"num_samples": num_samples, "seed": seed}
     outcome = report.Report(settings, figures, train_frames, starts[REAL][1:])
     return outcome, [*report.write_report(out, outcome), *paths]
+
+
+def check_captions(pipes: Mapping[str, Pipe]) -> None:
+    """Rejects models that were not trained on prompts that tell a direction.
+
+    Raises:
+      ValueError: if a model knows other captions; names it.
+    """
+    for name, pipe in pipes.items():
+        captions = getattr(pipe, "captions", None) or "full"
+        if captions != "full":
+            raise ValueError(
+                f"checkpoint: {name} knows captions {captions!r}, allowed: 'full', as all prompts here tell a "
+                f"direction (`python -m benchmarks.table2 --captions={captions}` measures it)"
+            )
 
 
 def check_amounts(frames: int, train_frames: int | None, num_samples: int, batch_size: int) -> None:

@@ -100,7 +100,6 @@ def test_captions():
 def test_undirected_captions_are_of_the_same_clips():
     plan = moving_digits.plan_clips("train", 40)
     full, undirected = (list(moving_digits.generate(plan, 2, captions)) for captions in ("full", "undirected"))
-    assert set(plan.captions("undirected")) <= set(moving_digits.all_captions("undirected"))
     for one, other in zip(full, undirected, strict=True):
         np.testing.assert_array_equal(one["video"], other["video"])
         direction = moving_digits.DIRECTIONS[one["direction"]]
