@@ -186,11 +186,6 @@ class TrainConfig:
                 else "a file or 'shipped'"
             )
             raise ValueError(f"teacher_weights is None: stage {self.stage!r} needs a teacher; give {wants}")
-        if self.stage in ("init", "distill") and self.teacher_weights == "shipped" and self.data.captions != "full":
-            raise ValueError(
-                f"teacher_weights is 'shipped': data.captions is {self.data.captions!r}, and that teacher was trained "
-                "on 'full' ones; give a file of stage 'teacher' that knows them"
-            )
         if self.log.sample_every and self.log.sample_prompts and (self.data.name == "wan" or self.image_to_video):
             raise ValueError(
                 f"log.sample_prompts is {self.log.sample_prompts}: samples of prepared data, and those that begin with "

@@ -77,8 +77,12 @@ def test_undirected_captions(tmp_path, monkeypatch):
     save_package(path, stages.package_of(config, random_params(config.model)))
     assert load_package(path).captions == load_pipeline(path).captions == "undirected"
     assert load_pipeline().captions == "full"
-    with pytest.raises(ValueError, match="teacher_weights is 'shipped': data.captions is 'undirected'"):
-        dataclasses.replace(small_config("distill"), data=config.data)
+    full = small_config("distill", teacher_weights=str(path))
+    undirected = dataclasses.replace(full, data=dataclasses.replace(full.data, captions="undirected"))
+    mesh = sharding.make_mesh(full.mesh)
+    assert stages._teacher(undirected, mesh, "float32")
+    with pytest.raises(ValueError, match="which knows captions 'undirected': data.captions is 'full', it must be"):
+        stages._teacher(full, mesh, "float32")
     with pytest.raises(ValueError, match="data.captions is 'few': it must be one of full, undirected"):
         dataclasses.replace(config.data, captions="few")
     with pytest.raises(ValueError, match="data.captions is 'undirected': for the data 'wan' it must be 'full'"):

@@ -208,8 +208,8 @@ def _header_of(path: Path, field: str) -> tuple[Package | None, bool]:
 
 def _load(
     path: str, wanted: WanConfig, field: str, dtype: str, mesh: Mesh, offload: bool = False
-) -> tuple[dict, str | None]:
-    """Loads a transformer of the wanted sizes onto the mesh; also returns its kind from the file (None if missing).
+) -> tuple[dict, Package | None]:
+    """Loads a transformer of the wanted sizes onto the mesh; also returns the file's header (None if it has none).
 
     The file was written by training, or has the official or diffusers names (including `.pt` checkpoints).
     """
@@ -230,14 +230,14 @@ def _load(
         if dataclasses.replace(package.config, **same) != wanted:
             raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
         typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
-        return sharding.put(typed, places(typed)), package.kind
+        return sharding.put(typed, places(typed)), header
     if header is not None:
         check_told_sizes(path, header, wanted, f"the config, {field}")
     try:
         _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    return params, None if header is None else header.kind
+    return params, header
 
 
 def _teacher_field(config: TrainConfig) -> str:
@@ -248,12 +248,17 @@ def _teacher_field(config: TrainConfig) -> str:
 
 def _teacher(config: TrainConfig, mesh: Mesh, dtype: str, offload: bool = False) -> dict:
     """The stage's teacher: bidirectional, except for stage "init" with a causal teacher."""
-    params, kind = _load(_teacher_field(config), config.teacher_model, "teacher_weights", dtype, mesh, offload)
+    params, header = _load(_teacher_field(config), config.teacher_model, "teacher_weights", dtype, mesh, offload)
     causal = config.stage == "init" and (config.init == "consistency" or config.ode.teacher == "causal")
     wanted = "causal" if causal else "teacher"
-    if kind not in (None, wanted):
+    if header is not None and header.kind != wanted:
         raise ValueError(
-            f"teacher_weights {config.teacher_weights} is a {kind} network: here it must be a {wanted} network"
+            f"teacher_weights {config.teacher_weights} is a {header.kind} network: here it must be a {wanted} network"
+        )
+    if header is not None and header.captions != config.data.captions:
+        raise ValueError(
+            f"teacher_weights is {config.teacher_weights}, which knows captions {header.captions!r}: data.captions is "
+            f"{config.data.captions!r}, it must be a network that was trained on those"
         )
     return params
 
