@@ -161,14 +161,14 @@ def test_a_student_takes_the_place_of_the_transformer_and_its_header_stays(sourc
 def test_training_starts_from_a_student_under_the_names_of_diffusers(source, tmp_path):
     write_folder(Source(source / "student.safetensors"), Target(tmp_path / "out", "diffusers", shard_bytes=60_000))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    (ours, kind), (theirs, same) = (
+    (ours, header), (theirs, same) = (
         stages._load(str(path), dataclasses.replace(MODEL, remat="none"), "init_weights", "float32", mesh)
         for path in (
             source / "student.safetensors",
             tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json",
         )
     )
-    assert kind == same == "student"
+    assert header.kind == "student" and header == same
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
