@@ -29,8 +29,9 @@ from sf_jax.inference.names import IF_EXISTS
 from sf_jax.rollout_config import CONTEXTS, POSITIONS
 from sf_jax.weights import hub
 from sf_jax.weights.adapter_list import parse_loras
+from sf_jax.weights.package import captions_of
 
-DEFAULT_PROMPT = "a 3 moving up and right, slowly"
+DEFAULT_PROMPTS = {"full": "a 3 moving up and right, slowly", "undirected": "a 3 moving, slowly"}
 
 _PROMPT = flags.DEFINE_string("prompt", None, "What to show")
 _PROMPTS = command.define_path(
@@ -135,12 +136,12 @@ GROUPS = {
 _LISTS = ("denoising_steps", "first_chunk_steps")
 
 
-def _prompts(default: str | None) -> list[str]:
+def _prompts(default: str | None, checkpoint: str | None) -> list[str]:
     """The prompts of the command line; `default` is used for Wan, which has no default prompt."""
     if _PROMPTS.value is None:
         wan = any(_JOB[name].value for name in ("model", "transformer", "text_encoder", "tokenizer", "vae"))
         missing = [] if default is None else [default]
-        default = missing if wan else [DEFAULT_PROMPT]
+        default = missing if wan else [DEFAULT_PROMPTS[captions_of(checkpoint)]]
         default = [] if _JOB["schedule"].value else default
         if flags.FLAGS["prompt"].present > 1:
             raise ValueError("prompt is given more than once: write the prompts to a file, a line each, for --prompts")
@@ -172,7 +173,7 @@ def job(prompt: str | None = None) -> Job:
         fields["lora"] = parse_loras(fields["lora"])
     if fields.get("checkpoint"):
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
-    prompts, keys = _prompts(prompt), ("name", *captions.CAPTION_KEYS)
+    prompts, keys = _prompts(prompt, fields.get("checkpoint")), ("name", *captions.CAPTION_KEYS)
     names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
     return Job(prompts=tuple(prompts), names=tuple(names), abstract=_COMPILE_ONLY.value is not None, **fields)
 

@@ -1,6 +1,7 @@
 """The command line as a whole: help, versions, console script, odd values, signals, platforms other than this one."""
 
 import ast
+import dataclasses
 import io
 import json
 import os
@@ -16,9 +17,12 @@ from absl import flags
 from configs import digits, wan_distill
 from sf_jax import backend, cli, command, config_help, files, usage
 from sf_jax.config import TrainConfig
+from sf_jax.data import moving_digits
 from sf_jax.inference import lengths, names
 from sf_jax.inference.job import Job, video_names
+from sf_jax.server.launch import Launch, Model, service_of
 from sf_jax.training import stop
+from sf_jax.weights.package import load_package, save_package, shipped_path
 
 
 def run(*arguments, **env):
@@ -327,6 +331,28 @@ def test_names_are_valid_on_every_system():
     assert names.vbench_name("a/b\n\x1b[31m: c?") == "a b  [31m: c?"
     with pytest.raises(ValueError, match="has ':', which no file name of Windows may have"):
         names.vbench_name("a: b", windows=True)
+
+
+def test_the_default_and_example_prompts_are_captions_that_the_network_knows(tmp_path):
+    undirected = tmp_path / "undirected.safetensors"
+    save_package(undirected, dataclasses.replace(load_package(shipped_path("student")), captions="undirected"))
+    script = """
+import sys
+from absl import flags
+from sf_jax import generate
+flags.FLAGS(sys.argv)
+print(generate.job().prompts)
+"""
+    for path, captions, default in (
+        (undirected, "undirected", "a 3 moving, slowly"),
+        ("student", "full", "a 3 moving up and right, slowly"),
+    ):
+        known = moving_digits.all_captions(captions)
+        assert default in known and set(service_of(Model(checkpoint=str(path)), Launch()).examples) <= set(known)
+        done = subprocess.run(
+            [sys.executable, "-c", script, f"--checkpoint={path}"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == f"('{default}',)"
 
 
 def test_names_and_prompts_are_told_apart():

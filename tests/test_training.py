@@ -33,7 +33,7 @@ from sf_jax.training import (
 )
 from sf_jax.training import step as steps
 from sf_jax.training.media import Media, digits_media
-from sf_jax.weights.package import load_package, save_package
+from sf_jax.weights.package import captions_of, load_package, save_package
 from tests.helpers import random_params, tree_relative
 
 SMALL = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "channels": 8, "text_dim": 64, "text_len": 10}
@@ -77,6 +77,7 @@ def test_undirected_captions(tmp_path, monkeypatch):
     save_package(path, stages.package_of(config, random_params(config.model)))
     assert load_package(path).captions == load_pipeline(path).captions == "undirected"
     assert load_pipeline().captions == "full"
+    assert captions_of(path) == "undirected" and captions_of(None) == captions_of("teacher") == "full"
     full = small_config("distill", teacher_weights=str(path))
     undirected = dataclasses.replace(full, data=dataclasses.replace(full.data, captions="undirected"))
     mesh = sharding.make_mesh(full.mesh)

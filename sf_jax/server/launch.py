@@ -23,8 +23,12 @@ from sf_jax.server.engine import Engine
 from sf_jax.server.guard import Rules
 from sf_jax.server.metrics import make_metrics
 from sf_jax.server.sessions import Limits, Playback
+from sf_jax.weights.package import captions_of
 
-DIGITS_EXAMPLES = ("a 7 moving left, fast", "a 2 moving up", "a 5 moving down and right, slowly", "a 0 moving right")
+DIGITS_EXAMPLES = {
+    "full": ("a 7 moving left, fast", "a 2 moving up", "a 5 moving down and right, slowly", "a 0 moving right"),
+    "undirected": ("a 7 moving, fast", "a 2 moving", "a 5 moving, slowly", "a 0 moving"),
+}
 WAN_EXAMPLES = (
     "A red fox walks through fresh snow in a birch forest, soft morning light.",
     "Waves roll onto a black beach under a stormy sky, seen from above.",
@@ -137,7 +141,7 @@ def service_of(
         limits=Limits(lifetime=lifetime),
         rules=Rules(launch.token, launch.origins, launch.hosts),
         name="moving digits" if digits else Path(model.folder).name,
-        examples=DIGITS_EXAMPLES if digits else WAN_EXAMPLES,
+        examples=DIGITS_EXAMPLES[captions_of(model.checkpoint)] if digits else WAN_EXAMPLES,
     )
 
 

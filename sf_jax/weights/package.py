@@ -104,6 +104,16 @@ def shipped_path(kind: str) -> pathlib.Path:
     return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[kind]))
 
 
+def captions_of(path: pathlib.Path | str | None) -> str:
+    """Which captions of moving digits a network knows, one of `options.CAPTIONS`, from its file's header alone.
+
+    Args:
+      path: the file; None, "student" and "teacher" are shipped networks. Files without a header count as "full".
+    """
+    header = None if path is None or str(path) in SHIPPED else read_header(path)
+    return "full" if header is None else header.captions
+
+
 def load_package(path: pathlib.Path | str) -> Package:
     """Reads a file that `save_package` wrote.
 
