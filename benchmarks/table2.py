@@ -19,8 +19,9 @@ continues alone: it separates errors that add up from those of a first chunk wit
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
-starts are there. The start is one and the same for all seeds: intervals leave its own variation out. Without
-runs/table2 the start is trained anew, so new lines have its digest.
+starts are there. Seeds 0 to 4 and those of the search share a start, seeds 5 to 9 have another one, and so on: with
+five seeds, intervals leave the start's own variation out. Without runs/table2 a start is trained anew, and another CPU
+rounds it differently, so lines have its digest.
 
 With `--captions=undirected` a video has to keep the direction in which it began: its direction is right where it does.
 These rows are run frame by frame, have a teacher of their own, which is trained first, and start from a student that
@@ -60,6 +61,7 @@ CONTROL_LENGTH = 36
 CONTROLS = (False, True, "first")  # its own video alone, real frames behind every chunk, a real first chunk
 REAL = "real clips"
 TUNING_SEEDS = (100,)
+SEEDS_PER_START = 5
 RATES = (3e-5, 1e-4, 3e-4)
 # What the search tries next if the best rate is the lowest or highest that it has.
 LOWER_AND_HIGHER = {3e-5: 1e-5, 1e-5: 3e-6, 3e-4: 1e-3, 1e-3: 3e-3}
@@ -217,9 +219,11 @@ def start_of(row: Row, seed: int, chunk: int) -> Path:
         return weights_of(next(r for r in ROWS if r.name == "TF+DMD"), seed, chunk)
     if row.start == UNDIRECTED_START.name:
         return weights_of(UNDIRECTED_START, TUNING_SEEDS[0], chunk)
-    path = row.runs / f"start-{row.start}-chunk{chunk}" / "student.safetensors"
+    start_seed = 0 if seed in TUNING_SEEDS else seed // SEEDS_PER_START
+    folder = f"start-{row.start}-chunk{chunk}" + (f"-seed{start_seed}" if start_seed else "")
+    path = row.runs / folder / "student.safetensors"
     if not path.exists():
-        values = variant_of(row, row.start)
+        values = variant_of(row, row.start) | {"seed": start_seed}
         values["rollout"] = values["rollout"] | _WITHOUT_SINK | {"chunk": chunk}
         if row.start == "consistency":
             values["teacher_weights"] = str(weights_of(ROWS[0], 0, chunk))

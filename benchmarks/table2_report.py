@@ -12,6 +12,7 @@ from PIL import Image
 TRAIN_FRAMES = 9
 UPDATES = 60  # of the student, where a row's name says nothing
 BEHIND = {False: "", True: ", every chunk behind real frames", "first": ", behind one real chunk and its own frames"}
+BASELINES, OWN_ROLLOUTS = ("DF+DMD", "TF+DMD"), "SF+"  # what differences are taken of
 COLUMNS = {
     "joint": "joint",
     "joint_inside": "joint inside chunks",
@@ -89,6 +90,35 @@ def table(rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def differences(results: list[dict], chunk: int) -> str:
+    """A Markdown table: by how much the joint score of training on own rollouts is above that of the baselines.
+
+    Rows are compared seed by seed, as a seed gives them the same start, prompts and noise.
+    """
+    scores: dict[tuple, dict[int, float]] = {}
+    for (size, frames, control), rows in grouped(results).items():
+        if size == chunk and not control:
+            for name, seeds in rows.items():
+                scores[name, frames] = {result["seed"]: result["figures"]["joint"] for result in seeds}
+    names, lengths = dict.fromkeys(name for name, _ in scores), sorted({frames for _, frames in scores})
+    pairs = [(name, other) for other in BASELINES if other in names for name in names if name.startswith(OWN_ROLLOUTS)]
+    if not pairs:
+        return ""
+    lines = [f"| rows | seeds | {' | '.join(f'{frames} frames' for frames in lengths)} |"]
+    lines.append(f"|---|---|{'---|' * len(lengths)}")
+    for name, other in pairs:
+        ours, theirs = ([scores.get((row, frames), {}) for frames in lengths] for row in (name, other))
+        seeds = sorted(set.intersection(*(set(column) for column in (*ours, *theirs))))
+        if seeds:
+            cells = (
+                f"{mean:+.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+                for a, b in zip(ours, theirs, strict=True)
+                for mean, half in [interval([a[seed] - b[seed] for seed in seeds])]
+            )
+            lines.append(f"| {name}, less {other} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(results: list[dict], path: Path) -> None:
     """Draws the joint accuracy over the frames of the longest videos, and behind real clips."""
     groups = grouped(results)
@@ -150,6 +180,11 @@ def write(results: list[dict], page: Path) -> list[Path]:
         kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
         heading = f"## {kind}, {frames} frames ({frames // TRAIN_FRAMES} x training){BEHIND[control]}"
         lines += [heading, "", table(rows), ""]
+    for chunk in dict.fromkeys(chunk for (chunk, _, _), _ in groups):
+        compared = differences(results, chunk) if page.stem != "ablations" else ""
+        if compared:
+            kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
+            lines += [f"## {kind}, differences in joint score, seed by seed", "", compared, ""]
     commits = sorted({result["commit"] for result in results if "frames" in result})
     versions = sorted({f"Python {r['python']}, JAX {r['jax']}" for r in results if "frames" in r})
     lines += [f"Commits: {', '.join(commits)}. {'; '.join(versions)}.", ""]
