@@ -37,6 +37,16 @@ def test_every_row_is_a_run(row, chunk, monkeypatch):
     assert not row.few_step or tuned.optimizer.lr == 3e-5
 
 
+def test_seeds_share_starts_by_fives_and_the_search_has_the_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(table2, "RUNS", tmp_path)
+    monkeypatch.setattr(table2.loop, "train", lambda config, folder: trained.append((folder.name, config.seed)))
+    row, trained = next(row for row in table2.ROWS if row.name == "SF+DMD"), []
+    for seed in (0, 4, *table2.TUNING_SEEDS, 5, 9, 10):
+        table2.start_of(row, seed, 3)
+    first, second, third = (f"start-init-chunk3{suffix}" for suffix in ("", "-seed1", "-seed2"))
+    assert trained == [*[(first, 0)] * 3, *[(second, 1)] * 2, (third, 2)]
+
+
 def test_undirected_rows_have_their_own_teacher_start_and_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(table2, "RUNS", tmp_path)
     trained = []
@@ -153,6 +163,16 @@ def test_the_report_has_means_and_intervals(tmp_path):
     assert "behind one real chunk" in text
     assert picture.stat().st_size > 10_000
     assert table2_report.write([], tmp_path / "none.md") == []
+
+
+def test_differences_are_taken_seed_by_seed():
+    rows = {row.name: row for row in table2.ROWS}
+    results = [result(rows["SF+DMD"], seed, joint=0.9 + 0.02 * seed) for seed in range(3)]
+    results += [result(rows["DF+DMD"], seed, joint=0.8 + 0.02 * seed) for seed in (1, 2)]
+    results += [result(rows["DF+DMD"], 1, control=True, joint=0.1), result(rows["SF+SiD"], 5)]
+    table = table2_report.differences(results, 3)
+    assert table.splitlines()[2:] == ["| SF+DMD, less DF+DMD | 2 | +0.100 ± 0.000 |"]
+    assert table2_report.differences(results, 1) == ""
 
 
 def test_the_page_of_undirected_prompts(tmp_path):
