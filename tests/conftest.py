@@ -1,13 +1,19 @@
 """One cache of compiled programs for a whole test run, including child processes; models that many tests share."""
 
 import os
+import signal
 import tempfile
 
 import pytest
 
 
 def pytest_configure(config):
-    """Sets the cache in environment variables, which xdist's workers and the commands under test inherit."""
+    """Sets the cache in environment variables, which xdist's workers and the commands under test inherit.
+
+    They also inherit that SIGINT is not ignored, as it is where a shell starts pytest in the background.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     config.compiled = tempfile.TemporaryDirectory(prefix="sf_jax_compiled_")
