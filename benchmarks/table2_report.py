@@ -91,32 +91,40 @@ def table(rows: dict[str, list[dict]]) -> str:
 
 
 def differences(results: list[dict], chunk: int) -> str:
-    """A Markdown table: by how much the joint score of training on own rollouts is above that of the baselines.
+    """A Markdown table: joint score and Frechet distance of training on own rollouts, less those of the baselines.
 
-    Rows are compared seed by seed, as a seed gives them the same start, prompts and noise.
+    Rows are compared seed by seed, as a seed gives them the same start, prompts and noise. Frechet distances are means
+    over the quarters.
     """
-    scores: dict[tuple, dict[int, float]] = {}
+    figures: dict[tuple, dict[int, tuple]] = {}
     for (size, frames, control), rows in grouped(results).items():
         if size == chunk and not control:
             for name, seeds in rows.items():
-                scores[name, frames] = {result["seed"]: result["figures"]["joint"] for result in seeds}
-    names, lengths = dict.fromkeys(name for name, _ in scores), sorted({frames for _, frames in scores})
+                figures[name, frames] = {
+                    r["seed"]: (r["figures"]["joint"], np.mean(r["figures"]["frechet_per_quarter"])) for r in seeds
+                }
+    names, lengths = dict.fromkeys(name for name, _ in figures), sorted({frames for _, frames in figures})
     pairs = [(name, other) for other in BASELINES if other in names for name in names if name.startswith(OWN_ROLLOUTS)]
     if not pairs:
         return ""
-    lines = [f"| rows | seeds | {' | '.join(f'{frames} frames' for frames in lengths)} |"]
-    lines.append(f"|---|---|{'---|' * len(lengths)}")
+    heads = [f"{figure}, {frames} frames" for figure in ("joint", "Frechet") for frames in lengths]
+    lines = [f"| rows | seeds | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for name, other in pairs:
-        ours, theirs = ([scores.get((row, frames), {}) for frames in lengths] for row in (name, other))
+        ours, theirs = ([figures.get((row, frames), {}) for frames in lengths] for row in (name, other))
         seeds = sorted(set.intersection(*(set(column) for column in (*ours, *theirs))))
         if seeds:
-            cells = (
-                f"{mean:+.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+            cells = [
+                _difference([a[seed][i] - b[seed][i] for seed in seeds], digits)
+                for i, digits in enumerate((3, 1))
                 for a, b in zip(ours, theirs, strict=True)
-                for mean, half in [interval([a[seed] - b[seed] for seed in seeds])]
-            )
+            ]
             lines.append(f"| {name}, less {other} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _difference(values: list[float], digits: int) -> str:
+    mean, half = interval(values)
+    return f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def draw(results: list[dict], path: Path) -> None:
@@ -184,7 +192,7 @@ def write(results: list[dict], page: Path) -> list[Path]:
         compared = differences(results, chunk) if page.stem != "ablations" else ""
         if compared:
             kind = "Chunk-wise" if chunk > 1 else "Frame-wise"
-            lines += [f"## {kind}, differences in joint score, seed by seed", "", compared, ""]
+            lines += [f"## {kind}, differences, seed by seed", "", compared, ""]
     commits = sorted({result["commit"] for result in results if "frames" in result})
     versions = sorted({f"Python {r['python']}, JAX {r['jax']}" for r in results if "frames" in r})
     lines += [f"Commits: {', '.join(commits)}. {'; '.join(versions)}.", ""]

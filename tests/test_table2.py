@@ -171,7 +171,7 @@ def test_differences_are_taken_seed_by_seed():
     results += [result(rows["DF+DMD"], seed, joint=0.8 + 0.02 * seed) for seed in (1, 2)]
     results += [result(rows["DF+DMD"], 1, control=True, joint=0.1), result(rows["SF+SiD"], 5)]
     table = table2_report.differences(results, 3)
-    assert table.splitlines()[2:] == ["| SF+DMD, less DF+DMD | 2 | +0.100 ± 0.000 |"]
+    assert table.splitlines()[2:] == ["| SF+DMD, less DF+DMD | 2 | +0.100 ± 0.000 | +0.0 ± 0.0 |"]
     assert table2_report.differences(results, 1) == ""
 
 
