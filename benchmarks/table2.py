@@ -333,7 +333,8 @@ def tune(row: Row, seed: int, chunk: int, measure: Measure, results: Path) -> No
     while rates:
         for rate in (rate for rate in rates if rate not in scores):
             figures = measure(load_pipeline(weights_of(row, seed, chunk, rate)), CONTROL_LENGTH, seed)
-            write(results, about | {"rate": rate, "tuning": True, "commit": commit(), "figures": figures_of(figures)})
+            kept = {name: value for name, value in figures_of(figures).items() if name in report.TUNING_FIGURES}
+            write(results, about | {"rate": rate, "tuning": True, "commit": commit(), "figures": kept})
             print(f"{row.name}, chunk {chunk}, rate {rate:g}, seed {seed}: joint {figures.joint:.3f}", flush=True)
             scores[rate] = figures.joint
         best = max(scores, key=scores.get)

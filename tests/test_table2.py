@@ -117,11 +117,12 @@ def test_the_search_goes_on_at_its_edges(best, tried, monkeypatch, tmp_path):
     monkeypatch.setattr(table2, "figures_of", lambda figures: vars(figures))
 
     def measure(rate, frames, seed):
-        return types.SimpleNamespace(joint=1.0 - abs(math.log(rate / best)))
+        return types.SimpleNamespace(joint=1.0 - abs(math.log(rate / best)), frechet_per_quarter=[1.0], samples=1)
 
     for _ in range(2):  # the second time, all is there
         table2.tune(row, 100, 3, measure, path)
     assert [result["rate"] for result in table2.read(path)] == tried
+    assert all(set(result["figures"]) == {"joint", "frechet_per_quarter"} for result in table2.read(path))
     older = [{k: v for k, v in result.items() if k != "start"} for result in table2.read(path)[:3]]
     path.unlink()
     for result in older:
