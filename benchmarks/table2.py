@@ -60,6 +60,15 @@ LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
 CONTROLS = (False, True, "first")  # its own video alone, real frames behind every chunk, a real first chunk
 REAL = "real clips"
+# Of `metrics.Figures`; a line says itself how many frames it is of, and all are of `table2_measure.SAMPLES` videos.
+NOT_KEPT = (
+    "frames",
+    "samples",
+    "digit_per_frame",
+    "direction_per_frame",
+    "brightness_per_quarter",
+    "motion_per_quarter",
+)
 TUNING_SEEDS = (100,)
 SEEDS_PER_START = 5
 RATES = (3e-5, 1e-4, 3e-4)
@@ -281,7 +290,7 @@ def write(path: Path, result: dict) -> None:
 def figures_of(figures: metrics.Figures) -> dict:
     """What of the figures is kept."""
     kept = dataclasses.asdict(figures)
-    for name in ("digit_per_frame", "direction_per_frame"):
+    for name in NOT_KEPT:
         del kept[name]
     rounded = {k: [round(x, 3) for x in v] if isinstance(v, tuple) else round(v, 4) for k, v in kept.items()}
     return {k: None if v != v else v for k, v in rounded.items()}  # NaN is no JSON
