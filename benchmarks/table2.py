@@ -19,9 +19,9 @@ continues alone: it separates errors that add up from those of a first chunk wit
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the
-starts are there. Seeds 0 to 4 and those of the search share a start, seeds 5 to 9 have another one, and so on: with
-five seeds, intervals leave the start's own variation out. Without runs/table2 a start is trained anew, and another CPU
-rounds it differently, so lines have its digest.
+starts are there. Seeds 0 to 4 and those of the search share the few-step start, seeds 5 to 9 have another one, and so
+on: with five seeds, intervals leave the start's own variation out. Without runs/table2 a start is trained anew, and
+another CPU rounds it differently, so newer lines have its digest.
 
 With `--captions=undirected` a video has to keep the direction in which it began: its direction is right where it does.
 These rows are run frame by frame, have a teacher of their own, which is trained first, and start from a student that
@@ -60,7 +60,7 @@ LENGTHS = (9, 36, 144)
 CONTROL_LENGTH = 36
 CONTROLS = (False, True, "first")  # its own video alone, real frames behind every chunk, a real first chunk
 REAL = "real clips"
-# Of `metrics.Figures`; a line says itself how many frames it is of, and all are of `table2_measure.SAMPLES` videos.
+# Of `metrics.Figures`: what a line says elsewhere or has in common with all others, and what no page shows.
 NOT_KEPT = (
     "frames",
     "samples",
@@ -84,7 +84,7 @@ class Row:
       name: what the table calls it.
       variant: of configs/digits.py.
       changes: fields that differ from it.
-      rate: learning rate of a few-step student, from the search (`--tune`).
+      rate: learning rate of a few-step student, from the search (`--tune`) unless a comment says otherwise.
       updates: of the student, where it is a few-step one.
       start: what it starts from: the common start ("init"), "consistency", or the finished student of the row "TF+DMD"
         or of UNDIRECTED_START.

@@ -94,8 +94,8 @@ def table(rows: dict[str, list[dict]]) -> str:
 def differences(results: list[dict], chunk: int) -> str:
     """A Markdown table: joint score and Frechet distance of training on own rollouts, less those of the baselines.
 
-    Rows are compared seed by seed, as a seed gives them the same start, prompts and noise. Frechet distances are means
-    over the quarters.
+    Rows are compared seed by seed, as a seed gives them the same start, prompts and noise, over the seeds that have all
+    lengths. Frechet distances are means over the quarters.
     """
     figures: dict[tuple, dict[int, tuple]] = {}
     for (size, frames, control), rows in grouped(results).items():
@@ -125,6 +125,7 @@ def differences(results: list[dict], chunk: int) -> str:
 
 def _difference(values: list[float], digits: int) -> str:
     mean, half = interval(values)
+    mean = round(mean, digits) + 0.0  # no -0.000
     return f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 

@@ -10,7 +10,8 @@ import pytest
 def pytest_configure(config):
     """Sets the cache in environment variables, which xdist's workers and the commands under test inherit.
 
-    They also inherit that SIGINT is not ignored, as it is where a shell starts pytest in the background.
+    Also stops ignoring SIGINT, which a shell sets to ignored where it starts pytest in the background; child processes
+    inherit this.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

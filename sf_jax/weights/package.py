@@ -108,7 +108,8 @@ def captions_of(path: pathlib.Path | str | None) -> str:
     """Which captions of moving digits a network knows, one of `options.CAPTIONS`, from its file's header alone.
 
     Args:
-      path: the file; None, "student" and "teacher" are shipped networks. Files without a header count as "full".
+      path: the file; None, "student" and "teacher" are shipped networks. What has no header, or is a name on the hub,
+        counts as "full".
     """
     header = None if path is None or str(path) in SHIPPED else read_header(path)
     return "full" if header is None else header.captions
