@@ -17,7 +17,8 @@ from sf_jax.server.launch import Launch, Model, service_of
 APP = "sf_jax"
 # Ray Serve imports its proxies' middleware from here, if this is set when the cluster starts.
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-PROXY_READY = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+# Ray kills a proxy that takes longer to start, in seconds; the 5 s of Ray are short on a busy machine.
+PROXY_READY, PROXY_READY_SECONDS = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
 
 
 def deployment(
@@ -106,7 +107,7 @@ def proxy_middlewares() -> list[Middleware]:
 def _join_or_start() -> bool:
     """Joins this machine's Ray cluster; without one, starts one that only this machine can reach."""
     os.environ.setdefault(PROXY_CALLBACK, f"{__name__}.proxy_middlewares")
-    os.environ.setdefault(PROXY_READY, "60")  # Ray kills a proxy that takes longer to start; its 5 s are short if busy
+    os.environ.setdefault(PROXY_READY, PROXY_READY_SECONDS)
     try:
         ray.init(address="auto", ignore_reinit_error=True)
         return True
