@@ -66,7 +66,7 @@ def test_generate_with_nothing_to_do_lists_no_files(tmp_path):
         (["--prompt=a purple 7"], "purple"),
         (["--frames=10"], "frames is 10: with chunks of 3 latent frames the nearest that can be generated: 9 or 12"),
         (["--checkpoint=none.safetensors"], "checkpoint none.safetensors does not exist"),
-        (["--checkpoint=tests/goldens/A/weights_real.safetensors"], "was not written by sf_jax.train"),
+        (["--checkpoint=sf_jax/assets/digits_codec.safetensors"], "was not written by sf_jax.train"),
         (["--prompts=none.txt"], "prompts: cannot read none.txt"),
         (["--guidance=3"], "a student has none"),
         (["--out=setup.py/videos"], "cannot write in setup.py/videos"),

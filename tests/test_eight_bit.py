@@ -24,7 +24,7 @@ from sf_jax.models.slots import unstack_layers
 from sf_jax.weights import eight_bit as weights
 from sf_jax.weights import transformer
 from sf_jax.weights.networks import load_network
-from tests.helpers import SIZE, SMALL, inputs, random_params, refused, relative
+from tests.helpers import SIZE, SMALL, inputs, marked, random_params, refused, relative
 from tests.wan_folder import MODEL, make_folder
 
 # Relative errors of one matmul: half a step of the largest of about 100 values in int8, half of 2**-4 in float8.
@@ -272,7 +272,7 @@ def test_float8_files_are_loaded_without_a_wide_copy(quantize, times, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", eight_bit.DTYPES)
+@pytest.mark.parametrize("name", marked(eight_bit.DTYPES, exhaustive=("fp8",)))
 def test_digits_of_8_bits_are_judged_as_well(name, digits):
     from sf_jax.evaluation import judge as judging
     from sf_jax.evaluation import metrics

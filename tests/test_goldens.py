@@ -1,5 +1,6 @@
 """Parity with the official code, on its recorded outputs in tests/goldens/A."""
 
+import json
 import pathlib
 
 import jax
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.goldens import __main__ as goldens
+from tests.goldens import packed
 from tests.goldens.folder import Folder, Result
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "A"
-FILES = sorted(path.name for path in FOLDER.glob("*.npz"))
+FILES = Folder(FOLDER).files
 SLOW = ("05", "06", "07", "08", "09", "10_causal", "11")
 
 
@@ -41,3 +43,22 @@ def test_a_broken_gradient_is_seen():
     assert not folder.compare_gradients("zeros", file, "generator", zeros)[0].passed
     zeros["head"]["bias"] = zeros["head"]["bias"] * np.nan
     assert np.isnan(folder.compare_gradients("nan", file, "generator", zeros)[0].error)
+
+
+def test_packed_files_keep_every_bit(tmp_path):
+    bits = np.random.default_rng(0).integers(0, 2**32, 600, dtype=np.uint32)
+    arrays = {
+        "b": bits.view(np.float32).reshape(2, 3, 100),  # NaN, infinities and subnormal numbers among them
+        "mask": np.array([[True, False]]),
+        "json": np.array("{}"),
+        "a": np.float32(-0.0).reshape(()),
+        "seed": np.arange(3)[::-1],
+        "none": np.zeros((0, 4), np.float32),
+    }
+    metadata = {"grad_norms": json.dumps({"b": 1.5})}
+    packed.packed_path(tmp_path / "x.safetensors").write_bytes(packed.pack(arrays, metadata))
+    again, about = packed.read(tmp_path / "x.safetensors")
+    assert list(again) == list(arrays) and about == metadata
+    for name, array in arrays.items():
+        assert again[name].dtype == array.dtype and again[name].shape == array.shape
+        assert again[name].tobytes() == array.tobytes(), name

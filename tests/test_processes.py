@@ -70,20 +70,19 @@ def run(count, devices, *arguments):
 @pytest.mark.slow
 def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
     data, objective = tmp_path / "data", "distill"
-    runs = {"two": (2, 4), "eight": (1, 8), "one": (1, 1)}
+    runs = {"two": (2, 4), "one": (1, 1)}
     for name, (count, devices) in runs.items():
         outputs = run(count, devices, tmp_path / name, teacher, data, objective, 5)
         assert all(f"done {i} {count * devices}" in output for i, output in enumerate(outputs))
     found = {name: losses(tmp_path / name) for name in runs}
     assert [line["step"] for line in found["two"]] == [1, 2, 3, 4, 5]
-    for other in ("eight", "one"):
-        for ours, theirs in zip(found["two"], found[other], strict=True):
-            assert ours.keys() == theirs.keys()
-            for name in ("critic_loss", "generator_loss"):
-                if name in ours:
-                    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+    for ours, theirs in zip(found["two"], found["one"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("critic_loss", "generator_loss"):
+            if name in ours:
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
     weights = [load_file(tmp_path / name / "student.safetensors") for name in runs]
-    assert max(tree_relative(weights[0], other) for other in weights[1:]) < 1e-5
+    assert tree_relative(*weights) < 1e-5
     # Files that only the second process reads.
     cut_files(tmp_path / "two" / "checkpoints" / "5" / "state" / "ocdbt.process_1" / "d")
     outputs = run(2, 4, tmp_path / "two", teacher, data, objective, 5)
@@ -98,7 +97,7 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
     # Samples and the export merge adapters that are sharded over processes.
     adapters = {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "log": {"sample_every": 3}}
-    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 24, json.dumps(adapters))
+    rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 15, json.dumps(adapters))
     running = start_all(2, 2, *rest)
     until = time.monotonic() + 300
     while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < until:
@@ -113,7 +112,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / step).exists()
     outputs = run(2, 2, *rest)
     assert all(f"resuming from step {step}" in output and f"done {i} 4" in output for i, output in enumerate(outputs))
-    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 25))
+    assert [line["step"] for line in losses(tmp_path / "run")] == list(range(1, 16))
     assert load_package(tmp_path / "run" / "student.safetensors").kind == "student"
 
 

@@ -21,7 +21,7 @@ def run(path, prefixes=(), report=print) -> tuple[int, int, list[str]]:
     folder = Folder(path)
     passed = failed = 0
     missing = []
-    for file in sorted(p.name for p in pathlib.Path(path).glob("*.npz")):
+    for file in folder.files:
         if prefixes and not file.startswith(tuple(prefixes)):
             continue
         if file not in CASES:

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
 from sf_jax import rollout as ro
 from sf_jax.models.discriminator import DiscriminatorConfig, init_discriminator
@@ -31,14 +30,14 @@ def _critic(folder: Folder):
     role = "gan_fake" if "gan_fake" in info["weights"] else "fake"
     model, params = folder.load(role)
     head = DiscriminatorConfig(taps=tuple(info["taps"]), classes=info["num_class"])
-    tensors = load_file(folder.path / info["heads"])
+    tensors = folder.tensors(info["heads"])
 
     def load(head, tensors):
         like = jax.eval_shape(lambda: init_discriminator(model.config, head, jax.random.key(0)))
         return discriminator.from_official(tensors, head, like)
 
     timed = dataclasses.replace(head, concat_time=True)
-    more = load_file(folder.path / info["heads"].replace(".safetensors", "_concat_time.safetensors"))
+    more = folder.tensors(info["heads"].replace(".safetensors", "_concat_time.safetensors"))
     return (
         model,
         {"critic": params, "head": load(head, tensors)},

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
 
 from sf_jax.models import streaming, umt5
 from sf_jax.models import vae as vae_model
@@ -17,7 +16,7 @@ from tests.goldens.folder import Folder, Result, channels_last, relative
 def t5(folder: Folder) -> Iterator[Result]:
     """12: the text encoder's raw output, its prompt embeddings with zeros after the end, and its bucket table."""
     arrays, meta = folder.arrays("12_t5.npz")
-    tensors = load_file(folder.path / "weights_t5.safetensors")
+    tensors = folder.tensors("weights_t5.safetensors")
     config = umt5_weights.umt5_config_of({name: value.shape for name, value in tensors.items()})
     sizes = ("vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets")
     differ = [name for name in sizes if getattr(config, name) != meta[name]]
@@ -42,7 +41,7 @@ def t5(folder: Folder) -> Iterator[Result]:
 def vae(folder: Folder) -> Iterator[Result]:
     """11: latents of a video and of its first frame, and pixels of latents, whole and by chunks."""
     arrays, _ = folder.arrays("11_vae.npz")
-    tensors = load_file(folder.path / "weights_vae.safetensors")
+    tensors = folder.tensors("weights_vae.safetensors")
     config = vae_weights.vae_config_of({name: value.shape for name, value in tensors.items()})
     model, like = vae_model.WanVae(config), vae_model.param_shapes(config)
     params = mapping.to_params(vae_weights.entries(config), tensors, like, "video VAE", np.float32)

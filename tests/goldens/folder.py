@@ -8,11 +8,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 from sf_jax.weights import transformer
+from tests.goldens import packed
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 5e-5
@@ -55,18 +54,26 @@ class Folder:
         self.path = pathlib.Path(path)
         self.config = json.loads((self.path / "config.json").read_text())
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the npz files, packed or not."""
+        names = (path.name.removesuffix(packed.SUFFIX) for path in self.path.iterdir())
+        return sorted(name for name in names if name.endswith(".npz"))
+
     def has(self, name: str) -> bool:
-        """Whether the folder holds this file."""
-        return (self.path / name).exists()
+        """Whether the folder holds this file, packed or not."""
+        return (self.path / name).exists() or packed.packed_path(self.path / name).exists()
 
     def arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict]:
         """Arrays and meta data of an npz file."""
-        with np.load(self.path / name) as archive:
-            arrays = {key: archive[key] for key in archive.files if key not in ("meta_json", "same_json")}
-            if "same_json" in archive:  # arrays equal to others are kept once
-                same = json.loads(str(archive["same_json"]))
-                arrays |= {key: arrays[other] for key, other in same.items()}
-            return arrays, json.loads(str(archive["meta_json"]))
+        arrays, _ = packed.read(self.path / name)
+        same = json.loads(str(arrays.pop("same_json", "{}")))  # arrays equal to others are kept once
+        meta = json.loads(str(arrays.pop("meta_json")))
+        return arrays | {key: arrays[other] for key, other in same.items()}, meta
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """Tensors of a safetensors file."""
+        return packed.read(self.path / name)[0]
 
     def model(self, role: str) -> WanTransformer:
         """The network of a role: generator, fake or real."""
@@ -101,7 +108,7 @@ class Folder:
     def load(self, role: str) -> tuple[WanTransformer, dict]:
         """The network of a role and its parameters."""
         model = self.model(role)
-        tensors = load_file(self.path / f"weights_{role}.safetensors")
+        tensors = self.tensors(f"weights_{role}.safetensors")
         return model, transformer.from_official(tensors, model.config, param_shapes(model.config))
 
     def compare_gradients(self, name: str, file: str, role: str, gradients: dict) -> list[Result]:
@@ -112,29 +119,28 @@ class Folder:
     def compare_tensors(self, name: str, file: str, ours: dict[str, np.ndarray]) -> list[Result]:
         """Compares gradients under their official names with recorded ones."""
         worst, worst_name, compared = 0.0, "", set()
-        with safe_open(self.path / file, "np") as stored:
-            meta = stored.metadata() or {}
-            without = json.loads(meta.get("none_grads", "[]"))
-            norms = json.loads(meta.get("grad_norms", "{}"))
-            strided = set(json.loads(meta.get("strided", "[]")))
-            step = int(meta.get("row_step", "1"))
-            for key in stored.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                parameter = key.removesuffix("#proj")
-                compared.add(parameter)
-                if parameter not in ours:
-                    worst, worst_name = float("nan"), f"{key}, which is missing"
-                    continue
-                ours_full = np.asarray(ours[parameter], np.float64)
-                if key.endswith("#proj"):
-                    flat = ours_full.reshape(ours_full.shape[0], -1)
-                    value = np.cos(np.arange(1, flat.shape[0] + 1, dtype=np.float64)) @ flat
-                else:
-                    value = ours_full[::step] if parameter in strided else ours_full
-                reference = stored.get_tensor(key).reshape(value.shape)
-                # Rows can cancel in a projection: its error is that of the gradient, whose norm was recorded.
-                error = relative(value, reference, norms[parameter] if key.endswith("#proj") else None)
-                if not np.isnan(worst) and not error <= worst:  # NaN is the worst of all
-                    worst, worst_name = error, key
+        stored, meta = packed.read(self.path / file)
+        without = json.loads(meta.get("none_grads", "[]"))
+        norms = json.loads(meta.get("grad_norms", "{}"))
+        strided = set(json.loads(meta.get("strided", "[]")))
+        step = int(meta.get("row_step", "1"))
+        for key, recorded in stored.items():
+            parameter = key.removesuffix("#proj")
+            compared.add(parameter)
+            if parameter not in ours:
+                worst, worst_name = float("nan"), f"{key}, which is missing"
+                continue
+            ours_full = np.asarray(ours[parameter], np.float64)
+            if key.endswith("#proj"):
+                flat = ours_full.reshape(ours_full.shape[0], -1)
+                value = np.cos(np.arange(1, flat.shape[0] + 1, dtype=np.float64)) @ flat
+            else:
+                value = ours_full[::step] if parameter in strided else ours_full
+            reference = recorded.reshape(value.shape)
+            # Rows can cancel in a projection: its error is that of the gradient, whose norm was recorded.
+            error = relative(value, reference, norms[parameter] if key.endswith("#proj") else None)
+            if not np.isnan(worst) and not error <= worst:  # NaN is the worst of all
+                worst, worst_name = error, key
         results = [Result(name, worst, GRADIENT_TOLERANCE, f"worst of {len(compared)} parameters: {worst_name}")]
         if without:
             largest = float(np.max([np.abs(ours[parameter]).max() for parameter in without if parameter in ours]))
