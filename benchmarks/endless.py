@@ -91,7 +91,7 @@ def length(pipe, times: int, samples: int) -> None:
         print(f"{name:34s}" + "".join(f"{end:8.3f}" for end in ends) + f"{ends[3] / ends[2]:8.3f}", flush=True)
 
 
-def switches(pipe, count: int, timestep: float | None, overshoot: float, seed: int, modes) -> None:
+def switches(pipe, count: int, timestep: float | None, fade: float, seed: int, modes) -> None:
     """Prints the table of prompt changes; `timestep` is the noise of recomputed context, `seed` draws the prompts."""
     judge = judging.load()
     rng, chunk = np.random.default_rng(seed), pipe.rollout.chunk
@@ -111,7 +111,7 @@ def switches(pipe, count: int, timestep: float | None, overshoot: float, seed: i
             parts = [stream.step() for _ in range(BEFORE)]
             for one, pair in zip(ids, prompts, strict=True):
                 noise = timestep if mode in ("recache", "flush") else None
-                stream.prompt(one, pair[1], mode, transition, noise, overshoot * (mode == "swap"))
+                stream.prompt(one, pair[1], mode, transition, noise, 0.0 if mode == "cut" else fade)
             parts += [stream.step() for _ in range(AFTER)]
             videos = np.concatenate([np.stack([part[one] for one in ids]) for part in parts], axis=1)
             first = BEFORE * chunk
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=160, help="length: videos of each row")
     parser.add_argument("--count", type=int, default=50, help="switches: of each mode")
     parser.add_argument("--context_timestep", type=float, default=None, help="switches: of 'recache' and 'flush'")
-    parser.add_argument("--overshoot", type=float, default=0.0, help="switches: of 'swap'")
+    parser.add_argument("--fade", type=float, default=0.0, help="switches: of all modes but 'cut'")
     parser.add_argument("--seed", type=int, default=0, help="switches: of the prompts")
     parser.add_argument("--mode", default=None, choices=MODES, help="switches: this mode alone")
     parser.add_argument("--checkpoint", default=None, help="another student of moving digits")
@@ -155,7 +155,7 @@ def main() -> None:
         length(pipe, args.times, args.samples)
     else:
         modes = (args.mode,) if args.mode else MODES
-        switches(pipe, args.count, args.context_timestep, args.overshoot, args.seed, modes)
+        switches(pipe, args.count, args.context_timestep, args.fade, args.seed, modes)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@
   python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill \
       --config.init_weights=runs/init/student.safetensors
 
+Without the last line, `distill` starts from the shipped result of `init`.
+
 Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `causal_ode` and `consistency`
 (initialization from a causal network, with and without ODE pairs:
 `--config.teacher_weights=runs/causal/causal.safetensors`), `polish` (short GAN training after `consistency`), `switch`
-(longer GAN training after that, on rollouts whose prompt changes), `sid` and `gan` (other objectives), `causvid` and
-`tf_dmd` (the baselines without rollouts). All of them start from the same kinds of weight files.
+(longer GAN training of the shipped student, on rollouts whose prompt changes), `sid` and `gan` (other objectives),
+`causvid` and `tf_dmd` (the baselines without rollouts). All of them start from the same kinds of weight files.
 
 Videos have 9 latent frames of 6x6x8 (24x24 pixels) with 9 tokens each; the network has 1.2 million parameters. `init`
 and `distill` start from the shipped teacher; `--config.teacher_weights=FILE` selects another. `docs/digits.md` has the
@@ -101,6 +103,7 @@ def _distill() -> dict:
         "batch_size": 32,
         "generator_every": 2,
         "teacher_weights": "shipped",
+        "init_weights": "init",
         # Twenty updates suffice if the initialization uses its context; six times this rate ruins the first chunk.
         "optimizer": {"lr": 1e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0, "decay": "cosine"},
         "critic_optimizer": {"lr": 4e-4, "beta1": 0.0, "beta2": 0.999, "clip": 10.0},
@@ -154,14 +157,16 @@ def _polish() -> dict:
     values = _gan()
     # Digits keep their shape in real clips, but not in samples of DMD's teacher.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
-    return values | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
+    start = {"init_weights": "runs/consistency/student.safetensors"}
+    return values | start | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
 
 
 def _switch() -> dict:
     """GAN training after `polish`, on rollouts whose prompt changes; the student then follows new prompts at once."""
     values = _polish()
     optimizer = values["optimizer"] | {"lr": 3e-4}
-    return values | {"steps": 120, "optimizer": optimizer, "rollout_frames": (18,), "prompt_switch": 1.0}
+    changes = {"init_weights": "student", "steps": 120, "optimizer": optimizer}
+    return values | changes | {"rollout_frames": (18,), "prompt_switch": 1.0}
 
 
 def _causvid() -> dict:

@@ -475,9 +475,7 @@ def test_sigterm_while_a_run_starts_does_not_end_as_if_done(tmp_path):
     line = [sys.executable, "-m", "sf_jax.train", "--config=configs/digits.py:distill", f"--workdir={tmp_path}/run"]
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    assert (
-        process.stdout.readline().startswith("distill on ") and process.stdout.readline() == "starting from shipped\n"
-    )
+    assert process.stdout.readline().startswith("distill on ") and process.stdout.readline() == "starting from init\n"
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)

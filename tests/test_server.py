@@ -33,7 +33,7 @@ def start(**fields):
 
 @pytest.fixture(scope="module")
 def service():
-    return service_of(Model(), Launch(), fps=60.0, scale=2, slots=2, waiting=1, mode="swap", context_timestep=None)
+    return service_of(Model(), Launch(), fps=60.0, scale=2, slots=2, waiting=1, fade=0.0)
 
 
 @pytest.fixture(scope="module")

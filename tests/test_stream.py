@@ -17,8 +17,10 @@ from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.prompt_change import MODES
 from sf_jax.inference.stream_memory import bytes_per_stream
 from sf_jax.models import attention, kv_cache, wan
+from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.rope import MAX_FRAMES
+from sf_jax.models.slots import unstack_layers
 from sf_jax.rollout import RolloutConfig
 from tests.helpers import SMALL, random_params, relative
 
@@ -260,19 +262,59 @@ def test_what_is_kept_can_be_computed_again_with_noise():
             stream.prompt(one, text(7), mode, context_timestep=timestep)
 
 
-def test_a_transition_goes_in_even_steps_and_beyond():
+def test_a_transition_goes_in_even_steps():
     pipe = bare()
     stream = sf_jax.Stream(pipe)
     one = stream.join(text(0))
     stream.step()
     for mode in ("swap", "recache", "flush"):
         old, new = stream._playing[one].embedding[0], text(MODES.index(mode) + 1)
-        stream.prompt(one, new, mode, transition_chunks=3, overshoot=0.5 if mode == "swap" else 0.0)
-        for part in (0.25, 0.5, 0.75, *([1.5, 1.5, 1.5] if mode == "swap" else []), 1.0, 1.0):
+        stream.prompt(one, new, mode, transition_chunks=3)
+        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
             stream.step()
             mixed = jnp.asarray((1 - part) * old + part * new)[None]
             expected = pipe.transformer.apply({"params": pipe.params}, mixed, method="encode_text")
             assert relative(stream.state.text.k, expected.k) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, {"scan_layers": False}, {"cache_dtype": "int8"}], ids=str)
+def test_old_values_fade_once_when_a_transition_ends(changes):
+    config = dataclasses.replace(SMALL, scan_layers=changes.pop("scan_layers", True))
+    params = random_params() if config.scan_layers else unstack_layers(random_params())
+    pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(config), params, BARE, **changes).with_sampling(
+        height=4, width=4
+    )
+    stream = sf_jax.Stream(pipe, slots=2)
+    one, other = stream.join(text(0)), stream.join(text(1))
+    for _ in range(3):
+        stream.step()
+
+    def values():
+        """What attention reads of every frame of both streams: keys, then values."""
+        fields = (stream.state.k, stream.state.v)
+        wide = jax.tree.map(lambda a: a.astype("float32"), fields, is_leaf=lambda a: isinstance(a, Scaled))
+        streams = (stream._playing[name].slot for name in (one, other))
+        axis = 0 if isinstance(stream.state.k, tuple) else 1
+        return [
+            [np.stack([np.asarray(a).take(slot, axis) for a in jax.tree.leaves(f)]) for f in wide] for slot in streams
+        ]
+
+    stream.prompt(one, text(2), transition_chunks=1, fade=0.4)
+    for kept in (1.0, 0.6, 1.0):
+        (k, v), (other_k, other_v) = values()
+        stream._prepare(stream._playing[one])
+        (new_k, new_v), (other_new_k, other_new_v) = values()
+        np.testing.assert_array_equal(new_k, k)
+        np.testing.assert_allclose(new_v, np.float32(kept) * v, rtol=1e-6)
+        np.testing.assert_array_equal(other_new_k, other_k)
+        np.testing.assert_array_equal(other_new_v, other_v)
+    if "cache_dtype" not in changes:  # computed again, then faded
+        recached = []
+        for fade in (0.0, 0.4):
+            stream.prompt(one, text(3), "recache", fade=fade)
+            stream._prepare(stream._playing[one])
+            recached.append(values()[0])
+        np.testing.assert_allclose(recached[1][1], np.float32(0.6) * recached[0][1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -281,7 +323,7 @@ def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
     stream.join(PROMPTS[2])
     one = stream.join(PROMPTS[0], seed=1)
     latents(stream, one, 5)
-    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=1, context_timestep=300, overshoot=0.5)
+    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=1, context_timestep=300, fade=0.5)
     stream.step()
     stream.save(one, tmp_path / "one.safetensors", compact=compact)
     expected = latents(stream, one, 6)
@@ -418,11 +460,11 @@ def test_mistakes_are_named(digits, folder, tmp_path):
     for call, message in (
         (lambda: stream.join(PROMPTS[1]), "all 1 slots play"),
         (lambda: stream.prompt(one, "a cat"), "unknown word 'cat'"),
-        (lambda: stream.prompt(one, PROMPTS[1], "fade"), "mode is 'fade': it must be one of swap, recache"),
+        (lambda: stream.prompt(one, PROMPTS[1], "blend"), "mode is 'blend': it must be one of swap, recache"),
         (lambda: stream.prompt(one, PROMPTS[1], "cut", 2), "transition_chunks is 2: a cut is at once"),
         (lambda: stream.prompt(one, PROMPTS[1], "swap", -1), "transition_chunks is -1: it must be a whole number"),
-        (lambda: stream.prompt(one, PROMPTS[1], overshoot=5), "overshoot is 5: it must be a number from 0 to 4"),
-        (lambda: stream.prompt(one, PROMPTS[1], "cut", overshoot=1), "overshoot is 1: a cut has nothing to overcome"),
+        (lambda: stream.prompt(one, PROMPTS[1], fade=1), "fade is 1: it must be a number of at least 0 and below 1"),
+        (lambda: stream.prompt(one, PROMPTS[1], "cut", fade=0.5), "fade is 0.5: a cut keeps no frames"),
         (lambda: stream.step([7]), "stream 7 does not play: streams that do: 0"),
         (lambda: stream.leave("a"), "stream 'a' does not play"),
         (lambda: stream.save(5, tmp_path / "x"), "stream 5 does not play"),

@@ -7,8 +7,6 @@ import numpy as np
 from sf_jax.diffusion.schedule import TRAIN_STEPS
 
 MODES = ("swap", "recache", "flush", "cut")
-OVERSHOOT_CHUNKS = 3  # chunks for which an embedding overshoots the new prompt's
-MAX_OVERSHOOT = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +20,7 @@ class Change:
       mode: one of `MODES`.
       context_timestep: timestep for recomputing the kept frames; None recomputes them only with "recache", at the
         rollout's own timestep.
+      fade: share by which the values of the kept frames are reduced once the new embedding has its full weight.
     """
 
     old: np.ndarray
@@ -29,6 +28,7 @@ class Change:
     weights: tuple[float, ...]
     mode: str
     context_timestep: float | None = None
+    fade: float = 0.0
 
     @property
     def recaches(self) -> bool:
@@ -44,13 +44,12 @@ class Change:
         return embedding, dataclasses.replace(self, weights=tuple(rest))
 
 
-def change_weights(transition_chunks: int, overshoot: float) -> tuple[float, ...]:
-    """Weights of the new prompt's embedding, per chunk: even steps, then the overshoot, then 1."""
-    steps = [i / (transition_chunks + 1) for i in range(1, transition_chunks + 1)]
-    return (*steps, *[1.0 + overshoot] * (OVERSHOOT_CHUNKS if overshoot else 0), 1.0)
+def change_weights(transition_chunks: int) -> tuple[float, ...]:
+    """Weights of the new prompt's embedding, per chunk: even steps up to 1."""
+    return tuple(i / (transition_chunks + 1) for i in range(1, transition_chunks + 2))
 
 
-def check_change(mode: str, transition_chunks: int, context_timestep: float | None, overshoot: float) -> None:
+def check_change(mode: str, transition_chunks: int, context_timestep: float | None, fade: float) -> None:
     """Validates the options of a prompt change, including options that would have no effect.
 
     Raises:
@@ -61,12 +60,12 @@ def check_change(mode: str, transition_chunks: int, context_timestep: float | No
     whole = isinstance(transition_chunks, (int, np.integer)) and not isinstance(transition_chunks, bool)
     if not whole or transition_chunks < 0:
         raise ValueError(f"transition_chunks is {transition_chunks!r}: it must be a whole number of at least 0")
-    if not _number(overshoot) or not 0 <= overshoot <= MAX_OVERSHOOT:
-        raise ValueError(f"overshoot is {overshoot!r}: it must be a number from 0 to {MAX_OVERSHOOT:g}")
+    if not _number(fade) or not 0 <= fade < 1:
+        raise ValueError(f"fade is {fade!r}: it must be a number of at least 0 and below 1")
     if mode == "cut" and transition_chunks:
         raise ValueError(f"transition_chunks is {transition_chunks}: a cut is at once, it must be 0")
-    if mode == "cut" and overshoot:
-        raise ValueError(f"overshoot is {overshoot!r}: a cut has nothing to overcome, it must be 0")
+    if mode == "cut" and fade:
+        raise ValueError(f"fade is {fade!r}: a cut keeps no frames, it must be 0")
     if context_timestep is None:
         return
     if mode not in ("recache", "flush"):

@@ -6,7 +6,7 @@ The file is a JSON list with one entry per scene:
      {"time": 2.5, "prompt": "a 2 moving up", "mode": "recache", "transition_chunks": 2}]
 
 `time` is in seconds of the video; a scene begins with the first chunk at or after it. `mode`, `transition_chunks`,
-`context_timestep` and `overshoot` are those of `Stream.prompt`, with the defaults "swap", 0, none and 0.
+`context_timestep` and `fade` are those of `Stream.prompt`, with the defaults "swap", 0, none and 0.
 """
 
 import collections
@@ -37,7 +37,7 @@ class Scene:
     mode: str = "swap"
     transition_chunks: int = 0
     context_timestep: float | None = None
-    overshoot: float = 0.0
+    fade: float = 0.0
 
     def __post_init__(self):
         """Validates types and ranges."""
@@ -47,7 +47,7 @@ class Scene:
             )
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt is {quoted(self.prompt)}: it must be a text")
-        check_change(self.mode, self.transition_chunks, self.context_timestep, self.overshoot)
+        check_change(self.mode, self.transition_chunks, self.context_timestep, self.fade)
 
 
 def read_schedule(path: str | Path) -> tuple[Scene, ...]:

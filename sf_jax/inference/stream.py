@@ -156,7 +156,7 @@ class Stream:
         mode: str = "swap",
         transition_chunks: int = 0,
         context_timestep: float | None = None,
-        overshoot: float = 0.0,
+        fade: float = 0.0,
     ) -> None:
         """Changes the prompt of a stream from its next chunk on.
 
@@ -174,19 +174,19 @@ class Stream:
           context_timestep: in [0, 1000), for "recache" and "flush": recomputes the kept frames with the noise of this
             timestep, which weakens the influence of earlier frames. None is the rollout's own timestep for "recache",
             and no recomputation for "flush".
-          overshoot: in the first three chunks after the transition, moves the new embedding this much farther from the
-            old one, in units of their distance. A network that clings to earlier frames then follows sooner.
+          fade: in [0, 1), for all modes but "cut": reduces the attention values of the kept frames by this share, once
+            the transition has ended. A network that clings to earlier frames then follows sooner.
 
         Raises:
           ValueError: if the id, the mode or another option is invalid, or the prompt cannot be embedded.
         """
         playing = self._of(stream)
-        check_change(mode, transition_chunks, context_timestep, overshoot)
+        check_change(mode, transition_chunks, context_timestep, fade)
         if mode == "recache" or context_timestep is not None:
             self._check_recache(f"mode is {mode!r}")
         new, timestep = self._embedded(prompt), None if context_timestep is None else float(context_timestep)
-        weights = change_weights(int(transition_chunks), float(overshoot))
-        playing.change = Change(playing.embedding, new, weights, mode, timestep)
+        weights = change_weights(int(transition_chunks))
+        playing.change = Change(playing.embedding, new, weights, mode, timestep, float(fade))
         if mode == "flush":
             self.state = self._run(stream_state.flush, self.spec, self.state, np.int32(playing.slot))
             sizes, sink = self._kept_sizes(playing), self.spec.rollout.sink
@@ -255,7 +255,7 @@ class Stream:
         host = {"frames": playing.frames, "position": playing.position, "sizes": self._kept_sizes(playing)}
         embeddings, change = playing.embedding, playing.change
         if change is not None:
-            host |= {"change": [list(change.weights), change.mode, change.context_timestep]}
+            host |= {"change": [list(change.weights), change.mode, change.context_timestep, change.fade]}
             embeddings = np.concatenate([embeddings, change.old, change.new])
         stream_files.write(_path(path), self.spec, self._weights, one, host, embeddings, compact)
 
@@ -271,9 +271,9 @@ class Stream:
         playing = _Playing(slot, self.pipe.embed(embeddings[:1]), fresh=bool(one.fresh[0]))
         playing.frames, playing.position, playing.sizes = host["frames"], host["position"], host["sizes"]
         if "change" in host:
-            weights, mode, timestep = host["change"]
+            weights, *options = host["change"]
             old, new = (self.pipe.embed(embeddings[i : i + 1]) for i in (1, 2))
-            playing.change = Change(old, new, tuple(weights), mode, timestep)
+            playing.change = Change(old, new, tuple(weights), *options)
         self._change("insert", slot, one)
         self._change("set_text", slot, self._keys_values(playing.embedding))
         if compact:
@@ -361,6 +361,8 @@ class Stream:
             self._change("set_text", playing.slot, self._keys_values(embedding))
             if playing.change.recaches:
                 self._recache(playing, playing.change.context_timestep)
+            if rest is None and playing.change.fade:
+                self._change("fade", playing.slot, np.float32(1 - playing.change.fade))
             playing.embedding, playing.change = embedding, rest
         if playing.begins:
             arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot))

@@ -15,7 +15,7 @@ import numpy as np
 
 from sf_jax import strict_json
 from sf_jax.inference import stream_forms
-from sf_jax.inference.prompt_change import MAX_OVERSHOOT, MODES
+from sf_jax.inference.prompt_change import MODES
 from sf_jax.inference.stream_state import StreamSpec, StreamState
 from sf_jax.messages import quoted
 from sf_jax.models.eight_bit import Scaled
@@ -141,14 +141,10 @@ def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray)
     rows, change = 1, host.get("change") if good else None
     if change is not None:
         rows = 3
-        good = isinstance(change, list) and len(change) == 3 and isinstance(change[0], list) and change[1] in MODES
-        good = (
-            good
-            and change[0]
-            and change[0][-1] == 1
-            and all(type(w) is float and 0 < w <= 1 + MAX_OVERSHOOT for w in change[0])
-        )
+        good = isinstance(change, list) and len(change) in (3, 4) and isinstance(change[0], list) and change[1] in MODES
+        good = good and change[0] and change[0][-1] == 1 and all(type(w) is float and 0 < w <= 1 for w in change[0])
         good = good and isinstance(change[2], (int, float, type(None)))
+        good = good and all(isinstance(fade, (int, float)) and 0 <= fade < 1 for fade in change[3:])
     if not good or embeddings.ndim != 3 or len(embeddings) != rows:
         raise ValueError(f"path: {path} is damaged (its counters do not fit its frames)")
 

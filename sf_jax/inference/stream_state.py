@@ -398,6 +398,19 @@ def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
     return _put(state, slot, one.replace(held=held, age=age, shift=one.shift + one.age - age))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def fade(state: StreamState, slot, kept) -> StreamState:
+    """Multiplies the values of a stream's cached frames by `kept`, a float32 in (0, 1]; keys stay."""
+
+    def faded(v):
+        if isinstance(v, Scaled):
+            return v.replace(scale=v.scale * kept)
+        return (v.astype(jnp.float32) * kept).astype(v.dtype)
+
+    one = _slot(state, slot)
+    return _put(state, slot, one.replace(v=jax.tree.map(faded, one.v, is_leaf=lambda v: isinstance(v, Scaled))))
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def recall(spec: StreamSpec, state: StreamState, slot) -> tuple[StreamState, jax.Array]:
     """Empties a stream's cache, so that `append` can write its frames again.

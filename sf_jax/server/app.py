@@ -156,7 +156,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             "chunk_frames": pipe.rollout.chunk * pipe.temporal_factor,
             "mime_type": media.CODEC,
             "modes": [mode for mode in MODES if mode != "recache" or pipe.rollout.context != "noisy"],
-            "default": {"mode": service.engine.mode, "context_timestep": service.engine.context_timestep},
+            "default": {name: getattr(service.engine, name) for name in ("mode", "context_timestep", "fade")},
             "slots": service.engine.slots,
             "examples": list(service.examples),
             "max_prompt": protocol.MAX_PROMPT,

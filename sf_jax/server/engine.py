@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from sf_jax.inference.pipeline import VideoPipeline
-from sf_jax.inference.prompt_change import OVERSHOOT_CHUNKS
 from sf_jax.inference.stream import Stream
 from sf_jax.server.metrics import Metrics
 from sf_jax.server.protocol import Interaction, RequestError
@@ -153,6 +152,7 @@ class Engine:
         memory: int | None = None,
         mode: str = "swap",
         context_timestep: float | None = None,
+        fade: float = 0.0,
     ):
         """Creates the thread; nothing is loaded before `start`.
 
@@ -165,8 +165,9 @@ class Engine:
           memory: see `Stream`.
           mode: mode of a prompt change, if the client does not set it.
           context_timestep: context timestep for that mode.
+          fade: fading of old frames for that mode.
         """
-        self.mode, self.context_timestep = mode, context_timestep
+        self.mode, self.context_timestep, self.fade = mode, context_timestep, fade
         self._load, self.metrics, self.slots, self.waiting, self.ahead = load, metrics, slots, waiting, ahead
         self._memory = memory
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -276,7 +277,7 @@ class Engine:
             stream.step([one])[one]
         recaches = self.pipe.rollout.context != "noisy"
         for mode, timestep in [("swap", None), *([("recache", None), ("recache", 400.0)] if recaches else [])]:
-            stream.prompt(one, prompt, mode, context_timestep=timestep)
+            stream.prompt(one, prompt, mode, context_timestep=timestep, fade=0.5)
             stream.step([one])[one]
         for mode, timestep in [("recache", None), ("flush", 400.0)] if recaches else [("flush", None)]:
             stream.prompt(one, prompt, "flush")  # takes effect at once; the next prompt replaces it
@@ -342,9 +343,10 @@ class Engine:
             )
             session.send(Failed(error, ends=False))
             return
-        overshoot, mode, timestep = interaction.overshoot or 0.0, interaction.mode, interaction.context_timestep
+        mode, timestep, fade = interaction.mode, interaction.context_timestep, interaction.fade
         if mode is None:
             mode, timestep = self.mode, self.context_timestep if timestep is None else timestep
+            fade = self.fade if fade is None else fade
         try:
             self._stream.prompt(
                 session.stream,
@@ -352,12 +354,12 @@ class Engine:
                 mode,
                 transition_chunks=blends,
                 context_timestep=timestep,
-                overshoot=overshoot,
+                fade=fade or 0.0,
             )
         except BaseException as error:  # a tokenizer's panic is not an Exception
             session.send(Failed(_request_error(error, "invalid_interaction", name), ends=False))
             return
-        session.interaction = (name, blends + (OVERSHOOT_CHUNKS if overshoot else 0) + 1)
+        session.interaction = (name, blends + 1)
         session.begins = True
 
     def _pause(self, session: Session, paused: bool) -> None:

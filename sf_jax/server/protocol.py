@@ -77,14 +77,14 @@ class PromptEvent(_Message):
 
 
 class Interaction(_Message):
-    """A prompt change. `mode`, `context_timestep` and `overshoot` are those of `sf_jax.Stream.prompt`."""
+    """A prompt change. `mode`, `context_timestep` and `fade` are those of `sf_jax.Stream.prompt`."""
 
     event: PromptEvent
     event_id: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     transition_chunks: Annotated[int, Field(ge=0, le=100)] = 0
     mode: Literal["swap", "recache", "flush", "cut"] | None = None
     context_timestep: Annotated[float, Field(ge=0, lt=1000, allow_inf_nan=False)] | None = None
-    overshoot: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] | None = None
+    fade: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
 
 
 class SessionInteraction(_Message):

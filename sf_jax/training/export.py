@@ -12,7 +12,7 @@ from sf_jax.training.checkpoint import read_about, step_folders
 from sf_jax.training.fingerprint import measure
 from sf_jax.training.step import new_state, whole_params
 from sf_jax.weights.adapter_export import Base, TrainedAdapters
-from sf_jax.weights.package import Package, shipped_path
+from sf_jax.weights.package import Package, shipped_weights
 
 
 def load_run(workdir: Path | str) -> tuple[int, Package]:
@@ -49,7 +49,7 @@ def load_adapters(workdir: Path | str) -> TrainedAdapters:
         raise ValueError(f"part is 'lora': the run in {workdir} trains the whole network, its lora.rank is 0")
     field = "init_weights" if config.init_weights else "teacher_weights"
     base = getattr(config, field)
-    file = shipped_path("teacher").name if base == "shipped" else Path(base).name
+    file = (shipped_weights(base) or Path(base)).name
     digest = str(about["data"].get("digests", {}).get(field, ""))
     return TrainedAdapters(
         config.model, config.lora.rank, config.lora.alpha, Base(file, digest), step, jax.device_get(params)

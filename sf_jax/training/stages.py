@@ -23,7 +23,7 @@ from sf_jax.weights import hub
 from sf_jax.weights.files import open_tensors
 from sf_jax.weights.folders import find_model
 from sf_jax.weights.networks import load_network
-from sf_jax.weights.package import Package, check_told_sizes, load_package, read_header, shipped_path
+from sf_jax.weights.package import Package, check_told_sizes, load_package, read_header, shipped_weights
 from sf_jax.weights.transformer import naming_of
 
 RECORDS = "records"  # digest of the records that are read from `data.dir` and `ode.dir`
@@ -219,7 +219,7 @@ def _load(
         return sharding.offloaded(found) if offload else found
 
     try:
-        path = shipped_path("teacher") if path == "shipped" else Path(hub.local_file(path))
+        path = shipped_weights(path) or Path(hub.local_file(path))
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     header, official = _header_of(path, field)

@@ -27,7 +27,7 @@ from sf_jax.weights.tensors import TensorFile
 KINDS = ("student", "teacher", "causal")
 MAX_SIDE = 4096  # latent rows or columns
 _LONGEST_HEADER, _LONGEST_REASON = 1 << 20, 300
-SHIPPED = {"teacher": "digits_teacher.safetensors", "student": "digits_student.safetensors"}
+SHIPPED = {name: f"digits_{name}.safetensors" for name in ("teacher", "init", "student")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +99,22 @@ def parse_header(path: pathlib.Path, header: str) -> Package:
     return _parse(path, header)
 
 
-def shipped_path(kind: str) -> pathlib.Path:
-    """The path of the shipped teacher or student of moving digits."""
-    return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[kind]))
+def shipped_path(name: str) -> pathlib.Path:
+    """The path of a shipped network of moving digits: "teacher", "init" (its few-step initialization) or "student"."""
+    return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[name]))
+
+
+def shipped_weights(field: str) -> pathlib.Path | None:
+    """The path of the shipped network that a config's field names, where "shipped" is the teacher; None for a file."""
+    name = "teacher" if field == "shipped" else field
+    return shipped_path(name) if name in SHIPPED else None
 
 
 def captions_of(path: pathlib.Path | str | None) -> str:
     """Which captions of moving digits a network knows, one of `options.CAPTIONS`, from its file's header alone.
 
     Args:
-      path: the file; None, "student" and "teacher" are shipped networks. What has no header, or is a name on the hub,
+      path: the file; None and the names in `SHIPPED` are shipped networks. What has no header, or is a name on the hub,
         counts as "full".
     """
     header = None if path is None or str(path) in SHIPPED else read_header(path)

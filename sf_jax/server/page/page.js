@@ -328,6 +328,7 @@ function playable() {
 function change() {
   const options = { mode: $("mode").value };
   if (options.mode !== "cut") options.transition_chunks = number("transition") ?? 0;
+  if (options.mode !== "cut" && number("fade") !== null) options.fade = number("fade");
   if (number("noise") !== null && ["recache", "flush"].includes(options.mode)) options.context_timestep = number("noise");
   fail("");
   session.interact($("prompt").value.trim(), options);
@@ -354,6 +355,7 @@ for (const id of ["video", "canvas"]) {
 }
 $("mode").addEventListener("change", () => {
   $("transition").disabled = $("mode").value === "cut";
+  $("fade").disabled = $("mode").value === "cut";
   $("noise").disabled = !["recache", "flush"].includes($("mode").value);
   $("mode-hint").textContent = $("mode").selectedOptions[0].title;
 });
@@ -393,6 +395,7 @@ async function connect() {
   for (const option of [...$("mode").options]) if (!info.modes.includes(option.value)) option.remove();
   $("mode").value = info.default.mode;
   $("noise").value = info.default.context_timestep ?? "";
+  $("fade").value = info.default.fade || "";
   $("mode").dispatchEvent(new Event("change"));
   for (const example of info.examples) {
     const button = document.createElement("button");
