@@ -21,10 +21,10 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
         ("nothing", "cannot read"),
         ([], "must be a list of scenes"),
         ([{"prompt": "a 7"}], "scene 1: time is missing"),
-        ([{"time": 0, "prompt": "a 7", "fade": 1}], "scene 1: fade is no field"),
+        ([{"time": 0, "prompt": "a 7", "blur": 1}], "scene 1: blur is no field"),
         ([{"time": 0, "prompt": ""}], "scene 1: prompt is ''"),
         ([{"time": True, "prompt": "a 7"}], "scene 1: time is True"),
-        ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "fade"}], "scene 2: mode is 'fade'"),
+        ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "blend"}], "scene 2: mode is 'blend'"),
         (
             [{"time": 0, "prompt": "a 7", "mode": "swap"}],
             "scene 1: only time and prompt are for the first scene",
