@@ -14,7 +14,7 @@ Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `c
 `causvid` and `tf_dmd` (the baselines without rollouts). All of them start from the same kinds of weight files.
 
 Videos have 9 latent frames of 6x6x8 (24x24 pixels) with 9 tokens each; the network has 1.2 million parameters. `init`
-and `distill` start from the shipped teacher; `--config.teacher_weights=FILE` selects another. `docs/digits.md` has the
+and `distill` use the shipped teacher; `--config.teacher_weights=FILE` selects another. `docs/digits.md` has the
 time and results of each stage.
 """
 
@@ -130,13 +130,13 @@ def _consistency() -> dict:
         "init": "consistency",
         # For a causal network with long training; 2.0 suffices after 1000 steps.
         "consistency": {"solver_steps": 24, "guidance": 3.0, "later_guidance": 2.0},
-        "teacher_weights": "runs/causal/causal.safetensors",
+        "teacher_weights": "./runs/causal/causal.safetensors",
     }
 
 
 def _causal_ode() -> dict:
     """Initializes the student by regression on a many-step causal network's ODE pairs, with real clips as context."""
-    values = _init() | {"teacher_weights": "runs/causal/causal.safetensors"}
+    values = _init() | {"teacher_weights": "./runs/causal/causal.safetensors"}
     return values | {"ode": values["ode"] | {"teacher": "causal"}}
 
 
@@ -157,7 +157,7 @@ def _polish() -> dict:
     values = _gan()
     # Digits keep their shape in real clips, but not in samples of DMD's teacher.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
-    start = {"init_weights": "runs/consistency/student.safetensors"}
+    start = {"init_weights": "./runs/consistency/student.safetensors"}
     return values | start | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
 
 

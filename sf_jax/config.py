@@ -84,11 +84,10 @@ class TrainConfig:
       model: sizes of the trained network.
       teacher: sizes of the teacher; None is `model`.
       critic: sizes of the critic; None is `model`.
-      teacher_weights: file of the teacher's weights; "shipped" is the package's own, for digits; None only if none is
-        needed.
-      critic_weights: file that the critic starts from; None is the teacher's weights.
-      init_weights: file that the trained network starts from; "init" is the shipped few-step initialization, "student"
-        the shipped student, "shipped" the teacher, for digits; None is random, or the teacher's weights.
+      teacher_weights: file of the teacher's weights, or the name of a network of digits that the package has: "teacher"
+        (or "shipped"), "init" (the few-step initialization), "student"; None only if none is needed.
+      critic_weights: file or name of what the critic starts from; None is the teacher's weights.
+      init_weights: file or name of what the trained network starts from; None is random, or the teacher's weights.
       vae_weights: file of Wan's VAE, or a model folder; rollouts longer than `data.frames` and sample videos need it.
       rollout: how the student generates.
       score: how the teacher's and critic's scores are evaluated.

@@ -101,7 +101,7 @@ def streamed(pipe: sf_jax.VideoPipeline, stream: sf_jax.Stream) -> list[np.ndarr
     stream.prompt(ids[1], texts[3], "flush")
     parts += [stream.step(), stream.step([ids[1]]), stream.step()]
     stream.prompt(ids[0], texts[0], "cut")
-    stream.prompt(ids[1], texts[2], "swap")
+    stream.prompt(ids[1], texts[2], "swap", fade=0.4)
     parts += [stream.step()]
     found = [part.latents(one) for part in parts for one in part]
     return found if pipe.decoder is None else [*found, *(part[one] for part in parts for one in part)]

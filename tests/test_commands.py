@@ -1,5 +1,6 @@
 """The commands as a user types them: their output, and one clear line for every mistake."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from configs import digits
 from sf_jax import files, load_pipeline
 from sf_jax.command import define_path
 from sf_jax.config import from_dict
+from sf_jax.weights.package import load_package, shipped_path
 from tests.forked import run_command
 from tests.helpers import read_frames
 
@@ -52,6 +54,16 @@ def test_shipped_teacher_makes_its_own_length_only():
     assert pipe("a 0 moving down").shape == (1, 9, 24, 24, 1)
     with pytest.raises(ValueError, match="frames is 48: this bidirectional network generates 9"):
         pipe("a 0 moving down", frames=48)
+
+
+def test_shipped_start_is_what_the_config_says():
+    pipe = load_pipeline("init")
+    assert pipe("a 0 moving down", frames=12).shape == (1, 12, 24, 24, 1)
+    package, config = load_package(shipped_path("init")), from_dict(digits.get_config("distill"))
+    assert config.init_weights == "init" and package.kind == "student" and package.captions == config.data.captions
+    assert dataclasses.replace(package.config, remat=config.model.remat) == config.model
+    assert package.rollout == load_pipeline("student").rollout == from_dict(digits.get_config("init")).rollout
+    assert from_dict(digits.get_config("switch")).init_weights == "student"
 
 
 def test_generate_with_nothing_to_do_lists_no_files(tmp_path):

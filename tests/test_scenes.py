@@ -22,6 +22,7 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
         ([], "must be a list of scenes"),
         ([{"prompt": "a 7"}], "scene 1: time is missing"),
         ([{"time": 0, "prompt": "a 7", "blur": 1}], "scene 1: blur is no field"),
+        ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "fade": 1}], "scene 2: fade is 1: it must be"),
         ([{"time": 0, "prompt": ""}], "scene 1: prompt is ''"),
         ([{"time": True, "prompt": "a 7"}], "scene 1: time is True"),
         ([{"time": 0, "prompt": "a 7"}, {"time": 1, "prompt": "a 2", "mode": "blend"}], "scene 2: mode is 'blend'"),
@@ -39,7 +40,7 @@ def test_schedules_that_are_wrong_are_refused(tmp_path):
 
 
 def test_a_schedule_is_a_stream(digits, tmp_path):
-    scenes = [{"time": 0, "prompt": PROMPTS[0]}, {"time": 0.6, "prompt": PROMPTS[1], "mode": "recache"}]
+    scenes = [{"time": 0, "prompt": PROMPTS[0]}, {"time": 0.6, "prompt": PROMPTS[1], "mode": "recache", "fade": 0.25}]
     path = tmp_path / "scenes.json"
     path.write_text(json.dumps(scenes))
     fields = {"frames": 21, "seed": 4, "num_samples": 2, "out": str(tmp_path / "out"), "save_latents": True}
@@ -50,7 +51,7 @@ def test_a_schedule_is_a_stream(digits, tmp_path):
     for chunk in range(7):
         if chunk == 3:  # at 12 frames per second, the first chunk after 0.6 s
             for one in ids:
-                stream.prompt(one, PROMPTS[1], "recache")
+                stream.prompt(one, PROMPTS[1], "recache", fade=0.25)
         step = stream.step()
         parts.append(np.stack([step.latents(one) for one in ids]))
     for i, expected in enumerate(np.concatenate(parts, axis=1)):

@@ -33,7 +33,7 @@ def start(**fields):
 
 @pytest.fixture(scope="module")
 def service():
-    return service_of(Model(), Launch(), fps=60.0, scale=2, slots=2, waiting=1, fade=0.0)
+    return service_of(Model(), Launch(), fps=60.0, scale=2, slots=2, waiting=1, mode="swap")
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +268,32 @@ def test_a_session_is_the_stream(client, digits):
     answer = client.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 12, "seed": 5, "fps": 60})
     assert answer.headers["content-type"] == "video/mp4" and answer.headers["x-seed"] == "5"
     assert answer.content == b"".join(b for _, b in pairs)
+
+
+def test_changes_have_the_servers_defaults_unless_a_client_says_otherwise(client, service, monkeypatch):
+    engine = service_of(Model(), Launch()).engine
+    assert (engine.mode, engine.context_timestep, engine.fade) == ("swap", None, 0.4)
+    assert service_of(Model(), Launch(), mode="recache").engine.fade == 0
+    with pytest.raises(ValueError, match="fade is 0.4: a cut keeps no frames"):
+        service_of(Model(), Launch(), mode="cut", fade=0.4)
+    monkeypatch.setattr(service.engine, "fade", 0.25)
+    assert client.get("/v1/info").json()["default"] == {"mode": "swap", "context_timestep": None, "fade": 0.25}
+    changes, stream = [], service.engine._stream
+    prompt = stream.prompt
+
+    def recorded(one, text, mode, **options):
+        changes.append((mode, options["fade"]))
+        prompt(one, text, mode, **options)
+
+    monkeypatch.setattr(stream, "prompt", recorded)
+    with session(client) as socket:
+        until(socket, "video.chunk_metadata")
+        for number, options in enumerate(({}, {"fade": 0.5}, {"mode": "swap"}, {"mode": "cut"})):
+            event = {"event_id": str(number), "event": {"prompt": "a 2 moving up"}, **options}
+            socket.send_json({"type": "session.interaction", "interaction": event})
+            while len(changes) == number:
+                until(socket, "video.chunk_metadata")
+    assert changes == [("swap", 0.25), ("swap", 0.5), ("swap", 0.0), ("cut", 0.0)]
 
 
 def test_prompts_change_and_are_acknowledged_twice(client):

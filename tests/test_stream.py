@@ -277,53 +277,64 @@ def test_a_transition_goes_in_even_steps():
             assert relative(stream.state.text.k, expected.k) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": False}, {"cache_dtype": "int8"}], ids=str)
-def test_old_values_fade_once_when_a_transition_ends(changes):
-    config = dataclasses.replace(SMALL, scan_layers=changes.pop("scan_layers", True))
-    params = random_params() if config.scan_layers else unstack_layers(random_params())
-    pipe = sf_jax.VideoPipeline(None, wan.WanTransformer(config), params, BARE, **changes).with_sampling(
-        height=4, width=4
-    )
+@pytest.mark.parametrize("apart, cache_dtype", [(False, None), (True, None), (False, "int8")])
+def test_old_values_fade_to_a_share_of_what_was_written(apart, cache_dtype):
+    config = dataclasses.replace(SMALL, scan_layers=not apart)
+    params = unstack_layers(random_params()) if apart else random_params()
+    model = wan.WanTransformer(config)
+    pipe = sf_jax.VideoPipeline(None, model, params, BARE, cache_dtype=cache_dtype).with_sampling(height=4, width=4)
     stream = sf_jax.Stream(pipe, slots=2)
     one, other = stream.join(text(0)), stream.join(text(1))
-    for _ in range(3):
-        stream.step()
 
-    def values():
-        """What attention reads of every frame of both streams: keys, then values."""
+    def read():
+        """What attention reads of each stream: keys, then values."""
         fields = (stream.state.k, stream.state.v)
         wide = jax.tree.map(lambda a: a.astype("float32"), fields, is_leaf=lambda a: isinstance(a, Scaled))
-        streams = (stream._playing[name].slot for name in (one, other))
-        axis = 0 if isinstance(stream.state.k, tuple) else 1
-        return [
-            [np.stack([np.asarray(a).take(slot, axis) for a in jax.tree.leaves(f)]) for f in wide] for slot in streams
-        ]
+        axis = 0 if apart else 1
 
-    stream.prompt(one, text(2), transition_chunks=1, fade=0.4)
-    for kept in (1.0, 0.6, 1.0):
-        (k, v), (other_k, other_v) = values()
+        def of(slot, field):
+            return np.stack([np.asarray(a).take(slot, axis) for a in jax.tree.leaves(field)])
+
+        return [[of(stream._playing[name].slot, field) for field in wide] for name in (one, other)]
+
+    def change(seed, *arguments, **options):
+        """Ratio of a stream's values after and before the changes of its next chunk, which change nothing else."""
+        if seed is not None:
+            stream.prompt(one, text(seed), *arguments, **options)
+        (k, v), unchanged = read()
         stream._prepare(stream._playing[one])
-        (new_k, new_v), (other_new_k, other_new_v) = values()
+        (new_k, new_v), others = read()
         np.testing.assert_array_equal(new_k, k)
-        np.testing.assert_allclose(new_v, np.float32(kept) * v, rtol=1e-6)
-        np.testing.assert_array_equal(other_new_k, other_k)
-        np.testing.assert_array_equal(other_new_v, other_v)
-    if "cache_dtype" not in changes:  # computed again, then faded
-        recached = []
-        for fade in (0.0, 0.4):
-            stream.prompt(one, text(3), "recache", fade=fade)
-            stream._prepare(stream._playing[one])
-            recached.append(values()[0])
-        np.testing.assert_allclose(recached[1][1], np.float32(0.6) * recached[0][1], rtol=1e-6)
+        np.testing.assert_array_equal(others, unchanged)
+        written = np.abs(v) > 1e-3
+        return sorted({round(float(ratio), 4) for ratio in (new_v[written] / v[written]).ravel()})
+
+    for _ in range(3):
+        stream.step()
+    assert change(2, transition_chunks=1, fade=0.4) == [1.0]  # the new prompt has half its weight
+    assert change(None)[0] == 0.6 and change(None) == [1.0]
+    assert change(3, fade=0.4) == [1.0]  # they have faded
+    stream.step()  # two new frames, two of the sink and no others: the window is 6
+    assert set(change(4, fade=0.4)) == {0.6, 1.0}
+    assert change(5, fade=0.7)[0] == 0.5
+    np.testing.assert_allclose(stream.state.value_scale[stream._playing[one].slot], 0.3, rtol=1e-6)
+    np.testing.assert_array_equal(stream.state.value_scale[stream._playing[other].slot], 1)
+    stream.prompt(one, text(6), "flush")
+    np.testing.assert_allclose(stream.state.value_scale[stream._playing[one].slot][:3], 0.3, rtol=1e-6)
+    stream.prompt(one, text(6), "recache")
+    stream.step()
+    np.testing.assert_array_equal(stream.state.value_scale, 1)
 
 
+@pytest.mark.parametrize("faded", ["pending", "done"])
 @pytest.mark.parametrize("compact", [False, True])
-def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
+def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact, faded):
     stream = sf_jax.Stream(digits, slots=2)
     stream.join(PROMPTS[2])
     one = stream.join(PROMPTS[0], seed=1)
     latents(stream, one, 5)
-    stream.prompt(one, PROMPTS[1], "flush", transition_chunks=1, context_timestep=300, fade=0.5)
+    options = {"transition_chunks": 1, "context_timestep": 300} if faded == "pending" else {}
+    stream.prompt(one, PROMPTS[1], "flush", fade=0.5, **options)
     stream.step()
     stream.save(one, tmp_path / "one.safetensors", compact=compact)
     expected = latents(stream, one, 6)
@@ -331,6 +342,9 @@ def test_a_stream_goes_on_from_a_file(digits, tmp_path, compact):
     again.join(PROMPTS[3])
     restored = again.restore(tmp_path / "one.safetensors")
     assert again.frames(restored) == 18
+    if faded == "done":  # the sink and the newest frame have faded, the chunk after them has not
+        scale = np.asarray(again.state.value_scale[again._playing[restored].slot])
+        assert sorted(scale) == [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
     if compact:
         assert relative(latents(again, restored, 1), expected[:3]) < 0.5
         assert (tmp_path / "one.safetensors").stat().st_size < 60_000

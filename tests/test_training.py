@@ -67,6 +67,11 @@ def small_config(stage, **changes):
     return from_dict(values | {"batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2, **changes})
 
 
+def digits_model():
+    """Sizes of the shipped networks."""
+    return from_dict(digits.get_config("distill")).model
+
+
 def test_undirected_captions(tmp_path, monkeypatch):
     few = dataclasses.replace(moving_digits.UNDIRECTED, name="few", clips={"train": (40, 8)})
     monkeypatch.setitem(moving_digits.VARIANTS, "undirected", few)
@@ -86,6 +91,11 @@ def test_undirected_captions(tmp_path, monkeypatch):
     assert stages._teacher(undirected, mesh, "float32")
     with pytest.raises(ValueError, match="which knows captions 'undirected': data.captions is 'full', it must be"):
         stages._teacher(full, mesh, "float32")
+    own = dataclasses.replace(undirected, init_weights="init", model=digits_model(), teacher=undirected.model)
+    with pytest.raises(ValueError, match="init_weights is init, which knows captions 'full': data.captions is 'und"):
+        stages.start_params(own, mesh)
+    with pytest.raises(ValueError, match="has sizes .*; 'init' is shipped, give a file of your own, or None"):
+        stages.start_params(dataclasses.replace(full, init_weights="init"), mesh)
     with pytest.raises(ValueError, match="data.captions is 'few': it must be one of full, undirected"):
         dataclasses.replace(config.data, captions="few")
     with pytest.raises(ValueError, match="data.captions is 'undirected': for the data 'wan' it must be 'full'"):

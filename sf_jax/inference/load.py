@@ -185,6 +185,8 @@ def _is_wan(model: str | Path | None, options: dict) -> bool:
     """Whether a model is one of Wan's: a folder, a repository on the hub, or named files of its parts."""
     if model is None:
         return any(name in options for name in NAMED_PARTS)
+    if str(model) in SHIPPED:
+        return False
     place = hub.parse(str(model))
     return Path(model).is_dir() if place is None else Path(place.path).suffix not in _WEIGHTS
 

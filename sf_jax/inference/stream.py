@@ -174,8 +174,8 @@ class Stream:
           context_timestep: in [0, 1000), for "recache" and "flush": recomputes the kept frames with the noise of this
             timestep, which weakens the influence of earlier frames. None is the rollout's own timestep for "recache",
             and no recomputation for "flush".
-          fade: in [0, 1), for all modes but "cut": reduces the attention values of the kept frames by this share, once
-            the transition has ended. A network that clings to earlier frames then follows sooner.
+          fade: in [0, 1), for all modes but "cut": reduces the attention values of the kept frames by this share, when
+            the new prompt reaches full weight. A network that clings to earlier frames then follows sooner.
 
         Raises:
           ValueError: if the id, the mode or another option is invalid, or the prompt cannot be embedded.
@@ -278,6 +278,7 @@ class Stream:
         self._change("set_text", slot, self._keys_values(playing.embedding))
         if compact:
             self._recache(playing)
+            self._fade(playing, stream_files.ordered_scale(one))
         return self._add(playing)
 
     def _of(self, stream: int) -> _Playing:
@@ -362,7 +363,7 @@ class Stream:
             if playing.change.recaches:
                 self._recache(playing, playing.change.context_timestep)
             if rest is None and playing.change.fade:
-                self._change("fade", playing.slot, np.float32(1 - playing.change.fade))
+                self._fade(playing, np.full(self.spec.capacity, 1 - playing.change.fade))
             playing.embedding, playing.change = embedding, rest
         if playing.begins:
             arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot))
@@ -382,6 +383,11 @@ class Stream:
             self._append(playing, latents[:, first : first + count], context)
             first += count
         playing.frames, playing.position = before
+
+    def _fade(self, playing: _Playing, value_scale: np.ndarray) -> None:
+        """Scales the values of the kept frames; for `value_scale` see `stream_state.fade`."""
+        arguments = (self.spec, self.state, np.int32(playing.slot), value_scale.astype(np.float32))
+        self.state = self._run(stream_state.fade, *arguments)
 
     def _append(self, playing: _Playing, clean, context: tuple[float, float, int]) -> None:
         """Appends frames to a stream's cache; for `context` see `stream_state.append`."""

@@ -23,7 +23,7 @@ from sf_jax.models.slots import QKV, stack_layers
 from sf_jax.weights.safetensors_io import open_safetensors, write_safetensors
 from sf_jax.weights.tensors import TensorFile
 
-FORMAT = "sf_jax stream 4"
+FORMAT = "sf_jax stream 5"
 KEYS_VALUES = ("k", "v", "sink_k")
 SAMPLE = 4  # entries per axis that the digest reads; of the first axis (the layers) it reads all
 
@@ -123,6 +123,13 @@ def read(
     return one if compact else stream_forms.from_file(spec, one, here), host, embeddings, compact
 
 
+def ordered_scale(one: StreamState) -> np.ndarray:
+    """A stream's `value_scale` [capacity] after its frames have been computed again, oldest first."""
+    held, scale = np.asarray(one.held[0]), np.asarray(one.value_scale[0])
+    oldest_first = scale[np.argsort(np.where(held < 0, np.iinfo(np.int32).max, held), kind="stable")]
+    return np.where(np.arange(held.size) < (held >= 0).sum(), oldest_first, 1.0)
+
+
 def _is_cache(name: str) -> bool:
     """Whether an array holds keys or values, or their scales."""
     return name.partition(".")[0] in KEYS_VALUES
@@ -141,10 +148,11 @@ def _check_host(path: Path, host: Any, one: StreamState, embeddings: np.ndarray)
     rows, change = 1, host.get("change") if good else None
     if change is not None:
         rows = 3
-        good = isinstance(change, list) and len(change) in (3, 4) and isinstance(change[0], list) and change[1] in MODES
+        good = isinstance(change, list) and len(change) == 4 and isinstance(change[0], list) and change[1] in MODES
         good = good and change[0] and change[0][-1] == 1 and all(type(w) is float and 0 < w <= 1 for w in change[0])
         good = good and isinstance(change[2], (int, float, type(None)))
-        good = good and all(isinstance(fade, (int, float)) and 0 <= fade < 1 for fade in change[3:])
+        good = good and isinstance(change[3], (int, float)) and 0 <= change[3] < 1
+    good = good and bool(np.all((one.value_scale > 0) & (one.value_scale < np.inf)))
     if not good or embeddings.ndim != 3 or len(embeddings) != rows:
         raise ValueError(f"path: {path} is damaged (its counters do not fit its frames)")
 

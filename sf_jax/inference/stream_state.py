@@ -86,6 +86,7 @@ class StreamState:
       sink_shift: int32 [S], see `SlotCache`.
       held: int32 [S, capacity], number of the frame in each place of `latents` (and slot of a `KVCache`); -1 if empty.
       latents: float32 [S, capacity, H, W, C], the clean latents of the same frames.
+      value_scale: float32 [S, capacity], what `fade` has multiplied the values of the same frames by.
       text: prompt keys and values [L, S, T, N, D].
       decoder: the decoder's cache, with S as the first axis; () without decoder.
       fresh: bool [S], whether the next frame is the first that the decoder gets.
@@ -105,6 +106,7 @@ class StreamState:
     sink_shift: jax.Array
     held: jax.Array
     latents: jax.Array
+    value_scale: jax.Array
     text: KeysValues
     decoder: Any
     fresh: jax.Array
@@ -139,6 +141,7 @@ def empty_state(spec: StreamSpec, decoder: Decoder | None, slots: int) -> Stream
         sink_shift=whole,
         held=jnp.full((slots, spec.capacity), -1, jnp.int32),
         latents=jnp.zeros((slots, spec.capacity, height, width, channels)),
+        value_scale=jnp.ones((slots, spec.capacity)),
         text=text,
         decoder=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like),
         fresh=jnp.ones(slots, bool),
@@ -234,7 +237,7 @@ def _context(spec: StreamSpec, one: StreamState, size: int, active: jax.Array) -
 def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -> StreamState:
     """Adds the next frames, with keys and values `kv` (or slots), to a stream; unchanged unless `active`."""
     age, count = one.age[0], clean.shape[1]
-    latents, held = one.latents, one.held[0]
+    latents, held, value_scale = one.latents, one.held[0], one.value_scale
     cache = rollout_cache.close_chunk(_cache(spec, one), kv, _span(one, count, active))
     if isinstance(cache, SlotCache):
         one = one.replace(sink_k=cache.sink_k, sink_shift=cache.sink_shift[None])
@@ -244,11 +247,13 @@ def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -
         old = jax.lax.dynamic_slice_in_dim(latents, slot, 1, 1)
         latents = jax.lax.dynamic_update_slice_in_dim(latents, jnp.where(kept, clean[:, i : i + 1], old), slot, 1)
         held = held.at[slot].set(jnp.where(kept, age + i, held[slot]))
+        value_scale = value_scale.at[0, slot].set(jnp.where(kept, 1.0, value_scale[0, slot]))
     return one.replace(
         k=cache.k,
         v=cache.v,
         held=held[None],
         latents=latents,
+        value_scale=value_scale,
         first=one.first & ~active,
         age=one.age + jnp.where(active, count, 0),
     )
@@ -391,24 +396,35 @@ def flush(spec: StreamSpec, state: StreamState, slot) -> StreamState:
 
         axis = 2 if state.heads_first else 1 + _axis(one.k)
         k, v = jax.tree.map(lambda a: moved(a, axis, tokens, cache), (one.k, one.v))
-        one = one.replace(k=k, v=v, latents=moved(one.latents, 1, 1, spec))
+        latents, value_scale = (moved(a, 1, 1, spec) for a in (one.latents, one.value_scale))
+        one = one.replace(k=k, v=v, latents=latents, value_scale=value_scale)
     places = jnp.arange(spec.capacity)
     held = jnp.where(fewer, jnp.where(places < kept, places, -1), one.held)
     age = jnp.where(fewer, kept, one.age)
     return _put(state, slot, one.replace(held=held, age=age, shift=one.shift + one.age - age))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def fade(state: StreamState, slot, kept) -> StreamState:
-    """Multiplies the values of a stream's cached frames by `kept`, a float32 in (0, 1]; keys stay."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def fade(spec: StreamSpec, state: StreamState, slot, value_scale: jax.Array) -> StreamState:
+    """Scales a stream's cached values to `value_scale` (float32 [capacity], positive) times what was written.
 
-    def faded(v):
+    Keys stay. Frames that have been scaled before are not scaled twice.
+    """
+    one, cache = _slot(state, slot), _cache(spec, _slot(state, slot))
+    held, tokens = one.held[0], cache.tokens_per_frame
+    scale = jnp.where(held < 0, 1.0, value_scale / one.value_scale[0])
+    frames = jnp.ones(cache.capacity + 1).at[jnp.where(held < 0, cache.capacity, kv_cache.slot_of(cache, held)[0])]
+    rows = jnp.repeat(frames.set(scale)[:-1], tokens)
+
+    def scaled(v):
         if isinstance(v, Scaled):
-            return v.replace(scale=v.scale * kept)
-        return (v.astype(jnp.float32) * kept).astype(v.dtype)
+            return v.replace(scale=scaled(v.scale))
+        axis = 2 if state.heads_first else v.ndim - 3
+        by_row = jnp.pad(rows, (0, v.shape[axis] - rows.size), constant_values=1.0)  # rows behind the slots
+        return (v * jnp.expand_dims(by_row, [i for i in range(v.ndim) if i != axis])).astype(v.dtype)
 
-    one = _slot(state, slot)
-    return _put(state, slot, one.replace(v=jax.tree.map(faded, one.v, is_leaf=lambda v: isinstance(v, Scaled))))
+    v = jax.tree.map(scaled, one.v, is_leaf=lambda v: isinstance(v, Scaled))
+    return _put(state, slot, one.replace(v=v, value_scale=(one.value_scale[0] * scale)[None]))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

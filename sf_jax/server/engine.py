@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sf_jax.inference.pipeline import VideoPipeline
+from sf_jax.inference.prompt_change import check_change
 from sf_jax.inference.stream import Stream
 from sf_jax.server.metrics import Metrics
 from sf_jax.server.protocol import Interaction, RequestError
@@ -167,6 +168,7 @@ class Engine:
           context_timestep: context timestep for that mode.
           fade: fading of old frames for that mode.
         """
+        check_change(mode, 0, context_timestep, fade)
         self.mode, self.context_timestep, self.fade = mode, context_timestep, fade
         self._load, self.metrics, self.slots, self.waiting, self.ahead = load, metrics, slots, waiting, ahead
         self._memory = memory

@@ -134,7 +134,8 @@ def service_of(
     digits = model.folder is None
     fps, scale = fps or (12.0 if digits else 16.0), scale or (16 if digits else 1)
     # the settings that the shipped student follows best (docs/streaming.md)
-    options = ({"mode": "swap", "fade": 0.4} if digits else {}) | options
+    if digits and not {"mode", "context_timestep", "fade"} & set(options):
+        options = {"mode": "swap", "fade": 0.4} | options
     return Service(
         engine=Engine(functools.partial(model.load, options.get("slots", 4)), make_metrics(), **options),
         playback=Playback(fps, scale),

@@ -218,6 +218,7 @@ def _load(
         found = sharding.tree_shardings(like, mesh)
         return sharding.offloaded(found) if offload else found
 
+    advice = f"; {path!r} is shipped, give a file of your own, or None" if shipped_weights(path) else ""
     try:
         path = shipped_weights(path) or Path(hub.local_file(path))
     except ValueError as error:
@@ -228,7 +229,7 @@ def _load(
         package = load_package(path)
         same = {"remat": wanted.remat, "dtype": wanted.dtype, "attention": wanted.attention}
         if dataclasses.replace(package.config, **same) != wanted:
-            raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}")
+            raise ValueError(f"{field} {path} has sizes {package.config}: the config says {wanted}{advice}")
         typed = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), package.params)
         return sharding.put(typed, places(typed)), header
     if header is not None:
@@ -255,12 +256,17 @@ def _teacher(config: TrainConfig, mesh: Mesh, dtype: str, offload: bool = False)
         raise ValueError(
             f"teacher_weights {config.teacher_weights} is a {header.kind} network: here it must be a {wanted} network"
         )
+    _check_captions(config, "teacher_weights", header)
+    return params
+
+
+def _check_captions(config: TrainConfig, field: str, header: Package | None) -> None:
+    """Checks that a network, if its file says what it knows, was trained on the captions of the config."""
     if header is not None and header.captions != config.data.captions:
         raise ValueError(
-            f"teacher_weights is {config.teacher_weights}, which knows captions {header.captions!r}: data.captions is "
+            f"{field} is {getattr(config, field)}, which knows captions {header.captions!r}: data.captions is "
             f"{config.data.captions!r}, it must be a network that was trained on those"
         )
-    return params
 
 
 def adapted_base(config: TrainConfig, mesh: Mesh) -> dict:
@@ -274,7 +280,10 @@ def adapted_base(config: TrainConfig, mesh: Mesh) -> dict:
 def start_params(config: TrainConfig, mesh: Mesh) -> dict | None:
     """The trained network's initial parameters: those given, else the teacher's if they fit, else None."""
     if config.init_weights is not None:
-        return _load(config.init_weights, config.model, "init_weights", "float32", mesh)[0]
+        params, header = _load(config.init_weights, config.model, "init_weights", "float32", mesh)
+        if config.stage == "distill":  # earlier stages may learn other captions
+            _check_captions(config, "init_weights", header)
+        return params
     from_teacher = config.stage in ("init", "distill") and config.model == config.teacher_model
     if from_teacher and (config.teacher_weights is not None or needs_teacher(config)):
         return _load(_teacher_field(config), config.model, "teacher_weights", "float32", mesh)[0]

@@ -104,9 +104,9 @@ def shipped_path(name: str) -> pathlib.Path:
     return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[name]))
 
 
-def shipped_weights(field: str) -> pathlib.Path | None:
-    """The path of the shipped network that a config's field names, where "shipped" is the teacher; None for a file."""
-    name = "teacher" if field == "shipped" else field
+def shipped_weights(value: str) -> pathlib.Path | None:
+    """The path of the shipped network that a config names, where "shipped" is the teacher; None for a file."""
+    name = "teacher" if value == "shipped" else value
     return shipped_path(name) if name in SHIPPED else None
 
 

@@ -57,7 +57,7 @@ class Folder:
     @property
     def files(self) -> list[str]:
         """Names of the npz files, packed or not."""
-        names = (path.name.removesuffix(packed.SUFFIX) for path in self.path.iterdir())
+        names = {path.name.removesuffix(packed.SUFFIX) for path in self.path.iterdir()}
         return sorted(name for name in names if name.endswith(".npz"))
 
     def has(self, name: str) -> bool:

@@ -52,7 +52,14 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def pack(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The packed form of a file's content; equal input gives equal bytes."""
+    """The packed form of a file's content; equal input gives equal bytes.
+
+    Raises:
+      ValueError: if an array has a type that numpy does not have itself, such as bfloat16.
+    """
+    foreign = [key for key, array in arrays.items() if array.dtype.kind not in "biufU"]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is {arrays[foreign[0]].dtype}: convert it to float32 first")
     header = {key: (array.dtype.str, array.shape) for key, array in arrays.items()}
     wide = {key: array for key, array in arrays.items() if array.dtype == np.float32}
     flat = np.concatenate([np.zeros(0, np.float32), *(array.ravel() for array in wide.values())])
