@@ -17,10 +17,8 @@ from sf_jax.inference.load import load_pipeline
 from sf_jax.inference.prompt_change import MODES
 from sf_jax.inference.stream_memory import bytes_per_stream
 from sf_jax.models import attention, kv_cache, wan
-from sf_jax.models.eight_bit import Scaled
 from sf_jax.models.kv_cache import KVCache
 from sf_jax.models.rope import MAX_FRAMES
-from sf_jax.models.slots import unstack_layers
 from sf_jax.rollout import RolloutConfig
 from tests.helpers import SMALL, random_params, relative
 
@@ -275,55 +273,6 @@ def test_a_transition_goes_in_even_steps():
             mixed = jnp.asarray((1 - part) * old + part * new)[None]
             expected = pipe.transformer.apply({"params": pipe.params}, mixed, method="encode_text")
             assert relative(stream.state.text.k, expected.k) < 1e-5
-
-
-@pytest.mark.parametrize("apart, cache_dtype", [(False, None), (True, None), (False, "int8")])
-def test_old_values_fade_to_a_share_of_what_was_written(apart, cache_dtype):
-    config = dataclasses.replace(SMALL, scan_layers=not apart)
-    params = unstack_layers(random_params()) if apart else random_params()
-    model = wan.WanTransformer(config)
-    pipe = sf_jax.VideoPipeline(None, model, params, BARE, cache_dtype=cache_dtype).with_sampling(height=4, width=4)
-    stream = sf_jax.Stream(pipe, slots=2)
-    one, other = stream.join(text(0)), stream.join(text(1))
-
-    def read():
-        """What attention reads of each stream: keys, then values."""
-        fields = (stream.state.k, stream.state.v)
-        wide = jax.tree.map(lambda a: a.astype("float32"), fields, is_leaf=lambda a: isinstance(a, Scaled))
-        axis = 0 if apart else 1
-
-        def of(slot, field):
-            return np.stack([np.asarray(a).take(slot, axis) for a in jax.tree.leaves(field)])
-
-        return [[of(stream._playing[name].slot, field) for field in wide] for name in (one, other)]
-
-    def change(seed, *arguments, **options):
-        """Ratio of a stream's values after and before the changes of its next chunk, which change nothing else."""
-        if seed is not None:
-            stream.prompt(one, text(seed), *arguments, **options)
-        (k, v), unchanged = read()
-        stream._prepare(stream._playing[one])
-        (new_k, new_v), others = read()
-        np.testing.assert_array_equal(new_k, k)
-        np.testing.assert_array_equal(others, unchanged)
-        written = np.abs(v) > 1e-3
-        return sorted({round(float(ratio), 4) for ratio in (new_v[written] / v[written]).ravel()})
-
-    for _ in range(3):
-        stream.step()
-    assert change(2, transition_chunks=1, fade=0.4) == [1.0]  # the new prompt has half its weight
-    assert change(None)[0] == 0.6 and change(None) == [1.0]
-    assert change(3, fade=0.4) == [1.0]  # they have faded
-    stream.step()  # two new frames, two of the sink and no others: the window is 6
-    assert set(change(4, fade=0.4)) == {0.6, 1.0}
-    assert change(5, fade=0.7)[0] == 0.5
-    np.testing.assert_allclose(stream.state.value_scale[stream._playing[one].slot], 0.3, rtol=1e-6)
-    np.testing.assert_array_equal(stream.state.value_scale[stream._playing[other].slot], 1)
-    stream.prompt(one, text(6), "flush")
-    np.testing.assert_allclose(stream.state.value_scale[stream._playing[one].slot][:3], 0.3, rtol=1e-6)
-    stream.prompt(one, text(6), "recache")
-    stream.step()
-    np.testing.assert_array_equal(stream.state.value_scale, 1)
 
 
 @pytest.mark.parametrize("faded", ["pending", "done"])

@@ -410,11 +410,11 @@ def fade(spec: StreamSpec, state: StreamState, slot, value_scale: jax.Array) -> 
 
     Keys stay. Frames that have been scaled before are not scaled twice.
     """
-    one, cache = _slot(state, slot), _cache(spec, _slot(state, slot))
-    held, tokens = one.held[0], cache.tokens_per_frame
+    one = _slot(state, slot)
+    cache, held = _cache(spec, one), one.held[0]
     scale = jnp.where(held < 0, 1.0, value_scale / one.value_scale[0])
     frames = jnp.ones(cache.capacity + 1).at[jnp.where(held < 0, cache.capacity, kv_cache.slot_of(cache, held)[0])]
-    rows = jnp.repeat(frames.set(scale)[:-1], tokens)
+    rows = jnp.repeat(frames.set(scale)[:-1], cache.tokens_per_frame)
 
     def scaled(v):
         if isinstance(v, Scaled):
