@@ -233,7 +233,13 @@ def test_checksums_see_every_bit():
 def command(teacher, folder, *more):
     found = [sys.executable, "-m", "sf_jax.train", "--config=configs/digits.py:distill", f"--workdir={folder}"]
     found += [f"--config.teacher_weights={teacher}", "--config.log_every=1", "--config.batch_size=8"]
-    found += ["--config.data.frames=6", "--config.checkpoint_every=1", "--config.steps=16", *more]
+    found += [
+        "--config.init_weights=None",
+        "--config.data.frames=6",
+        "--config.checkpoint_every=1",
+        "--config.steps=16",
+        *more,
+    ]
     return found + [f"--config.model.{k}={v}" for k, v in (SMALL | {"freq_dim": 16}).items()]
 
 
