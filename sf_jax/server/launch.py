@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 from sf_jax.inference.layers import FACTOR, Videos
 from sf_jax.inference.load import load_pipeline
@@ -147,11 +148,15 @@ def service_of(
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """Aborts connections that send more than messages and control frames can need, before parsing."""
+    """Aborts connections that send more than messages and control frames can need, before parsing.
+
+    A slow viewer, who has chunks to read before a ping, is not disconnected while it reads.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._bytes = protocol.RateLimit(RECEIVED_BURST, RECEIVED_RATE)
+        self._reads = False
 
     def connection_made(self, transport) -> None:
         """Initializes a client's connection."""
@@ -164,6 +169,27 @@ class _WebSocket(WebSocketsSansIOProtocol):
             super().data_received(data)
         else:
             self.transport.abort()
+
+    def resume_writing(self) -> None:
+        """Handles the client having read what waited for it."""
+        super().resume_writing()
+        self._reads = True
+
+    def keepalive_timeout(self) -> None:
+        """Handles a ping without an answer: waits on while the client reads; if it stops, sending to it times out."""
+        waiting = self._reads or not self.writable.is_set()
+        if not waiting or self.transport.is_closing():
+            super().keepalive_timeout()
+            return
+        self._reads = False
+        self.pong_timer = self.loop.call_later(PONG, self.keepalive_timeout)
+
+    def shutdown(self) -> None:
+        """Closes the connection at the server's end."""
+        try:
+            super().shutdown()
+        except InvalidState:  # the client is closing it
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
