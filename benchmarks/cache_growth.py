@@ -2,11 +2,13 @@
 
   python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens per frame), batch 1
   python -m benchmarks.cache_growth --small    # dim 128, 4 layers, 12x20 latents
+  python -m benchmarks.cache_growth --streams=1   # endless streams, whose window takes the place of the capacity
 
 Each row is one program: a chunk of 3 latent frames in 4 denoising steps and the clean pass (which writes the chunk to
 the cache), random weights, float32. It is timed as the first chunk (empty cache) and as the last one that fits into the
 cache, `--repeats` times in turns; the table has medians. CPU times are those of the process. The last line is the ratio
-of the first chunk's time in the largest cache to that in the smallest.
+of the first chunk's time in the largest cache to that in the smallest. Streams start together; their last chunk is one
+with a full window.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sf_jax
 from benchmarks.streaming import random_params
 from sf_jax import rollout as ro
 from sf_jax import rollout_cache
@@ -32,30 +35,65 @@ def chunk(model, config, params, text, cache, noise, start):
     return made[1], made[0].k[0, 0, 0, 0, 0]
 
 
+def video_calls(model, params, text, capacity, size):
+    """Functions that generate the first chunk of a video, and the last one that fits into its cache."""
+    rollout = ro.RolloutConfig(context_noise="none")
+    text = model.apply({"params": params}, text, method="encode_text")
+    noise = jax.random.normal(jax.random.key(1), (1, rollout.chunk, *size, model.config.channels))
+    cache = rollout_cache.empty_cache(model, rollout, 1, capacity, *size)
+    full = cache.replace(frames=jnp.where(jnp.arange(capacity) < capacity - 3, jnp.arange(capacity), -1))
+    fixed = functools.partial(chunk, model, rollout, params, text)
+    return {
+        "first": functools.partial(fixed, cache, noise, jnp.int32(0)),
+        "last": functools.partial(fixed, full, noise, jnp.int32(capacity - 3)),
+    }
+
+
+def stream_calls(model, params, text, window, size, slots):
+    """Functions that generate the first chunk of new streams, and one of streams with a full window."""
+    rollout = ro.RolloutConfig(context_noise="none", window=window, positions="relative")
+    pipe = sf_jax.VideoPipeline(None, model, params, rollout).with_sampling(height=size[0], width=size[1])
+    new, old = (sf_jax.Stream(pipe, slots) for _ in range(2))
+    initial = np.random.default_rng(1).standard_normal((window - 3, *size, model.config.channels), np.float32)
+    for _ in range(slots):
+        old.join(np.asarray(text[0]), initial=initial)
+
+    def first():
+        for one in new.playing:
+            new.leave(one)
+        for _ in range(slots):
+            new.join(np.asarray(text[0]))
+        new.step()
+        return new.state.latents
+
+    def last():
+        old.step()
+        return old.state.latents
+
+    return {"first": first, "last": last}
+
+
 def main() -> None:
     """Prints a table and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--capacities", default="9,21,63", help="latent frames, ascending")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--streams", type=int, help="number of endless streams; without it, one video")
     args = parser.parse_args()
     capacities = [int(capacity) for capacity in args.capacities.split(",")]
     if args.small:
         config, size = WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4), (12, 20)
     else:
         config, size = WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=6), (24, 40)
-    model, rollout = WanTransformer(config), ro.RolloutConfig(context_noise="none")
+    model = WanTransformer(config)
     params = random_params(param_shapes(config), "float32")
     text = jnp.asarray(np.random.default_rng(0).standard_normal((1, config.text_len, config.text_dim), np.float32))
-    text = model.apply({"params": params}, text, method="encode_text")
-    noise = jax.random.normal(jax.random.key(1), (1, rollout.chunk, *size, config.channels))
     calls = {}
     for capacity in capacities:
-        cache = rollout_cache.empty_cache(model, rollout, 1, capacity, *size)
-        full = cache.replace(frames=jnp.where(jnp.arange(capacity) < capacity - 3, jnp.arange(capacity), -1))
-        fixed = functools.partial(chunk, model, rollout, params, text)
-        calls[capacity, "first"] = functools.partial(fixed, cache, noise, jnp.int32(0))
-        calls[capacity, "last"] = functools.partial(fixed, full, noise, jnp.int32(capacity - 3))
+        arguments = (model, params, text, capacity, size)
+        pair = video_calls(*arguments) if args.streams is None else stream_calls(*arguments, args.streams)
+        calls |= {(capacity, which): call for which, call in pair.items()}
     times = {key: [] for key in calls}
     for call in calls.values():
         jax.block_until_ready(call())

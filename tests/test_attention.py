@@ -76,14 +76,14 @@ def test_kernels_equal_the_plain_one(kind, odd):
             assert relative(run(kernel, q), run(lambda *a: attention.attend(*a, "xla"), q)) < 2e-6
 
 
-def test_splash_reads_no_block_behind_a_common_count():
+def test_splash_reads_no_block_behind_the_last_visible_key():
     pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention")  # inside of a trace, it causes another one
     q, k, v = qkv(12, 1300)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run(k, v, count):
-        return attention_kernels.splash_attention(q, [(k, v, count)], common_count=True, interpret=True)
+        return attention_kernels.splash_attention(q, [(k, v, count)], most=count, interpret=True)
 
     for count in (5, 512, 513, 1300):
         blocks = -(-count // attention_kernels.BLOCK)

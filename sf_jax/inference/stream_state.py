@@ -224,14 +224,9 @@ def _cache(spec: StreamSpec, one: StreamState) -> KVCache | SlotCache:
     return KVCache(k=one.k, v=one.v, frames=one.held[0], sink=spec.rollout.sink)
 
 
-def _span(one: StreamState, size: int, active: jax.Array | bool) -> Span:
-    """The next `size` frames of one stream."""
-    return Span(one.age[0], size, one.shift[0], jnp.asarray(active))
-
-
-def _context(spec: StreamSpec, one: StreamState, size: int, active: jax.Array) -> rollout_cache.Context:
-    """What the calls for the next `size` frames of one stream read."""
-    return rollout_cache.open_chunk(spec.rollout, _cache(spec, one), one.text, _span(one, size, active))
+def _span(one: StreamState, size: int, active: jax.Array | bool, oldest: jax.Array | None = None) -> Span:
+    """The next `size` frames of one stream; for `oldest` see `_next_chunk`."""
+    return Span(one.age[0], size, one.shift[0], jnp.asarray(active), oldest)
 
 
 def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -> StreamState:
@@ -259,15 +254,19 @@ def _written(spec: StreamSpec, one: StreamState, kv, clean: jax.Array, active) -
     )
 
 
-def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Array, count: int):
-    """Generates one stream's next `count` latent frames [1, n, H, W, C], like `programs.next_chunk`."""
+def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Array, count: int, oldest=None):
+    """Generates one stream's next `count` latent frames [1, n, H, W, C], like `programs.next_chunk`.
+
+    `oldest` is the largest age of the streams of a batch; None is that of this one.
+    """
     config = spec.rollout
     timesteps, steps = config.timesteps_of(jnp.where(one.first[0], 0, 1))
     number = 2 * steps if spec.noise_number is None else spec.noise_number
     key = key_for(one.seed[0], 0, Purpose.SAMPLE)
     noise_key = jax.random.fold_in(jax.random.fold_in(key, number), one.chunk[0])
     noise = ro.example_noise(noise_key, one.number, (1, count, *spec.size))
-    context = _context(spec, one, count, active)
+    span = _span(one, count, active, oldest)
+    context = rollout_cache.open_chunk(config, _cache(spec, one), one.text, span)
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
     calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
     draw = ro.key_draw(key, one.number)
@@ -300,9 +299,10 @@ def step(
 
     def one(stream, active):
         stream = by_axis(lambda axis, a: jnp.expand_dims(a, axis), stream)
-        new, clean = _next_chunk(spec, params, stream, active, spec.rollout.chunk)
+        new, clean = _next_chunk(spec, params, stream, active, spec.rollout.chunk, oldest)
         return by_axis(lambda axis, a: jnp.squeeze(a, axis), new), clean[0]
 
+    oldest = jnp.max(jnp.where(active, state.age, 0))
     mesh = jax.sharding.get_abstract_mesh()
     spread = {} if mesh.empty else {"spmd_axis_name": "data"}
     cache = state.decoder
@@ -461,7 +461,9 @@ def append(
     draw = ro.key_draw(key_for(one.seed[0], 0, Purpose.SAMPLE), one.number)
     read = (1 - sigma) * clean + sigma * draw("context", one.chunk[0], number, clean.shape)
     active = jnp.bool_(True)
-    kv = ro.clean_pass(spec.model, config, params, _context(spec, one, clean.shape[1], active), read, timestep)
+    span = _span(one, clean.shape[1], active)
+    context = rollout_cache.open_chunk(config, _cache(spec, one), one.text, span)
+    kv = ro.clean_pass(spec.model, config, params, context, read, timestep)
     return _put(state, slot, _written(spec, one, kv, clean, active))
 
 

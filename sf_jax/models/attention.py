@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax.models import attention_kernels, partition
-from sf_jax.models.tiled_attention import HIDDEN, tiled_attention
+from sf_jax.models.tiled_attention import HIDDEN, bounded_attention, tiled_attention
 
 Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -22,6 +22,8 @@ IMPLEMENTATIONS = ("auto", "xla", "whole", "cudnn", "splash")
 # Calls with more logits (in elements) run in tiles. Above 16 MB CPUs slow down, as all logits go to new memory pages.
 MAX_LOGITS = {"cpu": 1 << 22}
 MAX_LOGITS_ELSEWHERE = 1 << 25
+# The same if tiles can be skipped, see `attend`.
+MAX_BOUNDED_LOGITS = {"cpu": 1 << 18}
 # Most latent frames to split into chunks, two days of video. Positions have a lower limit unless they are relative.
 MAX_FRAMES = 1_000_000
 
@@ -215,7 +217,7 @@ def attend(
     implementation: str = "auto",
     max_logits: int | None = None,
     split: str = "heads",
-    common_count: bool = False,
+    most: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of `q` over the keys of all segments together.
 
@@ -231,8 +233,9 @@ def attend(
       max_logits: most logits that "xla" computes at once, and most per tile; None uses the backend's defaults.
       split: what the mesh axis `context` splits, in addition to the batch: the "heads", the queries' "tokens", or
         "none", which also keeps all heads on every device.
-      common_count: whether a lone segment's key count is the same for the whole batch even under `vmap`. Splash then
-        reads no block behind it. (cuDNN never does; for a batch of counts, Splash would run once per example.)
+      most: int32, upper bound of the visible keys, counted over all segments in their order, that is the same for a
+        whole batch even under `vmap`. Splash and tiles read no block of keys behind it, which changes no bit of the
+        output; such tiles have no gradient. (cuDNN never reads keys behind a count.)
 
     Returns:
       [B, T, N, D], dtype of `q`.
@@ -241,18 +244,30 @@ def attend(
     if chosen == "cudnn":
         return attention_kernels.cudnn(q, segments, split)
     if chosen == "splash":
-        return attention_kernels.splash_attention(q, segments, split, common_count)
-    batch, length, heads, dim = q.shape
-    keys = sum(k.shape[1] for k, _, _ in segments)
-    q, whole = q * dim**-0.5, max_logits or MAX_LOGITS.get(partition.platform(), MAX_LOGITS_ELSEWHERE)
-    if chosen == "whole" or batch * heads * length * keys <= whole:
+        return attention_kernels.splash_attention(q, segments, split, most)
+    tiled = in_tiles(chosen, q, segments, max_logits, bounded=most is not None)
+    q = q * q.shape[-1] ** -0.5
+    if not tiled:
         return _attend_whole(q, segments)
+    if most is not None:
+        return bounded_attention(q, [(*segment, None) for segment in segments], most, max_logits)
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     bias = None
     if any(mask is not None for _, _, mask in segments):
         masks = [jnp.ones(k.shape[1], bool) if mask is None else _mask(k, mask) for k, _, mask in segments]
         bias = jnp.where(jnp.concatenate(masks), 0.0, HIDDEN)
     return tiled_attention(q, k, v, bias, max_logits)
+
+
+def in_tiles(
+    chosen: str, q: jax.Array, segments: Sequence[tuple], max_logits: int | None = None, bounded: bool = False
+) -> bool:
+    """Whether `attend` computes in tiles; `chosen` is from `choose`, and it has a bound if `bounded`."""
+    batch, length, heads, _ = q.shape
+    keys = sum(segment[0].shape[1] for segment in segments)
+    limits = MAX_BOUNDED_LOGITS if bounded else MAX_LOGITS
+    whole = max_logits or limits.get(partition.platform(), MAX_LOGITS_ELSEWHERE)
+    return chosen == "xla" and batch * heads * length * keys > whole
 
 
 def _mask(k, mask):

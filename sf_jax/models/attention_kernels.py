@@ -50,23 +50,24 @@ def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", impleme
 
 
 def splash_attention(
-    q: jax.Array, segments: Sequence[tuple], split: str = "heads", common_count: bool = False, interpret: bool = False
+    q: jax.Array,
+    segments: Sequence[tuple],
+    split: str = "heads",
+    most: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Attention by the Splash kernel; arguments as in `attention.attend`.
 
     Lengths are padded to the kernel's blocks and heads to its 128 lanes. Padded and masked keys get a different segment
-    id from the queries, which hides them. With a common count, whole blocks of hidden keys are skipped.
+    id from the queries, which hides them. Blocks behind `most` are skipped.
     """
     k, v = (jnp.concatenate([segment[i] for segment in segments], axis=1) for i in (0, 1))
     hidden = jnp.concatenate([_hidden(k.shape[1], mask) for k, _, mask in segments])
 
-    count = segments[0][2]
-    counts = (count,) if common_count and len(segments) == 1 and count is not None and not count.ndim else ()
+    def local(q, k, v, hidden, most=None):
+        return _splash_local(q, k, v, hidden, most, interpret)
 
-    def local(q, k, v, hidden, *counts):
-        return _splash_local(q, k, v, hidden, counts, interpret)
-
-    return _on_shares(local, split, q, k, v, hidden, *counts)
+    return _on_shares(local, split, q, k, v, hidden, *(() if most is None else (most,)))
 
 
 def _on_shares(kernel, split, q, k, v, *whole):
@@ -91,7 +92,7 @@ def _hidden(length, mask):
     return 1 - visible.astype(jnp.int32)
 
 
-def _splash_local(q, k, v, hidden, counts, interpret):
+def _splash_local(q, k, v, hidden, most, interpret):
     # Imported here because Pallas is slow to import; see the top of this file.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -112,8 +113,8 @@ def _splash_local(q, k, v, hidden, counts, interpret):
         block_kv_dq=BLOCK,
     )
     kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
-    for count in counts:
-        reads = _blocks_before(count, q.shape[2] // block, k.shape[2] // BLOCK)
+    if most is not None:
+        reads = _blocks_before(most, q.shape[2] // block, k.shape[2] // BLOCK)
         reads = kernel.fwd_mask_info._replace(**reads)
         kernel = splash.SplashAttentionKernel(reads, kernel.dq_mask_info, kernel.dkv_mask_info, **kernel.kwargs)
     out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, ids)

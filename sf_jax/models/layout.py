@@ -15,13 +15,11 @@ class SlotPlace:
       rows: int32 [parts], the first row of each of the equal parts of the own tokens.
       count: int32, number of visible rows; they are the first ones and include the own.
       endless: whether positions have no limit, see `rope.endless_rotation` (static).
-      common: whether `count` is that of the whole batch even under `vmap`, see `attention.attend` (static).
     """
 
     rows: jax.Array
     count: jax.Array
     endless: bool = flax.struct.field(pytree_node=False, default=False)
-    common: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -45,6 +43,8 @@ class Layout:
       keys_only: bool scalar, whether a call with `slots.Slots` needs only its keys and values. The last block then
         skips the rest, and the flow is meaningless. None: it needs everything.
       place: where a call with slots that outlive the chunk writes; None: to the first slots, see `slots.take_apart`.
+      most: int32, upper bound of the keys that a query sees, its own included, the same for a whole batch even under
+        `vmap`; the usable keys then come first. Attention reads no keys behind it. None: no bound.
     """
 
     frames: jax.Array | np.ndarray
@@ -59,6 +59,7 @@ class Layout:
     sink_shifts: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     keys_only: jax.Array | None = None
     place: SlotPlace | None = None
+    most: jax.Array | None = None
 
 
 def bidirectional_layout(frames: int) -> Layout:

@@ -59,12 +59,19 @@ class Span:
       size: number of frames (static).
       shift: int32, position minus number of the frames.
       active: bool, whether anything may be written to visible slots; None: always.
+      most_before: int32, upper bound of the frames before the span in all streams of a batch; None: that of this one.
     """
 
     start: jax.Array | int
     size: int = flax.struct.field(pytree_node=False)
     shift: jax.Array | int = 0
     active: jax.Array | None = None
+    most_before: jax.Array | None = None
+
+    @property
+    def most(self) -> jax.Array:
+        """Upper bound of the frames before the span in all streams of a batch."""
+        return jnp.asarray(self.start if self.most_before is None else self.most_before, jnp.int32)
 
 
 def axes_of(heads_first: bool = False) -> tuple[str | None, ...]:
@@ -85,7 +92,8 @@ def layout(cache: SlotCache, span: Span) -> Layout:
     return Layout(
         frames=frames,
         pattern=attention.cached(span.size, 0),
-        place=SlotPlace(rows, count, endless=cache.relative_window is not None, common=span.active is None),
+        place=SlotPlace(rows, count, endless=cache.relative_window is not None),
+        most=jnp.minimum(span.most + span.size, cache.capacity) * cache.tokens_per_frame,
     )
 
 

@@ -99,9 +99,8 @@ def take_apart(
 def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     """Self-attention [B, T, N, D] of one chunk's queries (without rotary embedding) over its slots."""
     own, tokens = len(shared.own_rotation[0]), shared.tokens
-    common = False
     if shared.place is not None:
-        mask, common = shared.place.count, shared.place.common
+        mask = shared.place.count
     elif shared.mask_is_prefix:
         mask = own + shared.context_mask.sum(dtype=jnp.int32) * tokens
     else:
@@ -110,7 +109,8 @@ def slot_attention(q: jax.Array, slots: Slots, shared: Any) -> jax.Array:
     k, v = (a.transpose(0, 2, 1, 3) if slots.heads_first else a for a in (slots.k, slots.v))
     segment = (k.astype(q.dtype), v.astype(q.dtype), mask)
     q = rope.rotate_constant(q, shared.own_rotation)
-    return attention.attend(q, [segment], shared.implementation, common_count=common)
+    most = mask if shared.most is None and not mask.ndim else shared.most
+    return attention.attend(q, [segment], shared.implementation, most=most)
 
 
 def unstack_layers(params: dict, delete: bool = False, fuse: bool = False) -> dict:

@@ -5,16 +5,18 @@ saves the logarithm of each query's softmax sum, from which the backward pass re
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from sf_jax.models import partition
+from sf_jax.models import partition, rope
+from sf_jax.models.eight_bit import Scaled
 
 HIDDEN = -1e30  # logit of a hidden key
 # Keys and logits per tile, sized to CPU caches.
 KEYS = {"cpu": 256}
-LOGITS = {"cpu": 1 << 20}
+LOGITS = {"cpu": 5 << 18}
 KEYS_ELSEWHERE, LOGITS_ELSEWHERE = 1024, 1 << 25
 
 
@@ -32,23 +34,108 @@ def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
     Returns:
       [B, T, N, D], dtype of `q`.
     """
-    platform = partition.platform()
-    logits = logits or LOGITS.get(platform, LOGITS_ELSEWHERE)
-    (batch, length, heads, _), keys = q.shape, k.shape[1]
-    columns = -(-keys // KEYS.get(platform, KEYS_ELSEWHERE))
-    width = -(-keys // columns)
-    rows = -(-length // max(1, logits // (batch * heads * width)))
-    height = -(-length // rows)
-    rows = -(-length // height)
+    batch, keys, heads, _ = k.shape
+    columns, width = _columns(keys)
     if columns * width > keys:  # pads the last tile with hidden keys
         extra = columns * width - keys
         k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (k, v))
         bias = jnp.pad(jnp.zeros(keys) if bias is None else bias, (0, extra), constant_values=HIDDEN)
-    q = jnp.pad(q, ((0, 0), (0, rows * height - length), (0, 0), (0, 0)))
-    q = q.reshape(batch, rows, height, heads, -1).transpose(1, 0, 3, 2, 4)
     k = k.reshape(batch, columns, width, heads, -1).transpose(1, 0, 3, 4, 2)
     v = v.reshape(batch, columns, width, heads, -1).transpose(1, 0, 3, 2, 4)
-    out = _tiles(q, k, v, None if bias is None else bias.reshape(columns, width))
+    out = _tiles(_rows(q, width, logits), k, v, None if bias is None else bias.reshape(columns, width))
+    return _whole(out, q.shape[1])
+
+
+Keys = tuple[jax.Array | Scaled, jax.Array | Scaled, jax.Array | None, jax.Array | None]
+
+
+def bounded_attention(q: jax.Array, segments: Sequence[Keys], most: jax.Array, logits: int | None = None) -> jax.Array:
+    """As `tiled_attention`, for numbers that take no gradient: reads tiles where the keys are, and none behind `most`.
+
+    Tiles do not depend on `most`, so a hidden tile that is not read changes no bit of the output. On one CPU a batch
+    under `vmap` is computed one by one, so that each example reads only what it sees, and its tiles stay in the cache.
+
+    Args:
+      q: [B, T, N, D] queries, already scaled.
+      segments: (k, v, mask, rotation): keys and values [B, S, N, D] of any type, the mask of `attention.attend`, and
+        the rotary embedding float32 [2, S, D/2] that the keys still need, or None.
+      most: int32, number of keys, counted over all segments in their order, behind which all are hidden.
+      logits: as in `tiled_attention`.
+
+    Returns:
+      [B, T, N, D], dtype of `q`.
+    """
+    if partition.platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return _bounded(q, segments, most, logits, exact=False)
+    single = functools.partial(_bounded, logits=logits, exact=True)
+    return jax.custom_batching.sequential_vmap(single)(q, tuple(segments), most)
+
+
+@jax.named_scope("attention_xla")
+def _bounded(q, segments, most, logits, exact):
+    """`bounded_attention`; with `exact`, a mask that is a count is the same for the whole batch."""
+    sizes = [_columns(k.shape[1]) for k, *_ in segments]
+
+    def row(q):
+        carry, before = _nothing(q), 0
+        for segment, (columns, width) in zip(segments, sizes, strict=True):
+            keys, mask = segment[0].shape[1], segment[2]
+            read, visible = jnp.clip(-(-(most - before) // width), 0, columns), keys // width
+            if mask is not None:
+                visible = 0
+                if exact and not mask.ndim:
+                    read, visible = jnp.minimum(read, -(-mask // width)), mask // width
+            visible = jnp.minimum(visible, read)  # tiles without a hidden key need no mask
+            add = functools.partial(_add_tile, q, segment, width)
+            carry = jax.lax.fori_loop(0, visible, functools.partial(add, False), carry)
+            carry = jax.lax.fori_loop(visible, read, functools.partial(add, True), carry)
+            before += keys
+        return _normalized(carry, q.dtype)[0]
+
+    return _whole(jax.lax.map(row, _rows(q, max(width for _, width in sizes), logits)), q.shape[1])
+
+
+def _add_tile(q, segment, width, masked, index, carry):
+    """Adds tile `index` of a segment to the running softmax."""
+    k, v, mask, rotation = segment
+    start = jnp.minimum(index * width, k.shape[1] - width)  # the last tile may begin in the one before it
+
+    def part(tree, axis=1):
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, width, axis), tree)
+
+    k, v = part(k).astype(q.dtype), part(v).astype(q.dtype)
+    if rotation is not None:
+        k = rope.rotate_constant(k, part(rotation))
+    bias = None
+    if masked:
+        places = start + jnp.arange(width)
+        visible = places >= index * width
+        if mask is not None:
+            visible &= part(mask, 0) if mask.ndim else places < mask
+        bias = jnp.where(visible, 0.0, HIDDEN)
+    return _added(q, carry, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), bias)
+
+
+def _columns(keys):
+    """Number and width of the tiles of so many keys."""
+    columns = -(-keys // KEYS.get(partition.platform(), KEYS_ELSEWHERE))
+    return columns, -(-keys // columns)
+
+
+def _rows(q, width, logits):
+    """[B, T, N, D] queries in rows of tiles [R, B, N, t, D], whose logits with `width` keys are at most `logits`."""
+    batch, length, heads, _ = q.shape
+    logits = logits or LOGITS.get(partition.platform(), LOGITS_ELSEWHERE)
+    rows = -(-length // max(1, logits // (batch * heads * width)))
+    height = -(-length // rows)
+    rows = -(-length // height)
+    q = jnp.pad(q, ((0, 0), (0, rows * height - length), (0, 0), (0, 0)))
+    return q.reshape(batch, rows, height, heads, -1).transpose(1, 0, 3, 2, 4)
+
+
+def _whole(out, length):
+    """The inverse of `_rows`."""
+    rows, batch, heads, height, _ = out.shape
     return out.transpose(1, 0, 3, 2, 4).reshape(batch, rows * height, heads, -1)[:, :length]
 
 
@@ -63,20 +150,34 @@ def _forward(q, k, v, bias):
 
     def row(q):
         def column(carry, tile):
-            top, total, out = carry
-            k, v, bias = tile
-            part = _logits(q, k, bias)
-            higher = jnp.maximum(top, part.max(-1, keepdims=True))
-            weights, fade = jnp.exp(part - higher), jnp.exp(top - higher)
-            product = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return (higher, total * fade + weights.sum(-1, keepdims=True), out * fade + product), None
+            return _added(q, carry, *tile), None
 
-        one = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
-        start = (one + HIDDEN * 2, one, jnp.zeros(q.shape, jnp.float32))
-        (top, total, out), _ = jax.lax.scan(column, start, (k, v, bias))
-        return (out / total).astype(q.dtype), top + jnp.log(total)
+        carry, _ = jax.lax.scan(column, _nothing(q), (k, v, bias))
+        return _normalized(carry, q.dtype)
 
     return jax.lax.map(row, q)
+
+
+def _nothing(q):
+    """The running softmax before the first tile: largest logit, sum of weights, weighted sum of values."""
+    one = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+    return one + HIDDEN * 2, one, jnp.zeros(q.shape, jnp.float32)
+
+
+def _added(q, carry, k, v, bias):
+    """The running softmax with the keys of one more tile."""
+    top, total, out = carry
+    part = _logits(q, k, bias)
+    higher = jnp.maximum(top, part.max(-1, keepdims=True))
+    weights, fade = jnp.exp(part - higher), jnp.exp(top - higher)
+    product = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return higher, total * fade + weights.sum(-1, keepdims=True), out * fade + product
+
+
+def _normalized(carry, dtype):
+    """The output, and the logarithm of the softmax sum."""
+    top, total, out = carry
+    return (out / total).astype(dtype), top + jnp.log(total)
 
 
 def _logits(q, k, bias):

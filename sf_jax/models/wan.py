@@ -149,6 +149,7 @@ class _Shared:
     sink_rotations: tuple[jax.Array | None, ...]
     keys_only: jax.Array | None
     place: SlotPlace | None
+    most: jax.Array | None
     frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     context_frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     pattern: attention.Pattern = flax.struct.field(pytree_node=False)
@@ -436,6 +437,7 @@ class WanTransformer(nn.Module):
             sink_rotations=tuple(sinks),
             keys_only=None,
             place=layout.place,
+            most=layout.most,
             frames=_static(layout.frames) if sinks else None,
             context_frames=_static(layout.context_frames) if sinks else None,
             pattern=layout.pattern,
