@@ -3,12 +3,13 @@
   python -m benchmarks.cache_growth            # dim 384, 6 layers, 24x40 latents (240 tokens per frame), batch 1
   python -m benchmarks.cache_growth --small    # dim 128, 4 layers, 12x20 latents
   python -m benchmarks.cache_growth --streams=1   # endless streams, whose window takes the place of the capacity
+  python -m benchmarks.cache_growth --rotation    # what rotating the cached keys in every call costs
 
 Each row is one program: a chunk of 3 latent frames in 4 denoising steps and the clean pass (which writes the chunk to
 the cache), random weights, float32. It is timed as the first chunk (empty cache) and as the last one that fits into the
 cache, `--repeats` times in turns; the table has medians. CPU times are those of the process. The last line is the ratio
-of the first chunk's time in the largest cache to that in the smallest. Streams start together; their last chunk is one
-with a full window.
+of the first chunk's time in the largest cache to that in the smallest. Streams start together; the time of their first
+chunk includes joining and encoding the prompt, and their last chunk is one with a full window.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import sf_jax
 from benchmarks.streaming import random_params
 from sf_jax import rollout as ro
 from sf_jax import rollout_cache
+from sf_jax.models import attention, rope
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 
 
@@ -73,6 +75,25 @@ def stream_calls(model, params, text, window, size, slots):
     return {"first": first, "last": last}
 
 
+def rotation_table(config, size, capacities, repeats):
+    """Prints the least CPU time of rotating one layer's cached keys, and of a chunk's attention to them."""
+    tokens = int(np.prod(config.grid(*size)))
+    q = jax.random.normal(jax.random.key(0), (1, 3 * tokens, config.num_heads, config.head_dim))
+    rotate = jax.jit(rope.rotate)
+    attend = jax.jit(lambda q, k: attention.attend(q, [(k, k, None)]))
+    print(f"{'frames':>8s} {'rotation, CPU ms':>17s} {'attention':>10s}")
+    for capacity in capacities:
+        k = jax.random.normal(jax.random.key(1), (1, capacity * tokens, config.num_heads, config.head_dim))
+        turns = rope.rotation(np.arange(capacity), config.grid(*size), config.head_dim)
+        least = {}
+        for _ in range(1 + 10 * repeats):
+            for call in ((rotate, k, turns), (attend, q, k)):
+                cpu = time.process_time()
+                jax.block_until_ready(call[0](*call[1:]))
+                least[call[0]] = min(time.process_time() - cpu, least.get(call[0], np.inf))
+        print(f"{capacity:8d} {1e3 * least[rotate]:17.2f} {1e3 * least[attend]:10.2f}")
+
+
 def main() -> None:
     """Prints a table and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,12 +101,18 @@ def main() -> None:
     parser.add_argument("--capacities", default="9,21,63", help="latent frames, ascending")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--streams", type=int, help="number of endless streams; without it, one video")
+    parser.add_argument("--rotation", action="store_true")
     args = parser.parse_args()
     capacities = [int(capacity) for capacity in args.capacities.split(",")]
     if args.small:
         config, size = WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4), (12, 20)
     else:
         config, size = WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=6), (24, 40)
+    device = jax.devices()[0].device_kind
+    print(f"JAX {jax.__version__}, {device}, dim {config.dim}, {config.num_layers} layers, {size[0]}x{size[1]} latents")
+    if args.rotation:
+        rotation_table(config, size, capacities, args.repeats)
+        return
     model = WanTransformer(config)
     params = random_params(param_shapes(config), "float32")
     text = jnp.asarray(np.random.default_rng(0).standard_normal((1, config.text_len, config.text_dim), np.float32))
@@ -102,8 +129,6 @@ def main() -> None:
             wall, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
             times[key].append((time.perf_counter() - wall, time.process_time() - cpu))
-    device = jax.devices()[0].device_kind
-    print(f"JAX {jax.__version__}, {device}, dim {config.dim}, {config.num_layers} layers, {size[0]}x{size[1]} latents")
     print(f"{'capacity':>8s} {'chunk':>6s} {'seconds':>8s} {'CPU s':>8s}")
     medians = {key: [statistics.median(part) for part in zip(*runs, strict=True)] for key, runs in times.items()}
     for (capacity, which), (wall, cpu) in medians.items():

@@ -195,7 +195,7 @@ def denoise_chunk(
     calls: jax.Array | int,
     draw: Draw,
     timesteps: jax.Array,
-    repeats: jax.Array | int = 0,
+    exit_call: jax.Array | int | None = None,
 ) -> tuple[KeysValues | tuple[Slots, ...], jax.Array, jax.Array]:
     """All network calls for one chunk, without gradient, in one loop so that the network is compiled once.
 
@@ -207,35 +207,36 @@ def denoise_chunk(
       noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
       exit_step: see `generate_chunk`.
-      calls: number of network calls: the denoising steps up to the exit step, the clean pass if there is one, and the
-        `repeats`.
+      calls: number of network calls: up to `exit_call`, and the clean pass if there is one.
       draw: see `generate_chunk`.
       timesteps: float32 [S] with S > `exit_step`.
-      repeats: how often to repeat the first step, whose result does not change, so that batched videos with different
-        numbers of steps make the same number of calls.
+      exit_call: index of the call for the exit step, if that is not `exit_step`. The first step, whose result does not
+        change, is repeated until then, so that batched videos with different numbers of steps make the same number of
+        calls.
 
     Returns:
       The last call's keys and values (or the slots with them), the clean chunk, and its noisy input at the exit step.
     """
     timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
     in_place = not model.config.scan_layers
+    exit_call = exit_step if exit_call is None else exit_call
 
     def call(index, carry):
         clean, x, kv = carry
-        step = jnp.maximum(index - repeats, 0)
-        kind = (step > 0).astype(jnp.int32) + (step > exit_step)
+        step, finished = jnp.maximum(index - (exit_call - exit_step), 0), index > exit_call
+        kind = (step > 0).astype(jnp.int32) + finished
         inputs = (
             lambda: noise,
             lambda: config.schedule.add_noise(clean, draw("renoise", chunk, step - 1, noise.shape), timesteps[step]),
             lambda: context_input(config, clean, draw, chunk),
         )
         now = jax.lax.switch(kind, inputs)
-        t = jnp.where(step > exit_step, timesteps[-1], timesteps[step])
+        t = jnp.where(finished, timesteps[-1], timesteps[step])
         here = context
         if in_place:
-            here = context.replace(cache=kv, layout=context.layout.replace(keys_only=step > exit_step))
+            here = context.replace(cache=kv, layout=context.layout.replace(keys_only=finished))
         predicted, kv = predict(model, config, params, now, t, here)
-        return (*(jnp.where(step > exit_step, *pair) for pair in ((clean, predicted), (x, now))), kv)
+        return (*(jnp.where(finished, *pair) for pair in ((clean, predicted), (x, now))), kv)
 
     first = _first_carry(model, config, params, context, noise)
     clean, x, kv = jax.lax.fori_loop(0, calls, call, (jnp.zeros_like(noise), noise, first))

@@ -123,8 +123,8 @@ def by_axes(function: Callable, cache: KVCache | SlotCache) -> KVCache | SlotCac
 def open_chunk(config: RolloutConfig, cache: KVCache | SlotCache, text: KeysValues, span: Span) -> Context:
     """The context of the frames of `span`, which come right after those in the cache.
 
-    With `span.active`, one program serves streams of any age: attention ends at `span.most`, and the positions of all
-    frames but the sink's are moved by `span.shift`.
+    With `span.active`, one program serves streams of any age: attention ends at `span.frames_before`, and the positions
+    of all frames but the sink's are moved by `span.shift`.
 
     Raises:
       ValueError: if the chunk does not fit into a cache without window (checked only if `start` is a Python int).
@@ -138,7 +138,7 @@ def open_chunk(config: RolloutConfig, cache: KVCache | SlotCache, text: KeysValu
     if span.active is not None:
         layout = layout.replace(prefixes=(), prefixes_masked=False)
         if seen.capacity:
-            most = jnp.minimum(span.most, seen.capacity) + span.size
+            most = jnp.minimum(span.frames_before, seen.capacity) + span.size
             layout = layout.replace(most=most * seen.tokens_per_frame)
         if config.positions == "absolute":
             frames, past = layout.frames + span.shift, layout.context_frames

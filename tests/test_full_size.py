@@ -114,6 +114,7 @@ CASES = [("14b", "v6e:16x16", {"fsdp": 64, "context": 4}, 1, 8)]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_libtpu
 @pytest.mark.parametrize(("variant", "topology", "mesh", "accumulate", "gib"), CASES)
 def test_full_size_training_fits_a_chip(variant, topology, mesh, accumulate, gib, quick_compilation):  # noqa: F811

@@ -29,6 +29,7 @@ from tests.helpers import marked, refused
 from tests.mesh_cases import CASES, MODEL, pipeline
 
 QUICK = "quick"
+SIMILAR = ("tensor", "context", "framewise", "bidirectional queries", "tiny pixels")
 
 
 def found_of(cases) -> dict:
@@ -41,9 +42,10 @@ def found_of(cases) -> dict:
 
 
 @pytest.fixture(scope="module")
-def others():
-    """All cases except the quick one."""
-    return found_of([case for case in CASES if case != QUICK])
+def others(request):
+    """The cases of the selected tests, from one process."""
+    items = [item for item in request.session.items if "others" in getattr(item, "fixturenames", ())]
+    return found_of(dict.fromkeys(item.callspec.params["case"] for item in items))
 
 
 def check(case: str, found: dict) -> None:
@@ -73,7 +75,7 @@ def test_a_stream_on_four_devices_is_the_video_of_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case != QUICK])
+@pytest.mark.parametrize("case", marked([case for case in CASES if case != QUICK], SIMILAR))
 def test_every_kind_of_video_is_that_of_one_device(others, case):
     check(case, others[case])
 

@@ -197,7 +197,7 @@ def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
     assert relative(video, ring.video) < 1e-5
 
 
-@mostly_slow(leave_out=("chunk-wise", "frame-wise", "noisy context"), exhaustive=("windowed",))
+@mostly_slow(leave_out=("chunk-wise", "frame-wise", "noisy context"), exhaustive=("windowed", "context noise"))
 def test_live_clean_passes_behind_given_and_earlier_frames(name):
     config = SHAPES[name]
     frames = {"first frame alone": 8, "window and sink": 8}.get(name, 9)

@@ -39,9 +39,8 @@ def test_many_clients(server):
         results = await asyncio.gather(*tasks)
         await reached(lambda: slow.code or slow.metadata[-1]["dropped"] > 0)  # it gets recent chunks, not all
         count, code = len(slow.payloads), slow.code
-        await reached(
-            lambda: slow.code or len(slow.payloads) > count + 7
-        )  # for longer than an answer to a ping may take
+        # for longer than the answer to a ping may take
+        await reached(lambda: slow.code or len(slow.payloads) > count + 7)
         assert slow.code == code is None
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
@@ -191,6 +190,7 @@ def test_the_server_ends_although_a_client_is_closing_its_connection():
         client.sendall(b"\x88\x82\x00\x00\x00\x00\x03\xe8")  # a close frame, whose answer the client does not read
         time.sleep(0.5)
         server.process.send_signal(signal.SIGINT)
+        time.sleep(1)
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0
         client.close()

@@ -5,7 +5,7 @@
     while True:
         show(stream.step()[seven])  # uint8 [m, h, w, c]
 
-Memory and time per chunk stay constant however long a stream plays. Streams join and leave between chunks without
+Memory is constant, and so is the time per chunk once the window is full. Streams join and leave between chunks without
 recompilation, and they are independent of each other.
 """
 

@@ -268,10 +268,10 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     span = _span(one, count, active, oldest)
     context = rollout_cache.open_chunk(config, _cache(spec, one), one.text, span)
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
-    calls, repeats = len(timesteps) + (config.context == "clean"), len(timesteps) - steps
+    calls, exit_call = len(timesteps) + (config.context == "clean"), len(timesteps) - 1
     draw = ro.key_draw(key, one.number)
     kv, clean, _ = ro.denoise_chunk(
-        spec.model, config, params, context, noise, one.chunk[0], steps - 1, calls, draw, timesteps, repeats
+        spec.model, config, params, context, noise, one.chunk[0], steps - 1, calls, draw, timesteps, exit_call
     )
     one = _written(spec, one, kv, clean, active)
     return one.replace(chunk=one.chunk + active), clean

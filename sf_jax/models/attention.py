@@ -262,7 +262,7 @@ def attend(
 def in_tiles(
     chosen: str, q: jax.Array, segments: Sequence[tuple], max_logits: int | None = None, bounded: bool = False
 ) -> bool:
-    """Whether `attend` computes in tiles; `chosen` is from `choose`, and it has a bound if `bounded`."""
+    """Whether `attend` computes in tiles; `chosen` is from `choose`, and `bounded` says whether `most` is given."""
     batch, length, heads, _ = q.shape
     keys = sum(segment[0].shape[1] for segment in segments)
     limits = MAX_BOUNDED_LOGITS if bounded else MAX_LOGITS

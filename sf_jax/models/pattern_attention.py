@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.models import attention, rope
+from sf_jax.models import attention, partition, rope
 from sf_jax.models.tiled_attention import bounded_attention
 
 # Up to this many logits (in elements), masking empty context is cheaper than one copy of the attention per length.
@@ -74,7 +74,7 @@ def _prefix_attention(q, own_k, v, context, shared):
     chosen = attention.choose(shared.implementation, q, [whole, (own_k, v, None)])
     if chosen == "cudnn":
         return attend([first(prefixes[-1], masked=True)])  # reads only as many keys as the length says
-    if attention.in_tiles(chosen, q, [whole, (own_k,)], bounded=True):
+    if partition.platform() == "cpu" and attention.in_tiles(chosen, q, [whole, (own_k,)], bounded=True):
         visible = used * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)
         return _bounded(q, own_k, v, context, visible, used * tokens, shared)
     # If `prefixes` has every possible length, nothing needs a mask.

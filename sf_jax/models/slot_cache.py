@@ -69,7 +69,7 @@ class Span:
     most_before: jax.Array | None = None
 
     @property
-    def most(self) -> jax.Array:
+    def frames_before(self) -> jax.Array:
         """Upper bound of the frames before the span in all streams of a batch."""
         return jnp.asarray(self.start if self.most_before is None else self.most_before, jnp.int32)
 
@@ -93,7 +93,7 @@ def layout(cache: SlotCache, span: Span) -> Layout:
         frames=frames,
         pattern=attention.cached(span.size, 0),
         place=SlotPlace(rows, count, endless=cache.relative_window is not None),
-        most=jnp.minimum(span.most + span.size, cache.capacity) * cache.tokens_per_frame,
+        most=jnp.minimum(span.frames_before + span.size, cache.capacity) * cache.tokens_per_frame,
     )
 
 

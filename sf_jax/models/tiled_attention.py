@@ -17,10 +17,11 @@ HIDDEN = -1e30  # logit of a hidden key
 # Keys and logits per tile, sized to CPU caches.
 KEYS = {"cpu": 256}
 LOGITS = {"cpu": 5 << 18}
+# Most groups of heads, whose loops run at the same time: a single loop leaves much of a second core idle.
+GROUPS = {"cpu": 6}
 KEYS_ELSEWHERE, LOGITS_ELSEWHERE = 1024, 1 << 25
 
 
-@jax.named_scope("attention_xla")  # lets `perf.traffic` identify the matmuls
 def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, logits: int | None) -> jax.Array:
     """Softmax attention.
 
@@ -34,6 +35,24 @@ def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
     Returns:
       [B, T, N, D], dtype of `q`.
     """
+    parts = _by_heads(q, k, v)
+    return jnp.concatenate([_tiled(*part, bias, logits) for part in parts], axis=2)
+
+
+def _by_heads(*arrays):
+    """Splits queries, keys and values [B, T, N, D] into groups of heads."""
+    heads, most = arrays[0].shape[2], GROUPS.get(partition.platform(), 1)
+    if jax.sharding.get_abstract_mesh().size > 1:  # which may split the heads
+        most = 1
+    size = next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= most)
+    return [
+        jax.tree.map(lambda a, first=first: a[:, :, first : first + size], arrays) for first in range(0, heads, size)
+    ]
+
+
+@jax.named_scope("attention_xla")  # lets `perf.traffic` identify the matmuls
+def _tiled(q, k, v, bias, logits):
+    """`tiled_attention` of a group of heads."""
     batch, keys, heads, _ = k.shape
     columns, width = _columns(keys)
     if columns * width > keys:  # pads the last tile with hidden keys
@@ -66,14 +85,23 @@ def bounded_attention(q: jax.Array, segments: Sequence[Keys], most: jax.Array, l
       [B, T, N, D], dtype of `q`.
     """
     if partition.platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
-        return _bounded(q, segments, most, logits, exact=False)
-    single = functools.partial(_bounded, logits=logits, exact=True)
+        return _bounded(q, segments, most, logits, single=False)
+    single = functools.partial(_bounded, logits=logits, single=True)
     return jax.custom_batching.sequential_vmap(single)(q, tuple(segments), most)
 
 
+def _bounded(q, segments, most, logits, single):
+    """`bounded_attention`; `single`: whether a mask that is a count is the same for the whole batch."""
+    outputs = []
+    for queries, pairs in _by_heads(q, [(k, v) for k, v, *_ in segments]):
+        part = [(*pair, *segment[2:]) for pair, segment in zip(pairs, segments, strict=True)]
+        outputs.append(_bounded_heads(queries, part, most, logits, single))
+    return jnp.concatenate(outputs, axis=2)
+
+
 @jax.named_scope("attention_xla")
-def _bounded(q, segments, most, logits, exact):
-    """`bounded_attention`; with `exact`, a mask that is a count is the same for the whole batch."""
+def _bounded_heads(q, segments, most, logits, single):
+    """`_bounded` for a group of heads."""
     sizes = [_columns(k.shape[1]) for k, *_ in segments]
 
     def row(q):
@@ -83,7 +111,7 @@ def _bounded(q, segments, most, logits, exact):
             read, visible = jnp.clip(-(-(most - before) // width), 0, columns), keys // width
             if mask is not None:
                 visible = 0
-                if exact and not mask.ndim:
+                if single and not mask.ndim:
                     read, visible = jnp.minimum(read, -(-mask // width)), mask // width
             visible = jnp.minimum(visible, read)  # tiles without a hidden key need no mask
             add = functools.partial(_add_tile, q, segment, width)

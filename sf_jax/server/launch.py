@@ -40,6 +40,7 @@ WAN_WINDOW = {"window": 21, "sink": 3, "positions": "relative"}
 RECEIVED_BURST, RECEIVED_RATE = 2**16, 2**15  # bytes that a WebSocket's client may send at once, and per second
 UNSENT = 2**12  # bytes that may wait in the kernel, and as many in the process, for a slow viewer
 PING, PONG = 3.0, 6.0  # seconds between pings, and until a client that does not answer is disconnected
+PATIENCE = 5  # how many times that long a client that has data to read may take for its answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._bytes = protocol.RateLimit(RECEIVED_BURST, RECEIVED_RATE)
-        self._reads = False
+        self._reads, self._waits = False, 0
 
     def connection_made(self, transport) -> None:
         """Initializes a client's connection."""
@@ -175,14 +176,19 @@ class _WebSocket(WebSocketsSansIOProtocol):
         super().resume_writing()
         self._reads = True
 
+    def send_keepalive_ping(self) -> None:
+        """Sends a ping."""
+        self._reads, self._waits = False, 1
+        super().send_keepalive_ping()
+
     def keepalive_timeout(self) -> None:
-        """Handles a ping without an answer: waits on while the client reads; if it stops, sending to it times out."""
-        waiting = self._reads or not self.writable.is_set()
-        if not waiting or self.transport.is_closing():
+        """Handles a ping that was not answered in time: waits on while the client reads what was sent before."""
+        reads = self._reads or not self.writable.is_set()
+        if not reads or self._waits == PATIENCE or self.close_sent or self.transport.is_closing():
             super().keepalive_timeout()
             return
-        self._reads = False
-        self.pong_timer = self.loop.call_later(PONG, self.keepalive_timeout)
+        self._reads, self._waits = False, self._waits + 1
+        self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
 
     def shutdown(self) -> None:
         """Closes the connection at the server's end."""
