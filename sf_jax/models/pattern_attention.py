@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sf_jax.models import attention, partition, rope
+from sf_jax.models import attention, rope
 from sf_jax.models.tiled_attention import bounded_attention
 
 # Up to this many logits (in elements), masking empty context is cheaper than one copy of the attention per length.
@@ -71,12 +71,8 @@ def _prefix_attention(q, own_k, v, context, shared):
     if not prefixes[-1]:
         return attend([])
     whole = jax.eval_shape(lambda: first(prefixes[-1], masked=True))
-    chosen = attention.choose(shared.implementation, q, [whole, (own_k, v, None)])
-    if chosen == "cudnn":
+    if attention.choose(shared.implementation, q, [whole, (own_k, v, None)]) == "cudnn":
         return attend([first(prefixes[-1], masked=True)])  # reads only as many keys as the length says
-    if partition.platform() == "cpu" and attention.in_tiles(chosen, q, [whole, (own_k,)], bounded=True):
-        visible = used * tokens if shared.mask_is_prefix else jnp.repeat(mask, tokens)
-        return _bounded(q, own_k, v, context, visible, used * tokens, shared)
     # If `prefixes` has every possible length, nothing needs a mask.
     branches = [
         functools.partial(lambda n: attend([first(n, shared.prefixes_masked)] if n else []), count)
@@ -90,15 +86,10 @@ def _stream_attention(q, own_k, v, context, shared):
     used, own = shared.context_mask.sum(dtype=jnp.int32) * shared.tokens, (own_k, v, None)
     chosen = attention.choose(shared.implementation, q, [own, (context.k, context.v, used)])
     if attention.in_tiles(chosen, q, [own, (context.k,)], bounded=True):
-        return _bounded(q, own_k, v, context, used, shared.most - own_k.shape[1], shared)
+        segments = [(*own, None), (context.k, context.v, used, shared.context_rotation)]
+        return bounded_attention(q * q.shape[-1] ** -0.5, segments, shared.most)
     context_k = rope.rotate_constant(context.k.astype(own_k.dtype), shared.context_rotation)
     return attention.attend(q, [own, (context_k, context.v.astype(v.dtype), used)], chosen, most=shared.most)
-
-
-def _bounded(q, own_k, v, context, visible, most, shared):
-    """Attention in tiles over own keys and the first `most` of the context, of which those of `visible` count."""
-    segments = [(own_k, v, None, None), (context.k, context.v, visible, shared.context_rotation)]
-    return bounded_attention(q * q.shape[-1] ** -0.5, segments, own_k.shape[1] + most)
 
 
 def _split_at_sink(ranges, frames, moved, tokens):

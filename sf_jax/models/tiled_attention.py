@@ -39,15 +39,13 @@ def tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
     return jnp.concatenate([_tiled(*part, bias, logits) for part in parts], axis=2)
 
 
-def _by_heads(*arrays):
+def _by_heads(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
     """Splits queries, keys and values [B, T, N, D] into groups of heads."""
     heads, most = arrays[0].shape[2], GROUPS.get(partition.platform(), 1)
     if jax.sharding.get_abstract_mesh().size > 1:  # which may split the heads
         most = 1
     size = next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= most)
-    return [
-        jax.tree.map(lambda a, first=first: a[:, :, first : first + size], arrays) for first in range(0, heads, size)
-    ]
+    return [tuple(a[:, :, first : first + size] for a in arrays) for first in range(0, heads, size)]
 
 
 @jax.named_scope("attention_xla")  # lets `perf.traffic` identify the matmuls
@@ -92,16 +90,17 @@ def bounded_attention(q: jax.Array, segments: Sequence[Keys], most: jax.Array, l
 
 def _bounded(q, segments, most, logits, single):
     """`bounded_attention`; `single`: whether a mask that is a count is the same for the whole batch."""
-    outputs = []
-    for queries, pairs in _by_heads(q, [(k, v) for k, v, *_ in segments]):
-        part = [(*pair, *segment[2:]) for pair, segment in zip(pairs, segments, strict=True)]
-        outputs.append(_bounded_heads(queries, part, most, logits, single))
-    return jnp.concatenate(outputs, axis=2)
+    parts, first = [], 0
+    for (queries,) in _by_heads(q):
+        parts.append(_bounded_heads(queries, segments, most, first, (logits, single)))
+        first += queries.shape[2]
+    return jnp.concatenate(parts, axis=2)
 
 
 @jax.named_scope("attention_xla")
-def _bounded_heads(q, segments, most, logits, single):
-    """`_bounded` for a group of heads."""
+def _bounded_heads(q, segments, most, head, options):
+    """`_bounded` for the queries of a group of heads, of which `head` is the first."""
+    logits, single = options
     sizes = [_columns(k.shape[1]) for k, *_ in segments]
 
     def row(q):
@@ -114,7 +113,7 @@ def _bounded_heads(q, segments, most, logits, single):
                 if single and not mask.ndim:
                     read, visible = jnp.minimum(read, -(-mask // width)), mask // width
             visible = jnp.minimum(visible, read)  # tiles without a hidden key need no mask
-            add = functools.partial(_add_tile, q, segment, width)
+            add = functools.partial(_add_tile, q, segment, (width, head))
             carry = jax.lax.fori_loop(0, visible, functools.partial(add, False), carry)
             carry = jax.lax.fori_loop(visible, read, functools.partial(add, True), carry)
             before += keys
@@ -123,17 +122,20 @@ def _bounded_heads(q, segments, most, logits, single):
     return _whole(jax.lax.map(row, _rows(q, max(width for _, width in sizes), logits)), q.shape[1])
 
 
-def _add_tile(q, segment, width, masked, index, carry):
-    """Adds tile `index` of a segment to the running softmax."""
-    k, v, mask, rotation = segment
+def _add_tile(q, segment, tile, masked, index, carry):
+    """Adds tile `index` of a segment to the running softmax; `tile` is (number of keys, first head)."""
+    (k, v, mask, rotation), (width, head) = segment, tile
     start = jnp.minimum(index * width, k.shape[1] - width)  # the last tile may begin in the one before it
 
-    def part(tree, axis=1):
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, width, axis), tree)
+    def part(a, axis):
+        return jax.lax.dynamic_slice_in_dim(a, start, width, axis)
 
-    k, v = part(k).astype(q.dtype), part(v).astype(q.dtype)
+    def of_heads(a):
+        return jax.lax.dynamic_slice(a, (0, start, head, 0), (a.shape[0], width, q.shape[1], a.shape[3]))
+
+    k, v = (jax.tree.map(of_heads, a).astype(q.dtype) for a in (k, v))
     if rotation is not None:
-        k = rope.rotate_constant(k, part(rotation))
+        k = rope.rotate_constant(k, part(rotation, 1))
     bias = None
     if masked:
         places = start + jnp.arange(width)
