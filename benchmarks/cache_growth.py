@@ -29,12 +29,12 @@ from sf_jax.models import attention, rope
 from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def chunk(model, config, params, text, cache, noise, start):
-    """The latents of one chunk; also computes the new cache and discards it."""
+    """The latents of one chunk, and the cache with it; the given cache is donated."""
     draw = ro.key_draw(jax.random.key(0), jnp.arange(noise.shape[0]))
     made = ro.generate_chunk(model, config, params, text, cache, noise, start, 0, len(config.steps) - 1, draw)
-    return made[1], made[0].k[0, 0, 0, 0, 0]
+    return made[1], made[0]
 
 
 def video_calls(model, params, text, capacity, size):
@@ -42,13 +42,17 @@ def video_calls(model, params, text, capacity, size):
     rollout = ro.RolloutConfig(context_noise="none")
     text = model.apply({"params": params}, text, method="encode_text")
     noise = jax.random.normal(jax.random.key(1), (1, rollout.chunk, *size, model.config.channels))
-    cache = rollout_cache.empty_cache(model, rollout, 1, capacity, *size)
-    full = cache.replace(frames=jnp.where(jnp.arange(capacity) < capacity - 3, jnp.arange(capacity), -1))
-    fixed = functools.partial(chunk, model, rollout, params, text)
-    return {
-        "first": functools.partial(fixed, cache, noise, jnp.int32(0)),
-        "last": functools.partial(fixed, full, noise, jnp.int32(capacity - 3)),
-    }
+    empty, full = (rollout_cache.empty_cache(model, rollout, 1, capacity, *size) for _ in range(2))
+    full = full.replace(frames=jnp.where(jnp.arange(capacity) < capacity - 3, jnp.arange(capacity), -1))
+    caches, starts = {"first": empty, "last": full}, {"first": 0, "last": capacity - 3}
+
+    def call(which):
+        # The frames of the call before are not visible to this one, which writes them again.
+        start = jnp.int32(starts[which])
+        latents, caches[which] = chunk(model, rollout, params, text, caches[which], noise, start)
+        return latents, caches[which]
+
+    return {which: functools.partial(call, which) for which in caches}
 
 
 def stream_calls(model, params, text, window, size, slots):
