@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sf_jax.models import attention, attention_kernels, kv_cache
+from sf_jax.models import attention, attention_kernels, kv_cache, tiled_attention
 from tests.helpers import relative
 
 
@@ -30,16 +30,20 @@ def qkv(t=12, s=12):
 
 
 @pytest.mark.parametrize("max_logits", [1 << 20, 2 * 3 * 12 * 5, 1])
-def test_attend_equals_the_textbook_in_any_number_of_blocks(max_logits):
-    q, k, v = qkv()
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_attend_equals_the_textbook_in_any_number_of_blocks(max_logits, groups, monkeypatch):
+    monkeypatch.setitem(tiled_attention.GROUPS, "cpu", groups)
+    q, k, v = (jnp.concatenate([x, x[:, :, 1:2] + 1], axis=2) for x in qkv())  # four heads
     mask = np.arange(7) != 2
     segments = [(k[:, :7], v[:, :7], jnp.asarray(mask)), (k[:, 7:], v[:, 7:], None)]
     out = attention.attend(q, segments, max_logits=max_logits)
     assert relative(out, plain(q, k, v, np.concatenate([mask, np.ones(5, bool)]))) < 1e-6
 
 
-def test_blocks_do_not_change_gradients():
-    q, k, v = qkv()
+@pytest.mark.parametrize("groups", [2, 6])
+def test_blocks_do_not_change_gradients(groups, monkeypatch):
+    monkeypatch.setitem(tiled_attention.GROUPS, "cpu", groups)
+    q, k, v = (jnp.concatenate([x, x[:, :, 1:2] + 1], axis=2) for x in qkv())  # four heads
     grads = [
         jax.grad(lambda *a, m=m: jnp.sin(attention.attend(a[0], [(a[1], a[2], None)], max_logits=m)).sum(), (0, 1, 2))(
             q, k, v

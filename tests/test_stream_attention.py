@@ -25,13 +25,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(attention.MAX_BOUNDED_LOGITS, "cpu", 16)
     monkeypatch.setitem(tiled_attention.KEYS, "cpu", 6)
     monkeypatch.setitem(tiled_attention.LOGITS, "cpu", 60)
+    monkeypatch.setitem(tiled_attention.GROUPS, "cpu", 2)
 
 
 def inputs():
     """Queries, own and cached keys and values, and the rotations of the cached keys."""
     keys = jax.random.split(jax.random.key(0), 5)
     q, own_k, own_v, k, v = (
-        jax.random.normal(key, (2, n, 3, 8)) for key, n in zip(keys, (10, 10, 10, KEYS, KEYS), strict=True)
+        jax.random.normal(key, (2, n, 4, 8)) for key, n in zip(keys, (10, 10, 10, KEYS, KEYS), strict=True)
     )
     return q, (own_k, own_v), (k, v), rope.rotation(np.arange(KEYS // 4), GRID, 8)
 

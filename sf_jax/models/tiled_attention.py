@@ -1,4 +1,4 @@
-"""Attention in tiles with a running softmax: holds at most one tile of logits, forward and backward.
+"""Attention in tiles with a running softmax: holds at most one tile of logits per group of heads, in both passes.
 
 For devices without a fused kernel. Source: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2. The forward pass
 saves the logarithm of each query's softmax sum, from which the backward pass recomputes every tile's weights.

@@ -151,7 +151,7 @@ def service_of(
 class _WebSocket(WebSocketsSansIOProtocol):
     """Aborts connections that send more than messages and control frames can need, before parsing.
 
-    A slow viewer, who has chunks to read before a ping, is not disconnected while it reads.
+    A slow viewer, who has chunks to read before a ping, gets `PATIENCE` times as long to answer it.
     """
 
     def __init__(self, *args, **kwargs):
@@ -186,6 +186,8 @@ class _WebSocket(WebSocketsSansIOProtocol):
         reads = self._reads or not self.writable.is_set()
         if not reads or self._waits == PATIENCE or self.close_sent or self.transport.is_closing():
             super().keepalive_timeout()
+            if self.transport.get_write_buffer_size():  # closing would wait until the client has read it
+                self.transport.abort()
             return
         self._reads, self._waits = False, self._waits + 1
         self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
