@@ -230,8 +230,8 @@ def attend(
         first n keys. At least one key must be visible.
       implementation: "xla" (any device), "whole" ("xla" without tiles: all logits at once), "cudnn" (GPU, 16 bit),
         "splash" (TPU) or "auto".
-      max_logits: most logits that "xla" computes at once, and most per tile of a group of heads; None uses the backend's
-        defaults.
+      max_logits: most logits that "xla" computes at once, and most per tile of a group of heads; None uses the
+        backend's defaults.
       split: what the mesh axis `context` splits, in addition to the batch: the "heads", the queries' "tokens", or
         "none", which also keeps all heads on every device.
       most: int32, upper bound of the visible keys, counted over all segments in their order, that is the same for a
