@@ -78,6 +78,7 @@ def test_an_update_is_compiled_for_several_devices(target, quick_compilation):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.aot
 @needs_libtpu
 @pytest.mark.parametrize("target", ["v6e:2x2"])  # the chip with the least memory
