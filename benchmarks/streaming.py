@@ -135,8 +135,9 @@ def main() -> None:
     parser.add_argument("--embedded", action="store_true", help="with --streams: the shipped student")
     parser.add_argument("--streams", default=None, help="numbers of endless streams, such as 1,4,16")
     parser.add_argument("--rows", default="none,wan,tiny", help="decoders: none, wan, tiny")
-    parser.add_argument("--json", type=Path, default=Path("streaming.jsonl"))
+    parser.add_argument("--json", type=Path, default=Path("out/streaming.jsonl"), help="file to append to")
     args = parser.parse_args()
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     dtype = args.dtype or ("float32" if args.small else "bfloat16")
     changes = {"dtype": dtype, "remat": "none", "attention": args.attention}
     config = WanConfig(channels=16, **SMALL, **changes) if args.small else wan_1_3b(**changes)

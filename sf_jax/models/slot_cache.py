@@ -59,19 +59,19 @@ class Span:
       size: number of frames (static).
       shift: int32, position minus number of the frames.
       active: bool, whether anything may be written to visible slots; None: always.
-      most_before: int32, upper bound of the frames before the span in all streams of a batch; None: that of this one.
+      oldest: int32, largest `start` of a batch of streams, the same for all of them; None: there is only this one.
     """
 
     start: jax.Array | int
     size: int = flax.struct.field(pytree_node=False)
     shift: jax.Array | int = 0
     active: jax.Array | None = None
-    most_before: jax.Array | None = None
+    oldest: jax.Array | None = None
 
     @property
     def frames_before(self) -> jax.Array:
         """Upper bound of the frames before the span in all streams of a batch."""
-        return jnp.asarray(self.start if self.most_before is None else self.most_before, jnp.int32)
+        return jnp.asarray(self.start if self.oldest is None else self.oldest, jnp.int32)
 
 
 def axes_of(heads_first: bool = False) -> tuple[str | None, ...]:
