@@ -277,7 +277,7 @@ def test_digits_of_8_bits_are_judged_as_well(name, digits):
     from sf_jax.evaluation import judge as judging
     from sf_jax.evaluation import metrics
 
-    judge, (prompts, _, targets) = judging.load(), metrics.choose_prompts(64)
+    judge, (prompts, _, targets) = judging.load(), metrics.choose_prompts(16)
     params, _ = quantized(digits.params, name, products=True)
     narrow = dataclasses.replace(digits, params=params, cache_dtype=name)
     scores = [metrics.correctness(judge(each(prompts)), targets)["joint"].mean() for each in (digits, narrow)]

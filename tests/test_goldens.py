@@ -9,7 +9,7 @@ import pytest
 
 from tests.goldens import __main__ as goldens
 from tests.goldens import packed
-from tests.goldens.folder import Folder, Result
+from tests.goldens.folder import Folder, Result, relative
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "A"
 FILES = Folder(FOLDER).files
@@ -43,6 +43,20 @@ def test_a_broken_gradient_is_seen():
     assert not folder.compare_gradients("zeros", file, "generator", zeros)[0].passed
     zeros["head"]["bias"] = zeros["head"]["bias"] * np.nan
     assert np.isnan(folder.compare_gradients("nan", file, "generator", zeros)[0].error)
+
+
+def test_thinned_outputs_are_compared_where_they_are_kept():
+    rng = np.random.default_rng(0)
+    sizes = {"noise": (1, 3, 8, 2, 2), "a_flow": (1, 3, 8, 2, 2), "a_cache_k_layer0": (1, 6, 2, 4)}
+    arrays = {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+    thinned = packed.thin(arrays)
+    assert (thinned["noise"] == arrays["noise"]).all()
+    for name in ("a_flow", "a_cache_k_layer0"):
+        kept = ~np.isnan(thinned[name])
+        assert kept.mean() <= 0.34 and kept.any(axis=(-1, -2)).any() and relative(arrays[name], thinned[name]) == 0
+        wrong = arrays[name].copy()
+        wrong[tuple(np.argwhere(kept)[-1])] = np.nan
+        assert np.isnan(relative(wrong, thinned[name]))
 
 
 def test_packed_files_keep_every_bit(tmp_path):

@@ -144,7 +144,12 @@ SUPERVISED = {
 }
 
 # Similar to other cases in the lists.
-LONGEST = ["write", "straight through, last step, guided critic", "frame-wise with a window, times of the exit"]
+LONGEST = [
+    "DF+DMD",
+    "write",
+    "straight through, last step, guided critic",
+    "frame-wise with a window, times of the exit",
+]
 LONGEST += [
     "long, an exit per chunk",
     "noisy context",
@@ -202,7 +207,7 @@ DISTILL = {
 def test_the_student_nears_the_teacher_and_the_critic_keeps_up(name):
     rate = 1e-2 if "adapters" in name else 1e-3
     rates = {name: {"lr": rate, "beta1": 0.0} for name in ("optimizer", "critic_optimizer")}
-    config = embedded_config("distill", batch_size=4, **DISTILL[name] | rates)
+    config = embedded_config("distill", **DISTILL[name] | rates)
     teacher, worse, _ = embedded_networks()
     _, frozen, batch = embedded_setting(config)
     # As in a run, the critic starts from the teacher.

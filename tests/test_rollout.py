@@ -138,7 +138,6 @@ def test_the_last_chunk_has_no_clean_pass():
 
 
 @mostly_slow(
-    "window and sink",
     leave_out=("chunk-wise", "context noise"),
     exhaustive=("frame-wise", "windowed", "first frame alone"),
 )
@@ -197,7 +196,10 @@ def test_replay_with_live_clean_passes_has_the_rollouts_values(name):
     assert relative(video, ring.video) < 1e-5
 
 
-@mostly_slow(leave_out=("chunk-wise", "frame-wise", "noisy context"), exhaustive=("windowed", "context noise"))
+@mostly_slow(
+    leave_out=("chunk-wise", "frame-wise", "noisy context"),
+    exhaustive=("windowed", "context noise", "first frame alone"),
+)
 def test_live_clean_passes_behind_given_and_earlier_frames(name):
     config = SHAPES[name]
     frames = {"first frame alone": 8, "window and sink": 8}.get(name, 9)

@@ -72,11 +72,19 @@ RUNS = {
     "causal_ode": ("init", {"teacher_weights": "causal", "ode": {"teacher": "causal", "pairs": 4, "solver_steps": 4}}),
 }
 FAST = ("teacher",)
+SIMILAR = ("sid", "adapters")
 # Stages with samples: many-step and few-step networks, and one that starts from a given image.
 SAMPLED = ("causal", "long", "image", "image_ode")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RUNS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FAST,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in RUNS if n not in (*FAST, *SIMILAR)),
+        *(pytest.param(n, marks=(pytest.mark.slow, pytest.mark.exhaustive)) for n in SIMILAR),
+    ],
+)
 def test_every_stage_trains_on_prepared_data(name, model, data, tmp_path):
     stage, changes = RUNS[name]
     changes = changes | {"init_weights": str(model)}

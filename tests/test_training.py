@@ -135,9 +135,11 @@ def test_interrupted_run_continues_bit_exactly(teacher, data_dir, tmp_path, monk
     assert loop.train(dataclasses.replace(config, log_every=3), tmp_path / "whole").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.slow
-def test_every_stage_continues_from_the_files_of_the_others(teacher, data_dir, tmp_path):
-    def run(variant, **changes):
+@pytest.fixture
+def run(data_dir, tmp_path):
+    """Trains two steps of a variant, generates with the result, and returns its path."""
+
+    def trained(variant, **changes):
         config = small_config(variant, steps=2, generator_every=1, data_dir=data_dir, **changes)
         path = loop.train(config, tmp_path / f"{variant}{len(list(tmp_path.iterdir()))}")
         pipe = load_pipeline(path)
@@ -146,6 +148,11 @@ def test_every_stage_continues_from_the_files_of_the_others(teacher, data_dir, t
         assert path.with_name("README.md").read_text().startswith("---\n")  # its model card
         return str(path)
 
+    return trained
+
+
+@pytest.mark.slow
+def test_every_stage_continues_from_the_files_of_the_others(teacher, run):
     causal = run("causal", init_weights=teacher)
     student = run("consistency", teacher_weights=causal)
     run("init", teacher_weights=causal, ode={"pairs": 70, "solver_steps": 4, "teacher": "causal"})
@@ -154,13 +161,18 @@ def test_every_stage_continues_from_the_files_of_the_others(teacher, data_dir, t
     adapted = run("distill", teacher_weights=teacher, init_weights=student, lora={"rank": 2}, critic_lora={"rank": 2})
     change = tree_relative(load_package(adapted).params, load_package(student).params)
     assert 0 < change < 0.1
-    run("distill", teacher_weights=teacher, rollout_frames=(6, 9), exits="per_chunk", accumulate=2, share_rollout=True)
-    image = {"rollout": {"chunk": 5, "first_frame_alone": True}, "image_to_video": True}
-    run("distill", teacher_weights=teacher, **image)
     with pytest.raises(ValueError, match="is a teacher network: here it must be a causal network"):
         run("consistency", teacher_weights=teacher)
     with pytest.raises(ValueError, match="is a causal network: here it must be a teacher network"):
         run("sid", teacher_weights=causal)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_longer_rollouts_and_given_images_train_and_generate(teacher, run):
+    run("distill", teacher_weights=teacher, rollout_frames=(6, 9), exits="per_chunk", accumulate=2, share_rollout=True)
+    image = {"rollout": {"chunk": 5, "first_frame_alone": True}, "image_to_video": True}
+    run("distill", teacher_weights=teacher, **image)
 
 
 def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):

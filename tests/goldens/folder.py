@@ -33,10 +33,12 @@ class Result:
 
 
 def relative(ours, reference, norm: float | None = None) -> float:
-    """L2 error in float64 relative to `norm`, by default the reference's."""
+    """L2 error in float64 relative to `norm`, by default the reference's; NaN in the reference means not recorded."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     if ours.shape != reference.shape:
         raise ValueError(f"shape {ours.shape} against {reference.shape}")
+    recorded = ~np.isnan(reference)
+    ours, reference = ours[recorded], reference[recorded]
     norm = np.linalg.norm(reference) if norm is None else norm
     return float(np.linalg.norm(ours - reference) / max(norm, 1e-30))
 

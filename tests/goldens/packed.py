@@ -1,12 +1,16 @@
-"""Keeps recorded arrays in less space, without loss: `python -m tests.goldens.packed FROM TO`.
+"""Keeps recorded arrays in less space: `python -m tests.goldens.packed FROM TO [--thin]`.
 
-A packed file is compressed by LZMA (`xz`). It holds a line of JSON that names the arrays, then their bytes. Bytes of
-float32 values are sorted: first all exponents, which repeat, then the fractions, which do not.
+A packed file is compressed by LZMA (`xz`), without loss. It holds a line of JSON that names the arrays, then their
+bytes. Bytes of float32 values are sorted: first all exponents, which repeat, then the fractions, which do not.
+
+With `--thin`, NaN replaces three quarters of every large output (never an input), which the comparison skips. What is
+left has values of every frame and token.
 """
 
 import json
 import lzma
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -14,6 +18,13 @@ from safetensors import safe_open
 
 SUFFIX = ".xz"
 SHIFTS = (24, 16, 8, 0)
+KEPT = 4  # of thinned outputs, one of so many
+# Names of outputs, with the axis along which they are thinned: channels, tokens of a cache, rows of pixels.
+OUTPUTS = {
+    r".*(_flow|_x0|_x0_pred|x_gen|output|_latents)": -3,
+    r".*_cache_[kv]_layer\d+": 1,
+    r"decode.*": -2,
+}
 
 
 def to_planes(values: np.ndarray) -> bytes:
@@ -86,11 +97,26 @@ def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, header["metadata"]
 
 
-def main(source: str, target: str) -> None:
-    """Packs every `.npz` and `.safetensors` file of a folder into another folder."""
+def thin(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replaces three of four channels, tokens or rows of every output by NaN, in each output other ones."""
+    thinned = dict(arrays)
+    for number, (key, array) in enumerate(arrays.items()):
+        axes = [axis for pattern, axis in OUTPUTS.items() if re.fullmatch(pattern, key)]
+        if axes and array.dtype == np.float32 and array.ndim >= 4:
+            kept = np.arange(array.shape[axes[0]]) % KEPT == number % KEPT
+            kept = np.expand_dims(kept, [axis for axis in range(array.ndim) if axis != axes[0] % array.ndim])
+            thinned[key] = np.where(kept, array, np.float32(np.nan))
+    return thinned
+
+
+def main(source: str, target: str, *options: str) -> None:
+    """Packs every `.npz` and `.safetensors` file of a folder, packed or not, into another folder."""
     for path in sorted(pathlib.Path(source).iterdir()):
+        path = path.with_name(path.name.removesuffix(SUFFIX))
         if path.suffix in (".npz", ".safetensors"):
-            packed_path(pathlib.Path(target) / path.name).write_bytes(pack(*read(path)))
+            arrays, metadata = read(path)
+            arrays = thin(arrays) if "--thin" in options else arrays
+            packed_path(pathlib.Path(target) / path.name).write_bytes(pack(arrays, metadata))
 
 
 if __name__ == "__main__":
