@@ -157,8 +157,8 @@ def _polish() -> dict:
     values = _gan()
     # Digits keep their shape in real clips, but not in samples of DMD's teacher.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}
-    start = {"init_weights": "./runs/consistency/student.safetensors"}
-    return values | start | {"steps": 24, "optimizer": optimizer, "ema": {"decay": 0.9, "start": 0}}
+    changes = {"init_weights": "consistency", "steps": 24, "ema": {"decay": 0.9, "start": 0}}
+    return values | changes | {"optimizer": optimizer}
 
 
 def _switch() -> dict:

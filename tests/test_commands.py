@@ -64,6 +64,9 @@ def test_shipped_start_is_what_the_config_says():
     assert dataclasses.replace(package.config, remat=config.model.remat) == config.model
     assert package.rollout == load_pipeline("student").rollout == from_dict(digits.get_config("init")).rollout
     assert from_dict(digits.get_config("switch")).init_weights == "student"
+    start, config = load_package(shipped_path("consistency")), from_dict(digits.get_config("polish"))
+    assert config.init_weights == "consistency" and start.kind == "student" and start.rollout == package.rollout
+    assert dataclasses.replace(start.config, remat=config.model.remat) == config.model
 
 
 def test_generate_with_nothing_to_do_lists_no_files(tmp_path):

@@ -421,3 +421,19 @@ def test_causal_trajectories_end_in_the_causal_video():
     other = many_step.forced_trajectory(model, config, 3.0, 4, 2.0, (0, 2, 4), params, noise, 0 * video, text, 0 * text)
     chex.assert_trees_all_close(other[2][:, :3], video[:, :3], rtol=1e-4, atol=1e-5)
     assert relative(other[2][:, 3:], video[:, 3:]) > 0.01
+
+
+def test_a_call_slices_only_what_it_reads_out_of_all_layers(monkeypatch):
+    monkeypatch.setattr(pattern_attention, "PREFIX_LOGITS", 0)
+    config = ro.RolloutConfig(steps=(1000, 500), context_noise="none")
+    cache = rollout_cache.empty_cache(MODEL, config, 1, 12, *SIZE)
+    text = MODEL.apply({"params": random_params()}, jnp.zeros((1, 3, MODEL.config.text_dim)), method="encode_text")
+    noise, draw = jnp.zeros((1, 3, *SIZE, MODEL.config.channels)), ro.key_draw(jax.random.key(0), jnp.arange(1))
+
+    def chunk(cache, start):
+        return ro.generate_chunk(MODEL, config, random_params(), text, cache, noise, start, 0, 1, draw)
+
+    lowered = jax.jit(chunk).lower(cache, jnp.int32(0)).as_text()
+    rows, heads = cache.k.shape[2], f"{MODEL.config.num_heads}x{MODEL.config.head_dim}xf32"
+    assert f"tensor<1x{rows - rows // 4}x{heads}>" in lowered  # the longest context
+    assert f"tensor<1x{rows}x{heads}>" not in lowered  # a whole layer

@@ -25,6 +25,28 @@ class KeysValues:
 
 
 @flax.struct.dataclass
+class OneLayer:
+    """Keys and values of one layer, which nothing slices out of those of all layers before they are read.
+
+    Attributes:
+      stack: all layers.
+      index: int32, the layer.
+    """
+
+    stack: KeysValues
+    index: jax.Array
+
+    def first(self, tokens: int) -> tuple[jax.Array | Scaled, jax.Array | Scaled]:
+        """Keys and values [B, tokens, N, D] of the first tokens."""
+
+        def part(a):
+            sizes = (1, a.shape[1], tokens, *a.shape[3:])
+            return jax.lax.dynamic_slice(a, (self.index, *[0] * (a.ndim - 1)), sizes)[0]
+
+        return jax.tree.map(part, (self.stack.k, self.stack.v))
+
+
+@flax.struct.dataclass
 class KVCache:
     """Keys and values of past clean frames, for all layers.
 

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 
 from sf_jax.models import attention
+from sf_jax.models.kv_cache import KeysValues
 
 
 @flax.struct.dataclass
@@ -60,6 +61,34 @@ class Layout:
     keys_only: jax.Array | None = None
     place: SlotPlace | None = None
     most: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Shared:
+    """What all blocks of one call read: positions as rotations, and `Layout`'s other fields.
+
+    `stack` has the keys and values of all layers, if blocks slice theirs out of them (`kv_cache.OneLayer`).
+    """
+
+    modulation: jax.Array
+    own_rotation: jax.Array
+    context_rotation: jax.Array | None
+    context_mask: jax.Array | None
+    sink_rotations: tuple[jax.Array | None, ...]
+    keys_only: jax.Array | None
+    place: SlotPlace | None
+    most: jax.Array | None
+    stack: KeysValues | None
+    frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    context_frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    pattern: attention.Pattern = flax.struct.field(pytree_node=False)
+    tokens: int = flax.struct.field(pytree_node=False)
+    straight_through: int | None = flax.struct.field(pytree_node=False)
+    mask_is_prefix: bool = flax.struct.field(pytree_node=False)
+    prefixes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    prefixes_masked: bool = flax.struct.field(pytree_node=False)
+    implementation: str = flax.struct.field(pytree_node=False)
+    return_kv: bool = flax.struct.field(pytree_node=False)
 
 
 def bidirectional_layout(frames: int) -> Layout:

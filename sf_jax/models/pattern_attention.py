@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax.models import attention, rope
+from sf_jax.models.kv_cache import KeysValues, OneLayer
 from sf_jax.models.tiled_attention import bounded_attention
 
 # Up to this many logits (in elements), masking empty context is cheaper than one copy of the attention per length.
@@ -23,6 +24,8 @@ def pattern_attention(q, k, v, context, shared):
         keys = shared.prefixes[-1] * tokens + k.shape[1]
         if len(shared.prefixes) == 1 or q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
             return _prefix_attention(q, own_k, v, context, shared)
+    if isinstance(context, OneLayer):
+        context = KeysValues(*context.first(len(shared.context_mask) * tokens))
     if context is not None and shared.most is not None:
         return _stream_attention(q, own_k, v, context, shared)
     if mask is not None:
@@ -60,7 +63,11 @@ def _prefix_attention(q, own_k, v, context, shared):
 
     def first(count, masked):
         part = slice(count * tokens)
-        context_k, context_v = context.k[:, part].astype(own_k.dtype), context.v[:, part].astype(v.dtype)
+        if isinstance(context, OneLayer):
+            context_k, context_v = context.first(count * tokens)
+        else:
+            context_k, context_v = context.k[:, part], context.v[:, part]
+        context_k, context_v = context_k.astype(own_k.dtype), context_v.astype(v.dtype)
         hidden = None
         if not shared.mask_is_prefix:
             hidden = jnp.repeat(mask[:count], tokens)

@@ -15,7 +15,7 @@ from sf_jax.models.eight_bit import Scaled
 
 HIDDEN = -1e30  # logit of a hidden key
 # Keys and logits per tile, sized to CPU caches.
-KEYS = {"cpu": 256}
+KEYS = {"cpu": 512}
 LOGITS = {"cpu": 5 << 18}
 # Most groups of heads, whose loops run at the same time: a single loop leaves much of a second core idle.
 GROUPS = {"cpu": 6}

@@ -8,15 +8,14 @@ critic (bidirectional) and student (causal) are the same network, called with di
 import dataclasses
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sf_jax.models import attention, partition, rope
-from sf_jax.models.kv_cache import KeysValues, KVCache
+from sf_jax.models.kv_cache import KeysValues, KVCache, OneLayer
 from sf_jax.models.layers import Axes, Exact, LayerNorm, Linear, RMSNorm, layer_norm, time_features
-from sf_jax.models.layout import Layout, SlotPlace, bidirectional_layout
+from sf_jax.models.layout import Layout, Shared, bidirectional_layout
 from sf_jax.models.partition import constrain
 from sf_jax.models.patches import patchify, unpatchify
 from sf_jax.models.pattern_attention import pattern_attention
@@ -138,30 +137,6 @@ def wan_14b(**changes) -> WanConfig:
     return wan_1_3b(**{"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, **changes})
 
 
-@flax.struct.dataclass
-class _Shared:
-    """Inputs shared by all blocks of one call."""
-
-    modulation: jax.Array
-    own_rotation: jax.Array
-    context_rotation: jax.Array | None
-    context_mask: jax.Array | None
-    sink_rotations: tuple[jax.Array | None, ...]
-    keys_only: jax.Array | None
-    place: SlotPlace | None
-    most: jax.Array | None
-    frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
-    context_frames: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
-    pattern: attention.Pattern = flax.struct.field(pytree_node=False)
-    tokens: int = flax.struct.field(pytree_node=False)
-    straight_through: int | None = flax.struct.field(pytree_node=False)
-    mask_is_prefix: bool = flax.struct.field(pytree_node=False)
-    prefixes: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    prefixes_masked: bool = flax.struct.field(pytree_node=False)
-    implementation: str = flax.struct.field(pytree_node=False)
-    return_kv: bool = flax.struct.field(pytree_node=False)
-
-
 # Axes of the residual stream [B, F, P, dim], see `partition.AXES`.
 STREAM = ("batch", None, "tokens", None)
 # Axes of kernels: to heads or hidden channels, back from them, and to and from unsplit channels.
@@ -246,19 +221,24 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, jax.Array | None],
         text: KeysValues,
-        context: KeysValues | Slots | None,
+        context: KeysValues | Slots | jax.Array | None,
         slot: jax.Array | None,
-        shared: _Shared,
+        shared: Shared,
     ) -> tuple[tuple[jax.Array, jax.Array | None], KeysValues | Slots | None]:
-        """Runs the block on (`x` [B, F, P, dim], tapped outputs [taps + 1, ...] or None); `slot` is its tap's index."""
+        """Runs the block on (`x` [B, F, P, dim], tapped outputs [taps + 1, ...] or None); `slot` is its tap's index.
+
+        If `shared` has the keys and values of all layers, `context` is the index of this one.
+        """
         x, tapped = carry
+        if shared.stack is not None:
+            context = OneLayer(shared.stack, context)
         x, kv = self.run(x, text, context, shared)
         if tapped is not None:  # outside `run`, so that remat does not store the taps of every layer
             tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)
         return (x, tapped), kv
 
     def run(
-        self, x: jax.Array, text: KeysValues, context: KeysValues | Slots | None, shared: _Shared
+        self, x: jax.Array, text: KeysValues, context: KeysValues | OneLayer | Slots | None, shared: Shared
     ) -> tuple[jax.Array, KeysValues | Slots | None]:
         """Runs the block on `x` [B, F, P, dim]; also returns its keys and values [B, F*P, N, D] if `return_kv` is set.
 
@@ -422,14 +402,16 @@ class WanTransformer(nn.Module):
             text = self.encode_text(text)
         grid = config.grid(*x.shape[2:4])
         time = self.time_out(nn.silu(self.time_in(time_features(t, config.freq_dim))))
-        context_rotation = None
+        context_rotation = stack = None
         if context is not None and not in_place:
             context = KeysValues(context.k, context.v)
             context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
+            if config.scan_layers and layout.prefixes:  # then a call may read little of a layer
+                stack, context = context, jnp.arange(config.num_layers)
         moved = np.arange(layout.sink)
         endless = layout.place is not None and layout.place.endless
         sinks = [rope.rotation(moved + n, grid, config.head_dim) if n else None for n in layout.sink_shifts]
-        shared = _Shared(
+        shared = Shared(
             modulation=self.time_projection(nn.silu(time)).reshape(*t.shape, 6, config.dim),
             own_rotation=(rope.endless_rotation if endless else rope.rotation)(layout.frames, grid, config.head_dim),
             context_rotation=context_rotation,
@@ -438,6 +420,7 @@ class WanTransformer(nn.Module):
             keys_only=None,
             place=layout.place,
             most=layout.most,
+            stack=stack,
             frames=_static(layout.frames) if sinks else None,
             context_frames=_static(layout.context_frames) if sinks else None,
             pattern=layout.pattern,

@@ -27,7 +27,7 @@ from sf_jax.weights.tensors import TensorFile
 KINDS = ("student", "teacher", "causal")
 MAX_SIDE = 4096  # latent rows or columns
 _LONGEST_HEADER, _LONGEST_REASON = 1 << 20, 300
-SHIPPED = {name: f"digits_{name}.safetensors" for name in ("teacher", "init", "student")}
+SHIPPED = {name: f"digits_{name}.safetensors" for name in ("teacher", "init", "consistency", "student")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,12 @@ def parse_header(path: pathlib.Path, header: str) -> Package:
 
 
 def shipped_path(name: str) -> pathlib.Path:
-    """The path of a shipped network of moving digits: "teacher", "init" (its few-step initialization) or "student"."""
+    """The path of a shipped network of moving digits.
+
+    Args:
+      name: "teacher"; "init" and "consistency", the few-step starts of the quickstart's and of the shipped student; or
+        "student".
+    """
     return pathlib.Path(str(importlib.resources.files("sf_jax") / "assets" / SHIPPED[name]))
 
 
