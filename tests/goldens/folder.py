@@ -38,6 +38,8 @@ def relative(ours, reference, norm: float | None = None) -> float:
     if ours.shape != reference.shape:
         raise ValueError(f"shape {ours.shape} against {reference.shape}")
     recorded = ~np.isnan(reference)
+    if not recorded.any():
+        raise ValueError("nothing of the reference is recorded")
     ours, reference = ours[recorded], reference[recorded]
     norm = np.linalg.norm(reference) if norm is None else norm
     return float(np.linalg.norm(ours - reference) / max(norm, 1e-30))

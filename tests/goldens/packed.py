@@ -3,7 +3,7 @@
 A packed file is compressed by LZMA (`xz`), without loss. It holds a line of JSON that names the arrays, then their
 bytes. Bytes of float32 values are sorted: first all exponents, which repeat, then the fractions, which do not.
 
-With `--thin`, NaN replaces three quarters of every large output (never an input), which the comparison skips. What is
+With `--thin`, NaN replaces seven eighths of every large output (never an input), which the comparison skips. What is
 left has values of every frame and token.
 """
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 SUFFIX = ".xz"
 SHIFTS = (24, 16, 8, 0)
-KEPT = 4  # of thinned outputs, one of so many
+KEPT = 8  # of thinned outputs, one of so many
 # Names of outputs, with the axis along which they are thinned: channels, tokens of a cache, rows of pixels.
 OUTPUTS = {
     r".*(_flow|_x0|_x0_pred|x_gen|output|_latents)": -3,
@@ -98,11 +98,11 @@ def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def thin(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Replaces three of four channels, tokens or rows of every output by NaN, in each output other ones."""
+    """Replaces seven of eight channels, tokens or rows of every output by NaN, in each output other ones."""
     thinned = dict(arrays)
     for number, (key, array) in enumerate(arrays.items()):
         axes = [axis for pattern, axis in OUTPUTS.items() if re.fullmatch(pattern, key)]
-        if axes and array.dtype == np.float32 and array.ndim >= 4:
+        if axes and array.dtype == np.float32 and array.ndim >= 4 and array.shape[axes[0]] >= 2 * KEPT:
             kept = np.arange(array.shape[axes[0]]) % KEPT == number % KEPT
             kept = np.expand_dims(kept, [axis for axis in range(array.ndim) if axis != axes[0] % array.ndim])
             thinned[key] = np.where(kept, array, np.float32(np.nan))
@@ -115,7 +115,7 @@ def main(source: str, target: str, *options: str) -> None:
         path = path.with_name(path.name.removesuffix(SUFFIX))
         if path.suffix in (".npz", ".safetensors"):
             arrays, metadata = read(path)
-            arrays = thin(arrays) if "--thin" in options else arrays
+            arrays = thin(arrays) if "--thin" in options and path.suffix == ".npz" else arrays
             packed_path(pathlib.Path(target) / path.name).write_bytes(pack(arrays, metadata))
 
 
