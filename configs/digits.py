@@ -5,7 +5,7 @@
   python -m sf_jax.train --config=configs/digits.py:distill --workdir=runs/distill \
       --config.init_weights=runs/init/student.safetensors
 
-Without the last line, `distill` starts from the shipped result of `init`.
+Without the last line, `distill` starts from the shipped result of `init`; `polish` starts from that of `consistency`.
 
 Other variants: `causal` and `diffusion_forcing` (many-step causal networks), `causal_ode` and `consistency`
 (initialization from a causal network, with and without ODE pairs:
@@ -153,7 +153,7 @@ def _gan() -> dict:
 
 
 def _polish() -> dict:
-    """Short Self Forcing with the GAN after `consistency`, which produced the shipped student."""
+    """Short Self Forcing with the GAN after `consistency`, the recipe of the shipped student; its own start is not kept."""
     values = _gan()
     # Digits keep their shape in real clips, but not in samples of DMD's teacher.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}

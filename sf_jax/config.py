@@ -85,7 +85,7 @@ class TrainConfig:
       teacher: sizes of the teacher; None is `model`.
       critic: sizes of the critic; None is `model`.
       teacher_weights: file of the teacher's weights, or the name of a network of digits that the package has: "teacher"
-        (or "shipped"), "init" (the few-step initialization), "student"; None only if none is needed.
+        (or "shipped"), "init" and "consistency" (few-step starts), "student"; None only if none is needed.
       critic_weights: file or name of what the critic starts from; None is the teacher's weights.
       init_weights: file or name of what the trained network starts from; None is random, or the teacher's weights.
       vae_weights: file of Wan's VAE, or a model folder; rollouts longer than `data.frames` and sample videos need it.

@@ -145,7 +145,9 @@ def check_amounts(frames: int, train_frames: int | None, num_samples: int, batch
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command line; not on import, as the flags would clash with those of other commands."""
     number = flags.DEFINE_integer
-    flags.DEFINE_list("checkpoint", [], "Weights, or student, init or teacher for the shipped ones", flag_values=values)
+    flags.DEFINE_list(
+        "checkpoint", [], "Weights, or student, init, consistency or teacher (shipped)", flag_values=values
+    )
     flags.DEFINE_list("names", [], "Names of the checkpoints in the report", flag_values=values)
     number("frames", 36, "Frames of each video; a teacher makes its own number", flag_values=values)
     number("train_frames", 9, "Frames trained on, marked in the plot", flag_values=values)

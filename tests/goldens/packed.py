@@ -4,7 +4,7 @@ A packed file is compressed by LZMA (`xz`), without loss. It holds a line of JSO
 bytes. Bytes of float32 values are sorted: first all exponents, which repeat, then the fractions, which do not.
 
 With `--thin`, NaN replaces seven eighths of every large output (never an input), which the comparison skips. What is
-left has values of every frame and token.
+left has values of every frame.
 """
 
 import json
