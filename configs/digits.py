@@ -153,7 +153,7 @@ def _gan() -> dict:
 
 
 def _polish() -> dict:
-    """Short Self Forcing with the GAN after `consistency`, the recipe of the shipped student; its own start is not kept."""
+    """Short Self Forcing with the GAN after `consistency`, as the shipped student was made (from another start)."""
     values = _gan()
     # Digits keep their shape in real clips, but not in samples of DMD's teacher.
     optimizer = values["optimizer"] | {"lr": 5e-5, "decay": "constant"}

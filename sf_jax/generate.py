@@ -56,7 +56,7 @@ _JOB = {
     "checkpoint": command.define_weights(
         "checkpoint",
         None,
-        "Digits: weights that sf_jax.train wrote, or 'teacher', 'init' or 'consistency' (default: the shipped student). "
+        "Digits: weights that sf_jax.train wrote, 'teacher', 'init' or 'consistency' (default: the shipped student). "
         "Wan: weights of a causal network, .pt or .safetensors (default: the bidirectional one of --model)",
     ),
     "part": flags.DEFINE_string("part", None, "Network of the checkpoint: generator_ema (default), generator, model"),

@@ -153,7 +153,7 @@ def load_pipeline(model: str | Path | None = None, checkpoint: str | Path | None
     Args:
       model: a folder of Wan2.1, in the official or the diffusers layout, or its name on the Hugging Face hub; a
         .safetensors file of moving digits that training wrote; "student", "init" and "consistency" (few-step starts)
-        or "teacher" for the shipped ones. None is the shipped student, or no folder if `transformer` or `text_encoder` is
+        or "teacher" for shipped ones. None is the shipped student, or no folder if `transformer` or `text_encoder` is
         given.
       checkpoint: with a folder, weights of a causal transformer; None is the folder's own bidirectional one.
       **options: with a folder, other fields of `WanOptions`; without one, only `loras` (adapters to merge), `quantize`
