@@ -53,11 +53,8 @@ def test_thinned_outputs_are_compared_where_they_are_kept():
     assert (thinned["noise"] == arrays["noise"]).all()
     for name in ("a_flow", "a_cache_k_layer0"):
         kept = ~np.isnan(thinned[name])
-        assert (
-            kept.mean() == 1 / packed.KEPT
-            and kept.any(axis=(-1, -2)).any()
-            and relative(arrays[name], thinned[name]) == 0
-        )
+        assert kept.mean() == 1 / packed.KEPT and relative(arrays[name], thinned[name]) == 0
+        assert name != "a_flow" or kept.any(axis=(0, 2, 3, 4)).all()  # every frame
         wrong = arrays[name].copy()
         wrong[tuple(np.argwhere(kept)[-1])] = np.nan
         assert np.isnan(relative(wrong, thinned[name]))

@@ -26,7 +26,7 @@ class KeysValues:
 
 @flax.struct.dataclass
 class OneLayer:
-    """Keys and values of one layer, which nothing slices out of those of all layers before they are read.
+    """One layer of the keys and values of all layers, sliced only where attention reads it.
 
     Attributes:
       stack: all layers.

@@ -24,7 +24,7 @@ def pattern_attention(q, k, v, context, shared):
         keys = shared.prefixes[-1] * tokens + k.shape[1]
         if len(shared.prefixes) == 1 or q.shape[0] * q.shape[2] * q.shape[1] * keys > PREFIX_LOGITS:
             return _prefix_attention(q, own_k, v, context, shared)
-    if isinstance(context, OneLayer):
+    if isinstance(context, OneLayer):  # a small call reads all of it
         context = KeysValues(*context.first(len(shared.context_mask) * tokens))
     if context is not None and shared.most is not None:
         return _stream_attention(q, own_k, v, context, shared)
@@ -63,10 +63,7 @@ def _prefix_attention(q, own_k, v, context, shared):
 
     def first(count, masked):
         part = slice(count * tokens)
-        if isinstance(context, OneLayer):
-            context_k, context_v = context.first(count * tokens)
-        else:
-            context_k, context_v = context.k[:, part], context.v[:, part]
+        context_k, context_v = context.first(count * tokens)
         context_k, context_v = context_k.astype(own_k.dtype), context_v.astype(v.dtype)
         hidden = None
         if not shared.mask_is_prefix:

@@ -406,8 +406,8 @@ class WanTransformer(nn.Module):
         if context is not None and not in_place:
             context = KeysValues(context.k, context.v)
             context_rotation = rope.rotation(layout.context_frames, grid, config.head_dim)
-            if config.scan_layers and layout.prefixes:  # then a call may read little of a layer
-                stack, context = context, jnp.arange(config.num_layers)
+            if layout.prefixes:  # then a call may read little of a layer
+                stack, context = context, np.arange(config.num_layers, dtype=np.int32)
         moved = np.arange(layout.sink)
         endless = layout.place is not None and layout.place.endless
         sinks = [rope.rotation(moved + n, grid, config.head_dim) if n else None for n in layout.sink_shifts]
