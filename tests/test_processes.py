@@ -94,6 +94,7 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
     # Samples and the export merge adapters that are sharded over processes.
     adapters = {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "log": {"sample_every": 3}}
