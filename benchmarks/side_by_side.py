@@ -1,6 +1,7 @@
 """Times the two sides of a comparison alternately, in one process."""
 
 import dataclasses
+import math
 import os
 import platform
 import time
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 
 PAUSE = 0.1
+# A measurement makes as many calls of a side as take this many seconds, so that short calls are timed in a warm cache.
+LEAST_SECONDS = 0.2
 HEADER = f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}{'others':>8s}"
 
 
@@ -37,17 +40,27 @@ def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict:
     difference = None
     if row.same:
         difference = float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
-    seconds, others = {"ours": [], "theirs": []}, []
+    sides = {"ours": row.ours, "theirs": row.theirs}
+    calls = {name: calls_needed(side) for name, side in sides.items()}
+    seconds, others = {name: [] for name in sides}, []
     for _ in range(repeats):
-        for name, side in (("ours", row.ours), ("theirs", row.theirs)):
+        for name, side in sides.items():
             time.sleep(PAUSE)
             before, began = machine_time(), clock()
-            side()
-            seconds[name].append(clock() - began)
+            for _ in range(calls[name]):
+                side()
+            seconds[name].append((clock() - began) / calls[name])
             others.append([after - start for after, start in zip(machine_time(), before, strict=True)])
     wall, busy, own = np.sum(others, axis=0)
     share = float(max(busy - own, 0) / (wall * os.cpu_count())) if busy else None
     return {"what": row.what, "seconds": seconds, "difference": difference, "others": share}
+
+
+def calls_needed(side: Callable) -> int:
+    """How many calls of a side, which has run before, take `LEAST_SECONDS`."""
+    began = time.perf_counter()
+    side()
+    return math.ceil(LEAST_SECONDS / (time.perf_counter() - began))
 
 
 def machine_time() -> tuple[float, float, float]:
@@ -64,7 +77,7 @@ def line(row: dict) -> str:
     """A line of the table."""
     sides = [row["seconds"][side] for side in ("ours", "theirs")]
     middle, least = [float(np.median(side)) for side in sides], [min(side) for side in sides]
-    cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(middle, least, strict=True)]
+    cells = [f"{m:.4g} ({s:.4g})" for m, s in zip(middle, least, strict=True)]
     ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
     others = "?" if row["others"] is None else f"{row['others']:.0%}"
     difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"

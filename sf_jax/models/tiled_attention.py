@@ -228,21 +228,23 @@ def _backward(kept, gradient):
         q, out, log_total, gradient = parts
         # The softmax's gradient term that all weights of a query share.
         shared = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+        q_transposed, gradient_transposed = q.mT, gradient.mT
 
         def column(q_gradient, tile):
             k, v, bias = tile
             weights = jnp.exp(_logits(q, k, bias) - log_total)
-            v_gradient = wide(weights.astype(v.dtype).mT, gradient)
+            # Transposed, as its other order would have XLA write a transposed tile of weights.
+            v_gradient = wide(gradient_transposed, weights.astype(v.dtype))
             part = (weights * (wide(gradient, v.mT) - shared)).astype(k.dtype)
-            return q_gradient + wide(part, k.mT), (wide(q.mT, part), v_gradient)
+            return q_gradient + wide(part, k.mT), (wide(q_transposed, part), v_gradient)
 
         q_gradient, tiles = jax.lax.scan(column, jnp.zeros(q.shape, jnp.float32), (k, v, bias))
         return jax.tree.map(jnp.add, carry, tiles), q_gradient.astype(q.dtype)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    (k_gradient, v_gradient), q_gradient = jax.lax.scan(row, zeros, (q, out, log_total, gradient))
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    (k_gradient, v_gradient), q_gradient = jax.lax.scan(row, (zeros, zeros), (q, out, log_total, gradient))
     no_bias = None if bias is None else jnp.zeros_like(bias)
-    return q_gradient, k_gradient.astype(k.dtype), v_gradient.astype(v.dtype), no_bias
+    return q_gradient, k_gradient.astype(k.dtype), v_gradient.mT.astype(v.dtype), no_bias
 
 
 _tiles.defvjp(_keep, _backward)
