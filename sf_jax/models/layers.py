@@ -59,13 +59,22 @@ def _linear_forward(x, kernel, bias, axes, precision):
 
 def _linear_backward(axes, precision, saved, grad):
     x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    kernel_grad = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), precision=precision)
+    kernel_grad = _kernel_gradient(x, grad, precision)
     x_grad = jnp.matmul(grad, partition.gather(kernel, axes).T, precision=precision)
-    return x_grad, partition.scatter(kernel_grad, axes), partition.scatter(grad.sum(rows), axes[1:])
+    bias_grad = grad.sum(range(grad.ndim - 1))
+    return x_grad, partition.scatter(kernel_grad, axes), partition.scatter(bias_grad, axes[1:])
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _kernel_gradient(x, grad, precision=None):
+    """The gradient [C_in, C_out] of the kernel, from x [..., C_in] and the output's gradient [..., C_out]."""
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        # XLA's CPU compiler transposes `x` if the product sums over several axes.
+        x, grad = (a.reshape(-1, a.shape[-1]) for a in (x, grad))
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), precision=precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -89,11 +98,8 @@ def _adapted_forward(x, kernel, bias, down, up, axes):
 
 def _adapted_backward(axes, saved, grad):
     x, kernel, down, up, inner = saved
-    rows = tuple(range(x.ndim - 1))
     inner_grad = grad @ partition.gather(up, (None, axes[1])).T
-    down_grad, up_grad = (
-        jax.lax.dot_general(a, b, ((rows, rows), ((), ()))) for a, b in ((x, inner_grad), (inner, grad))
-    )
+    down_grad, up_grad = _kernel_gradient(x, inner_grad), _kernel_gradient(inner, grad)
     x_grad = grad @ partition.gather(kernel, axes).T + inner_grad @ partition.gather(down, (axes[0], None)).T
     down_grad = partition.scatter(down_grad, (axes[0], None))
     return x_grad, None, None, down_grad, partition.scatter(up_grad, (None, axes[1]))
