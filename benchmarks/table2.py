@@ -12,10 +12,13 @@ alone changes is the row "SF+DMD, write" of the table.
 
 All few-step rows start from one few-step start and get the same number of student updates. `--tune` is the same small
 search for every row, on seeds that no row of the table has. Where the best rate is the lowest or highest, it goes on by
-two steps at most; docs/lab_notebook.md says for which rows it did. A row is trained and measured per seed: at 1, 4 and
-16 times the training length, and at 4 times with real clips as the context of every chunk. That control has no exposure
-to own outputs: what a row loses there, it does not lose to exposure. A second control starts from one real chunk and
-continues alone: it separates errors that add up from those of a first chunk without context.
+two steps at most; docs/lab_notebook.md says for which rows it did, and for which one row, a baseline, seeds of the
+table chose between two rates.
+
+A row is trained and measured per seed: at 1, 4 and 16 times the training length, and at 4 times with real clips as the
+context of every chunk. That control has no exposure to own outputs: what a row loses there, it does not lose to
+exposure. A second control starts from one real chunk and continues alone: it separates errors that add up from those of
+a first chunk without context.
 
 Each result is a line of docs/results/table2.jsonl with its seed, length, commit and versions; a line that is there is
 not made again. Runs lie in runs/table2. Two of these commands with different seeds may share the files once the

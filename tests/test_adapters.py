@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ from sf_jax import convert
 from sf_jax.config import from_dict
 from sf_jax.inference.job import Job
 from sf_jax.inference.load import WanOptions, find_wan, load_pipeline, wan_pipeline
-from sf_jax.models import wan
+from sf_jax.models import layers, wan
 from sf_jax.options import LoraConfig
 from sf_jax.training import loop, lora
 from sf_jax.training.step import new_state
@@ -470,3 +471,21 @@ def test_convert_merges(base, tmp_path, capsys):
     result = load_file(tmp_path / "a.safetensors")["blocks.0.attn1.to_q.weight"]
     expected = merged(base[1], dataclasses.replace(file, scale=0.5))["blocks.0.self_attn.q.weight"]
     np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3), (2, 3, 4, 3)])
+def test_gradients_of_dense_layers_equal_autodiff(shape):
+    """The backward passes of `layers.linear` and `adapted_linear` are written by hand."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    sizes = (shape, (3, 6), (6,), (3, 2), (2, 6), (*shape[:-1], 6))
+    x, kernel, bias, down, up, weights = (jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True))
+
+    def gradients(function, *arguments):
+        return jax.grad(lambda *a: (function(*a) * weights).sum(), tuple(range(len(arguments))))(*arguments)
+
+    dense = gradients(layers.linear, x, kernel, bias)
+    chex.assert_trees_all_close(dense, gradients(lambda x, k, b: x @ k + b, x, kernel, bias), rtol=1e-5, atol=1e-5)
+
+    adapted = gradients(lambda x, down, up: layers.adapted_linear(x, kernel, bias, down, up), x, down, up)
+    expected = gradients(lambda x, down, up: x @ (kernel + down @ up) + bias, x, down, up)
+    chex.assert_trees_all_close(adapted, expected, rtol=1e-5, atol=1e-5)

@@ -257,6 +257,25 @@ def test_a_later_loss_reaches_every_earlier_clean_pass():
     assert tree_relative(write, stop) > 0.01
 
 
+@pytest.mark.slow
+def test_live_clean_passes_have_the_same_gradient_with_checkpointing():
+    config = SHAPES["chunk-wise"]
+    params, (noise, text, draw) = random_params(), inputs(6)
+    past = run(config, params, text, noise, draw, 1)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params, remat):
+            model = wan.WanTransformer(dataclasses.replace(SMALL, remat=remat))
+            return replay(model, config, params, text, past, "write")[:, 3:].sum()
+
+        return [jax.grad(functools.partial(loss, remat=remat))(params) for remat in ("none", "dots", "block")]
+
+    plain, *others = gradients(params)
+    for other in others:
+        assert tree_relative(other, plain) < 1e-6
+
+
 def test_noisy_context_needs_no_clean_pass():
     config, _, noise, text, draw = case("noisy context")
     params, calls = random_params(), []

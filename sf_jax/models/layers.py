@@ -70,8 +70,9 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 def _kernel_gradient(x, grad, precision=None):
     """The gradient [C_in, C_out] of the kernel, from x [..., C_in] and the output's gradient [..., C_out]."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        # XLA's CPU compiler transposes `x` if the product sums over several axes.
+    if partition.platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+        # XLA's CPU compiler transposes `x` if the product sums over several axes. On a mesh, which may split two of
+        # them, merging them would move data between devices.
         x, grad = (a.reshape(-1, a.shape[-1]) for a in (x, grad))
     rows = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), precision=precision)

@@ -233,7 +233,7 @@ def _backward(kept, gradient):
         def column(q_gradient, tile):
             k, v, bias = tile
             weights = jnp.exp(_logits(q, k, bias) - log_total)
-            # Transposed, as its other order would have XLA write a transposed tile of weights.
+            # Transposed: in the other order XLA would write a transposed tile of weights.
             v_gradient = wide(gradient_transposed, weights.astype(v.dtype))
             part = (weights * (wide(gradient, v.mT) - shared)).astype(k.dtype)
             return q_gradient + wide(part, k.mT), (wide(q_transposed, part), v_gradient)
