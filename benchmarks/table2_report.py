@@ -217,8 +217,8 @@ def write(results: list[dict], page: Path) -> list[Path]:
         lines += [
             "## Rates",
             "",
-            "At 36 frames, on seeds that the table does not have (one exception, in Table 2: docs/lab_notebook.md, section 9).",
-            "Frechet: mean over the quarters.",
+            "At 36 frames, on seeds that the table does not have (one exception, in Table 2:",
+            "docs/lab_notebook.md, section 9). Frechet: mean over the quarters.",
             "",
         ]
         lines += ["| row | chunk | rate | seed | start | joint | Frechet |", "|---|---|---|---|---|---|---|"]
