@@ -145,6 +145,20 @@ def test_a_window_in_training_stays_on_the_kernel(target):
     assert has_kernel(target, text) and "attention_xla" not in text
 
 
+@pytest.mark.parametrize("target", [on("v6e:2x2")])
+def test_checkpointed_dots_run_attentions_kernel_once(target):
+    config = dataclasses.replace(CONFIG, remat="dots")
+
+    def loss(params, noise, text):
+        t = jnp.full((1, 1), 500.0)
+        flow = wan.WanTransformer(config).apply({"params": params}, noise, t, text, PATTERNS["bidirectional"])
+        return jnp.square(flow).mean()
+
+    text = compiled(target, jax.grad(loss), wan.param_shapes(config), LATENTS, TEXT)
+    # Self- and cross-attention: forward, queries' gradient, keys' gradient.
+    assert text.count('custom_call_target="tpu_custom_call"') == 6
+
+
 @on_targets
 def test_the_vae_compiles_where_its_one_head_cannot_be_split(target):
     """Wan's VAE has one head of 384 channels: Splash supports it, cuDNN does not."""

@@ -78,6 +78,28 @@ def test_recomputing_does_not_change_gradients():
     assert tree_relative(block, plain) < 1e-6
 
 
+@pytest.mark.parametrize(("tiles", "logits"), [(False, 2), (True, 0)])
+def test_checkpointed_dots_are_not_recomputed(monkeypatch, tiles, logits):
+    """Only a product of queries and keys, for self- and cross-attention, if not in tiles (which never keep it)."""
+    if tiles:
+        monkeypatch.setattr(attention, "MAX_LOGITS", {"cpu": 1})
+    noise, text, _ = inputs(4)
+    params = jax.eval_shape(random_params)
+
+    def products(remat):
+        model = wan.WanTransformer(dataclasses.replace(SMALL, remat=remat))
+
+        def loss(params):
+            flow = model.apply({"params": params}, noise, jnp.full((2, 1), 500.0), text, wan.bidirectional_layout(4))
+            return jnp.square(flow).mean()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+
+    none, dots, block = map(products, ("none", "dots", "block"))
+    assert dots == none + logits
+    assert block >= none + 10  # 8 dense layers, and attention
+
+
 def test_later_frames_do_not_reach_earlier_chunks():
     noise, text, _ = inputs(6)
     model, params = wan.WanTransformer(SMALL), random_params()

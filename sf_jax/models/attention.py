@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sf_jax.models import attention_kernels, partition
-from sf_jax.models.tiled_attention import HIDDEN, bounded_attention, tiled_attention
+from sf_jax.models.tiled_attention import HIDDEN, RESIDUALS, bounded_attention, tiled_attention
 
 Range = tuple[int, int]
 Segment = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -294,4 +295,5 @@ def _attend_whole(q, segments):
         weights = jnp.exp(part - top)
         total = total + weights.sum(-1, keepdims=True)
         out = out + jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out, total = (checkpoint_name(a, RESIDUALS) for a in (out, total))
     return (out / total).astype(q.dtype).transpose(0, 2, 1, 3)

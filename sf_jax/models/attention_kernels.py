@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sf_jax.models.partition import attention_axes, mesh_axes
+from sf_jax.models.tiled_attention import RESIDUALS
 
 if importlib.util.find_spec("libtpu") is not None:
     # Only where there may be a TPU, as it is slow. Importing it in the middle of a trace makes JAX trace once more.
@@ -112,7 +113,14 @@ def _splash_local(q, k, v, hidden, most, interpret):
         block_q_dq=block,
         block_kv_dq=BLOCK,
     )
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
+    kernel = splash.make_splash_mha(
+        mask,
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=blocks,
+        interpret=interpret,
+        residual_checkpoint_name=RESIDUALS,
+    )
     if most is not None:
         reads = _blocks_before(most, q.shape[2] // block, k.shape[2] // BLOCK)
         reads = kernel.fwd_mask_info._replace(**reads)

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sf_jax.models import partition, rope
 from sf_jax.models.eight_bit import Scaled
 
 HIDDEN = -1e30  # logit of a hidden key
+# Name, for policies of `jax.checkpoint`, of outputs and softmax sums that attention's backward pass needs.
+RESIDUALS = "attention_residuals"
 # Keys and logits per tile, sized to CPU caches.
 KEYS = {"cpu": 512}
 LOGITS = {"cpu": 5 << 18}
@@ -216,7 +219,7 @@ def _logits(q, k, bias):
 
 
 def _keep(q, k, v, bias):
-    out, log_total = _forward(q, k, v, bias)
+    out, log_total = (checkpoint_name(a, RESIDUALS) for a in _forward(q, k, v, bias))
     return out, (q, k, v, bias, out, log_total)
 
 

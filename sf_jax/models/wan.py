@@ -21,11 +21,15 @@ from sf_jax.models.patches import patchify, unpatchify
 from sf_jax.models.pattern_attention import pattern_attention
 from sf_jax.models.sizes import check_eps, check_sizes
 from sf_jax.models.slots import Slots, slot_attention
+from sf_jax.models.tiled_attention import RESIDUALS
 
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
 }
 # Largest sizes, see `check_sizes`.
 LIMITS = {
@@ -60,7 +64,7 @@ class WanConfig:
       eps: epsilon of all norms.
       dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are always float32.
       attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for the best that the device supports.
-      remat: what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (all but block inputs).
+      remat: what the backward pass recomputes: "none", "dots" (all but matmuls and attention), "block" (all but block inputs).
       scan_layers: whether one compiled block is scanned over stacked parameters. If not, every layer has its own
         parameters and code (`unstack_layers`): compilation takes longer, but GPUs and TPUs generate fastest.
     """
