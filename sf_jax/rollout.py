@@ -35,7 +35,7 @@ class Rollout:
     """The result of a rollout, with everything that `replay` needs.
 
     Attributes:
-      video: [B, F, H, W, C] clean latents, initial frames included.
+      video: [B, F, H, W, C] clean latents, initial frames included; zero in the last chunk without `last_exit`.
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
       cache: keys and values of the sink and of the frames from `keep_from` on (without it, those that the window
@@ -138,6 +138,18 @@ def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: ja
     return (1 - sigma) * clean + sigma * draw("context", chunk, 0, clean.shape)
 
 
+def renoised(
+    config: RolloutConfig,
+    clean: jax.Array,
+    draw: Draw,
+    chunk: jax.Array | int,
+    step: jax.Array | int,
+    timesteps: jax.Array,
+) -> jax.Array:
+    """The input of denoising step `step` > 0, from the step before it, which predicted `clean` [B, n, H, W, C]."""
+    return config.schedule.add_noise(clean, draw("renoise", chunk, step - 1, clean.shape), timesteps[step])
+
+
 def generate_chunk(
     model: WanTransformer,
     config: RolloutConfig,
@@ -151,6 +163,7 @@ def generate_chunk(
     draw: Draw,
     timesteps: jax.Array | None = None,
     last: jax.Array | bool = False,
+    finish: jax.Array | bool = True,
 ) -> tuple[KVCache | SlotCache, jax.Array, jax.Array]:
     """Generates one chunk, without gradient, and writes it to the cache.
 
@@ -168,6 +181,7 @@ def generate_chunk(
       timesteps: float32 [S] with S > `exit_step`; None is `config.timesteps`. May be traced.
       last: whether no chunk follows. The clean pass is then skipped, as nothing would read its keys and values, and
         the cache gets those of the exit step. May be traced.
+      finish: whether to run the exit step. If not, `last` must be set, and the clean chunk is zero. May be traced.
 
     Returns:
       The new cache, the clean chunk and its noisy input at the exit step, both [B, n, H, W, C].
@@ -177,10 +191,17 @@ def generate_chunk(
     """
     params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
     timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
-    calls = exit_step + 1 + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
+    calls = exit_step + jnp.int32(finish) + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
     span = Span(start, noise.shape[1])
     context = open_chunk(config, cache, text, span)
     written, clean, x = denoise_chunk(model, config, params, context, noise, chunk, exit_step, calls, draw, timesteps)
+    if finish is not True:
+        now = jax.lax.cond(
+            exit_step > 0,
+            lambda: renoised(config, clean, draw, chunk, exit_step, timesteps),
+            lambda: noise,
+        )
+        clean, x = jnp.where(finish, clean, 0), jnp.where(finish, x, now)
     return close_chunk(cache, written, span), clean, x
 
 
@@ -227,7 +248,7 @@ def denoise_chunk(
         kind = (step > 0).astype(jnp.int32) + finished
         inputs = (
             lambda: noise,
-            lambda: config.schedule.add_noise(clean, draw("renoise", chunk, step - 1, noise.shape), timesteps[step]),
+            lambda: renoised(config, clean, draw, chunk, step, timesteps),
             lambda: context_input(config, clean, draw, chunk),
         )
         now = jax.lax.switch(kind, inputs)
@@ -271,6 +292,7 @@ def rollout(
     initial: jax.Array | None = None,
     keep_from: int | None = 0,
     cache: KVCache | None = None,
+    last_exit: bool = True,
 ) -> Rollout:
     """Generates a video chunk by chunk (paper, Algorithm 1 without its gradient; Algorithm 2 at the last exit step).
 
@@ -288,6 +310,8 @@ def rollout(
       keep_from: first frame that the cache must keep, besides the sink, even if the window needs fewer. `replay` needs
         `replay.keep_from`; None keeps only what the window needs.
       cache: a cache to continue from, which holds the keys and values of `initial`; None computes them.
+      last_exit: whether to run the exit step of the last chunk. `replay`, which recomputes it, does not need it; the
+        last chunk of `Rollout.video` is zero without it.
 
     Raises:
       ValueError: if the frames are not a multiple of the chunk, or more than the positions allow.
@@ -308,8 +332,9 @@ def rollout(
 
     def step(cache, noise, chunk, first, exit_step):
         last = jnp.asarray(chunk) == len(chunks) - 1
+        finish = True if last_exit else ~last
         cache, clean, x = generate_chunk(
-            model, config, params, text, cache, noise, first, chunk, exit_step, draw, last=last
+            model, config, params, text, cache, noise, first, chunk, exit_step, draw, last=last, finish=finish
         )
         read = (context_input(config, clean, draw, chunk),) if config.adds_context_noise else ()
         return cache, clean, x, *read

@@ -137,6 +137,21 @@ def test_the_last_chunk_has_no_clean_pass():
     assert relative(kept.k[:, :, :12], exit_kv.k) < 1e-6 and relative(cached.k[:, :, :12], exit_kv.k) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["first frame alone", pytest.param("context noise", marks=pytest.mark.slow)])
+def test_a_rollout_without_its_last_exit_has_all_that_replay_needs(name):
+    config, frames, noise, text, draw = case(name)
+    params, chunks = random_params(), config.chunks(frames)[1]
+    without = jax.jit(lambda exits: ro.rollout(MODEL, config, params, text, noise, exits, draw, last_exit=False))
+    again = jax.jit(lambda past: replay(MODEL, config, params, text, past, "write"))
+    before = frames - chunks[-1]
+    for exits in (np.zeros_like(chunks), np.arange(len(chunks)) % 3 + 1):
+        whole, part = run(config, params, text, noise, draw, exits), without(exits)
+        assert relative(part.exit_inputs, whole.exit_inputs) < 1e-6
+        assert relative(part.video[:, :before], whole.video[:, :before]) < 1e-6 and not part.video[:, before:].any()
+        assert relative(part.cache.k[:, :, : before * 4], whole.cache.k[:, :, : before * 4]) < 1e-6
+        assert relative(again(part), whole.video) < 1e-5
+
+
 @mostly_slow(
     leave_out=("chunk-wise", "context noise"),
     exhaustive=("frame-wise", "windowed", "first frame alone"),
@@ -150,7 +165,7 @@ def test_replay_equals_differentiating_through_the_scan(name):
         return (oracle.rollout_video(MODEL, config, *inputs, noise, exits, draw, cache_gradient=mode) * weight).sum()
 
     def by_replay(inputs, exits, mode):
-        past = ro.rollout(MODEL, config, *inputs, noise, exits, draw)
+        past = ro.rollout(MODEL, config, *inputs, noise, exits, draw, last_exit=False)  # as in training
         return (replay(MODEL, config, *inputs, past, mode) * weight).sum()
 
     @jax.jit  # compiles all gradients as one program

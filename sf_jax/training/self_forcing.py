@@ -55,12 +55,12 @@ def _of_length(config, media, networks, frames, mine, suffix) -> list[Program]:
     student = Loss("model", "generator_", _student_loss(config, media, networks))
     critic = Loss("critic", "critic_", _critic_loss(config, media, networks))
     fake = _fake_videos(config, media, networks, frames)
-    both = Program(f"student and critic{suffix}", fake(Purpose.GENERATOR), (student, critic), True, student_due)
     alone = Program(f"critic{suffix}", fake(Purpose.CRITIC), (critic,), True, mine)
     if config.share_rollout:
+        both = Program(f"student and critic{suffix}", fake(Purpose.GENERATOR), (student, critic), True, student_due)
         rest = dataclasses.replace(alone, due=lambda step: mine(step) and not student_due(step))
         return [both, rest]
-    return [dataclasses.replace(both, name=f"student{suffix}", losses=(student,), ends=False), alone]
+    return [Program(f"student{suffix}", fake(Purpose.GENERATOR), (student,), False, student_due), alone]
 
 
 def _chosen(seed: int, index: int, count: int):
@@ -95,17 +95,21 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
         def prepare(state, frozen, batch, examples):
             key = key_for(batch["seed"], state.step, purpose)
             params = model_params(config, state.model.params, frozen)
-            past, forced, metrics = None, None, {}
+            past, forced = None, None
             exits = _exits(config, jax.random.fold_in(key, 0), frames)
             if config.student_input == "rollout":
-                past = _student_rollout(config, media, networks.student, params, batch, key, examples, exits, frames)
-                metrics = _health(past.video) if purpose == Purpose.GENERATOR else {}
+                whole = (
+                    purpose == Purpose.CRITIC or config.share_rollout
+                )  # the student's loss recomputes the last chunk
+                past = _student_rollout(
+                    config, media, networks.student, params, batch, key, examples, exits, frames, whole
+                )
             else:
                 # Diffusion forcing also needs clean chunks, as the cache will hold; they are context, without a loss.
                 forced = _noised(config, media, batch, key, examples, config.student_input == "diffusion_forcing")
             shape = (len(examples), config.data.frames, config.data.height, config.data.width, config.model.channels)
             t, noise = _score_draws(config, key, examples, exits, shape)
-            return _Fake(past, forced, exits, t, noise, key, examples), metrics
+            return _Fake(past, forced, exits, t, noise, key, examples), {}
 
         return prepare
 
@@ -122,8 +126,8 @@ def _exits(config: TrainConfig, key: jax.Array, frames: int) -> jax.Array:
     return jnp.broadcast_to(jax.random.randint(key, shape, 0, last + 1), (count,))
 
 
-def _student_rollout(config, media, student, params, batch, key, examples, exits, frames) -> ro.Rollout:
-    """A training rollout from fresh noise, after the given image if there is one."""
+def _student_rollout(config, media, student, params, batch, key, examples, exits, frames, whole) -> ro.Rollout:
+    """A training rollout from fresh noise, after the given image if there is one; `whole` is its `last_exit`."""
     given, data = int(config.image_to_video), config.data
     shape = (len(examples), frames - given, data.height, data.width, config.model.channels)
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
@@ -131,12 +135,13 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     initial = media.clean(batch)[:, :1] if given else None
     if config.prompt_switch and _first_live(config, frames):
         prompts, sources = (batch["other_text"], batch["text"]), (key, examples, noise, draw)
-        return _switched_rollout(config, student, params, prompts, sources, exits, initial)
+        return _switched_rollout(config, student, params, prompts, sources, exits, initial, whole)
     kept = keep_from(config.rollout, config.cache_gradient, frames - given, given, _first_live(config, frames))
-    return ro.rollout(student, config.rollout, params, batch["text"], noise, exits, draw, initial, kept)
+    inputs = (batch["text"], noise, exits, draw, initial, kept)
+    return ro.rollout(student, config.rollout, params, *inputs, last_exit=whole)
 
 
-def _switched_rollout(config, student, params, prompts, sources, exits, initial) -> ro.Rollout:
+def _switched_rollout(config, student, params, prompts, sources, exits, initial, whole) -> ro.Rollout:
     """A rollout whose prompt changes before the first chunk that takes a gradient; earlier frames count as given.
 
     Half of the videos keep the cache unchanged (mode "swap" of `inference.stream`), the others recompute it under the
@@ -180,7 +185,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial)
     cache = kept.replace(k=jnp.where(mine, again.k, kept.k), v=jnp.where(mine, again.v, kept.v))
     draw = ro.key_draw(jax.random.fold_in(key, SWITCHED_NOISE), examples)
     inputs = (new, noise[:, before:], exits[first_live:], draw, past.video)
-    return jax.lax.stop_gradient(ro.rollout(student, rollout, params, *inputs, cache=cache))
+    return jax.lax.stop_gradient(ro.rollout(student, rollout, params, *inputs, cache=cache, last_exit=whole))
 
 
 def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
@@ -213,14 +218,14 @@ def _health(video: jax.Array) -> dict:
 
 
 def _video(config, media, networks, params, frozen, batch, fake: _Fake):
-    """The student's videos with the length of the scores, differentiable in `params`, and the loss's mask."""
+    """The student's videos with the length of the scores, differentiable in `params`, the loss's mask, and metrics."""
     if fake.forced is not None:
         clean, t, noise = fake.forced
         layout = layout_of(config, config.student_input == "teacher_forcing")
         video = causal.causal_video(
             params, networks.student, layout, clean, batch["text"], t, noise, config.rollout.schedule
         )
-        return video, (t != 0)[:, :, None, None, None]
+        return video, (t != 0)[:, :, None, None, None], _health(video)
     total, window = fake.past.video.shape[1], config.data.frames
     # After a prompt switch, all frames before the first chunk that takes a gradient count as given.
     switched = fake.past.initial_frames > int(config.image_to_video)
@@ -228,7 +233,8 @@ def _video(config, media, networks, params, frozen, batch, fake: _Fake):
     video = replay(
         networks.student, config.rollout, params, batch["text"], fake.past, config.cache_gradient, first_live
     )
-    return _last_window(config, media, frozen, video, window)
+    metrics = {"exit_step": fake.exits.mean(dtype=jnp.float32)} | _health(video)
+    return *_last_window(config, media, frozen, video, window), metrics
 
 
 def _first_live(config: TrainConfig, total: int) -> int:
@@ -291,9 +297,8 @@ def _objective_loss(config: TrainConfig, media: Media, networks: Networks):
 
     def loss(params, state, frozen, batch, fake):
         params = model_params(config, params, frozen)
-        video, mask = _video(config, media, networks, params, frozen, batch, fake)
+        video, mask, metrics = _video(config, media, networks, params, frozen, batch, fake)
         critic = critic_params(config, state.critic.params, frozen)
-        metrics = {"exit_step": fake.exits.mean(dtype=jnp.float32)} if fake.forced is None else _health(video)
         if config.objective == "gan":
             real = media.clean(batch)
             real_noise = ro.example_noise(jax.random.fold_in(fake.key, 5), fake.examples, real.shape)
@@ -337,7 +342,7 @@ def _critic_loss(config: TrainConfig, media: Media, networks: Networks):
         if fake.past is not None:
             video, _ = _last_window(config, media, frozen, fake.past.video, config.data.frames)
         else:
-            video, _ = _video(config, media, networks, student, frozen, batch, fake)
+            video, *_ = _video(config, media, networks, student, frozen, batch, fake)
         video = jax.lax.stop_gradient(video)
         params = critic_params(config, params, frozen)
         if config.objective == "gan":
