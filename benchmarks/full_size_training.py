@@ -84,23 +84,27 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
                 return (video * weight).sum()
             mode = method.removeprefix("replay").strip() or "stop"
             kept = keep_from(config.rollout, mode, data.frames)
-            past = ro.rollout(model, config.rollout, params, text, noise, exit_step, draw, keep_from=kept)
+            past = ro.rollout(
+                model, config.rollout, params, text, noise, exit_step, draw, keep_from=kept, last_exit=False
+            )
             return (replay(model, config.rollout, params, text, past, mode) * weight).sum()
 
         return jax.grad(loss)(params)
 
+    # The scan runs the last chunk's exit step, the rollout before a replay does not.
+    trips = rollout_trips(config, "critic" if method == "scan" else "student")
     params = run.state.model.params
     arguments = (params, noise, noise, run.batch["text"], exits)
 
     def counted(recompute):
         plain = functools.partial(gradient, countable(config, recompute).model)
-        return matmul_flops(jax.make_jaxpr(plain)(*arguments), rollout_trips(config))
+        return matmul_flops(jax.make_jaxpr(plain)(*arguments), trips)
 
     shardings = jax.tree.map(lambda x: x.sharding, arguments)
     jitted = jax.jit(
         functools.partial(gradient, config.model), in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0
     )
-    call = Call(method, jitted, arguments, counted(False), counted(True), rollout_trips(config))
+    call = Call(method, jitted, arguments, counted(False), counted(True), trips)
     row = row_of(compile_call(call, mesh))
     common = {"variant": "1_3b", "topology": topology, "chips": mesh.size, "mesh": {"fsdp": 64}}
     return row | common | {"gradient": method, "batch": config.batch_size, "accumulate": 1}

@@ -52,7 +52,7 @@ def main() -> None:
         return (video * weight).sum()
 
     def by_replay(params, exit_step, mode):
-        past = ro.rollout(model, config, params, text, noise, exit_step, draw)
+        past = ro.rollout(model, config, params, text, noise, exit_step, draw, last_exit=False)
         return (replay(model, config, params, text, past, mode) * weight).sum()
 
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind} x {jax.device_count()}, {platform.machine()}")

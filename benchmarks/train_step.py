@@ -118,17 +118,18 @@ def main() -> None:
     counted = self_forcing.programs(countable(config), media)
     for program, plain in zip(self_forcing.programs(config, media), counted, strict=True):
         loss = program.losses[0]
+        student = loss.network == "model"
         prepare = jax.jit(lambda state, program=program: program.prepare(state, frozen, batch, examples)[0])
         fakes = [prepare(state) for state in states]
-        trips = float(np.mean([np.mean(fake.exits) for fake in fakes])) + 2.0 - config.rollout.chunk / data.frames
+        # The last chunk has no clean pass, and in the student's update no exit step.
+        skipped = (2 if student else 1) * config.rollout.chunk / data.frames
+        trips = float(np.mean([np.mean(fake.exits) for fake in fakes])) + 2.0 - skipped
 
         def gradient(params, state, fake, loss=loss):
             return jax.value_and_grad(loss.function, has_aux=True)(params, state, frozen, batch, fake)
 
         def scores(state, fake):
             return objective(config, networks, frozen, state, batch, fake.past.video, fake)
-
-        student = loss.network == "model"
 
         def rollout(state, prepare=prepare, student=student):
             fake = prepare(state)

@@ -36,6 +36,7 @@ import numpy as np
 
 from benchmarks.side_by_side import HEADER, Row, device, line, measure
 from configs import digits
+from sf_jax import backend
 from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig, from_dict
 from sf_jax.models.vae import wan_vae
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("out/vs_official.jsonl"), help="file to append to")
     args = parser.parse_args()
+    backend.set_cpu_flags()  # as the commands do
     threads, clock = os.cpu_count(), time.perf_counter
     if args.one_core:
         # Set before JAX and PyTorch start their threads, which inherit it.
@@ -237,8 +239,10 @@ def main() -> None:
         "threads": threads,
         "time": "CPU" if args.one_core else "clock",
         "size": args.size,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    print(f"XLA_FLAGS: {os.environ.get('XLA_FLAGS') or 'none'}")
     print(f"{machine['device']}, threads: {threads}, float32, {args.size}; {machine['time']} time: ", end="")
     print(f"median (minimum) of {args.repeats} runs, seconds; theirs is the official code")
     print(HEADER)

@@ -140,6 +140,7 @@ def run(
         compilation.keep_compiled()
         with errors_in_one_line(smaller), ended_by_signals():
             backend.check_xla_flags()
+            backend.set_cpu_flags()
             main()
 
     app.run(guarded, flags_parser=parse)

@@ -15,6 +15,7 @@ def pytest_configure(config):
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("XLA_FLAGS", "")  # commands compile as the tests do, on every CPU
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     config.compiled = tempfile.TemporaryDirectory(prefix="sf_jax_compiled_")

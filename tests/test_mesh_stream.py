@@ -29,7 +29,7 @@ from tests.helpers import marked, refused
 from tests.mesh_cases import CASES, MODEL, pipeline
 
 QUICK = "quick"
-SIMILAR = ("tensor", "context", "framewise", "bidirectional queries", "tiny pixels")
+SIMILAR = ("tensor", "context", "framewise", "framewise queries", "causal", "bidirectional queries", "tiny pixels")
 
 
 def found_of(cases) -> dict:

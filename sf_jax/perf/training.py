@@ -33,7 +33,7 @@ def calls(config: TrainConfig, mesh: Mesh, chip: Chip) -> Iterator[Call]:
             arguments=run.arguments,
             flops=flops[program.name],
             work=work[program.name],
-            trips=rollout_trips(config),
+            trips=rollout_trips(config, program.name),
             kernel=expected_kernel(config.model, chip.platform),
             rate=rate(program.due, config.steps),
         )

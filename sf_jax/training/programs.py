@@ -133,17 +133,23 @@ def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable
     Returns:
       name -> operations of matmuls and convolutions.
     """
-    trips = rollout_trips(config)
-    return {name: matmul_flops(jax.make_jaxpr(update)(*arguments), trips) for name, update, _ in updates}
+    return {
+        name: matmul_flops(jax.make_jaxpr(update)(*arguments), rollout_trips(config, name))
+        for name, update, _ in updates
+    }
 
 
-def rollout_trips(config: TrainConfig) -> float:
-    """Mean number of network calls per chunk of a rollout: denoising steps up to the exit step, plus any clean pass."""
+def rollout_trips(config: TrainConfig, name: str) -> float:
+    """Mean number of network calls per chunk of the rollout of the update `name`.
+
+    These are the denoising steps up to the exit step, and any clean pass. The last chunk has no clean pass, and, where
+    only the student is updated, no exit step (`rollout.rollout`, `last_exit`).
+    """
     given = int(config.image_to_video)
     steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(config.data.frames - given, given)[1])
-    return (config.rollout.context == "clean") * (1 - 1 / chunks) + (
-        steps if config.exits == "last" else (steps + 1) / 2
-    )
+    denoising = steps if config.exits == "last" else (steps + 1) / 2
+    skipped = name.startswith("student") and not config.share_rollout
+    return denoising - skipped / chunks + (config.rollout.context == "clean") * (1 - 1 / chunks)
 
 
 def matmul_flops(
