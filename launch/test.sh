@@ -62,7 +62,7 @@ part "ruff format" "$VENV_PYTHON" -m ruff format --check .
 part "shellcheck" "$VENV_DIR/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch benchmarks/*.sh .ci/run
 
 # Two processes: most of a test is single-threaded compilation. All tests use XLA's quick compilation, except that the
-# rollout and DMD are compared with the official code once more as users run them, fully optimized. The cache of
+# rollout and DMD are compared with the official code once more fully optimized, with XLA's own flags. The cache of
 # compiled programs serves runs that are killed and restarted, and tests that do so.
 quick=(env JAX_DISABLE_MOST_OPTIMIZATIONS=1 "JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/compiled"
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5)

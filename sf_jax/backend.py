@@ -1,19 +1,22 @@
 """JAX's backend: faster settings for some CPUs, and messages, before XLA kills the process, if it cannot start."""
 
-import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-# For Intel CPUs with AVX-512: matrix products by Eigen instead of YNNPACK, and loops with whole registers. Measured in
-# docs/wan.md, with these versions of jaxlib; an unknown flag would kill the process.
+import jaxlib
+
+# For Intel CPUs with AVX-512: products by Eigen instead of YNNPACK, and loops with whole registers (docs/wan.md).
+# An unknown flag would kill the process, so only with these versions of jaxlib, and without plugins for other devices.
 _INTEL_FLAGS = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
     "--xla_cpu_prefer_vector_width=512",
 )
-_MEASURED_JAXLIB = ("0.10", "0.12")
+_TRIED_JAXLIB = ("0.10.2", "0.12.0.1")
+_PLUGINS = ("libtpu", "jax_plugins")
 # Parses XLA_FLAGS as a backend does, in a child process: an unknown flag kills the process that parses it.
 _READ_FLAGS = "from jaxlib import xla_client as x; x._xla.CompileOptions().executable_build_options.debug_options"
 _SECONDS = 60
@@ -29,10 +32,13 @@ _START = re.compile(
 def set_cpu_flags(environ: os._Environ | dict[str, str] = os.environ, cpu_info: Path = Path("/proc/cpuinfo")) -> None:
     """Sets `XLA_FLAGS` for CPUs on which other settings than XLA's own were measured to be faster.
 
-    Leaves the variable as it is if it is set, even to nothing, and if a backend has already started.
+    Leaves the variable as it is if it is set, even to nothing, if a backend has already started, and if JAX may use
+    another device.
     """
-    version = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])
-    if "XLA_FLAGS" in environ or _started() or version not in _MEASURED_JAXLIB:
+    if "XLA_FLAGS" in environ or _started() or jaxlib.__version__ not in _TRIED_JAXLIB:
+        return
+    plugins = any(importlib.util.find_spec(name) for name in _PLUGINS)
+    if environ.get("JAX_PLATFORMS", "" if plugins else "cpu") != "cpu":
         return
     try:
         text = cpu_info.read_text(encoding="utf-8", errors="replace")

@@ -38,7 +38,7 @@ def replay(
       config: the settings of the rollout.
       params: the student's parameters.
       text: prompt embeddings [B, S, text_dim], or the output of `encode_text`.
-      past: the rollout; its cache holds the frames from `keep_from` on.
+      past: the rollout, with or without `last_exit`; its cache holds the frames from `keep_from` on.
       cache_gradient: how the loss of later chunks reaches the keys and values of earlier ones.
         "stop": not at all; they are constants (paper, Algorithm 1).
         "straight_through": their gradient goes to the keys and values of the earlier chunk's exit step, as in the

@@ -39,7 +39,7 @@ class Rollout:
       exit_inputs: [B, F_new, H, W, C] noisy input of each chunk at its exit step.
       exits: int32 [chunks], exit step of each new chunk.
       cache: keys and values of the sink and of the frames from `keep_from` on (without it, those that the window
-        needs), as a ring. The last chunk's come from its exit step, as nothing reads them.
+        needs), as a ring. The last chunk's come from its last network call, as nothing reads them.
       context_inputs: [B, F_new, H, W, C] inputs of the clean passes; None if they read the video itself.
       initial_frames: number of given frames at the start (static).
     """
@@ -180,7 +180,7 @@ def generate_chunk(
       draw: source of noise.
       timesteps: float32 [S] with S > `exit_step`; None is `config.timesteps`. May be traced.
       last: whether no chunk follows. The clean pass is then skipped, as nothing would read its keys and values, and
-        the cache gets those of the exit step. May be traced.
+        the cache gets those of the last call. May be traced.
       finish: whether to run the exit step. If not, `last` must be set, and the clean chunk is zero. May be traced.
 
     Returns:
@@ -197,7 +197,7 @@ def generate_chunk(
     written, clean, x = denoise_chunk(model, config, params, context, noise, chunk, exit_step, calls, draw, timesteps)
     if finish is not True:
         now = jax.lax.cond(
-            exit_step > 0,
+            ~jnp.asarray(finish) & (exit_step > 0),
             lambda: renoised(config, clean, draw, chunk, exit_step, timesteps),
             lambda: noise,
         )
@@ -228,7 +228,8 @@ def denoise_chunk(
       noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
       exit_step: see `generate_chunk`.
-      calls: number of network calls: up to `exit_call`, and the clean pass if there is one.
+      calls: number of network calls: up to `exit_call`, and the clean pass if there is one. If they end before
+        `exit_call`, the returned input is not that of the exit step.
       draw: see `generate_chunk`.
       timesteps: float32 [S] with S > `exit_step`.
       exit_call: index of the call for the exit step, if that is not `exit_step`. The first step, whose result does not

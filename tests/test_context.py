@@ -37,7 +37,7 @@ def test_baselines_do_not_learn_on_clean_chunks():
     fake, _ = jax.jit(student.prepare)(state, frozen, batch, jnp.arange(8))
     clean, t, _ = fake.forced
     networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
-    video, mask = self_forcing._video(config, MEDIA, networks, state.model.params, frozen, batch, fake)
+    video, mask, _ = self_forcing._video(config, MEDIA, networks, state.model.params, frozen, batch, fake)
     at_zero = np.asarray(t == 0)
     assert at_zero.any() and not at_zero.all()
     np.testing.assert_array_equal(np.asarray(video)[at_zero], np.asarray(clean)[at_zero])

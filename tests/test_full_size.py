@@ -48,7 +48,7 @@ def test_recomputation_and_kernels_do_not_change_the_count():
     # Only one network call has a gradient: 3 of an update's 6.5 passes become nearly 4.
     assert all(1.05 < work[1][name] / counts[0][name] < 1.2 for name in counts[0])
     assert counts[0] == counts[1] == counts[2] and set(counts[0]) == {"student", "critic"}
-    # The critic's update: 3.5 calls per chunk, and one flow with its gradient.
+    # The critic's update: the rollout, and one flow with its gradient.
     assert 0 < counts[0]["critic"] < counts[0]["student"]
 
 

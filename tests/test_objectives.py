@@ -310,8 +310,8 @@ def test_a_shared_rollout_gives_both_updates_of_separate_programs_on_the_same_dr
     after, _ = jax.jit(steps.make_step(shared, both))(state, frozen, batch)
     expected, _ = jax.jit(steps.make_step(config, student))(state, frozen, batch)
     assert tree_relative(after.model.params, expected.model.params) < 1e-6
-    critic = dataclasses.replace(student, losses=(both.losses[1],))
-    expected, _ = jax.jit(steps.make_step(config, critic))(state, frozen, batch)
+    critic = dataclasses.replace(both, losses=(both.losses[1],))
+    expected, _ = jax.jit(steps.make_step(shared, critic))(state, frozen, batch)
     assert tree_relative(after.critic.params, expected.critic.params) < 1e-6
 
 

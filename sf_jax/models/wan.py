@@ -64,8 +64,8 @@ class WanConfig:
       eps: epsilon of all norms.
       dtype: compute type; norms, rotary embedding, modulation, softmax and time embedding are always float32.
       attention: "xla", "whole", "cudnn" (GPU), "splash" (TPU), or "auto" for the best that the device supports.
-      remat: what the backward pass recomputes: "none", "dots" (all but matmuls and attention), "block" (all but the
-        blocks' inputs).
+      remat: what the backward pass recomputes: "none", "dots" (all but the outputs of dense layers and of
+        attention; cuDNN's attention runs again), "block" (all but the blocks' inputs).
       scan_layers: whether one compiled block is scanned over stacked parameters. If not, every layer has its own
         parameters and code (`unstack_layers`): compilation takes longer, but GPUs and TPUs generate fastest.
     """

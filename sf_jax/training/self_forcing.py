@@ -98,11 +98,10 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
             past, forced = None, None
             exits = _exits(config, jax.random.fold_in(key, 0), frames)
             if config.student_input == "rollout":
-                whole = (
-                    purpose == Purpose.CRITIC or config.share_rollout
-                )  # the student's loss recomputes the last chunk
+                # The student's loss recomputes the last chunk.
+                last_exit = purpose == Purpose.CRITIC or config.share_rollout
                 past = _student_rollout(
-                    config, media, networks.student, params, batch, key, examples, exits, frames, whole
+                    config, media, networks.student, params, batch, key, examples, exits, frames, last_exit
                 )
             else:
                 # Diffusion forcing also needs clean chunks, as the cache will hold; they are context, without a loss.
@@ -126,8 +125,8 @@ def _exits(config: TrainConfig, key: jax.Array, frames: int) -> jax.Array:
     return jnp.broadcast_to(jax.random.randint(key, shape, 0, last + 1), (count,))
 
 
-def _student_rollout(config, media, student, params, batch, key, examples, exits, frames, whole) -> ro.Rollout:
-    """A training rollout from fresh noise, after the given image if there is one; `whole` is its `last_exit`."""
+def _student_rollout(config, media, student, params, batch, key, examples, exits, frames, last_exit=True):
+    """A training rollout from fresh noise, after the given image if there is one; `last_exit` as in `ro.rollout`."""
     given, data = int(config.image_to_video), config.data
     shape = (len(examples), frames - given, data.height, data.width, config.model.channels)
     noise = ro.example_noise(jax.random.fold_in(key, 1), examples, shape)
@@ -135,13 +134,13 @@ def _student_rollout(config, media, student, params, batch, key, examples, exits
     initial = media.clean(batch)[:, :1] if given else None
     if config.prompt_switch and _first_live(config, frames):
         prompts, sources = (batch["other_text"], batch["text"]), (key, examples, noise, draw)
-        return _switched_rollout(config, student, params, prompts, sources, exits, initial, whole)
+        return _switched_rollout(config, student, params, prompts, sources, exits, initial, last_exit)
     kept = keep_from(config.rollout, config.cache_gradient, frames - given, given, _first_live(config, frames))
     inputs = (batch["text"], noise, exits, draw, initial, kept)
-    return ro.rollout(student, config.rollout, params, *inputs, last_exit=whole)
+    return ro.rollout(student, config.rollout, params, *inputs, last_exit=last_exit)
 
 
-def _switched_rollout(config, student, params, prompts, sources, exits, initial, whole) -> ro.Rollout:
+def _switched_rollout(config, student, params, prompts, sources, exits, initial, last_exit) -> ro.Rollout:
     """A rollout whose prompt changes before the first chunk that takes a gradient; earlier frames count as given.
 
     Half of the videos keep the cache unchanged (mode "swap" of `inference.stream`), the others recompute it under the
@@ -185,7 +184,7 @@ def _switched_rollout(config, student, params, prompts, sources, exits, initial,
     cache = kept.replace(k=jnp.where(mine, again.k, kept.k), v=jnp.where(mine, again.v, kept.v))
     draw = ro.key_draw(jax.random.fold_in(key, SWITCHED_NOISE), examples)
     inputs = (new, noise[:, before:], exits[first_live:], draw, past.video)
-    return jax.lax.stop_gradient(ro.rollout(student, rollout, params, *inputs, cache=cache, last_exit=whole))
+    return jax.lax.stop_gradient(ro.rollout(student, rollout, params, *inputs, cache=cache, last_exit=last_exit))
 
 
 def _noised(config, media, batch, key, examples, clean_chunks=False) -> tuple:
