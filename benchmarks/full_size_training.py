@@ -91,8 +91,9 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
 
         return jax.grad(loss)(params)
 
-    # The scan runs the last chunk's exit step, the rollout before a replay does not.
-    trips = rollout_trips(config, "critic" if method == "scan" else "student")
+    # The scan also runs the last chunk's exit step and clean pass.
+    chunks = len(config.rollout.chunks(data.frames)[1])
+    trips = rollout_trips(config, "student") + (2 / chunks if method == "scan" else 0)
     params = run.state.model.params
     arguments = (params, noise, noise, run.batch["text"], exits)
 

@@ -18,8 +18,9 @@ from sf_jax.perf import chips, compile, devices, generation, report, traffic
 from sf_jax.perf import training as perf_training
 from sf_jax.perf.compile import Compiled
 from sf_jax.perf.traffic import ATTENTION, COPIES, PRODUCTS, REST, Attention, Traffic
-from sf_jax.training.programs import matmul_flops
+from sf_jax.training.programs import matmul_flops, rollout_trips
 from sf_jax.weights.model_configs import config_of
+from tests.test_training import small_config
 
 LOOPS = """HloModule m
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
@@ -159,6 +160,18 @@ def test_operations_of_a_choice_in_a_scope_are_counted_by_its_share():
     jaxpr = jax.make_jaxpr(run)(jnp.zeros((8, 8)), 1)
     assert matmul_flops(jaxpr, largest=True) == 2 * 8**3
     assert matmul_flops(jaxpr, largest=True, shares={"rare": 0.25, "other": 0.0}) == 2 * 8**3 / 4
+
+
+def test_network_calls_of_a_training_rollout():
+    config = small_config("distill", teacher_weights="unused")
+    chunks, steps = len(config.rollout.chunks(config.data.frames)[1]), len(config.rollout.steps)
+    critic = (steps + 1) / 2 + 1 - 1 / chunks  # the last chunk has no clean pass
+    assert rollout_trips(config, "critic") == pytest.approx(critic)
+    assert rollout_trips(config, "student") == pytest.approx(critic - 1 / chunks)  # and here no exit step
+    shared = dataclasses.replace(config, share_rollout=True)
+    assert rollout_trips(shared, "student and critic") == pytest.approx(critic)
+    noisy = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, context="noisy"))
+    assert rollout_trips(noisy, "critic") == pytest.approx((steps + 1) / 2)
 
 
 def test_the_workspace_of_a_product_is_not_written():
