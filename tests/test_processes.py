@@ -70,7 +70,7 @@ def run(count, devices, *arguments):
 @pytest.mark.slow
 def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
     data, objective = tmp_path / "data", "distill"
-    runs = {"two": (2, 2), "one": (1, 1)}
+    runs = {"two": (2, 4), "one": (1, 1)}
     for name, (count, devices) in runs.items():
         outputs = run(count, devices, tmp_path / name, teacher, data, objective, 5)
         assert all(f"done {i} {count * devices}" in output for i, output in enumerate(outputs))
@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
     assert tree_relative(*weights) < 1e-5
     # Files that only the second process reads.
     cut_files(tmp_path / "two" / "checkpoints" / "5" / "state" / "ocdbt.process_1" / "d")
-    outputs = run(2, 2, tmp_path / "two", teacher, data, objective, 5)
+    outputs = run(2, 4, tmp_path / "two", teacher, data, objective, 5)
     assert "checkpoint of step 5 is damaged" in outputs[0]
     assert all("resuming from step 3" in output for output in outputs)
     assert losses(tmp_path / "two") == found["two"]
