@@ -1,4 +1,8 @@
-"""Several processes train like one: same losses, same checkpoints, one log."""
+"""Several processes train like one: same losses, same checkpoints, one log.
+
+The networks have one layer, so that XLA unrolls the loops over layers: its CPU backend may run a loop's collectives and
+later, independent ones at the same time, which the transport between processes cannot tell apart.
+"""
 
 import json
 import os
@@ -8,17 +12,20 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from sf_jax.data import shards
-from sf_jax.weights.package import load_package
-from tests.helpers import tree_relative
-from tests.test_resume import cut_files, teacher  # noqa: F401 (a fixture)
-from tests.test_training import losses
+from sf_jax.training import sharding, stages
+from sf_jax.weights.package import load_package, save_package
+from tests.helpers import random_params, tree_relative
+from tests.test_resume import cut_files
+from tests.test_training import SMALL, losses, small_config
 
+MODEL = SMALL | {"freq_dim": 16, "num_layers": 1}
 WORKER = """
 import json, sys, jax
 from sf_jax import distributed
@@ -29,14 +36,25 @@ if jax.process_count() > 1:  # texts of any length, from any process
     assert distributed.first_told("x" * 2000 if jax.process_index() else None) == "x" * 2000
 from sf_jax.io.video import write_samples
 from sf_jax.training import loop
+from tests.test_processes import MODEL
 from tests.test_training import small_config
 
 mesh = {"data": 1, "fsdp": -1}
 changes = {"steps": int(steps), "mesh": mesh, "data_dir": data, "generator_every": 2, "checkpoint_every": 3}
-config = small_config(objective, teacher_weights=teacher, **changes, **(json.loads(more[0]) if more else {}))
+changes |= {"model": MODEL, "teacher_weights": teacher} | (json.loads(more[0]) if more else {})
+config = small_config(objective, **changes)
 loop.train(config, workdir, write_samples)
 print("done", jax.process_index(), jax.device_count())
 """
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A small teacher's weights."""
+    config = small_config("teacher", model=MODEL)
+    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
+    save_package(path, stages.package_of(config, random_params(config.model)))
+    return str(path)
 
 
 def start(index, count, devices, port, *arguments):
@@ -67,13 +85,25 @@ def run(count, devices, *arguments):
     return ended(start_all(count, devices, *arguments))
 
 
+@pytest.mark.parametrize(
+    "processes, platform, layers, expected",
+    [(2, "cpu", 2, True), (2, "cpu", 1, False), (2, "tpu", 2, False), (1, "cpu", 2, False)],
+)
+def test_several_processes_on_cpus_are_warned(processes, platform, layers, expected):
+    devices = [types.SimpleNamespace(process_index=index, platform=platform) for index in range(processes)]
+    mesh = types.SimpleNamespace(devices=np.array(devices))
+    config = small_config("teacher", model=MODEL | {"num_layers": layers})
+    assert sharding.may_hang(config, mesh) == expected
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
+def test_two_processes_train_as_one(teacher, tmp_path):
     data, objective = tmp_path / "data", "distill"
     runs = {"two": (2, 4), "one": (1, 1)}
     for name, (count, devices) in runs.items():
         outputs = run(count, devices, tmp_path / name, teacher, data, objective, 5)
         assert all(f"done {i} {count * devices}" in output for i, output in enumerate(outputs))
+        assert not any("may hang" in output for output in outputs)
     found = {name: losses(tmp_path / name) for name in runs}
     assert [line["step"] for line in found["two"]] == [1, 2, 3, 4, 5]
     for ours, theirs in zip(found["two"], found["one"], strict=True):
@@ -95,7 +125,7 @@ def test_two_processes_train_as_one(teacher, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):  # noqa: F811
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):
     # Samples and the export merge adapters that are sharded over processes.
     adapters = {"lora": {"rank": 2}, "critic_lora": {"rank": 2}, "log": {"sample_every": 3}}
     rest = (tmp_path / "run", teacher, tmp_path / "data", "distill", 15, json.dumps(adapters))
@@ -119,7 +149,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(teacher, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_two_processes_make_the_pairs_of_one(teacher, tmp_path):  # noqa: F811
+def test_two_processes_make_the_pairs_of_one(teacher, tmp_path):
     ode = json.dumps({"ode": {"pairs": 20, "batch_size": 8, "solver_steps": 4}})
     for name, count in (("two", 2), ("one", 1)):
         run(count, count, tmp_path / name, teacher, tmp_path / "data", "init", 3, ode)

@@ -64,6 +64,8 @@ def train(
         raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can write samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
+    if sharding.may_hang(config, mesh):
+        print("several processes on CPUs: training may hang; one process uses all cores of a machine", flush=True)
     with _alone(workdir):
         by_first(lambda: remove_leftovers(workdir))
         state, frozen = _to_the_end(config, workdir, mesh, write, allow_config_change)

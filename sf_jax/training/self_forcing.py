@@ -98,8 +98,7 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
             past, forced = None, None
             exits = _exits(config, jax.random.fold_in(key, 0), frames)
             if config.student_input == "rollout":
-                # The student's loss recomputes the last chunk. With several processes, leaving it out hung on CPUs.
-                last_exit = purpose == Purpose.CRITIC or config.share_rollout or jax.process_count() > 1
+                last_exit = purpose == Purpose.CRITIC or config.share_rollout  # the student's loss recomputes it
                 past = _student_rollout(
                     config, media, networks.student, params, batch, key, examples, exits, frames, last_exit
                 )

@@ -130,6 +130,16 @@ def _rows_are_own(mesh: Mesh, parts: int) -> bool:
     return all(processes[(index[0].start or 0) // share] == device.process_index for device, index in places.items())
 
 
+def may_hang(config: TrainConfig, mesh: Mesh) -> bool:
+    """Whether collectives between processes may meet in another order in each, which hangs.
+
+    XLA's CPU backend may run a collective at the same time as an earlier, independent loop that has some, too. Loops
+    over several layers do.
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    return len(processes) > 1 and mesh.devices.flat[0].platform == "cpu" and config.model.num_layers > 1
+
+
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Checks that a batch can be split evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
