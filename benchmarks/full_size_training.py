@@ -30,7 +30,8 @@ from sf_jax.perf.training import compile_for
 from sf_jax.replay import keep_from, replay
 from sf_jax.training import sharding
 from sf_jax.training.abstract import abstract_run
-from sf_jax.training.programs import countable, matmul_flops, rollout_trips
+from sf_jax.training.programs import countable, matmul_flops
+from sf_jax.training.self_forcing import mean_calls
 from tests import oracle
 
 # (variant, topology, mesh, batch, accumulate)
@@ -93,7 +94,7 @@ def gradient_row(method: str, topology: str = "v5p:4x4x4") -> dict:
 
     # The scan also runs the last chunk's exit step and clean pass.
     chunks = len(config.rollout.chunks(data.frames)[1])
-    trips = rollout_trips(config, "student") + (2 / chunks if method == "scan" else 0)
+    trips = mean_calls(config, data.frames, last_exit=False) + (2 / chunks if method == "scan" else 0)
     params = run.state.model.params
     arguments = (params, noise, noise, run.batch["text"], exits)
 

@@ -119,7 +119,7 @@ def main() -> None:
     for program, plain in zip(self_forcing.programs(config, media), counted, strict=True):
         loss = program.losses[0]
         student = loss.network == "model"
-        prepare = jax.jit(lambda state, program=program: program.prepare(state, frozen, batch, examples)[0])
+        prepare = jax.jit(lambda state, program=program: program.prepare(state, frozen, batch, examples))
         fakes = [prepare(state) for state in states]
         # The last chunk has no clean pass, and in the student's update no exit step.
         skipped = (2 if student else 1) * config.rollout.chunk / data.frames

@@ -134,7 +134,7 @@ def update(sides: Sides, name: str) -> Row:
     state = steps.new_state(config, sides.ours["generator"], sides.ours["fake_score"])
     text = jnp.asarray(sides.text)
     batch = {"text": text, "negative": jnp.zeros_like(text), "seed": np.uint32(0)}
-    prepare = jax.jit(lambda state: program.prepare(state, frozen, batch, jnp.arange(1))[0].exits[0])
+    prepare = jax.jit(lambda state: program.prepare(state, frozen, batch, jnp.arange(1)).exits[0])
     by_exit = {}
     for step in range(64):
         by_exit.setdefault(int(prepare(state.replace(step=jnp.int32(step)))), step)

@@ -17,10 +17,10 @@ from tests.test_objectives import FRAMES, MEDIA, make_config, setting
 
 def test_clean_chunks_are_context_and_never_learned():
     state, seed, examples = types.SimpleNamespace(step=0), {"seed": np.uint32(0)}, jnp.arange(64)
-    index, _ = supervised.ode_program(make_config(stage="init")).prepare(state, {}, seed, examples)
+    index = supervised.ode_program(make_config(stage="init")).prepare(state, {}, seed, examples)
     assert set(np.unique(index)) == {0, 1, 2, 3, 4}
     behind_real = make_config(stage="init", ode={"teacher": "causal"})
-    index, _ = supervised.ode_program(behind_real).prepare(state, {}, seed, examples)
+    index = supervised.ode_program(behind_real).prepare(state, {}, seed, examples)
     assert set(np.unique(index)) == {0, 1, 2, 3}
     batch = {"latent": jnp.ones((64, FRAMES, *SIZE, SMALL.channels))}
     for kind, clean in (("diffusion_forcing", True), ("teacher_forcing", False)):
@@ -34,7 +34,7 @@ def test_baselines_do_not_learn_on_clean_chunks():
     config = make_config(student_input="diffusion_forcing", batch_size=8)
     state, frozen, batch = setting(config)
     student = self_forcing.programs(config, MEDIA)[0]
-    fake, _ = jax.jit(student.prepare)(state, frozen, batch, jnp.arange(8))
+    fake = jax.jit(student.prepare)(state, frozen, batch, jnp.arange(8))
     clean, t, _ = fake.forced
     networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
     video, mask, _ = self_forcing._video(config, MEDIA, networks, state.model.params, frozen, batch, fake)

@@ -268,7 +268,7 @@ def test_each_loss_has_a_gradient_in_its_own_network_alone(objective):
     state, frozen, batch = setting(config)
     frozen = {} if objective == "gan" else frozen
     for program in self_forcing.programs(config, MEDIA):
-        fake, _ = jax.jit(program.prepare)(state, frozen, batch, jnp.arange(2))
+        fake = jax.jit(program.prepare)(state, frozen, batch, jnp.arange(2))
 
         def value(student, critic, frozen, program=program, fake=fake):
             networks = {"model": state.model.replace(params=student), "critic": state.critic.replace(params=critic)}

@@ -14,11 +14,15 @@ from configs import wan_distill
 from sf_jax.config import from_dict
 from sf_jax.inference.job import Job
 from sf_jax.models import wan
+from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.perf import chips, compile, devices, generation, report, traffic
 from sf_jax.perf import training as perf_training
 from sf_jax.perf.compile import Compiled
 from sf_jax.perf.traffic import ATTENTION, COPIES, PRODUCTS, REST, Attention, Traffic
-from sf_jax.training.programs import matmul_flops, rollout_trips
+from sf_jax.training import stages
+from sf_jax.training.media import digits_media
+from sf_jax.training.programs import matmul_flops
+from sf_jax.training.self_forcing import mean_calls
 from sf_jax.weights.model_configs import config_of
 from tests.test_training import small_config
 
@@ -166,12 +170,18 @@ def test_network_calls_of_a_training_rollout():
     config = small_config("distill", teacher_weights="unused")
     chunks, steps = len(config.rollout.chunks(config.data.frames)[1]), len(config.rollout.steps)
     critic = (steps + 1) / 2 + 1 - 1 / chunks  # the last chunk has no clean pass
-    assert rollout_trips(config, "critic") == pytest.approx(critic)
-    assert rollout_trips(config, "student") == pytest.approx(critic - 1 / chunks)  # and here no exit step
+    assert mean_calls(config, config.data.frames, last_exit=True) == pytest.approx(critic)
+    assert mean_calls(config, config.data.frames, last_exit=False) == pytest.approx(critic - 1 / chunks)
+    media = digits_media(PatchCodec.load())
+    assert {each.name: each.trips for each in stages.updates_of(config, media)} == pytest.approx(
+        {"student": critic - 1 / chunks, "critic": critic}
+    )
     shared = dataclasses.replace(config, share_rollout=True)
-    assert rollout_trips(shared, "student and critic") == pytest.approx(critic)
+    assert {each.name: each.trips for each in stages.updates_of(shared, media)} == pytest.approx(
+        {"student and critic": critic, "critic": critic}
+    )
     noisy = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, context="noisy"))
-    assert rollout_trips(noisy, "critic") == pytest.approx((steps + 1) / 2)
+    assert mean_calls(noisy, config.data.frames, last_exit=True) == pytest.approx((steps + 1) / 2)
 
 
 def test_the_workspace_of_a_product_is_not_written():

@@ -294,8 +294,8 @@ KINDS = ("1_3b", "long", "image", "gan", "tf_dmd", "causal", "ode", "consistency
 def test_full_size_recipe_has_the_right_shapes(variant):
     config = from_dict(wan_distill.get_config(variant))
     run = abstract.abstract_run(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    for _, function, _ in stages.updates_of(config, run.media):
-        after, values = jax.eval_shape(function, *run.arguments)
+    for update in stages.updates_of(config, run.media):
+        after, values = jax.eval_shape(update.step, *run.arguments)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, run.state)
         assert all(v.shape == () or name.endswith("nonfinite") for name, v in values.items())
 
@@ -317,8 +317,9 @@ def test_an_update_compiles_few_copies_of_a_network():
     config = from_dict(wan_distill.get_config("1_3b"))
     run = abstract.abstract_run(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     counts = {}
-    for name, function, _ in stages.updates_of(config, run.media):
-        counts[name] = loops_over_layers(jax.make_jaxpr(function)(*run.arguments).jaxpr, config.model.num_layers)
+    for update in stages.updates_of(config, run.media):
+        jaxpr = jax.make_jaxpr(update.step)(*run.arguments).jaxpr
+        counts[update.name] = loops_over_layers(jaxpr, config.model.num_layers)
     # Prompts' keys and values included: student, teacher (guided) and critic; the rollout is one, its replay two.
     assert counts == {"student": 12, "critic": 6}
 
@@ -459,7 +460,7 @@ def test_a_teacher_in_host_memory_gives_the_same_update():
         batch |= sharding.put_whole({name: batch_for(config)[name] for name in ("seed", "negative")}, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         updates = stages.updates_of(config, digits_media(PatchCodec.load()))
-        student = programs.jit_updates(updates, ["text"], ["seed", "negative"], mesh, shardings, places)[0][1]
+        student = programs.jit_updates(updates, ["text"], ["seed", "negative"], mesh, shardings, places)[0].step
         with jax.set_mesh(mesh):
             found.append(jax.device_get(student(state, frozen, batch)))
     (state, metrics), (other, others) = found

@@ -12,7 +12,7 @@ from sf_jax.perf.report import GIB, details, fits, rates_of
 from sf_jax.training import sharding
 from sf_jax.training.abstract import abstract_run
 from sf_jax.training.ahead import flops_of
-from sf_jax.training.programs import rate, rollout_trips
+from sf_jax.training.programs import rate
 
 _TITLES = ("update", "GiB a chip", "arguments", "temporary", "PFLOP a chip", "and again", "GB sent", "TB of memory")
 _TITLES += ("TB outside", "kernels", "compiled in")
@@ -33,7 +33,7 @@ def calls(config: TrainConfig, mesh: Mesh, chip: Chip) -> Iterator[Call]:
             arguments=run.arguments,
             flops=flops[program.name],
             work=work[program.name],
-            trips=rollout_trips(config, program.name),
+            trips=program.trips,
             kernel=expected_kernel(config.model, chip.platform),
             rate=rate(program.due, config.steps),
         )

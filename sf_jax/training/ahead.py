@@ -16,7 +16,7 @@ from sf_jax.training.stages import updates_of
 def flops_of(run: AbstractRun, recompute: bool = False) -> dict[str, float]:
     """FLOPs of one call of every update, over all devices, by name; see `countable` for `recompute`."""
     plain = countable(run.config, recompute)
-    return model_flops(plain, updates_of(plain, run.media), run.arguments)
+    return model_flops(updates_of(plain, run.media), run.arguments)
 
 
 def describe(config: TrainConfig, devices: list | None = None) -> Iterator[str]:

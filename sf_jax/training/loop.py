@@ -263,7 +263,7 @@ def _tell_speed(config: TrainConfig, log: Log, stage: Stage, programs: list[Prog
     if log.flops_per_step is not None or (peak is None and config.steps < _WORTH_MEASURING):
         return
     plain = countable(config)
-    flops = model_flops(config, updates_of(plain, stage.source.media), arguments)
+    flops = model_flops(updates_of(plain, stage.source.media), arguments)
     if peak is None:
         total = measured_flops(mesh.local_devices, config.model.dtype) * jax.process_count()
     else:

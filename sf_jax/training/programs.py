@@ -1,6 +1,7 @@
 """The compiled updates, and their FLOP counts."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,24 +12,24 @@ from jax.sharding import Mesh
 
 from sf_jax.config import TrainConfig
 from sf_jax.training import sharding
-from sf_jax.training.step import Step
+from sf_jax.training.step import Update
 
 # Iterations over which the rate of an update is averaged.
 _SAMPLE = 1000
 
 
 def jit_updates(
-    updates: Sequence[tuple[str, Step, Callable]],
+    updates: Sequence[Update],
     keys: Sequence[str],
     constants: Sequence[str],
     mesh: Mesh,
     state_shardings,
     frozen_shardings,
-) -> list:
-    """Jits updates with donated state; returns (name, jitted update, due) for each.
+) -> list[Update]:
+    """Jits updates with donated state.
 
     Args:
-      updates: (name, update, due), see `stages.Stage`.
+      updates: the updates of a stage, see `stages.updates_of`.
       keys: entries of a batch that are split over the devices.
       constants: entries of a batch that are replicated.
       mesh: the devices.
@@ -37,19 +38,13 @@ def jit_updates(
     """
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     batch_shardings = dict.fromkeys(keys, split) | dict.fromkeys(constants, everywhere)
-    return [
-        (
-            name,
-            jax.jit(
-                update,
-                in_shardings=(state_shardings, frozen_shardings, batch_shardings),
-                out_shardings=(state_shardings, everywhere),
-                donate_argnums=0,
-            ),
-            due,
-        )
-        for name, update, due in updates
-    ]
+    jitted = functools.partial(
+        jax.jit,
+        in_shardings=(state_shardings, frozen_shardings, batch_shardings),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+    )
+    return [update._replace(step=jitted(update.step)) for update in updates]
 
 
 @dataclasses.dataclass
@@ -60,12 +55,14 @@ class Program:
       name: name of the update.
       update: the jitted update.
       due: whether an iteration runs it.
+      trips: mean number of iterations of its loops whose number is known only at run time.
       mesh: the devices.
     """
 
     name: str
     update: Callable
     due: Callable[[int], bool]
+    trips: float
     mesh: Mesh
     _compiled: Callable | None = None
 
@@ -122,34 +119,17 @@ def countable(config: TrainConfig, recompute: bool = False) -> TrainConfig:
     return dataclasses.replace(config, **plain)
 
 
-def model_flops(config: TrainConfig, updates: Sequence[tuple[str, Step, Callable]], arguments: Sequence) -> dict:
+def model_flops(updates: Sequence[Update], arguments: Sequence) -> dict[str, float]:
     """Floating-point operations of one call of each update, over all devices.
 
     Args:
-      config: the run's configuration.
-      updates: (name, update, due), made from `countable(config)`.
+      updates: made from `countable(config)`.
       arguments: (state, frozen, batch) as arrays or shapes.
 
     Returns:
       name -> operations of matmuls and convolutions.
     """
-    return {
-        name: matmul_flops(jax.make_jaxpr(update)(*arguments), rollout_trips(config, name))
-        for name, update, _ in updates
-    }
-
-
-def rollout_trips(config: TrainConfig, name: str) -> float:
-    """Mean number of network calls per chunk of the rollout of the update `name`.
-
-    These are the denoising steps up to the exit step, and any clean pass. The last chunk has no clean pass, and, where
-    only the student is updated, no exit step (`rollout.rollout`, `last_exit`).
-    """
-    given = int(config.image_to_video)
-    steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(config.data.frames - given, given)[1])
-    denoising = steps if config.exits == "last" else (steps + 1) / 2
-    skipped = name.startswith("student") and not config.share_rollout
-    return denoising - skipped / chunks + (config.rollout.context == "clean") * (1 - 1 / chunks)
+    return {each.name: matmul_flops(jax.make_jaxpr(each.step)(*arguments), each.trips) for each in updates}
 
 
 def matmul_flops(

@@ -55,12 +55,27 @@ def _of_length(config, media, networks, frames, mine, suffix) -> list[Program]:
     student = Loss("model", "generator_", _student_loss(config, media, networks))
     critic = Loss("critic", "critic_", _critic_loss(config, media, networks))
     fake = _fake_videos(config, media, networks, frames)
-    alone = Program(f"critic{suffix}", fake(Purpose.CRITIC), (critic,), True, mine)
+    whole, without_exit = (mean_calls(config, frames, last_exit) for last_exit in (True, False))
+    alone = Program(f"critic{suffix}", fake(Purpose.CRITIC), (critic,), True, mine, whole)
     if config.share_rollout:
-        both = Program(f"student and critic{suffix}", fake(Purpose.GENERATOR), (student, critic), True, student_due)
+        both = (student, critic)
+        both = Program(f"student and critic{suffix}", fake(Purpose.GENERATOR), both, True, student_due, whole)
         rest = dataclasses.replace(alone, due=lambda step: mine(step) and not student_due(step))
         return [both, rest]
-    return [Program(f"student{suffix}", fake(Purpose.GENERATOR), (student,), False, student_due), alone]
+    fake_video = fake(Purpose.GENERATOR)
+    return [Program(f"student{suffix}", fake_video, (student,), False, student_due, without_exit), alone]
+
+
+def mean_calls(config: TrainConfig, frames: int, last_exit: bool) -> float:
+    """Mean number of network calls per chunk of a rollout of `frames` frames, over all exit steps.
+
+    These are the denoising steps up to the exit step, and any clean pass. The last chunk has no clean pass, and no exit
+    step without `last_exit` (as in `rollout.rollout`).
+    """
+    given = int(config.image_to_video)
+    steps, chunks = len(config.rollout.steps), len(config.rollout.chunks(frames - given, given)[1])
+    denoising = steps if config.exits == "last" else (steps + 1) / 2
+    return denoising - (not last_exit) / chunks + (config.rollout.context == "clean") * (1 - 1 / chunks)
 
 
 def _chosen(seed: int, index: int, count: int):
@@ -107,7 +122,7 @@ def _fake_videos(config: TrainConfig, media: Media, networks: Networks, frames: 
                 forced = _noised(config, media, batch, key, examples, config.student_input == "diffusion_forcing")
             shape = (len(examples), config.data.frames, config.data.height, config.data.width, config.model.channels)
             t, noise = _score_draws(config, key, examples, exits, shape)
-            return _Fake(past, forced, exits, t, noise, key, examples), {}
+            return _Fake(past, forced, exits, t, noise, key, examples)
 
         return prepare
 

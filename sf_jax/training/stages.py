@@ -1,7 +1,6 @@
 """The inputs and outputs of each training stage: weights, data, update programs and the exported package."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import grain
@@ -27,7 +26,6 @@ from sf_jax.weights.package import Package, check_told_sizes, load_package, read
 from sf_jax.weights.transformer import naming_of
 
 RECORDS = "records"  # digest of the records that are read from `data.dir` and `ode.dir`
-Update = tuple[str, steps.Step, Callable[[int], bool]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Stage:
       constants: arrays that are added to every batch.
       keys: entries of a batch that the updates read.
       iterator: endless batches, with `get_state` and `set_state`.
-      updates: (name, update program, whether an iteration runs it), in order; one of them ends each iteration.
+      updates: the update programs, in order; one of them ends each iteration.
       source: source of batches and latents.
       digests: hashes of data and frozen networks, by the config field with their path.
       adapters: adapters to start from, see `lora.read_start`.
@@ -53,7 +51,7 @@ class Stage:
     constants: dict
     keys: tuple[str, ...]
     iterator: grain.DatasetIterator
-    updates: tuple[Update, ...]
+    updates: tuple[steps.Update, ...]
     source: Source
     digests: dict[str, str]
     adapters: dict = dataclasses.field(default_factory=dict)
@@ -135,7 +133,7 @@ def _digests(config: TrainConfig, frozen: dict, source: Source, made: PairSource
     return found
 
 
-def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
+def updates_of(config: TrainConfig, media: Media) -> tuple[steps.Update, ...]:
     """The update programs of a stage."""
     programs = {
         "teacher": lambda: [supervised.teacher_program(config, media)],
@@ -144,7 +142,9 @@ def updates_of(config: TrainConfig, media: Media) -> tuple[Update, ...]:
         "consistency": lambda: [supervised.consistency_program(config, media)],
         "distill": lambda: self_forcing.programs(config, media),
     }[config.init if config.stage == "init" else config.stage]()
-    return tuple((program.name, steps.make_step(config, program), program.due) for program in programs)
+    return tuple(
+        steps.Update(program.name, steps.make_step(config, program), program.due, program.trips) for program in programs
+    )
 
 
 def keys_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -6,7 +6,7 @@ batch, checks that they are finite, and applies them.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +45,29 @@ class Program:
 
     Attributes:
       name: its name in reports and in the documentation.
-      prepare: (state, frozen, batch, examples) -> (prepared, metrics), without gradient; `examples` int32 [B] are the
-        global indices of the batch's examples, from which all noise is drawn.
+      prepare: (state, frozen, batch, examples) -> prepared, without gradient; `examples` int32 [B] are the global
+        indices of the batch's examples, from which all noise is drawn.
       losses: the losses to differentiate; each gets the state from before the program.
       ends: whether it ends the iteration.
       due: whether an iteration (counted from 0) runs it.
+      trips: mean number of iterations of its loops whose number is known only at run time.
     """
 
     name: str
-    prepare: Callable[..., tuple[Any, dict]]
+    prepare: Callable[..., Any]
     losses: tuple[Loss, ...]
     ends: bool
     due: Callable[[int], bool]
+    trips: float = 1.0
+
+
+class Update(NamedTuple):
+    """The function of a program, jitted or not; the other fields are those of `Program`."""
+
+    name: str
+    step: Step
+    due: Callable[[int], bool]
+    trips: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +161,8 @@ def _gradients(program, state, frozen, batch, parts):
 
     def one(split, examples):
         whole = split | constants
-        prepared, metrics = program.prepare(state, frozen, whole, examples)
-        grads = []
+        prepared = program.prepare(state, frozen, whole, examples)
+        grads, metrics = [], {}
         for loss in program.losses:
             params = getattr(state, loss.network).params
             function = jax.value_and_grad(loss.function, has_aux=True)

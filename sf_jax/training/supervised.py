@@ -57,7 +57,7 @@ def teacher_program(config: TrainConfig, media: Media) -> Program:
         # Stratified, so that the batch covers all noise levels evenly.
         place = (examples + jax.random.uniform(jax.random.fold_in(key, config.batch_size))) / config.batch_size
         t = jnp.asarray(schedule.timesteps)[(place * TRAIN_STEPS).astype(jnp.int32)][:, None]
-        return (clean, t, ro.example_noise(key, examples, clean.shape)), {}
+        return clean, t, ro.example_noise(key, examples, clean.shape)
 
     def loss(params, state, frozen, batch, prepared):
         del state
@@ -94,7 +94,7 @@ def causal_program(config: TrainConfig, media: Media) -> Program:
         if config.image_to_video:
             t = t.at[:, 0].set(0.0)
             context_t = None if context_t is None else context_t.at[:, 0].set(0.0)
-        return (clean, t, ro.example_noise(noise_key, examples, clean.shape), context_t), {}
+        return clean, t, ro.example_noise(noise_key, examples, clean.shape), context_t
 
     def loss(params, state, frozen, batch, prepared):
         del state
@@ -124,7 +124,7 @@ def ode_program(config: TrainConfig) -> Program:
         index = per_chunk_index(config, key, examples, entries)
         if config.image_to_video:
             index = index.at[:, 0].set(len(timesteps) - 1)
-        return index, {}
+        return index
 
     def loss(params, state, frozen, batch, index):
         del state
@@ -172,7 +172,7 @@ def consistency_program(config: TrainConfig, media: Media) -> Program:
             solver,
             guidance,
         )
-        return (clean, stepped, index, noise), {}
+        return clean, stepped, index, noise
 
     def loss(params, state, frozen, batch, prepared):
         clean, stepped, index, noise = prepared
