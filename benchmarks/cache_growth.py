@@ -33,7 +33,8 @@ from sf_jax.models.wan import WanConfig, WanTransformer, param_shapes
 def chunk(model, config, params, text, cache, noise, start):
     """The latents of one chunk, and the cache with it; the given cache is donated."""
     draw = ro.key_draw(jax.random.key(0), jnp.arange(noise.shape[0]))
-    made = ro.generate_chunk(model, config, params, text, cache, noise, start, 0, len(config.steps) - 1, draw)
+    noisy = ro.NoisyChunk(noise, start, 0, len(config.steps) - 1, draw)
+    made = ro.generate_chunk(model, config, params, text, cache, noisy)
     return made[1], made[0]
 
 

@@ -30,7 +30,7 @@ from sf_jax import rollout as ro
 from sf_jax.config import TrainConfig, from_dict
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.vae import wan_vae
-from sf_jax.models.wan import WanConfig, WanTransformer, init_params
+from sf_jax.models.wan import WanConfig, init_params
 from sf_jax.training import self_forcing
 from sf_jax.training import step as steps
 from sf_jax.training.media import digits_media, wan_media
@@ -61,31 +61,32 @@ def seconds(function, arguments) -> float:
     return (time.perf_counter() - began) / len(arguments)
 
 
-def scan_loss(config, networks, frozen, state, batch):
+def scan_loss(setup, frozen, state, batch):
     """The student's loss with the gradient through the rollout's scan; same random draws as the program."""
+    config = setup.config
 
     def loss(params, fake):
         shape = (len(fake.examples), config.data.frames, config.data.height, config.data.width, config.model.channels)
         noise = ro.example_noise(jax.random.fold_in(fake.key, 1), fake.examples, shape)
         draw = ro.key_draw(jax.random.fold_in(fake.key, 2), fake.examples)
-        given = (networks.student, config.rollout, params, batch["text"], noise, fake.exits, draw)
+        given = (setup.student, config.rollout, params, batch["text"], noise, fake.exits, draw)
         video = oracle.rollout_video(*given, cache_gradient=config.cache_gradient)
-        return objective(config, networks, frozen, state, batch, video, fake)
+        return objective(setup, frozen, state, batch, video, fake)
 
     return loss
 
 
-def objective(config, networks, frozen, state, batch, video, fake):
+def objective(setup, frozen, state, batch, video, fake):
     """The DMD loss of a video."""
     return self_forcing.OBJECTIVES["dmd"](
         video,
-        (networks.teacher, frozen["teacher"]),
-        (networks.critic, state.critic.params),
+        (setup.teacher, frozen["teacher"]),
+        (setup.critic, state.critic.params),
         batch["text"],
         jnp.broadcast_to(batch["negative"], batch["text"].shape),
         fake.t,
         fake.noise,
-        config.score,
+        setup.config.score,
         None,
     )[0]
 
@@ -106,7 +107,7 @@ def main() -> None:
     text = jax.random.normal(jax.random.key(2), (config.batch_size, model.text_len, model.text_dim))
     batch = {"text": text, "negative": jnp.zeros((1, *text.shape[1:])), "seed": np.uint32(config.seed)}
     examples = jnp.arange(config.batch_size, dtype=jnp.int32)
-    networks = self_forcing.Networks(*(WanTransformer(model) for _ in range(3)))
+    setup = self_forcing.Setup.of(config, media)
     states = [state.replace(step=jnp.int32(k)) for k in range(args.steps)]
     size = f"{data.frames} frames of {data.height}x{data.width}, dim {model.dim}, {model.num_layers} layers"
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind} x {jax.device_count()}, {platform.machine()}")
@@ -129,7 +130,7 @@ def main() -> None:
             return jax.value_and_grad(loss.function, has_aux=True)(params, state, frozen, batch, fake)
 
         def scores(state, fake):
-            return objective(config, networks, frozen, state, batch, fake.past.video, fake)
+            return objective(setup, frozen, state, batch, fake.past.video, fake)
 
         def rollout(state, prepare=prepare, student=student):
             fake = prepare(state)
@@ -148,7 +149,7 @@ def main() -> None:
         row = "".join(f"{part:10.3f}" for part in (*parts.values(), whole))
         print(f"{program.name:10s}{row}{flops / 1e9:10.1f}{flops / whole / peak:9.0%}", flush=True)
         if student:
-            by_scan = scan_loss(config, networks, frozen, state, batch)
+            by_scan = scan_loss(setup, frozen, state, batch)
             took = seconds(jax.value_and_grad(by_scan), list(zip(params, fakes, strict=True)))
             print(f"{'by scan':10s}{took:10.3f} against {parts['rollout'] + whole_gradient:.3f} by replay", flush=True)
 

@@ -9,6 +9,7 @@ Source: paper, Algorithm 1 (training) and 2 (inference); official `SelfForcingTr
 `CausalInferencePipeline`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,33 @@ from sf_jax.models.wan import KeysValues, WanTransformer
 from sf_jax.rollout_cache import Context, close_chunk, empty_cache, open_chunk
 from sf_jax.rollout_config import RolloutConfig
 
-# draw(kind, chunk, step, shape) -> standard normal noise; kind is "renoise" or "context".
+# draw(kind, index of the chunk, step, shape) -> standard normal noise; kind is "renoise" or "context".
 Draw = Callable[[str, Any, Any, tuple[int, ...]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoisyChunk:
+    """A chunk to denoise. It is not a pytree, so it is made inside a jitted function; all numbers may be traced.
+
+    Attributes:
+      noise: [B, n, H, W, C] initial noise.
+      start: index of its first frame; `denoise_chunk`, whose context has the frames, does not use it.
+      index: its index among the chunks, for `draw`.
+      exit_step: index of the denoising step whose prediction is the result.
+      draw: source of the noise of the later steps.
+      timesteps: float32 [S] with S > `exit_step`; None for `config.timesteps`.
+    """
+
+    noise: jax.Array
+    start: jax.Array | int
+    index: jax.Array | int
+    exit_step: jax.Array | int
+    draw: Draw
+    timesteps: jax.Array | None = None
+
+    def timesteps_in(self, config: RolloutConfig) -> jax.Array:
+        """float32 [S]: the timesteps of the denoising steps."""
+        return jnp.asarray(config.timesteps if self.timesteps is None else self.timesteps, jnp.float32)
 
 
 @flax.struct.dataclass
@@ -60,8 +86,8 @@ def key_draw(key: jax.Array, examples: jax.Array) -> Draw:
       examples: int32 [B], global indices of the examples, so that the noise does not depend on how the batch is split.
     """
 
-    def draw(kind, chunk, step, shape):
-        base = jax.random.fold_in(jax.random.fold_in(key, 2 * step + (kind == "context")), chunk)
+    def draw(kind, index, step, shape):
+        base = jax.random.fold_in(jax.random.fold_in(key, 2 * step + (kind == "context")), index)
         return example_noise(base, examples, shape)
 
     return draw
@@ -130,24 +156,18 @@ def write_chunk(
     return close_chunk(cache, written, span)
 
 
-def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, chunk: jax.Array | int) -> jax.Array:
+def context_input(config: RolloutConfig, clean: jax.Array, draw: Draw, index: jax.Array | int) -> jax.Array:
     """The clean pass's input: the finished chunk [B, n, H, W, C], with context noise if configured."""
     if not config.adds_context_noise:
         return clean
     sigma = config.context_sigma
-    return (1 - sigma) * clean + sigma * draw("context", chunk, 0, clean.shape)
+    return (1 - sigma) * clean + sigma * draw("context", index, 0, clean.shape)
 
 
-def renoised(
-    config: RolloutConfig,
-    clean: jax.Array,
-    draw: Draw,
-    chunk: jax.Array | int,
-    step: jax.Array | int,
-    timesteps: jax.Array,
-) -> jax.Array:
+def renoised(config: RolloutConfig, chunk: NoisyChunk, clean: jax.Array, step: jax.Array | int) -> jax.Array:
     """The input of denoising step `step` > 0, from the step before it, which predicted `clean` [B, n, H, W, C]."""
-    return config.schedule.add_noise(clean, draw("renoise", chunk, step - 1, clean.shape), timesteps[step])
+    noise = chunk.draw("renoise", chunk.index, step - 1, clean.shape)
+    return config.schedule.add_noise(clean, noise, chunk.timesteps_in(config)[step])
 
 
 def generate_chunk(
@@ -156,12 +176,7 @@ def generate_chunk(
     params: dict,
     text: KeysValues,
     cache: KVCache | SlotCache,
-    noise: jax.Array,
-    start: jax.Array | int,
-    chunk: jax.Array | int,
-    exit_step: jax.Array | int,
-    draw: Draw,
-    timesteps: jax.Array | None = None,
+    chunk: NoisyChunk,
     last: jax.Array | bool = False,
     finish: jax.Array | bool = True,
 ) -> tuple[KVCache | SlotCache, jax.Array, jax.Array]:
@@ -173,12 +188,7 @@ def generate_chunk(
       params: the student's parameters.
       text: prompt keys and values, from `encode_text`.
       cache: keys and values of the previous frames.
-      noise: [B, n, H, W, C] initial noise of the chunk.
-      start: first frame of the chunk; may be traced.
-      chunk: index of the chunk, for `draw`; may be traced.
-      exit_step: index of the denoising step whose prediction is the result; may be traced.
-      draw: source of noise.
-      timesteps: float32 [S] with S > `exit_step`; None is `config.timesteps`. May be traced.
+      chunk: the chunk, with its exit step.
       last: whether no chunk follows. The clean pass is then skipped, as nothing would read its keys and values, and
         the cache gets those of the last call. May be traced.
       finish: whether to run the exit step. If not, `last` must be set, and the clean chunk is zero. May be traced.
@@ -189,18 +199,16 @@ def generate_chunk(
     Raises:
       ValueError: see `open_chunk`.
     """
-    params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, noise))
-    timesteps = jnp.asarray(config.timesteps, jnp.float32) if timesteps is None else timesteps
+    params, text, cache, noise = jax.lax.stop_gradient((params, text, cache, chunk.noise))
+    chunk = dataclasses.replace(chunk, noise=noise)
+    exit_step = chunk.exit_step
     calls = exit_step + jnp.int32(finish) + ((config.context == "clean") & ~jnp.asarray(last)).astype(jnp.int32)
-    span = Span(start, noise.shape[1])
+    span = Span(chunk.start, noise.shape[1])
     context = open_chunk(config, cache, text, span)
-    written, clean, x = denoise_chunk(model, config, params, context, noise, chunk, exit_step, calls, draw, timesteps)
+    written, clean, x = denoise_chunk(model, config, params, context, chunk, calls)
     if finish is not True:
-        now = jax.lax.cond(
-            ~jnp.asarray(finish) & (exit_step > 0),
-            lambda: renoised(config, clean, draw, chunk, exit_step, timesteps),
-            lambda: noise,
-        )
+        unfinished = ~jnp.asarray(finish) & (exit_step > 0)
+        now = jax.lax.cond(unfinished, lambda: renoised(config, chunk, clean, exit_step), lambda: noise)
         clean, x = jnp.where(finish, clean, 0), jnp.where(finish, x, now)
     return close_chunk(cache, written, span), clean, x
 
@@ -210,37 +218,30 @@ def denoise_chunk(
     config: RolloutConfig,
     params: dict,
     context: Context,
-    noise: jax.Array,
-    chunk: jax.Array | int,
-    exit_step: jax.Array | int,
+    chunk: NoisyChunk,
     calls: jax.Array | int,
-    draw: Draw,
-    timesteps: jax.Array,
     exit_call: jax.Array | int | None = None,
 ) -> tuple[KeysValues | tuple[Slots, ...], jax.Array, jax.Array]:
     """All network calls for one chunk, without gradient, in one loop so that the network is compiled once.
 
     Args:
-      model: see `generate_chunk`, as are `config`, `params`, `noise`, `chunk`, `exit_step` and `draw`.
+      model: see `generate_chunk`, as are `config`, `params` and `chunk`.
       config: see `generate_chunk`.
       params: see `generate_chunk`.
       context: from `open_chunk`.
-      noise: see `generate_chunk`.
       chunk: see `generate_chunk`.
-      exit_step: see `generate_chunk`.
       calls: number of network calls: up to `exit_call`, and the clean pass if there is one. If they end before
         `exit_call`, the returned input is not that of the exit step.
-      draw: see `generate_chunk`.
-      timesteps: float32 [S] with S > `exit_step`.
-      exit_call: index of the call for the exit step, if that is not `exit_step`. The first step, whose result does not
-        change, is repeated until then, so that batched videos with different numbers of steps make the same number of
-        calls.
+      exit_call: index of the call that runs the exit step; None if it equals `chunk.exit_step`. Until then the first
+        step, whose result does not change, is repeated, so that batched videos with different numbers of steps make the
+        same number of calls.
 
     Returns:
       The last call's keys and values (or the slots with them), the clean chunk, and its noisy input at the exit step.
     """
-    timesteps = jnp.append(timesteps, jnp.float32(config.context_timestep))
+    timesteps = jnp.append(chunk.timesteps_in(config), jnp.float32(config.context_timestep))
     in_place = not model.config.scan_layers
+    exit_step, noise = chunk.exit_step, chunk.noise
     exit_call = exit_step if exit_call is None else exit_call
 
     def call(index, carry):
@@ -249,8 +250,8 @@ def denoise_chunk(
         kind = (step > 0).astype(jnp.int32) + finished
         inputs = (
             lambda: noise,
-            lambda: renoised(config, clean, draw, chunk, step, timesteps),
-            lambda: context_input(config, clean, draw, chunk),
+            lambda: renoised(config, chunk, clean, step),
+            lambda: context_input(config, clean, chunk.draw, chunk.index),
         )
         now = jax.lax.switch(kind, inputs)
         t = jnp.where(finished, timesteps[-1], timesteps[step])
@@ -331,13 +332,12 @@ def rollout(
     kv_cache.check_capacity(cache, start + frames, config.window)
     exits = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (len(chunks),))
 
-    def step(cache, noise, chunk, first, exit_step):
-        last = jnp.asarray(chunk) == len(chunks) - 1
+    def step(cache, noise, index, first, exit_step):
+        last = jnp.asarray(index) == len(chunks) - 1
         finish = True if last_exit else ~last
-        cache, clean, x = generate_chunk(
-            model, config, params, text, cache, noise, first, chunk, exit_step, draw, last=last, finish=finish
-        )
-        read = (context_input(config, clean, draw, chunk),) if config.adds_context_noise else ()
+        chunk = NoisyChunk(noise, first, index, exit_step, draw)
+        cache, clean, x = generate_chunk(model, config, params, text, cache, chunk, last=last, finish=finish)
+        read = (context_input(config, clean, draw, index),) if config.adds_context_noise else ()
         return cache, clean, x, *read
 
     cache, clean, exit_inputs, *read = run_chunks(step, cache, noise, chunks, start, exits)

@@ -34,7 +34,8 @@ def rollout_video(
         def passing(value):
             return jax.tree.map(lambda a: jnp.where(live, a, jax.lax.stop_gradient(a)), value)
 
-        written, clean, x = ro.generate_chunk(model, config, params, text, cache, noise, first, chunk, exit_step, draw)
+        noisy = ro.NoisyChunk(noise, first, chunk, exit_step, draw)
+        written, clean, x = ro.generate_chunk(model, config, params, text, cache, noisy)
         seen = jax.lax.stop_gradient(cache) if cache_gradient == "stop" else cache
         layout = rollout_cache.chunk_layout(seen, config, first, noise.shape[1])
         context = rollout_cache.Context(text, seen, layout)

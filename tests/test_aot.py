@@ -124,7 +124,8 @@ def test_streaming_with_a_cache_runs_on_every_devices_share(target, form):
         )
         text = model.apply({"params": params}, text, method="encode_text")
         draw = ro.key_draw(jax.random.key(0), jnp.arange(2))
-        cache, clean, _ = ro.generate_chunk(model, rollout, params, text, cache, noise, jnp.int32(2), 1, 1, draw)
+        noisy = ro.NoisyChunk(noise, jnp.int32(2), 1, 1, draw)
+        cache, clean, _ = ro.generate_chunk(model, rollout, params, text, cache, noisy)
         return clean, cache.k
 
     noise = shape(2, 2, *SIZE, CONFIG.channels)

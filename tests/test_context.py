@@ -25,7 +25,7 @@ def test_clean_chunks_are_context_and_never_learned():
     batch = {"latent": jnp.ones((64, FRAMES, *SIZE, SMALL.channels))}
     for kind, clean in (("diffusion_forcing", True), ("teacher_forcing", False)):
         config = make_config(student_input=kind)
-        _, t, _ = self_forcing._noised(config, MEDIA, batch, jax.random.key(0), examples, clean)
+        _, t, _ = self_forcing._noised(self_forcing.Setup.of(config, MEDIA), batch, jax.random.key(0), examples, clean)
         assert (t == 0).any() == clean and len(np.unique(t)) == 4 + clean
 
 
@@ -36,8 +36,7 @@ def test_baselines_do_not_learn_on_clean_chunks():
     student = self_forcing.programs(config, MEDIA)[0]
     fake = jax.jit(student.prepare)(state, frozen, batch, jnp.arange(8))
     clean, t, _ = fake.forced
-    networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
-    video, mask, _ = self_forcing._video(config, MEDIA, networks, state.model.params, frozen, batch, fake)
+    video, mask, _ = self_forcing._video(self_forcing.Setup.of(config, MEDIA), state.model.params, frozen, batch, fake)
     at_zero = np.asarray(t == 0)
     assert at_zero.any() and not at_zero.all()
     np.testing.assert_array_equal(np.asarray(video)[at_zero], np.asarray(clean)[at_zero])
@@ -63,12 +62,12 @@ def test_guidance_can_differ_between_the_first_and_the_later_chunks():
 def test_the_regression_leaves_out_the_first_chunk():
     config = make_config(regression_weight=1.0, batch_size=2)
     state, frozen, batch = setting(config)
-    networks = self_forcing.Networks(*(wan.WanTransformer(SMALL),) * 3)
+    setup = self_forcing.Setup.of(config, MEDIA)
     fake = types.SimpleNamespace(key=jax.random.key(1), examples=jnp.arange(2))
 
     @jax.jit
     def error(latent):
-        return self_forcing._regression(config, MEDIA, networks, state.model.params, batch | {"latent": latent}, fake)
+        return self_forcing._regression(setup, state.model.params, batch | {"latent": latent}, fake)
 
     latent = batch["latent"]
     assert float(error(latent)) > 0

@@ -102,7 +102,8 @@ def test_attention_reads_what_the_cache_of_8_bits_holds(name, scan_layers):
     @jax.jit
     def chunk(cache, start):
         part = jax.lax.dynamic_slice_in_dim(noise, start, 3, 1)
-        return ro.generate_chunk(model, config, params, text, cache, part, start, start // 3, 0, draw)[:2]
+        noisy = ro.NoisyChunk(part, start, start // 3, 0, draw)
+        return ro.generate_chunk(model, config, params, text, cache, noisy)[:2]
 
     cache, first = chunk(rollout_cache.empty_cache(model, config, 2, 6, *SIZE, dtype=name), 0)
     full, exact = chunk(rollout_cache.empty_cache(model, config, 2, 6, *SIZE), 0)

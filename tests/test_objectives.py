@@ -384,7 +384,7 @@ def test_only_the_last_window_of_a_long_rollout_takes_a_gradient():
     image = make_config(image_to_video=True, rollout={"chunk": 5, "first_frame_alone": True})
     assert self_forcing._first_live(image, 11) == 1 and self_forcing._first_live(image, 6) == 0
     video = jnp.arange(12.0)[None, :, None, None, None] * jnp.ones((1, 12, 2, 2, 1))
-    cut, mask = self_forcing._last_window(config, MEDIA, {}, video, FRAMES)
+    cut, mask = self_forcing._last_window(self_forcing.Setup.of(config, MEDIA), {}, video)
     np.testing.assert_array_equal(cut[0, :, 0, 0, 0], [3.0, 7, 8, 9, 10, 11])  # MEDIA halves frame 6, the first one
     np.testing.assert_array_equal(mask[0, :, 0, 0, 0], [False] * 3 + [True] * 3)
 

@@ -180,6 +180,12 @@ def test_network_calls_of_a_training_rollout():
     assert {each.name: each.trips for each in stages.updates_of(shared, media)} == pytest.approx(
         {"student and critic": critic, "critic": critic}
     )
+    longer = dataclasses.replace(config, rollout_frames=(6, 12))
+    trips = {each.name: each.trips for each in stages.updates_of(longer, media)}
+    assert trips["critic of 6 frames"] == pytest.approx(critic)
+    assert trips["student of 12 frames"] == pytest.approx((steps + 1) / 2 + 1 - 2 / (2 * chunks))
+    switched = dataclasses.replace(longer, prompt_switch=0.5)  # two rollouts, each without its last clean pass
+    assert mean_calls(switched, 12, last_exit=True) == pytest.approx((steps + 1) / 2 + 1 - 2 / (2 * chunks))
     noisy = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, context="noisy"))
     assert mean_calls(noisy, config.data.frames, last_exit=True) == pytest.approx((steps + 1) / 2)
 

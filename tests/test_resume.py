@@ -25,16 +25,13 @@ from sf_jax.data import moving_digits
 from sf_jax.training import checkpoint, export, fingerprint, loop, metrics, sinks, stages
 from sf_jax.weights.package import save_package
 from tests.helpers import random_params, tree_relative
-from tests.test_training import SMALL, losses, small_config
+from tests.test_training import SMALL, losses, save_teacher, small_config
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A small teacher's weights."""
-    config = small_config("teacher")
-    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    save_package(path, stages.package_of(config, random_params(config.model)))
-    return str(path)
+    return save_teacher(tmp_path_factory.mktemp("weights"), small_config("teacher"))
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,8 @@ def test_the_last_chunk_has_no_clean_pass():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def chunk(last):
-        made = ro.generate_chunk(MODEL, config, params, text, cache, noise[:, :3], 0, 0, 1, draw, last=last)
+        noisy = ro.NoisyChunk(noise[:, :3], 0, 0, 1, draw)
+        made = ro.generate_chunk(MODEL, config, params, text, cache, noisy, last)
         return made[:2], ro.predict(MODEL, config, params, made[2], config.timesteps[1], context)[1]
 
     context = rollout_cache.open_chunk(config, cache, text, Span(0, 3))
@@ -465,7 +466,7 @@ def test_a_call_slices_only_what_it_reads_out_of_all_layers(monkeypatch):
     noise, draw = jnp.zeros((1, 3, *SIZE, MODEL.config.channels)), ro.key_draw(jax.random.key(0), jnp.arange(1))
 
     def chunk(cache, start):
-        return ro.generate_chunk(MODEL, config, random_params(), text, cache, noise, start, 0, 1, draw)
+        return ro.generate_chunk(MODEL, config, random_params(), text, cache, ro.NoisyChunk(noise, start, 0, 1, draw))
 
     lowered = jax.jit(chunk).lower(cache, jnp.int32(0)).as_text()
     rows, heads = cache.k.shape[2], f"{MODEL.config.num_heads}x{MODEL.config.head_dim}xf32"

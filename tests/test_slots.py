@@ -208,7 +208,7 @@ def test_a_video_that_is_longer_than_its_slots_is_refused():
     text = model.apply({"params": params}, text, method="encode_text")
     cache = rollout_cache.empty_slots(model, config, 2, 4, 4, 4)
     with pytest.raises(ValueError, match="holds 4 frames but the rollout has 6"):
-        ro.generate_chunk(model, config, params, text, cache, noise, 4, 2, 0, draw)
+        ro.generate_chunk(model, config, params, text, cache, ro.NoisyChunk(noise, 4, 2, 0, draw))
 
 
 @pytest.mark.slow

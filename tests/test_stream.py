@@ -159,8 +159,8 @@ def next_chunk(pipe, kept, positions, own, embedding, noise_of):
     noise, draw, t = drawn(pipe, one)
     calls = len(config.steps) + 1
     context = rollout_cache.Context(kv, cache, layout)
-    arguments = (config, params, context, noise, one.chunk[0], len(config.steps) - 1, calls, draw, t)
-    return ro.denoise_chunk(model, *arguments)[1][0]
+    chunk = ro.NoisyChunk(noise, 0, one.chunk[0], len(config.steps) - 1, draw, t)
+    return ro.denoise_chunk(model, config, params, context, chunk, calls)[1][0]
 
 
 def drawn(pipe, one):
@@ -216,9 +216,8 @@ def test_prompts_change_in_every_mode(positions, sink):
             kv = pipe.transformer.apply({"params": pipe.params}, text(7)[None], method="encode_text")
             noise, draw, t = drawn(pipe, before)
             cache = rollout_cache.empty_cache(pipe.transformer, pipe.rollout, 1, 12, 4, 4)
-            chunk = before.chunk[0]
-            arguments = (pipe.params, kv, cache, noise, 0, chunk, len(pipe.rollout.steps) - 1, draw, t)
-            wanted = ro.generate_chunk(pipe.transformer, pipe.rollout, *arguments)[1][0]
+            chunk = ro.NoisyChunk(noise, 0, before.chunk[0], len(pipe.rollout.steps) - 1, draw, t)
+            wanted = ro.generate_chunk(pipe.transformer, pipe.rollout, pipe.params, kv, cache, chunk)[1][0]
         else:
             kv = pipe.transformer.apply({"params": pipe.params}, text(7)[None], method="encode_text")
             places = np.arange(4) if relative_to_window else frames(held)

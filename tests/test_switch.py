@@ -23,9 +23,8 @@ LONG = {"rollout_frames": (12,), "prompt_switch": 1.0}
 def switched(config, text, examples):
     batch = {**make_batch(config), "text": text, "other_text": jnp.roll(text, 1, axis=0)}
     exits = jnp.full((4,), 2, jnp.int32)
-    return self_forcing._student_rollout(
-        config, MEDIA, MODEL, random_params(), batch, jax.random.key(5), examples, exits, 12
-    )
+    setup = self_forcing.Setup.of(config, MEDIA)
+    return self_forcing._student_rollout(setup, random_params(), batch, jax.random.key(5), examples, exits, 12)
 
 
 WINDOW = {"window": 9, "sink": 3, "positions": "relative"}
@@ -95,10 +94,11 @@ def test_every_kind_of_rollout_can_change_its_prompt(changes):
     batch["other_text"] = batch["text"]  # the same prompt gives an ordinary rollout
     chunks = config.rollout.chunks(frames - given, given)[1]
     exits, key = jnp.full(len(chunks), 1, jnp.int32), jax.random.key(5)
+    setup = self_forcing.Setup.of(config, MEDIA)
 
     @jax.jit
     def run(batch):
-        return self_forcing._student_rollout(config, MEDIA, MODEL, params, batch, key, jnp.arange(4), exits, frames)
+        return self_forcing._student_rollout(setup, params, batch, key, jnp.arange(4), exits, frames)
 
     past = run(batch)
     before = past.initial_frames - given

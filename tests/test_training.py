@@ -42,10 +42,7 @@ SMALL = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "channels": 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A small teacher's weights."""
-    config = small_config("teacher")
-    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    save_package(path, stages.package_of(config, random_params(config.model)))
-    return str(path)
+    return save_teacher(tmp_path_factory.mktemp("weights"), small_config("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +62,13 @@ def small_config(stage, **changes):
     if "gan" in values:
         values["gan"] = values["gan"] | {"head": {"taps": (0, 1)}}
     return from_dict(values | {"batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2, **changes})
+
+
+def save_teacher(folder, config):
+    """Writes a random teacher of a run's sizes; returns its file."""
+    path = folder / "teacher.safetensors"
+    save_package(path, stages.package_of(config, random_params(config.model)))
+    return str(path)
 
 
 def digits_model():
@@ -241,7 +245,7 @@ for devices, sizes in ((1, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"
     state = steps.new_state(config, params, jax.device_get(random_params(config.model, 1)))
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     frozen = {"teacher": random_params(config.model, 2)}
-    updates = tuple((name, function, None) for name, function in step_functions(config).items())
+    updates = tuple(steps.Update(name, function, None, 1.0) for name, function in step_functions(config).items())
     stage = stages.Stage(None, None, frozen, {"negative": 0, "seed": 0}, ("text",), None, updates, None, {})
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     values = {}

@@ -130,9 +130,8 @@ def next_chunk(model, config, many, size, params, text, cache, source, place):
     if many is not None:
         cache, clean = guided_chunk(model, config, params, text, cache, noise, start, *many)
     else:
-        draw = ro.key_draw(key, examples)
-        now = (start, chunk, count - 1, draw, timesteps, last)
-        cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noise, *now)
+        noisy = ro.NoisyChunk(noise, start, chunk, count - 1, ro.key_draw(key, examples), timesteps)
+        cache, clean, _ = ro.generate_chunk(model, config, params, text, cache, noisy, last=last)
     return in_place(cache), by_video(clean)
 
 

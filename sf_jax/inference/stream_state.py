@@ -269,10 +269,8 @@ def _next_chunk(spec: StreamSpec, params: dict, one: StreamState, active: jax.Ar
     context = rollout_cache.open_chunk(config, _cache(spec, one), one.text, span)
     # The same number of calls for every stream: a loop with different ends under `vmap` would copy its carry.
     calls, exit_call = len(timesteps) + (config.context == "clean"), len(timesteps) - 1
-    draw = ro.key_draw(key, one.number)
-    kv, clean, _ = ro.denoise_chunk(
-        spec.model, config, params, context, noise, one.chunk[0], steps - 1, calls, draw, timesteps, exit_call
-    )
+    chunk = ro.NoisyChunk(noise, span.start, one.chunk[0], steps - 1, ro.key_draw(key, one.number), timesteps)
+    kv, clean, _ = ro.denoise_chunk(spec.model, config, params, context, chunk, calls, exit_call)
     one = _written(spec, one, kv, clean, active)
     return one.replace(chunk=one.chunk + active), clean
 

@@ -29,11 +29,11 @@ def calls(config: TrainConfig, mesh: Mesh, chip: Chip) -> Iterator[Call]:
     for program in run.programs:
         yield Call(
             name=program.name,
-            function=program.update,
+            function=program.update.step,
             arguments=run.arguments,
             flops=flops[program.name],
             work=work[program.name],
-            trips=program.trips,
+            trips=program.update.trips,
             kernel=expected_kernel(config.model, chip.platform),
             rate=rate(program.due, config.steps),
         )

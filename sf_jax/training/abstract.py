@@ -80,7 +80,7 @@ def abstract_run(config: TrainConfig, mesh: Mesh) -> AbstractRun:
     }
     shardings = [jax.tree.map(lambda x: x.sharding, tree) for tree in (state, frozen)]
     updates = jit_updates(updates_of(config, media), keys, constants, mesh, *shardings)
-    programs = [Program(*update, mesh) for update in updates]
+    programs = [Program(update, mesh) for update in updates]
     return AbstractRun(config, mesh, state, frozen, batch, media, programs)
 
 

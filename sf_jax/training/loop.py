@@ -64,8 +64,8 @@ def train(
         raise ValueError(f"log.sample_every is {config.log.sample_every}: nothing here can write samples, it must be 0")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_config(config, mesh)
-    if sharding.may_hang(config, mesh):
-        print("several processes on CPUs: training may hang; one process uses all cores of a machine", flush=True)
+    if sharding.may_hang(mesh):
+        print("several processes on CPUs may hang: start one, which uses all cores of its machine", flush=True)
     with _alone(workdir):
         by_first(lambda: remove_leftovers(workdir))
         state, frozen = _to_the_end(config, workdir, mesh, write, allow_config_change)
@@ -203,7 +203,7 @@ def compile_updates(stage: Stage, mesh: Mesh, state: TrainState, offload: Sequen
     shardings = jax.tree.map(lambda x: x.sharding, state)
     frozen = sharding.frozen_shardings(stage.frozen, mesh, offload)
     updates = jit_updates(stage.updates, stage.keys, stage.constants, mesh, shardings, frozen)
-    return [Program(*update, mesh) for update in updates]
+    return [Program(update, mesh) for update in updates]
 
 
 def _run(

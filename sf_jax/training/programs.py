@@ -26,7 +26,7 @@ def jit_updates(
     state_shardings,
     frozen_shardings,
 ) -> list[Update]:
-    """Jits updates with donated state.
+    """Jits updates with donated state; returns them in the same order.
 
     Args:
       updates: the updates of a stage, see `stages.updates_of`.
@@ -49,22 +49,20 @@ def jit_updates(
 
 @dataclasses.dataclass
 class Program:
-    """One update, compiled once.
+    """One jitted update and the devices that run it, compiled once."""
 
-    Attributes:
-      name: name of the update.
-      update: the jitted update.
-      due: whether an iteration runs it.
-      trips: mean number of iterations of its loops whose number is known only at run time.
-      mesh: the devices.
-    """
-
-    name: str
-    update: Callable
-    due: Callable[[int], bool]
-    trips: float
+    update: Update
     mesh: Mesh
     _compiled: Callable | None = None
+
+    @property
+    def name(self) -> str:
+        """The update's name."""
+        return self.update.name
+
+    def due(self, step: int) -> bool:
+        """Whether an iteration runs it."""
+        return self.update.due(step)
 
     @property
     def compiled(self) -> bool:
@@ -74,7 +72,7 @@ class Program:
     def lower(self, state, frozen, batch) -> jax.stages.Lowered:
         """Lowers the update for arguments like these, without donating them."""
         with jax.set_mesh(self.mesh):  # determines the sharding of activations
-            return self.update.lower(state, frozen, batch)
+            return self.update.step.lower(state, frozen, batch)
 
     def use(self, compiled: jax.stages.Compiled) -> None:
         """Sets the compiled program, from the result of `lower`."""

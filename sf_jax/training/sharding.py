@@ -130,14 +130,13 @@ def _rows_are_own(mesh: Mesh, parts: int) -> bool:
     return all(processes[(index[0].start or 0) // share] == device.process_index for device, index in places.items())
 
 
-def may_hang(config: TrainConfig, mesh: Mesh) -> bool:
-    """Whether collectives between processes may meet in another order in each, which hangs.
+def may_hang(mesh: Mesh) -> bool:
+    """Whether processes may run their collectives in different orders, and wait for each other forever.
 
-    XLA's CPU backend may run a collective at the same time as an earlier, independent loop that has some, too. Loops
-    over several layers do.
+    XLA's CPU backend may start a collective while an earlier, independent loop that contains collectives still runs.
     """
     processes = {device.process_index for device in mesh.devices.flat}
-    return len(processes) > 1 and mesh.devices.flat[0].platform == "cpu" and config.model.num_layers > 1
+    return len(processes) > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:

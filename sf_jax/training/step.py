@@ -50,7 +50,8 @@ class Program:
       losses: the losses to differentiate; each gets the state from before the program.
       ends: whether it ends the iteration.
       due: whether an iteration (counted from 0) runs it.
-      trips: mean number of iterations of its loops whose number is known only at run time.
+      trips: mean trip count of loops whose bound is known only at run time: network calls per chunk of a rollout; 1
+        without any.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Program:
 
 
 class Update(NamedTuple):
-    """The function of a program, jitted or not; the other fields are those of `Program`."""
+    """A program's update function, jitted or not; the other fields are those of `Program`."""
 
     name: str
     step: Step

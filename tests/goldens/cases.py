@@ -251,7 +251,7 @@ def _trace(folder, arrays, prefix, model, params, config, text, noise, draw):
     state = rollout_cache.empty_cache(model, config, noise.shape[0], frames, *noise.shape[2:4])
     one = jax.jit(
         lambda state, x, start, chunk, step: ro.generate_chunk(
-            model, config, params, text, state, x, start, chunk, step, draw
+            model, config, params, text, state, ro.NoisyChunk(x, start, chunk, step, draw)
         )
     )
     errors, number = [], 0
