@@ -128,7 +128,7 @@ async def watch(server, seconds=None, pause=0.0, record=None, **fields):
         except TimeoutError:
             pass
         except websockets.ConnectionClosed as closed:
-            seen.code = closed.rcvd.code if closed.rcvd else None
+            seen.code = closed.rcvd.code if closed.rcvd else 1006  # RFC 6455: without a close frame
     return seen
 
 
@@ -153,6 +153,18 @@ async def drop(server, seconds):
             except (TimeoutError, websockets.ConnectionClosed):
                 pass
             ws.transport.abort()
+
+
+async def trickle(server, pause, seconds):
+    """A client on a slow network, which empties its small buffer at long intervals; returns the bytes of each read."""
+    loop, client = asyncio.get_running_loop(), vanish(server)
+    sizes, until = [], time.monotonic() + seconds
+    client.setblocking(False)
+    with client:
+        while time.monotonic() < until:
+            await asyncio.sleep(pause)
+            sizes.append(len(await asyncio.wait_for(loop.sock_recv(client, 2**16), 10.0)))
+    return sizes
 
 
 def small_socket(server):

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import websockets
 
-from tests.server_process import Watched, drop, reached, running, vanish, watch
+from tests.server_process import Watched, drop, reached, running, trickle, vanish, watch
 
 pytestmark = pytest.mark.slow
 SLOTS = 6
@@ -60,6 +60,15 @@ def test_many_clients(server):
     after = server.resources()
     assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
     assert after[2] <= before[2] * 1.05 + 30 * 2**20, (before, after)
+
+
+def test_a_slow_network_is_no_reason_to_disconnect(server):
+    async def scenario():
+        return await asyncio.gather(*[trickle(server, pause, 20.0) for pause in (2.0, 4.5, 5.0)])
+
+    for sizes in asyncio.run(scenario()):
+        assert min(sizes) > 0 and sum(sizes) > 10_000, sizes  # 0 is the end
+    asyncio.run(reached(lambda: server.metric("streams") == 0, 30.0))
 
 
 def _malformed(rng):

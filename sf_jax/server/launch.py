@@ -41,6 +41,8 @@ RECEIVED_BURST, RECEIVED_RATE = 2**16, 2**15  # bytes that a WebSocket's client 
 UNSENT = 2**12  # bytes that may wait in the kernel, and as many in the process, for a slow viewer
 PING, PONG = 3.0, 6.0  # seconds between pings, and until a client that does not answer is disconnected
 PATIENCE = 5  # how many times that long a client that has data to read may take for its answer
+STALLED = 30.0  # seconds until the kernel disconnects an HTTP client that receives nothing
+LINGER = 8.0  # seconds in which a client receives what a WebSocket's end leaves unsent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,14 @@ class _WebSocket(WebSocketsSansIOProtocol):
     def connection_made(self, transport) -> None:
         """Initializes a client's connection."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=UNSENT)
+        transport.set_write_buffer_limits(high=UNSENT, low=3 * UNSENT // 4)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux would also disconnect slow clients whose small buffer it fills
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+
+    async def run_asgi(self) -> None:
+        """Runs the app; afterwards, a client that reads nothing cannot keep the connection."""
+        await super().run_asgi()
+        self.loop.call_later(LINGER, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         """Handles bytes from the client."""
@@ -281,8 +290,8 @@ def _listener(launch: Launch) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit the listener's options
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: disconnects a client that receives nothing
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8000)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALLED))
         listener.bind(address)
     except OSError as error:
         raise ValueError(f"host {launch.host}, port {launch.port}: cannot listen there ({error.strerror})") from error
