@@ -13,7 +13,7 @@ TRAIN_FRAMES = 9
 STYLES = ("-", "--", ":")
 BAND_SEEDS = 3  # the interval of fewer seeds fills the panel
 UPDATES = 60  # of the student, where a row's name says nothing
-BEHIND = {False: "", True: ", every chunk behind real frames", "first": ", behind one real chunk and its own frames"}
+BEHIND = {False: "", True: ", every chunk after real frames", "first": ", after one real chunk and its own frames"}
 TUNING_FIGURES = ("joint", "frechet_per_quarter", "diversity", "brightness", "motion")  # kept of the search
 BASELINES, OWN_ROLLOUTS = ("DF+DMD", "TF+DMD"), "SF+"  # what differences are taken of
 COLUMNS = {
@@ -40,7 +40,7 @@ _STARTS = (
 _UNDIRECTED = (
     "No prompt says where the digit goes: only the frames so far can keep it. The direction is right where it is that",
     "in which the video began, the most frequent one of its first seven windows, which favors those; with real frames",
-    "behind every chunk it is that of the clip. A video that stands still keeps its direction, too: see the motion.",
+    "after every chunk it is that of the clip. A video that stands still keeps its direction, too: see the motion.",
     "",
 )
 OPTIONS = {"table2": "", "ablations": " --ablations", "undirected": " --captions=undirected"}
@@ -137,7 +137,7 @@ def _difference(values: list[float], digits: int) -> str:
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Draws the joint accuracy over the frames of the longest videos, and behind real clips."""
+    """Draws the joint accuracy over the frames of the longest videos, and after real clips."""
     groups = grouped(results)
     chunks = sorted({chunk for chunk, _, _ in groups}, reverse=True)
     names = sorted({name for rows in groups.values() for name in rows})
@@ -147,7 +147,7 @@ def draw(results: list[dict], path: Path) -> None:
     for axes, chunk in zip(figure.subplots(len(chunks), 2, squeeze=False), chunks, strict=True):
         longest = max(frames for c, frames, control in groups if c == chunk and not control)
         controls = [frames for c, frames, control in groups if c == chunk and control is True]
-        shown = [(longest, False, "behind its own frames")] + [(x, True, "behind real frames") for x in controls[:1]]
+        shown = [(longest, False, "after its own frames")] + [(x, True, "after real frames") for x in controls[:1]]
         for ax in axes[len(shown) :]:
             ax.set_visible(False)
         for ax, (frames, control, title) in zip(axes, shown, strict=False):

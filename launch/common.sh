@@ -67,7 +67,7 @@ _make_venv() {
   fi
   if [[ -e "$VENV_DIR" ]]; then
     [[ -f "$VENV_DIR/pyvenv.cfg" ]] || die ".venv exists but is no virtual environment: remove it and run this again"
-    say "the .venv here does not work, making it anew"
+    say "the .venv here does not work, recreating it"
   fi
   python="$(_find_python)" || exit 1 # an error in $(...) ends only the subshell
   say "making .venv with $python (Python $(_python_version "$python"))"

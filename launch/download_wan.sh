@@ -42,7 +42,7 @@ except Exception as error:  # whatever it is, what to do is the same
     sys.exit(1)
 PY
 then
-  die "the download failed (see above). With a network, run this again: it goes on where it stopped. Without one, fetch
+  die "the download failed (see above). With a network, run this again: it continues where it stopped. Without one, fetch
   on another machine https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B (config.json, diffusion_pytorch_model.safetensors,
   Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) into $folder/Wan2.1-T2V-1.3B and
   https://huggingface.co/gdhe17/Self-Forcing (checkpoints/self_forcing_dmd.pt) into $folder/checkpoints; for --vae=tiny

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of one machine.
 #
-#   bash launch/multi_gpu.sh [--processes=N] --config=configs/wan_distill.py:1_3b --workdir=runs/wan [more flags]
+#   bash launch/multi_gpu.sh [--processes=N] --config=configs/wan_distill.py:1_3b --config.accumulate=8 \
+#     --workdir=runs/wan [more flags]
 #
 # Creates .venv with JAX for the machine's GPUs, then starts `python -m sf_jax.train` with all other flags. One process
 # drives all GPUs. --processes=N starts N processes with an equal share each, which helps if one Python process cannot
 # keep all GPUs busy. Process 0 prints to the terminal, the others to WORKDIR/process_K.log. SIGTERM and Ctrl-C reach all
 # processes: they save a checkpoint, from which the same command resumes. If one process fails, the others are killed.
+# `accumulate` divides the batch of 64 videos into parts: on 8 GPUs each then computes one video at a time.
 # PYTHON=/path/to/python chooses the interpreter of a new .venv.
 set -euo pipefail
 
 usage() {
-  sed -n '2,10p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,13p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
   exit "$1"
 }
 

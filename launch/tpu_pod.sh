@@ -4,6 +4,7 @@
 #   export TPU_NAME=sf ZONE=us-east5-a ACCELERATOR_TYPE=v5p-128
 #   bash launch/tpu_pod.sh create                     create the slice (SPOT=1: a preemptible one)
 #   bash launch/tpu_pod.sh install                    copy the committed code to all workers and install it there
+#                                                     (EXTRAS=convert: with PyTorch, to read .pt and .pth files)
 #   bash launch/tpu_pod.sh mount HOST:/SHARE          mount an NFS share (Filestore) at /mnt/share on all workers
 #   bash launch/tpu_pod.sh prepare FLAGS              python -m sf_jax.prepare on all workers, in the background
 #   bash launch/tpu_pod.sh train FLAGS                python -m sf_jax.train on all workers, in the background
@@ -19,7 +20,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,18p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,19p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
   exit "$1"
 }
 
@@ -80,7 +81,7 @@ tar -xzf sf_jax.tar.gz
 if ! python3.12 -c "import venv" 2>/dev/null && ! python3.11 -c "import venv, ensurepip" 2>/dev/null; then
   sudo apt-get -qq update && sudo apt-get -qq install -y python3.11 python3.11-venv
 fi
-cd sf_jax && bash -c "source launch/common.sh && setup_venv tpu"'
+cd sf_jax && bash -c "source launch/common.sh && setup_venv '"tpu${EXTRAS:+,$EXTRAS}"'"'
 }
 
 mount_share() {

@@ -160,8 +160,8 @@ def test_the_report_has_means_and_intervals(tmp_path):
     results += [result(row, 0, control=control) for control in (True, "first")]
     page, picture = table2_report.write(results, tmp_path / "table2.md")
     text = page.read_text()
-    assert "0.910 ± 0.025" in text and "| SF+DMD | 3 |" in text and "behind real frames" in text
-    assert "behind one real chunk" in text
+    assert "0.910 ± 0.025" in text and "| SF+DMD | 3 |" in text and "after real frames" in text
+    assert "after one real chunk" in text
     assert picture.stat().st_size > 10_000
     assert table2_report.write([], tmp_path / "none.md") == []
 
