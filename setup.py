@@ -53,8 +53,8 @@ EXTRAS_REQUIRE = {
     "gpu_aot": ["jax[cuda12]>=0.10"],
     # The server and its page.
     "serve": SERVE,
-    # The server on a cluster; from 2.59 on Ray asks for a token where it starts one itself.
-    "ray": [*SERVE, "ray[serve]>=2.59"],
+    # The server on a cluster; Ray asks for a token where it starts one itself.
+    "ray": [*SERVE, "ray[serve]>=2.60"],
     # ruff is capped because its formatting style changes between minor versions.
     "test": [
         "pytest>=8.0",

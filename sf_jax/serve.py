@@ -1,7 +1,7 @@
 """Serves endless video on a web page: type a prompt, watch it live, change it while it plays.
 
     python -m sf_jax.serve
-    python -m sf_jax.serve --model=Wan2.1-T2V-1.3B --checkpoint=self_forcing_dmd.pt
+    python -m sf_jax.serve --model=weights/Wan2.1-T2V-1.3B --checkpoint=weights/checkpoints/self_forcing_dmd.pt
 
 Without --model, the server plays the shipped student of moving digits. Open the address that it prints. docs/serve.md
 describes the messages, and how to make the server reachable from other machines.
@@ -10,6 +10,7 @@ describes the messages, and how to make the server reachable from other machines
 import ipaddress
 import os
 import secrets
+import urllib.parse
 from pathlib import Path
 
 from absl import flags
@@ -80,8 +81,35 @@ def is_loopback(host: str) -> bool:
 
 def host_names(names: list[str], host: str) -> tuple[str, ...]:
     """Names under which browsers may reach the server, as in a Host header but without port."""
-    own = f"[{host.strip('[]')}]" if ":" in host else host
-    return (*(name.rpartition(":")[0] or name for name in map(str.lower, names)), own.lower(), *LOOPBACK)
+    return (*map(_host_name, [*names, host]), *LOOPBACK)
+
+
+def _host_name(text: str) -> str:
+    name = text.strip().lower()
+    if name.startswith("["):
+        name = name.partition("]")[0] + "]"
+    elif name.count(":") > 1:
+        name = f"[{name}]"
+    else:
+        name = name.partition(":")[0]
+    if not name or "/" in text:
+        raise ValueError(f"hosts: {text!r} is no name of a server; give names such as video.example.org")
+    return name
+
+
+def origin_of(text: str) -> str:
+    """An origin as browsers send it: a scheme and a host, with its port unless that is the scheme's own.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    if text == "*":
+        return text
+    parts = urllib.parse.urlsplit(text.strip().lower())
+    port = {"https": ":443", "http": ":80"}.get(parts.scheme)
+    if port is None or not parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(f"origins: {text!r} is no origin; give a scheme and a host, such as https://a.org")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(port)}"
 
 
 def read_token() -> str:
@@ -124,7 +152,7 @@ def main() -> None:
         token=read_token() if needs_token else None,
         hosts=host_names(_HOSTS.value, _HOST.value) if _HOSTS.value or not public else None,
         show_token=_TOKEN_FILE.value is None and "SF_JAX_TOKEN" not in os.environ,
-        origins=tuple(_ORIGINS.value),
+        origins=tuple(map(origin_of, _ORIGINS.value)),
         proxies=tuple(_PROXIES.value),
         drain=_DRAIN.value,
     )

@@ -456,7 +456,10 @@ def test_an_engine_that_fails_says_so(monkeypatch):
             assert until(socket, "error")[-1]["code"] == "internal"
             closed_with(socket, protocol.BROKEN)
         assert service.engine.ended.wait(10)
-        assert client.get("/readyz").status_code == 503
+        assert client.get("/readyz").status_code == client.get("/healthz").status_code == 500
+        with session(client) as socket:
+            assert until(socket, "error")[-1]["code"] == "internal"  # not "starting", after which clients try again
+            closed_with(socket, protocol.BROKEN)
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,14 @@ def _constant(content: bytes, kind: str):
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", responses={500: {"model": ProblemBody}})
     async def alive() -> dict[str, str]:
-        """Reports that the process is alive."""
+        """Reports that the process is alive; 500 if the engine has failed, so that it must be restarted."""
+        if service.engine.error is not None:
+            check_ready(service.engine)
         return {"status": "alive"}
 
-    @app.get("/readyz", responses={503: {"model": ProblemBody}})
+    @app.get("/readyz", responses={500: {"model": ProblemBody}, 503: {"model": ProblemBody}})
     async def ready() -> dict[str, str]:
         """Reports readiness: weights loaded and all programs compiled; 503 before that, and while the server drains."""
         check_ready(service.engine)
@@ -142,7 +144,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Metrics for Prometheus."""
         return Response(service.engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/info", responses={503: {"model": ProblemBody}})
+    @app.get("/v1/info", responses={500: {"model": ProblemBody}, 503: {"model": ProblemBody}})
     async def info() -> dict:
         """Describes the model and the settings of this server."""
         check_ready(service.engine)
@@ -175,7 +177,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         status = STATUS.get(error.code, 400)
         if status == 503:
             headers["retry-after"] = str(service.engine.retry_after())
-        if request.url.path != "/readyz":  # its probes do not count as requests
+        if request.url.path not in ("/healthz", "/readyz"):  # probes do not count as requests
             service.engine.metrics.refused.labels(error.code).inc()
         return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status, headers)
 

@@ -256,8 +256,12 @@ class Engine:
             for session in [*self._playing, *self._queue]:
                 session.over = True
                 session.send(Failed(_request_error(RuntimeError(), "internal"), ends=True))
+            self._playing.clear()
+            self._queue.clear()
         self.ready.set()
         self.ended.set()
+        while self.error is not None and self._commanded(None):  # fails the sessions that are still submitted
+            pass
 
     def _serve(self) -> None:
         open_ = True
@@ -317,6 +321,9 @@ class Engine:
 
     def _submit(self, session: Session) -> None:
         if session.over:
+            return
+        if self.error is not None:
+            self._fail(session, _request_error(RuntimeError(), "internal"))
             return
         if self.draining:
             self._fail(session, RequestError("shutdown", "the server is shutting down: try again in a minute"))

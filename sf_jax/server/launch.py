@@ -103,6 +103,8 @@ class Model:
             raise ValueError(f"{min(self.options)} is given without model: it is for Wan")
         if self.folder is not None and self.checkpoint is None:
             raise ValueError("checkpoint is missing: the network of a model folder is bidirectional and cannot stream")
+        if self.rollout.get("window", 1) < 1:
+            raise ValueError(f"window is {self.rollout['window']}: a chunk must see at least itself")
         self.devices  # noqa: B018 (validates the mesh)
 
     @property
@@ -115,6 +117,10 @@ class Model:
         """Loads the pipeline, for so many streams at once."""
         if self.folder is None:
             pipe = load_pipeline(self.checkpoint, **self.narrow)
+            if pipe.rollout is None:
+                raise ValueError(
+                    f"checkpoint is {self.checkpoint}: a bidirectional network cannot stream, give a causal one"
+                )
             return pipe.with_rollout(**self.rollout).with_sampling(**self.size)
         window = self.rollout.get("window", WAN_WINDOW["window"])
         sizes = mesh_sizes(self.options["mesh"]) if "mesh" in self.options else {}
@@ -269,12 +275,11 @@ def serve(service: Service, launch: Launch) -> None:
     def watch():
         engine = service.engine
         engine.ready.wait()
-        if engine.error is not None:
-            server.should_exit = True
-            return
-        print(
-            f"{engine.pipe.describe()}\nready after {time.monotonic() - began:.1f} s: {engine.slots} slots", flush=True
-        )
+        if engine.error is None:
+            text = f"ready after {time.monotonic() - began:.1f} s: {engine.slots} slots"
+            print(f"{engine.pipe.describe()}\n{text}", flush=True)
+        engine.ended.wait()
+        server.should_exit = True
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
     server.run(sockets=[listener])

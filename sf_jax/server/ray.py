@@ -27,7 +27,7 @@ def deployment(
     """A deployment whose replicas each load the model and have their own slots.
 
     A WebSocket stays with the replica that accepted it. Ray Serve adds and removes replicas to keep three quarters of
-    their slots in use on average. A replica drains before it is removed.
+    their slots in use on average. A replica drains before it is removed, and is replaced if its engine fails.
 
     Args:
       model: the model to play.
@@ -39,8 +39,16 @@ def deployment(
     """
     slots, waiting = options.get("slots", 4), options.get("waiting", 16)
 
-    def build():
-        return make_app(service_of(model, launch, **options), wait=True)
+    class Replica:
+        def __init__(self):
+            self._service = service_of(model, launch, **options)
+
+        def __serve_build_asgi_app__(self):
+            return make_app(self._service, wait=True)
+
+        def check_health(self):
+            if self._service.engine.error is not None:
+                raise RuntimeError("the engine has failed") from self._service.engine.error
 
     resources = {
         "GPU": {"num_gpus": model.devices},
@@ -62,7 +70,7 @@ def deployment(
         graceful_shutdown_wait_loop_s=1.0,
         **scaling,
     )
-    return decorated(serve.ingress(build)()).bind()
+    return decorated(serve.ingress()(Replica)).bind()
 
 
 class ComeBack:

@@ -66,18 +66,25 @@ class Playback:
 
 
 class Outbox:
-    """Queue of control messages and chunks to send; drops the oldest chunks if there are too many."""
+    """Queue of control messages and chunks to send; drops the oldest chunks if there are too many.
+
+    Attributes:
+      limit: maximum number of queued chunks.
+      chunks: number of queued chunks.
+      dropped: number of dropped chunks.
+    """
 
     def __init__(self, queued_chunks: float, on_drop: Callable[[], None]):
         """Creates an empty queue of at most `queued_chunks` chunks; calls `on_drop` for each dropped one."""
         self._items: deque = deque()
         self.limit, self._on_drop = queued_chunks, on_drop
         self._there = asyncio.Event()
-        self.dropped = 0
+        self.chunks = self.dropped = 0  # a number, as the engine's thread also reads it
 
     def put(self, item: Any) -> None:
         """Adds a message or an event of the engine; must run in the event loop's thread."""
         self._items.append(item)
+        self.chunks += isinstance(item, engine.Chunk)
         if self.chunks > self.limit:
             oldest, next_ = [one for one in self._items if isinstance(one, engine.Chunk)][:2]
             self._items.remove(oldest)
@@ -87,14 +94,10 @@ class Outbox:
                 for name in ("started", "completed")
             }
             self._items[self._items.index(next_)] = dataclasses.replace(next_, **ids)
+            self.chunks -= 1
             self.dropped += 1
             self._on_drop()
         self._there.set()
-
-    @property
-    def chunks(self) -> int:
-        """Number of queued chunks."""
-        return sum(isinstance(item, engine.Chunk) for item in self._items)
 
     @property
     def flooded(self) -> bool:
@@ -106,7 +109,9 @@ class Outbox:
         while not self._items:
             self._there.clear()
             await self._there.wait()
-        return self._items.popleft()
+        item = self._items.popleft()
+        self.chunks -= isinstance(item, engine.Chunk)
+        return item
 
 
 class Connection:
@@ -142,7 +147,8 @@ class Connection:
             error = RequestError("timeout", f"no session.start within {self.limits.start_timeout:g} s")
             return await self._refuse(error, protocol.POLICY)
         except RequestError as error:
-            return await self._refuse(error, protocol.LATER if error.code == "starting" else protocol.POLICY)
+            codes = {"starting": protocol.LATER, "internal": protocol.BROKEN}
+            return await self._refuse(error, codes.get(error.code, protocol.POLICY))
         except WebSocketDisconnect:
             return None
         reader, writer = asyncio.create_task(self._read()), asyncio.create_task(self._write())
@@ -386,9 +392,11 @@ def check_ready(engine_: engine.Engine) -> None:
     """Checks that the weights are loaded and the programs compiled.
 
     Raises:
-      RequestError: if they are not.
+      RequestError: if they are not, or if the engine has failed since.
     """
-    if not engine_.ready.is_set() or engine_.error is not None:
+    if engine_.error is not None:
+        raise RequestError("internal", "the model has failed; the server's log says why")
+    if not engine_.ready.is_set():
         raise RequestError("starting", "the model is not ready yet: try again in a few seconds")
 
 

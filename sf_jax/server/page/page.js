@@ -2,9 +2,9 @@
 const $ = (id) => document.getElementById(id);
 const KEPT_SECONDS = 60;
 const RETRY_MS = 1500;
-const BUFFER_SECONDS = 0.5; // of video that wait to be shown, at least
+const BUFFER_SECONDS = 0.5, MAX_BUFFER_SECONDS = 10; // of video that wait to be shown, at least and at most
 const REPORT_MS = 125;
-const COME_BACK = [1006, 1012, 1013]; // close codes behind which another try is worth it
+const COME_BACK = [1006, 1012, 1013]; // close codes after which another try is worth it
 
 let info = null; // what the server makes
 let session = null; // the video that plays
@@ -18,7 +18,7 @@ class Session {
     url.search = url.hash = "";
     this.socket = new WebSocket(url);
     this.socket.binaryType = "arraybuffer";
-    this.buffer = Math.max(BUFFER_SECONDS, (2 * info.chunk_frames) / info.fps);
+    this.buffer = Math.min(MAX_BUFFER_SECONDS, Math.max(BUFFER_SECONDS, (2 * info.chunk_frames) / info.fps));
     this.socket.onopen = () => this.send({
       type: "session.start", prompt, format, streaming_buffer_seconds: this.buffer, ...(seed === null ? {} : { seed }),
     });
