@@ -159,6 +159,7 @@ def remove_leftovers(folder: str | Path) -> None:
 _TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.([0-9a-f]{8})?[0-9a-f]{8}\.tmp", re.DOTALL)
 _NAMELESS = re.compile(r"\.metadata\.[a-z0-9_]{8}|\.shared\.[0-9a-f]{8}")
 _QUIET_SECONDS = 3600
+_FOREIGN_SECONDS = 24 * 3600
 
 
 def _is_leftover(path: Path) -> bool:
@@ -168,6 +169,39 @@ def _is_leftover(path: Path) -> bool:
     if not match and not _NAMELESS.fullmatch(path.name):
         return False
     return is_quiet(path) and not (match and _is_running(int(match[1])))
+
+
+@contextlib.contextmanager
+def reservation(folder: Path, name: str) -> Iterator[bool]:
+    """Context manager that reserves a name in a folder, regardless of case, with a small hidden file.
+
+    Yields:
+      Whether the name was free: no other process holds it. Reservations of processes that have ended count as free, and
+      so do those of other machines after a day.
+    """
+    path = folder / f".{hashlib.sha256(name.casefold().encode()).hexdigest()[:24]}.reserved"
+    if _is_abandoned(path):
+        path.unlink(missing_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} {_machine()}")
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        process, machine = path.read_text(encoding="utf-8").split()
+        if machine == _machine():
+            return not _is_running(int(process))
+        return time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
+    except (FileNotFoundError, ValueError):  # ValueError: it is being written
+        return False
 
 
 def is_quiet(path: Path) -> bool:

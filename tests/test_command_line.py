@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 
 from configs import digits, wan_distill
-from sf_jax import backend, cli, command, config_help, files, usage
+from sf_jax import backend, cli, command, config_help, files, serve, usage
 from sf_jax.config import TrainConfig
 from sf_jax.data import moving_digits
 from sf_jax.inference import lengths, names
@@ -318,10 +318,45 @@ def test_names_never_take_those_of_files_that_are_there(tmp_path, capsys):
     assert "a_cat.mp4 is there already: the new one is a_cat_4" in capsys.readouterr().out
     assert names.free_names(some, tmp_path, "replace") == some
     assert "a_dog.png is there already: it is replaced" in capsys.readouterr().out
-    assert names.free_names(some, tmp_path, "skip") == [None, "a_cat_3", None, "a_fox"]
+    capsys.readouterr()
+    assert names.free_names(some, tmp_path, "skip") == [None, "a_cat_3", "a_dog", "a_fox"]
+    assert "a_dog.png is there already, a_dog.mp4 is not: it is made, and existing" in capsys.readouterr().out
+    assert names.free_names(some, tmp_path, "skip", needed=(".mp4", ".npy")) == some
     assert names.free_names(some, tmp_path, "skip", (".mp4",)) == [None, "a_cat_3", "a_dog", "a_fox"]
     with pytest.raises(ValueError, match="a_cat.mp4 is there already: give another --out, or --if_exists=skip"):
         names.free_names(some, tmp_path, "refuse")
+
+
+def test_two_processes_never_choose_the_same_name(tmp_path):
+    with names.reserved_names(["a_cat", "a_dog"], tmp_path, "number") as first:
+        assert first == ["a_cat", "a_dog"]
+        with names.reserved_names(["A_Cat", "a_fox"], tmp_path, "number") as second:
+            assert second == ["A_Cat_2", "a_fox"]
+        refused = names.reserved_names(["a_bird", "a_dog"], tmp_path, "refuse")
+        with pytest.raises(ValueError, match="a_dog.mp4 is being made by another process"), refused:
+            pass
+        with names.reserved_names(["a_cat"], tmp_path, "replace") as third:
+            assert third == ["a_cat"]
+    assert not list(tmp_path.iterdir())
+    code = "import os, pathlib, sys; from sf_jax import files\n"
+    code += "with files.reservation(pathlib.Path(sys.argv[1]), 'a_cat'): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert len(list(tmp_path.iterdir())) == 1  # of a process that was killed
+    with names.reserved_names(["a_cat"], tmp_path, "refuse") as last:
+        assert last == ["a_cat"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_origins_and_hosts_are_those_that_browsers_send():
+    origins = ["https://A.org/", "http://b.org:80", "https://c.org:8443", "*"]
+    assert [serve.origin_of(text) for text in origins] == ["https://a.org", "http://b.org", "https://c.org:8443", "*"]
+    for text in ("a.org", "ftp://a.org", "https://a.org/page", ""):
+        with pytest.raises(ValueError, match=f"origins: {text!r} is no origin; give a scheme and a host"):
+            serve.origin_of(text)
+    hosts = serve.host_names(["Video.example.org:443", "[FD00::1]", "[fd00::2]:80", "fd00::3"], "0.0.0.0")
+    assert hosts[:5] == ("video.example.org", "[fd00::1]", "[fd00::2]", "[fd00::3]", "0.0.0.0")
+    with pytest.raises(ValueError, match="hosts: 'https://a.org' is no name of a server"):
+        serve.host_names(["https://a.org"], "0.0.0.0")
 
 
 def test_names_are_valid_on_every_system():

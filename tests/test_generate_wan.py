@@ -69,6 +69,34 @@ def test_only_the_frames_of_the_sheet_stay_in_memory(tmp_path, monkeypatch, fram
         np.testing.assert_array_equal(np.asarray(image), sheet(whole, every=max(1, frames // 8), factor=1))
 
 
+@pytest.mark.parametrize("side", [24, 240])
+def test_videos_of_digits_have_all_pixels_and_existing_files_stay(tmp_path, side):
+    whole = np.random.default_rng(0).integers(0, 256, (2, 3, side, side, 1), np.uint8)
+    pipe = types.SimpleNamespace(sampling=types.SimpleNamespace(frames=3, height=side, width=side))
+    style = batch.Style(12.0, gif=True, sheet="contact_sheet", latents=True, keep=True)
+    videos = [(tmp_path / name, name) for name in "ab"]
+    for name in ("a.npy", "b.gif"):
+        (tmp_path / name).write_text("kept")
+    chunks = iter([Chunk(np.zeros((2, 1, 2, 2, 8)), whole, 0)])
+    written = batch._write(pipe, style, videos, chunks, batch.Times(), "")
+    assert {path.name for path in written} == {f"{n}.{end}" for n in "ab" for end in ("mp4", "npy", "gif")} | {
+        "contact_sheet.png"
+    }
+    assert all(read_frames(tmp_path / f"{name}.mp4").shape[1:3] == (side, side) for name in "ab")
+    assert [(tmp_path / name).read_text() for name in ("a.npy", "b.gif")] == ["kept", "kept"]
+    assert np.load(tmp_path / "b.npy").shape == (1, 2, 2, 8)
+
+
+def test_a_video_goes_on_after_a_lone_first_frame(tmp_path, monkeypatch):
+    video = tmp_path / "clip.mp4"
+    video_io.write_mp4(video, np.random.default_rng(0).integers(0, 256, (45, 32, 48, 3), np.uint8), 16)
+    sizes = {"prompts": ("a cat",), "model": "m", "checkpoint": "c", "height": 32, "width": 48, "video": str(video)}
+    for alone, frames, latent in ((True, 85, 10), (True, 37, 7), (False, 81, 12), (False, 45, 9)):
+        rollout = RolloutConfig(first_frame_alone=alone, context_noise="none")
+        monkeypatch.setattr(Job, "wan_rollout", rollout)
+        assert len(Job(**sizes, frames=frames).initial_pixels()) == 4 * (latent - 1) + 1
+
+
 @pytest.mark.slow
 def test_a_video_is_the_same_on_any_number_of_devices(folder, tmp_path):
     code = f"""

@@ -416,6 +416,19 @@ def test_absolute_positions_end(digits):
     stream.step()
 
 
+def test_numbers_of_numpy_can_be_saved(digits, tmp_path):
+    rollout, sampling = digits.rollout, digits.sampling
+    changes = {
+        "window": np.int64(rollout.window),
+        "steps": np.asarray(rollout.steps),
+        "shift": np.float64(rollout.shift),
+    }
+    pipe = digits.with_rollout(**changes).with_sampling(height=np.int64(sampling.height))
+    assert pipe.rollout == rollout and pipe.sampling == sampling
+    stream = sf_jax.Stream(pipe)
+    stream.save(stream.join(PROMPTS[0]), tmp_path / "a.safetensors")
+
+
 def test_mistakes_are_named(digits, folder, tmp_path):
     stream = sf_jax.Stream(digits)
     one = stream.join(PROMPTS[0])
@@ -425,6 +438,7 @@ def test_mistakes_are_named(digits, folder, tmp_path):
         (lambda: stream.prompt(one, PROMPTS[1], "blend"), "mode is 'blend': it must be one of swap, recache"),
         (lambda: stream.prompt(one, PROMPTS[1], "cut", 2), "transition_chunks is 2: a cut is at once"),
         (lambda: stream.prompt(one, PROMPTS[1], "swap", -1), "transition_chunks is -1: it must be a whole number"),
+        (lambda: stream.prompt(one, PROMPTS[1], "swap", 10**9), "transition_chunks is 1000000000: it must be a whole"),
         (lambda: stream.prompt(one, PROMPTS[1], fade=1), "fade is 1: it must be a number of at least 0 and below 1"),
         (lambda: stream.prompt(one, PROMPTS[1], "cut", fade=0.5), "fade is 0.5: a cut keeps no frames"),
         (lambda: stream.step([7]), "stream 7 does not play: streams that do: 0"),

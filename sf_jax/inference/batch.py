@@ -14,7 +14,7 @@ from sf_jax.inference import lengths
 from sf_jax.inference.executables import Executables
 from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
-from sf_jax.inference.names import SUFFIXES, check_folders, free_names
+from sf_jax.inference.names import SUFFIXES, check_folders, free_names, reserved_names
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
@@ -43,6 +43,7 @@ class Style:
       sheet: name of the contact sheet that a batch of videos shares, with their prompts; None writes one per video.
       latents: whether to write the latents, too.
       only_videos: whether to write nothing else.
+      keep: whether to keep existing files, and to write only those that are missing.
     """
 
     fps: float
@@ -51,6 +52,11 @@ class Style:
     sheet: str | None = None
     latents: bool = False
     only_videos: bool = False
+    keep: bool = False
+
+    def writes(self, path: Path) -> bool:
+        """Whether to write a file."""
+        return not (self.keep and path.exists())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +118,20 @@ def run(job: Job, executables: Executables | None = None) -> list[Path]:
     numbers = range(jax.process_index(), len(prompts), jax.process_count())
     if_exists = job.if_exists or ("refuse" if job.vbench_names else "number")
     suffixes = SUFFIXES[:1] if job.vbench_names else SUFFIXES
-    free = free_names([names[i] for i in numbers], out, if_exists, suffixes)
-    names = {i: name for i, name in zip(numbers, free, strict=True) if name is not None}
-    numbers = list(names)
-    if free and not numbers:
-        print("every video is there already", flush=True)
-        return []
+    needed = (".mp4", ".npy") if job.save_latents else (".mp4",)
+    with reserved_names([names[i] for i in numbers], out, if_exists, suffixes, needed) as free:
+        if free and not any(free):
+            print("every video is there already", flush=True)
+            return []
+        names = {i: name for i, name in zip(numbers, free, strict=True) if name is not None}
+        return _run(job, executables, names, prompts, if_exists)
+
+
+def _run(
+    job: Job, executables: Executables | None, names: dict[int, str], prompts: Sequence[str], if_exists: str
+) -> list[Path]:
+    """Generates and writes the videos whose numbers have `names`; see `run`."""
+    out, numbers = Path(job.out), list(names)
     plan = _plan(job, len(numbers), executables)
     pipe, size, style = plan.pipe, plan.size, plan.style
     sampling = pipe.sampling
@@ -205,6 +219,7 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
         scale=job.scale or style.scale,
         latents=job.save_latents,
         only_videos=job.vbench_names,  # VBench's folders contain only videos
+        keep=job.if_exists == "skip",
     )
     pipe = pipe if executables is None else dataclasses.replace(pipe, executables=executables)
     return _Plan(pipe, initial, size, style)
@@ -262,13 +277,16 @@ def _write(
     cold, latents, small, done = not times.first, [], [], 0
     paths, frames = [path.with_name(f"{path.name}.mp4") for path, _ in videos], pipe.sampling.frames
     size = (pipe.sampling.height * style.scale, pipe.sampling.width * style.scale)
-    step = max(1, pipe.sampling.height // 120)
+    step = 1 if style.gif else max(1, pipe.sampling.height // 120)
     every = 1 if style.gif else max(1, frames // SHEET_FRAMES)  # only the frames of the contact sheet stay in memory
     with contextlib.ExitStack() as stack:
         # small videos are written later, one by one: there may be hundreds
-        open_now = [] if style.gif else paths
-        writers = [stack.enter_context(video_io.Mp4Writer(path, style.fps, size)) for path in open_now]
-        appends = [stack.enter_context(npy_writer(path.with_suffix(".npy"))) for path in open_now if style.latents]
+        writers, appends = {}, {}
+        for i, path in enumerate([] if style.gif else paths):
+            if style.writes(path):
+                writers[i] = stack.enter_context(video_io.Mp4Writer(path, style.fps, size))
+            if style.latents and style.writes(path.with_suffix(".npy")):
+                appends[i] = stack.enter_context(npy_writer(path.with_suffix(".npy")))
         first = None
         for index, chunk in enumerate(chunks):
             jax.block_until_ready(chunk.latents)
@@ -288,43 +306,47 @@ def _write(
             small.append(pixels[: len(videos), -done % every :: every, ::step, ::step].copy())
             done += pixels.shape[1]
             print(f"{label}chunk {index + 1}: {done}/{frames} frames, {decoded - began:.2f} s", flush=True)
-            for writer, video in zip(writers, pixels, strict=False):
-                writer.append(video_io.upscale(video, style.scale))
+            for i, writer in writers.items():
+                writer.append(video_io.upscale(pixels[i], style.scale))
             if style.latents:
                 new = np.asarray(chunk.latents).astype(np.float32)
-                for append, video in zip(appends, new, strict=False):
-                    append(video)
+                for i, append in appends.items():
+                    append(new[i])
                 if style.gif:
                     latents.append(new)
     small = np.concatenate(small, axis=1)
-    if style.gif:
-        for path, video in zip(paths, small, strict=True):
-            video_io.write_mp4(path, video_io.upscale(video, style.scale), style.fps)
     written = list(paths)
     if style.latents:
         written += [path.with_suffix(".npy") for path in paths]
     if latents:
-        for path, video in zip(paths, np.concatenate(latents, axis=1), strict=False):
-            with npy_writer(path.with_suffix(".npy")) as append:
-                append(video)
-    return written if style.only_videos else [*written, *_write_stills(style, videos, small, every)]
-
-
-def _write_stills(style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray, stride: int) -> list[Path]:
-    """Writes GIFs and contact sheets of small videos, of which uint8 [N, F, h, w, c] has every `stride`-th frame."""
-    written, frames = [], small.shape[1]
+        for path, video in zip(written[len(paths) :], np.concatenate(latents, axis=1), strict=False):
+            if style.writes(path):
+                with npy_writer(path) as append:
+                    append(video)
     if style.gif:
-        for (path, _), video in zip(videos, small, strict=True):
-            written.append(path.with_name(f"{path.name}.gif"))
-            video_io.write_gif(written[-1], video_io.upscale(video, style.scale), style.fps)
+        gifs = [] if style.only_videos else [path.with_name(f"{path.name}.gif") for path, _ in videos]
+        written += gifs
+        # a video's mp4 comes last: where it exists, the others do
+        for group, write in ((gifs, video_io.write_gif), (paths, video_io.write_mp4)):
+            for path, video in zip(group, small, strict=False):
+                if style.writes(path):
+                    write(path, video_io.upscale(video, style.scale), style.fps)
+    return written if style.only_videos else [*written, *_write_sheets(style, videos, small, every)]
+
+
+def _write_sheets(style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray, stride: int) -> list[Path]:
+    """Writes contact sheets of small videos, of which uint8 [N, F, h, w, c] has every `stride`-th frame."""
+    written, frames = [], small.shape[1]
     if style.sheet:
         path = videos[0][0].with_name(f"{videos[0][0].name if len(videos) == 1 else style.sheet}.png")
         labels = [prompt[:LABEL] for _, prompt in videos]
-        sheet = video_io.contact_sheet(small, every=max(1, frames // 16), labels=labels, factor=3)
-        video_io.write_png(path, sheet)
+        if style.writes(path):
+            sheet = video_io.contact_sheet(small, every=max(1, frames // 16), labels=labels, factor=3)
+            video_io.write_png(path, sheet)
         return [*written, path]
     for (path, _), video in zip(videos, small, strict=True):
         written.append(path.with_name(f"{path.name}.png"))
-        sheet = video_io.contact_sheet(video[None], every=max(1, frames // SHEET_FRAMES), stride=stride, factor=1)
-        video_io.write_png(written[-1], sheet)
+        if style.writes(written[-1]):
+            sheet = video_io.contact_sheet(video[None], every=max(1, frames // SHEET_FRAMES), stride=stride, factor=1)
+            video_io.write_png(written[-1], sheet)
     return written

@@ -393,17 +393,17 @@ class Job:
             return video_io.read_image(self.image, height, width)[None]
         if self.video is None:
             return None
-        chunk, whole = self.wan_rollout.chunk, self.wan_frames
+        chunk, whole, alone = self.wan_rollout.chunk, self.wan_frames, int(self.wan_rollout.first_frame_alone)
         pixels = video_io.read_end(self.video, height, width, whole)
         # as many of the last frames as form whole chunks, leaving at least one chunk to generate
-        latent = ((len(pixels) - 1) // WAN_FACTOR + 1) // chunk * chunk
+        latent = alone + ((len(pixels) - 1) // WAN_FACTOR + 1 - alone) // chunk * chunk
         if latent < 1:
             raise ValueError(
                 f"video {self.video} has {len(pixels)} frames: a chunk of {chunk} latent frames needs at least "
                 f"{(chunk - 1) * WAN_FACTOR + 1}"
             )
         frames = lengths.latent_frames(whole, WAN_FACTOR)
-        latent = min(latent, max(chunk, (frames - 1) // chunk * chunk))
+        latent = min(latent, max(alone or chunk, alone + (frames - 1 - alone) // chunk * chunk))
         lengths.check_frames(self.wan_rollout, frames, latent, WAN_FACTOR)
         count = (latent - 1) * WAN_FACTOR + 1
         if len(pixels) == whole:

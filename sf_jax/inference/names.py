@@ -1,9 +1,12 @@
 """File names of videos: made from texts, valid everywhere, and never those of existing files."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from sf_jax import files
 
 IF_EXISTS = ("number", "replace", "skip", "refuse")
 SUFFIXES = (".mp4", ".png", ".gif", ".npy")
@@ -47,7 +50,13 @@ def check_folders(names: Sequence[str], out: Path) -> None:
                 raise ValueError(f"out: {out / name}{suffix} is a folder: a file of that name is to be written")
 
 
-def free_names(names: Sequence[str], out: Path, if_exists: str, suffixes: Sequence[str] = SUFFIXES) -> list[str | None]:
+def free_names(
+    names: Sequence[str],
+    out: Path,
+    if_exists: str,
+    suffixes: Sequence[str] = SUFFIXES,
+    needed: Sequence[str] = SUFFIXES[:1],
+) -> list[str | None]:
     """Names that overwrite no file unless requested.
 
     Args:
@@ -56,6 +65,7 @@ def free_names(names: Sequence[str], out: Path, if_exists: str, suffixes: Sequen
       if_exists: what to do if a file of that name exists: "number" the new one, "replace" the old one, "skip" the
         video, or "refuse".
       suffixes: suffixes of the files to write.
+      needed: suffixes of the files that a video has; only if all of them exist does "skip" skip it.
 
     Returns:
       The names to use, in order; None for videos to skip.
@@ -66,7 +76,13 @@ def free_names(names: Sequence[str], out: Path, if_exists: str, suffixes: Sequen
     taken, chosen = {name.casefold() for name in names}, []
     for name in names:
         path = next((out / f"{name}{end}" for end in suffixes if (out / f"{name}{end}").exists()), None)
-        if path is not None:
+        missing = [end for end in needed if not (out / f"{name}{end}").exists()]
+        if path is not None and if_exists == "skip" and missing:
+            print(
+                f"{path} is there already, {name}{missing[0]} is not: it is made, and existing files are kept",
+                flush=True,
+            )
+        elif path is not None:
             if if_exists == "refuse":
                 raise ValueError(
                     f"{path} is there already: give another --out, or --if_exists=skip (keep it), replace or number"
@@ -79,6 +95,34 @@ def free_names(names: Sequence[str], out: Path, if_exists: str, suffixes: Sequen
             print(f"{path} is there already: {'kept' if name is None else _what(name, if_exists)}", flush=True)
         chosen.append(name)
     return chosen
+
+
+@contextlib.contextmanager
+def reserved_names(
+    names: Sequence[str],
+    out: Path,
+    if_exists: str,
+    suffixes: Sequence[str] = SUFFIXES,
+    needed: Sequence[str] = SUFFIXES[:1],
+) -> Iterator[list[str | None]]:
+    """Context manager around `free_names` that keeps other processes from choosing the same names.
+
+    Yields:
+      The names to use, see `free_names`, which also has the arguments. "replace" and "skip" reserve nothing.
+
+    Raises:
+      ValueError: see `free_names`; also if another process is making a video of that name.
+    """
+    chosen = free_names(names, out, if_exists, suffixes, needed)
+    taken = {name.casefold() for name in (*names, *chosen) if name is not None}
+    with contextlib.ExitStack() as stack:
+        for i, name in enumerate(names if if_exists in ("number", "refuse") else ()):
+            while not stack.enter_context(files.reservation(out, chosen[i])):
+                if if_exists == "refuse":
+                    raise ValueError(f"{out / name}.mp4 is being made by another process: give another --out")
+                chosen[i] = _numbered(name, out, suffixes, taken)
+                taken.add(chosen[i].casefold())
+        yield chosen
 
 
 def _what(name: str, if_exists: str) -> str:

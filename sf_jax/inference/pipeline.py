@@ -303,18 +303,21 @@ class VideoPipeline:
           ValueError: if a field is unknown, has an invalid value or does not apply, or the network is bidirectional.
         """
         if self.rollout is None:
-            raise ValueError(f"{', '.join(changes)}: a bidirectional network has no chunks; give a causal checkpoint")
+            raise ValueError(
+                f"{', '.join(changes) or 'rollout'}: a bidirectional network has no chunks; give a causal checkpoint"
+            )
         fields = sorted(field.name for field in dataclasses.fields(ro.RolloutConfig))
         for name, value in changes.items():
             if name not in fields:
                 raise ValueError(f"{name} is no field of RolloutConfig: fields are {', '.join(fields)}")
             if name in ("steps", "first_steps") and isinstance(value, Iterable):
-                changes[name] = tuple(value)
+                changes[name] = tuple(map(_plain, value))
             elif name in ("chunk", "window", "sink") and not isinstance(value, (int, np.integer, type(None))):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")
             few = name in ("steps", "first_steps", "shift") or (name == "context" and value == "noisy")
             if few and self.kind != "student":
                 raise ValueError(f"{name} is {value!r}: it has no effect on a network that takes many steps")
+        changes = {name: _plain(value) for name, value in changes.items()}
         return dataclasses.replace(self, rollout=dataclasses.replace(self.rollout, **changes))
 
     def _options(self, output: str, options: dict) -> dict:
@@ -328,7 +331,7 @@ class VideoPipeline:
             raise ValueError(f"output is {output!r}: it must be one of {', '.join(OUTPUTS)}")
         if output == "pixels" and self.decoder is None:
             raise ValueError("output is 'pixels': a pipeline without decoder has 'latent' alone")
-        changes = {name: value for name, value in options.items() if name in fields}
+        changes = {name: _plain(value) for name, value in options.items() if name in fields}
         sampling = dataclasses.replace(self.sampling, **changes)
         if sampling.solver is None and (self.many_steps or self.rollout is None):
             raise ValueError("solver is None: this network needs many steps, such as Solver('unipc')")
@@ -494,6 +497,11 @@ class VideoPipeline:
             state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)
             jax.block_until_ready(state.x)  # otherwise the bar would show dispatches, not finished steps
         return state.x
+
+
+def _plain(value):
+    """A number of numpy's as one of Python's, which files of streams can hold; other values unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _on_host(chunk: Chunk, output: str) -> np.ndarray:

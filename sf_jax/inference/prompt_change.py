@@ -7,6 +7,7 @@ import numpy as np
 from sf_jax.diffusion.schedule import TRAIN_STEPS
 
 MODES = ("swap", "recache", "flush", "cut")
+MAX_TRANSITION = 1000  # chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,10 @@ def check_change(mode: str, transition_chunks: int, context_timestep: float | No
     if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(MODES)}")
     whole = isinstance(transition_chunks, (int, np.integer)) and not isinstance(transition_chunks, bool)
-    if not whole or transition_chunks < 0:
-        raise ValueError(f"transition_chunks is {transition_chunks!r}: it must be a whole number of at least 0")
+    if not whole or not 0 <= transition_chunks <= MAX_TRANSITION:
+        raise ValueError(
+            f"transition_chunks is {transition_chunks!r}: it must be a whole number, 0 to {MAX_TRANSITION}"
+        )
     if not _number(fade) or not 0 <= fade < 1:
         raise ValueError(f"fade is {fade!r}: it must be a number of at least 0 and below 1")
     if mode == "cut" and transition_chunks:

@@ -377,7 +377,8 @@ class Stream:
         self.state, latents = self._run(stream_state.recall, self.spec, self.state, np.int32(playing.slot))
         playing.sizes, first, config = [], 0, self.spec.rollout
         for count in sizes:
-            context = (config.context_timestep, config.context_sigma, 0)
+            # draw 0 is that of the next chunk's own clean pass
+            context = (config.context_timestep, config.context_sigma, 1 + first)
             if timestep is not None:
                 context = (timestep, timestep / TRAIN_STEPS, 1 + first)
             self._append(playing, latents[:, first : first + count], context)
