@@ -16,6 +16,7 @@ from sf_jax.models.wan import WanConfig
 from sf_jax.objectives.gan import GanConfig
 from sf_jax.objectives.scores import ScoreConfig
 from sf_jax.options import (
+    MAX_STEP,
     CausalConfig,
     ConsistencyConfig,
     DataConfig,
@@ -26,6 +27,7 @@ from sf_jax.options import (
     OdeConfig,
     OptimizerConfig,
     at_least,
+    at_most,
     one_of,
 )
 from sf_jax.replay import CACHE_GRADIENTS
@@ -172,7 +174,9 @@ class TrainConfig:
             one_of(name, getattr(self, name), allowed)
         counts = ("steps", "batch_size", "accumulate", "generator_every", "log_every", "checkpoint_every")
         at_least(self, 1, *counts, "keep_checkpoints")
-        at_least(self, 0, "regression_weight")
+        at_least(self, 0, "regression_weight", "seed")
+        at_most(self, MAX_STEP, "steps")
+        at_most(self, 2**32 - 1, "seed")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}: it must divide batch_size, {self.batch_size}")
         if self.grace_seconds <= 0:
@@ -235,6 +239,10 @@ class TrainConfig:
         for name in ("model", "teacher", "critic"):
             if not getattr(getattr(self, name), "scan_layers", True):
                 raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")
+        if self.data.cut and not self.rollout.sink:
+            raise ValueError(
+                f"data.cut is {self.data.cut}: it moves the first rollout.sink frames of a clip, and rollout.sink is 0"
+            )
         longest = max((self.data.frames, *self.rollout_frames))
         name = "data.frames" if longest == self.data.frames else "rollout_frames"
         if longest > MAX_FRAMES:
@@ -301,9 +309,11 @@ class TrainConfig:
                 )
         if self.objective == "gan" and self.critic_lora.rank:
             raise ValueError("critic_lora.rank is above 0: the GAN's critic is trained whole, it must be 0")
-        if self.objective == "gan" and self.gan.warmup >= self.steps:
+        last = (self.steps - 1) // self.generator_every * self.generator_every
+        if self.objective == "gan" and self.gan.warmup > last:
             raise ValueError(
-                f"gan.warmup is {self.gan.warmup}: it must be below steps, {self.steps}, or the student never learns"
+                f"gan.warmup is {self.gan.warmup}: with steps {self.steps} and generator_every {self.generator_every} "
+                f"it must be at most {last}, or the student never learns"
             )
         if self.objective == "gan" and max(self.gan.head.taps) >= self.critic_model.num_layers:
             last = self.critic_model.num_layers - 1

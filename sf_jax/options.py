@@ -16,6 +16,16 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {quoted(value)}: it must be one of {', '.join(allowed)}")
 
 
+MAX_STEP = 2**31 - 1  # steps are counted in 32 bits
+
+
+def at_most(config, high: float, *names: str, group: str = "") -> None:
+    """Validates upper bounds of fields of `config`."""
+    for name in names:
+        if getattr(config, name) > high:
+            raise ValueError(f"{group}{name} is {getattr(config, name)}: it must be at most {high}")
+
+
 def at_least(config, low: float, *names: str, group: str = "") -> None:
     """Validates lower bounds of fields of `config`."""
     for name in names:
@@ -52,6 +62,7 @@ class OptimizerConfig:
         one_of("name", self.name, OPTIMIZERS)
         one_of("decay", self.decay, DECAYS)
         at_least(self, 0, "lr", "weight_decay", "warmup")
+        at_most(self, MAX_STEP, "warmup")
         if self.clip <= 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(
                 f"clip is {self.clip}, beta1 {self.beta1}, beta2 {self.beta2}: clip must be positive, betas in [0, 1)"
@@ -75,6 +86,7 @@ class EmaConfig:
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}: it must be in [0, 1)")
         at_least(self, 0, "start", group="ema.")
+        at_most(self, MAX_STEP, "start", group="ema.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +211,8 @@ class DataConfig:
       height: latent rows.
       width: latent columns.
       text_dropout: share of captions that "teacher" and "causal" replace by the empty prompt.
-      cut: share of digit clips whose first `rollout.sink` frames are shifted around the canvas. For a much later chunk,
-        the sink then shows what the digit looks like, but not where it is.
+      cut: share of digit clips, in stages that train on them, whose first `rollout.sink` frames are shifted around the
+        canvas. For a much later chunk, the sink then shows what the digit looks like, but not where it is.
       captions: of digit clips: "full", or "undirected", which do not say where a digit goes.
     """
 

@@ -16,7 +16,7 @@ from sf_jax.data import moving_digits
 from sf_jax.models.layers import Linear
 from sf_jax.models.patch_codec import PatchCodec
 from sf_jax.models.text import WordEmbedding
-from sf_jax.models.wan import bidirectional_layout
+from sf_jax.models.wan import WanTransformer, bidirectional_layout
 from sf_jax.objectives import dmd, sid
 from sf_jax.training import health, lora, metrics, self_forcing, sharding, supervised
 from sf_jax.training import step as steps
@@ -389,6 +389,29 @@ def test_only_the_last_window_of_a_long_rollout_takes_a_gradient():
     np.testing.assert_array_equal(mask[0, :, 0, 0, 0], [False] * 3 + [True] * 3)
 
 
+def test_masked_frames_take_no_gradient_of_sid():
+    config, params = make_config(objective="sid"), random_params(seed=2)
+    model = WanTransformer(SMALL)
+    keys = jax.random.split(jax.random.key(0), 4)
+    video, noise = (jax.random.normal(key, (2, FRAMES, *SIZE, SMALL.channels)) for key in keys[:2])
+    text = jax.random.normal(keys[2], (2, SMALL.text_len, SMALL.text_dim))
+    mask = (jnp.arange(FRAMES) > 2)[None, :, None, None, None]
+
+    def loss(video):
+        networks = ((model, random_params(seed=4)), (model, params))
+        t = jnp.full((2, 1), 500.0)
+        return sid.generator_loss(video, *networks, text, jnp.zeros_like(text), t, noise, config.score, mask)[0]
+
+    grads = jax.grad(loss)(video)
+    assert not np.any(grads[:, :3]) and np.all(np.any(grads[:, 3:], axis=(0, 2, 3, 4)))
+
+
+def test_videos_of_one_frame_have_no_motion():
+    health_of = self_forcing._health
+    assert set(health_of(jnp.ones((2, 1, 4, 4, 8)))) == {"saturation"}
+    assert float(health_of(jnp.ones((2, 2, 4, 4, 8)))["motion"]) == 0
+
+
 @pytest.mark.slow
 def test_adapters_start_as_the_network_and_are_all_that_learns():
     config = make_config(lora={"rank": 2, "alpha": 4.0})
@@ -464,6 +487,17 @@ def test_every_leaf_of_every_state_has_a_sharding_rule(changes):
         ),
         ({"rollout": {"context_timestep": -5.0}}, "context_timestep is -5.0: it must be in [0, 1000]"),
         ({"ema": {"start": -1}}, "ema.start is -1: it must be at least 0"),
+        ({"ema": {"start": 10**10}}, "ema.start is 10000000000: it must be at most 2147483647"),
+        ({"steps": 2**31}, "steps is 2147483648: it must be at most 2147483647"),
+        ({"optimizer": {"warmup": 2**31}}, "optimizer.warmup is 2147483648: it must be at most 2147483647"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"seed": 2**32}, "seed is 4294967296: it must be at most 4294967295"),
+        ({"score": {"student_shift": 0.5}}, "score.student_shift is 0.5: it must be in [1, "),
+        ({"score": {"score_shift": 1e9}}, "score.score_shift is 1000000000.0: it must be in [1, "),
+        (
+            {"data": {"frames": 6, "height": SIZE[0], "width": SIZE[1], "cut": 0.5}},
+            "data.cut is 0.5: it moves the first rollout.sink frames of a clip, and rollout.sink is 0",
+        ),
     ],
 )
 def test_bad_options_are_refused(changes, message):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -19,12 +20,14 @@ from sf_jax import load_pipeline
 from sf_jax.config import MeshConfig, config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.models.patch_codec import PatchCodec
+from sf_jax.models.wan import wan_1_3b
 from sf_jax.training import (
     abstract,
     checkpoint,
     fingerprint,
     loop,
     metrics,
+    pairs,
     programs,
     self_forcing,
     sharding,
@@ -100,6 +103,13 @@ def test_undirected_captions(tmp_path, monkeypatch):
         stages.start_params(own, mesh)
     with pytest.raises(ValueError, match="has sizes .*; 'init' is shipped, give a file of your own, or None"):
         stages.start_params(dataclasses.replace(full, init_weights="init"), mesh)
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, frames=15))
+    with pytest.raises(ValueError, match="data.frames is 15: the clips of moving digits have 8 frames"):
+        sources.open_source(longer, needs_videos=True)
+    cut = dataclasses.replace(undirected.data, cut=0.5)
+    cut = dataclasses.replace(undirected, data=cut, rollout=dataclasses.replace(full.rollout, window=6, sink=3))
+    with pytest.raises(ValueError, match="data.cut is 0.5: this run trains on no whole clips, it must be 0"):
+        stages.open_stage(cut, tmp_path, mesh)
     with pytest.raises(ValueError, match="data.captions is 'few': it must be one of full, undirected"):
         dataclasses.replace(config.data, captions="few")
     with pytest.raises(ValueError, match="data.captions is 'undirected': for the data 'wan' it must be 'full'"):
@@ -279,6 +289,34 @@ def test_eight_devices_equal_one():
     assert "(2, 16, 24)" in done.stdout and "(2, 4, 48)" in done.stdout  # the kernel is sharded over fsdp and tensor
 
 
+def test_causal_pairs_are_those_of_their_clips_and_positions(tmp_path):
+    ode = {"teacher": "causal", "solver_steps": 40}
+    rollout = {"window": 6, "sink": 3, "positions": "relative"}
+    config = small_config("init", teacher_weights="unused", ode=ode, rollout=rollout)
+    source = types.SimpleNamespace(digest="a", records="b")
+
+    def recipe(source=source, **changes):
+        changed = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **changes))
+        return pairs._recipe(changed, {"w": jnp.ones(3)}, source, (6, 6, 6, 8))
+
+    assert recipe() == recipe()
+    assert recipe() != recipe(positions="absolute")
+    assert recipe() != recipe(types.SimpleNamespace(digest="a", records="c"))
+
+
+def test_the_number_of_heads_is_compared_with_the_file_beside(tmp_path, capsys):
+    sizes = {"dim": 256, "ffn_dim": 512, "freq_dim": 256, "num_heads": 2, "num_layers": 1, "in_dim": 16, "eps": 1e-6}
+    wanted = wan_1_3b(dim=256, ffn_dim=512, num_heads=4, num_layers=1)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    stages._check_heads(file, wanted, "teacher_weights")
+    assert "nothing in the file says how many heads it has; the config says 4, and Wan's" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="num_heads is 2 in the config.json beside it, the config says 4"):
+        stages._check_heads(file, wanted, "teacher_weights")
+    stages._check_heads(file, dataclasses.replace(wanted, num_heads=2), "teacher_weights")
+    assert not capsys.readouterr().out
+
+
 def test_every_leaf_has_a_sharding_rule():
     config = small_config("teacher")  # Muon, the larger state
     mesh = sharding.make_mesh(config.mesh)
@@ -352,7 +390,7 @@ def test_an_update_compiles_few_copies_of_a_network():
         ({"teacher": {"text_dim": 32}}, "teacher.text_dim is 32: it must be that of the model"),
         (
             {"stage": "distill", "objective": "gan", "gan": {"warmup": 9}, "steps": 9, "teacher_weights": "shipped"},
-            "gan.warmup is 9: it must be below steps, 9",
+            "gan.warmup is 9: with steps 9 and generator_every 5 it must be at most 5",
         ),
         ({"model": {"num_heads": 0}}, "num_heads is 0: it must be at least 1"),
         ({"rollout": {"steps": ("a",)}}, "rollout.steps[0] is 'a': it must be of type int"),

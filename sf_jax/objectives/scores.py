@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sf_jax.diffusion.schedule import TRAIN_STEPS, FlowSchedule, shift_time
+from sf_jax.diffusion.schedule import MAX_SHIFT, TRAIN_STEPS, FlowSchedule, shift_time
 from sf_jax.diffusion.solvers import guided
 from sf_jax.models.wan import WanTransformer, bidirectional_layout
 
@@ -42,13 +42,14 @@ class ScoreConfig:
     sid_alpha: float = 1.0
 
     def __post_init__(self):
-        """Validates the timesteps' range and shift."""
+        """Validates the timesteps' range and the shifts."""
         if not 0 <= self.time_low < self.time_high <= TRAIN_STEPS:
             raise ValueError(
                 f"time_low is {self.time_low}, time_high {self.time_high}: 0 <= time_low < time_high <= {TRAIN_STEPS}"
             )
-        if self.time_shift < 1:
-            raise ValueError(f"time_shift is {self.time_shift}: it must be at least 1")
+        for name in ("student_shift", "score_shift", "time_shift"):
+            if not 1 <= getattr(self, name) <= MAX_SHIFT:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [1, {MAX_SHIFT:g}]")
 
     @property
     def student_schedule(self) -> FlowSchedule:

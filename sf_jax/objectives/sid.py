@@ -28,6 +28,8 @@ def generator_loss(
     Returns:
       Scalar loss, and aux: `critic_lag` and `teacher_distance`, see `dmd.generator_loss`.
     """
+    if mask is not None:  # other frames' terms would also send gradients into masked frames
+        video = jnp.where(mask, video, jax.lax.stop_gradient(video))
     noisy = config.student_schedule.add_noise(video, noise, t)
     frozen_teacher, frozen_critic = (jax.lax.stop_gradient(net[1]) for net in (teacher, critic))
     schedule = config.score_schedule

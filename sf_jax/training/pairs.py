@@ -41,12 +41,11 @@ def open_pairs(
       mesh: devices that share a batch.
 
     Raises:
-      ValueError: see `ode_pairs.open_pairs`; also if the devices cannot share a batch.
+      ValueError: see `ode_pairs.open_pairs`; also if pairs are missing and the devices cannot share a batch.
     """
     if jax.process_count() > 1:
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
     data, ode = config.data, config.ode
-    sharding.check_batch(ode.batch_size, mesh, "ode.batch_size")
     latent = (data.frames, data.height, data.width, config.model.channels)
     causal = ode.teacher == "causal"
     rows = (*(ode.solver_steps * (1000 - s) // 1000 for s in config.rollout.steps), ode.solver_steps)
@@ -56,6 +55,7 @@ def open_pairs(
     params = load_teacher(mesh)
 
     def make(first: int, stop: int) -> Iterator[tuple[np.ndarray, str]]:
+        sharding.check_batch(ode.batch_size, mesh, "ode.batch_size")
         # Always a whole batch: a pair does not depend on how many are generated, and one program serves all.
         index = np.arange(first, first + ode.batch_size)
         chosen = [(source.clip if causal else source.prompt)(int(i)) for i in index]
@@ -102,7 +102,8 @@ def _recipe(config: TrainConfig, params: dict, source: Source, latent: tuple[int
     if ode.teacher == "causal":
         rollout = config.rollout
         recipe["context"] = "real videos"
-        recipe["chunks"] = [rollout.chunk, rollout.first_frame_alone, rollout.window, rollout.sink]
+        recipe["videos"] = source.records
+        recipe["chunks"] = [rollout.chunk, rollout.first_frame_alone, rollout.window, rollout.sink, rollout.positions]
     return recipe
 
 

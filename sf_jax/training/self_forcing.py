@@ -231,10 +231,10 @@ def _score_draws(config: TrainConfig, key, examples, exits, shape) -> tuple[jax.
 def _health(video: jax.Array) -> dict:
     """Metrics that show a student going wrong: latents out of range, and videos that stand still."""
     video = jax.lax.stop_gradient(video)
-    return {
-        "saturation": (jnp.abs(video) > 3).mean(dtype=jnp.float32),
-        "motion": jnp.abs(jnp.diff(video, axis=1)).mean(),
-    }
+    metrics = {"saturation": (jnp.abs(video) > 3).mean(dtype=jnp.float32)}
+    if video.shape[1] > 1:
+        metrics["motion"] = jnp.abs(jnp.diff(video, axis=1)).mean()
+    return metrics
 
 
 def _video(setup: Setup, params, frozen, batch, fake: _Fake) -> tuple[jax.Array, jax.Array | None, dict]:

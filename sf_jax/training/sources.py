@@ -92,7 +92,11 @@ def _digits(config, needs_videos, vae, share, dropout) -> Source:
     @functools.cache
     def open_clips():
         by_first(lambda: moving_digits.build(folder, variant))
-        return moving_digits.source(folder, "train", variant)
+        clips = moving_digits.source(folder, "train", variant)
+        frames = len(clips[0]["video"])
+        if config.data.frames > frames:
+            raise ValueError(f"data.frames is {config.data.frames}: the clips of moving digits have {frames} frames")
+        return clips
 
     if needs_videos:  # here, which all processes reach, as opening waits for the first of them
         open_clips()

@@ -1,5 +1,6 @@
 """The inputs and outputs of each training stage: weights, data, update programs and the exported package."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from sf_jax.training.media import Media
 from sf_jax.training.sources import VIDEO_KEYS, Source, digest_of, open_source
 from sf_jax.weights import hub
 from sf_jax.weights.files import open_tensors
-from sf_jax.weights.folders import find_model
+from sf_jax.weights.folders import find_model, read_config
 from sf_jax.weights.networks import load_network
 from sf_jax.weights.package import Package, check_told_sizes, load_package, read_header, shipped_weights
+from sf_jax.weights.recognize import HEAD_DIM
 from sf_jax.weights.transformer import naming_of
 
 RECORDS = "records"  # digest of the records that are read from `data.dir` and `ode.dir`
@@ -67,6 +69,8 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
       ValueError: if data or weights are missing or do not fit.
     """
     keys, names = keys_of(config)
+    if config.data.cut and VIDEO_KEYS[config.data.name] not in keys:
+        raise ValueError(f"data.cut is {config.data.cut}: this run trains on no whole clips, it must be 0")
     constants = {"seed": np.uint32(config.seed % 2**32)}
     frozen = {}
     vae = None
@@ -234,11 +238,35 @@ def _load(
         return sharding.put(typed, places(typed)), header
     if header is not None:
         check_told_sizes(path, header, wanted, f"the config, {field}")
+    else:
+        _check_heads(path, wanted, field)
     try:
         _, params = load_network(path, "transformer", wanted, dtype, sharding=places)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     return params, header
+
+
+def _check_heads(path: Path, wanted: WanConfig, field: str) -> None:
+    """Compares what no tensor's shape tells, the number of heads and eps, with the `config.json` next to a file."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    known = None
+    if beside.is_file():
+        with contextlib.suppress(ValueError):  # the config of something else
+            known = read_config(beside)
+    if known is not None and (known.dim, known.num_layers) == (wanted.dim, wanted.num_layers):
+        for name in ("num_heads", "eps"):
+            if getattr(known, name) != getattr(wanted, name):
+                raise ValueError(
+                    f"{field} {path}: {name} is {getattr(known, name)} in the config.json beside it, the config says "
+                    f"{getattr(wanted, name)}"
+                )
+    elif wanted.dim % HEAD_DIM == 0 and wanted.num_heads != wanted.dim // HEAD_DIM:
+        print(
+            f"{field} {path}: nothing in the file says how many heads it has; the config says {wanted.num_heads}, and "
+            f"Wan's networks of that width have {wanted.dim // HEAD_DIM}",
+            flush=True,
+        )
 
 
 def _teacher_field(config: TrainConfig) -> str:
