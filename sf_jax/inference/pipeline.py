@@ -21,7 +21,7 @@ from sf_jax.diffusion import solvers
 from sf_jax.inference import layers, lengths, programs
 from sf_jax.inference.decoders import Decoder, Encoder
 from sf_jax.inference.executables import Executables
-from sf_jax.inference.sampling import Chunk, Sampling, example_numbers
+from sf_jax.inference.sampling import Chunk, Sampling, example_numbers, plain_number
 from sf_jax.inference.text_encoder import TextEncoder
 from sf_jax.models import attention
 from sf_jax.models.rope import MAX_FRAMES
@@ -311,13 +311,13 @@ class VideoPipeline:
             if name not in fields:
                 raise ValueError(f"{name} is no field of RolloutConfig: fields are {', '.join(fields)}")
             if name in ("steps", "first_steps") and isinstance(value, Iterable):
-                changes[name] = tuple(map(_plain, value))
+                changes[name] = tuple(map(plain_number, value))
             elif name in ("chunk", "window", "sink") and not isinstance(value, (int, np.integer, type(None))):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")
             few = name in ("steps", "first_steps", "shift") or (name == "context" and value == "noisy")
             if few and self.kind != "student":
                 raise ValueError(f"{name} is {value!r}: it has no effect on a network that takes many steps")
-        changes = {name: _plain(value) for name, value in changes.items()}
+        changes = {name: plain_number(value) for name, value in changes.items()}
         return dataclasses.replace(self, rollout=dataclasses.replace(self.rollout, **changes))
 
     def _options(self, output: str, options: dict) -> dict:
@@ -331,7 +331,7 @@ class VideoPipeline:
             raise ValueError(f"output is {output!r}: it must be one of {', '.join(OUTPUTS)}")
         if output == "pixels" and self.decoder is None:
             raise ValueError("output is 'pixels': a pipeline without decoder has 'latent' alone")
-        changes = {name: _plain(value) for name, value in options.items() if name in fields}
+        changes = {name: plain_number(value) for name, value in options.items() if name in fields}
         sampling = dataclasses.replace(self.sampling, **changes)
         if sampling.solver is None and (self.many_steps or self.rollout is None):
             raise ValueError("solver is None: this network needs many steps, such as Solver('unipc')")
@@ -497,11 +497,6 @@ class VideoPipeline:
             state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)
             jax.block_until_ready(state.x)  # otherwise the bar would show dispatches, not finished steps
         return state.x
-
-
-def _plain(value):
-    """A number of numpy's as one of Python's, which files of streams can hold; other values unchanged."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _on_host(chunk: Chunk, output: str) -> np.ndarray:

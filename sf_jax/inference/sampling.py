@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,3 +86,8 @@ def example_numbers(first: int | Sequence[int], count: int) -> np.ndarray:
     if len(numbers) != count or min(numbers) < 0 or max(numbers) >= 2**31:
         raise ValueError(f"first_index is {first!r}: it must give {count} numbers from 0 to 2**31 - 1")
     return np.asarray(numbers, np.int32)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy's as one of Python's, which files of streams can hold; other values unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
