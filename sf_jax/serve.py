@@ -10,7 +10,6 @@ describes the messages, and how to make the server reachable from other machines
 import ipaddress
 import os
 import secrets
-import urllib.parse
 from pathlib import Path
 
 from absl import flags
@@ -66,7 +65,6 @@ GROUPS = {
     "Ray": ("ray", "replicas", "accelerator"),
 }
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SHORTEST_TOKEN = 16  # characters
 MISSING = "sf_jax.serve needs packages that are not installed ({}): pip install 'sf_jax[serve]'"
 
@@ -77,39 +75,6 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def host_names(names: list[str], host: str) -> tuple[str, ...]:
-    """Names under which browsers may reach the server, as in a Host header but without port."""
-    return (*map(_host_name, [*names, host]), *LOOPBACK)
-
-
-def _host_name(text: str) -> str:
-    name = text.strip().lower()
-    if name.startswith("["):
-        name = name.partition("]")[0] + "]"
-    elif name.count(":") > 1:
-        name = f"[{name}]"
-    else:
-        name = name.partition(":")[0]
-    if not name or "/" in text:
-        raise ValueError(f"hosts: {text!r} is no name of a server; give names such as video.example.org")
-    return name
-
-
-def origin_of(text: str) -> str:
-    """An origin as browsers send it: a scheme and a host, with its port unless that is the scheme's own.
-
-    Raises:
-      ValueError: if it is something else.
-    """
-    if text == "*":
-        return text
-    parts = urllib.parse.urlsplit(text.strip().lower())
-    port = {"https": ":443", "http": ":80"}.get(parts.scheme)
-    if port is None or not parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
-        raise ValueError(f"origins: {text!r} is no origin; give a scheme and a host, such as https://a.org")
-    return f"{parts.scheme}://{parts.netloc.removesuffix(port)}"
 
 
 def read_token() -> str:
@@ -140,6 +105,7 @@ def _given(**named) -> dict:
 def main() -> None:
     """Command line: see the module's docstring."""
     try:
+        from sf_jax.server.guard import host_names, origin_of
         from sf_jax.server.launch import Launch, Model, serve, service_of
     except ModuleNotFoundError as error:
         raise ValueError(MISSING.format(error.name)) from error

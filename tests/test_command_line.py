@@ -15,11 +15,12 @@ import pytest
 from absl import flags
 
 from configs import digits, wan_distill
-from sf_jax import backend, cli, command, config_help, files, serve, usage
+from sf_jax import backend, cli, command, config_help, files, usage
 from sf_jax.config import TrainConfig
 from sf_jax.data import moving_digits
 from sf_jax.inference import lengths, names
 from sf_jax.inference.job import Job, video_names
+from sf_jax.server import guard
 from sf_jax.server.launch import Launch, Model, service_of
 from sf_jax.training import stop
 from sf_jax.weights.package import load_package, save_package, shipped_path
@@ -349,14 +350,14 @@ def test_two_processes_never_choose_the_same_name(tmp_path):
 
 def test_origins_and_hosts_are_those_that_browsers_send():
     origins = ["https://A.org/", "http://b.org:80", "https://c.org:8443", "*"]
-    assert [serve.origin_of(text) for text in origins] == ["https://a.org", "http://b.org", "https://c.org:8443", "*"]
+    assert [guard.origin_of(text) for text in origins] == ["https://a.org", "http://b.org", "https://c.org:8443", "*"]
     for text in ("a.org", "ftp://a.org", "https://a.org/page", ""):
         with pytest.raises(ValueError, match=f"origins: {text!r} is no origin; give a scheme and a host"):
-            serve.origin_of(text)
-    hosts = serve.host_names(["Video.example.org:443", "[FD00::1]", "[fd00::2]:80", "fd00::3"], "0.0.0.0")
+            guard.origin_of(text)
+    hosts = guard.host_names(["Video.example.org:443", "[FD00::1]", "[fd00::2]:80", "fd00::3"], "0.0.0.0")
     assert hosts[:5] == ("video.example.org", "[fd00::1]", "[fd00::2]", "[fd00::3]", "0.0.0.0")
     with pytest.raises(ValueError, match="hosts: 'https://a.org' is no name of a server"):
-        serve.host_names(["https://a.org"], "0.0.0.0")
+        guard.host_names(["https://a.org"], "0.0.0.0")
 
 
 def test_names_are_valid_on_every_system():

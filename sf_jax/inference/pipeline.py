@@ -259,7 +259,7 @@ class VideoPipeline:
         for chunk in self.chunks(prompts, **self._options(output, options), decoded=decoded):
             if callback is not None:
                 callback(chunk)
-            parts.append(_on_host(chunk, output))
+            parts.append(chunk.on_host(output))
         return np.concatenate(parts, axis=1)
 
     def stream(
@@ -284,7 +284,7 @@ class VideoPipeline:
           ValueError: if the network cannot generate such a video, or a prompt has a word it does not know.
         """
         chunks = self.chunks(prompts, **self._options(output, options), decoded=output == "pixels")
-        return (_on_host(chunk, output) for chunk in chunks)
+        return (chunk.on_host(output) for chunk in chunks)
 
     def with_sampling(self, **changes) -> "VideoPipeline":
         """The same pipeline with other defaults for fields of `Sampling`.
@@ -497,7 +497,3 @@ class VideoPipeline:
             state = self.run(programs.bidirectional_step, *static, self.params, text, state, row)
             jax.block_until_ready(state.x)  # otherwise the bar would show dispatches, not finished steps
         return state.x
-
-
-def _on_host(chunk: Chunk, output: str) -> np.ndarray:
-    return np.asarray(chunk.pixels if output == "pixels" else chunk.latents.astype(jnp.float32))

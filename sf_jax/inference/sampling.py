@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sf_jax.diffusion.solvers import Solver
@@ -64,6 +65,10 @@ class Chunk:
     pixels: jax.Array | None
     start: int
     initial: bool = False
+
+    def on_host(self, output: str) -> np.ndarray:
+        """Its pixels uint8, or its latents float32 if `output` is "latent"."""
+        return np.asarray(self.pixels if output == "pixels" else self.latents.astype(jnp.float32))
 
 
 def example_numbers(first: int | Sequence[int], count: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from sf_jax.server import protocol
 
 COOKIE = "sf_jax_token"
 OPEN = ("/healthz", "/readyz")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 COUNTED = ("/v1/realtime/video", "/v1/videos")
 ADDRESSES = 4096  # maximum number of addresses whose rates are remembered
 MAX_BODY = protocol.MAX_MESSAGE
@@ -153,6 +154,47 @@ async def _buffered(receive: Receive) -> Receive:
         return body.pop() if body else await receive()
 
     return again
+
+
+def host_names(names: list[str], host: str) -> tuple[str, ...]:
+    """Names under which browsers may reach the server, as in a Host header but without port.
+
+    Args:
+      names: names under which a proxy makes the server known; a port is ignored.
+      host: address on which the server listens.
+
+    Raises:
+      ValueError: if one is no name.
+    """
+    return (*map(_host_name, [*names, host]), *LOOPBACK)
+
+
+def _host_name(text: str) -> str:
+    name = text.strip().lower()
+    if name.startswith("["):
+        name = name.partition("]")[0] + "]"
+    elif name.count(":") > 1:
+        name = f"[{name}]"
+    else:
+        name = name.partition(":")[0]
+    if not name or "/" in text:
+        raise ValueError(f"hosts: {text!r} is no name of a server; give names such as video.example.org")
+    return name
+
+
+def origin_of(text: str) -> str:
+    """An origin as browsers send it: a scheme and a host, with its port unless that is the scheme's own.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    if text == "*":
+        return text
+    parts = urllib.parse.urlsplit(text.strip().lower())
+    port = {"https": ":443", "http": ":80"}.get(parts.scheme)
+    if port is None or not parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(f"origins: {text!r} is no origin; give a scheme and a host, such as https://a.org")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(port)}"
 
 
 def _netloc(origin: str) -> str | None:
