@@ -143,7 +143,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
     These are files with the `temporary_name` of a process on this machine that no longer runs. If the machine is
     unknown (earlier versions did not record it), the file must also be unchanged for an hour. Files of other machines
-    are never touched.
+    are never touched, except reservations of names after a day.
     """
     for path in Path(folder).glob(".*"):
         with contextlib.suppress(OSError):
@@ -160,9 +160,12 @@ _TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.([0-9a-f]{8})?[0-9a-f]{8}\.tmp", re.
 _NAMELESS = re.compile(r"\.metadata\.[a-z0-9_]{8}|\.shared\.[0-9a-f]{8}")
 _QUIET_SECONDS = 3600
 _FOREIGN_SECONDS = 24 * 3600
+_WRITING_SECONDS = 60
 
 
 def _is_leftover(path: Path) -> bool:
+    if path.suffix == ".reserved":
+        return _is_abandoned(path)
     match = _TEMPORARY.fullmatch(path.name)
     if match and match[2]:
         return match[2] == _machine() and not _is_running(int(match[1]))
@@ -171,37 +174,46 @@ def _is_leftover(path: Path) -> bool:
     return is_quiet(path) and not (match and _is_running(int(match[1])))
 
 
+def reservation_path(folder: Path, name: str) -> Path:
+    """The hidden file that reserves a name in a folder, regardless of case."""
+    return folder / f".{hashlib.sha256(name.casefold().encode()).hexdigest()[:24]}.reserved"
+
+
 @contextlib.contextmanager
 def reservation(folder: Path, name: str) -> Iterator[bool]:
-    """Context manager that reserves a name in a folder, regardless of case, with a small hidden file.
+    """Context manager that reserves a name in a folder with a small hidden file.
 
     Yields:
-      Whether the name was free: no other process holds it. Reservations of processes that have ended count as free, and
-      so do those of other machines after a day.
+      Whether the name was free: nobody holds it. Reservations of processes that have ended count as free, and so do
+      those of other machines after a day.
     """
-    path = folder / f".{hashlib.sha256(name.casefold().encode()).hexdigest()[:24]}.reserved"
+    path = reservation_path(folder, name)
     if _is_abandoned(path):
         path.unlink(missing_ok=True)
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(f"{os.getpid()} {_machine()}")
+        file = open(path, "x", encoding="utf-8")  # noqa: SIM115 (closed below)
     except FileExistsError:
         yield False
         return
     try:
+        with file:
+            file.write(f"{os.getpid()} {_machine()}")
         yield True
     finally:
         path.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:
+    """Whether a reservation's process has ended."""
     try:
-        process, machine = path.read_text(encoding="utf-8").split()
-        if machine == _machine():
-            return not _is_running(int(process))
-        return time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
-    except (FileNotFoundError, ValueError):  # ValueError: it is being written
+        age, owner = time.time() - path.stat().st_mtime, path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):  # there is none, or it is another user's
         return False
+    if len(owner) != 2:  # its writer has been killed, or is writing it
+        return age > _WRITING_SECONDS
+    if owner[1] == _machine() and os.name != "nt":
+        return not _is_running(int(owner[0])) if owner[0].isdecimal() else True
+    return age > _FOREIGN_SECONDS
 
 
 def is_quiet(path: Path) -> bool:

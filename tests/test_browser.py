@@ -188,3 +188,57 @@ def test_where_the_browser_has_no_h264(server, browser):
     wait(lambda: (shown(browser) != first).mean() > 0.1)
     assert by_id(browser, "video").is_displayed() is False
     by_id(browser, "stop").click()
+
+
+# Keeps the page's WebSockets, and lets a test shift the time.
+SOCKETS = """
+window.sockets = [];
+window.later = 0;
+const now = Date.now;
+Date.now = () => now() + window.later;
+window.WebSocket = class extends WebSocket {
+  constructor(url) {
+    super(url);
+    window.sockets.push(this);
+  }
+};
+"""
+LOST = """
+const socket = sockets.at(-1), closed = socket.onclose;
+socket.onopen = socket.onmessage = socket.onclose = null;
+socket.close();
+closed({ code: 1012 });
+"""
+
+
+def test_the_page_whatever_happens_to_its_connection(server, browser):
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SOCKETS})
+    browser.get(f"http://{server.address}/")
+    wait(lambda: by_id(browser, "start").is_enabled())
+    # Stop before the connection is there
+    browser.execute_script("start.click(); document.getElementById('stop').click()")
+    assert by_id(browser, "status").text == "Stopped." and by_id(browser, "start").is_enabled()
+    # a server that goes away before the video begins: the page tries again with the same prompt
+    write(browser, "prompt", "a 1 moving up")
+    browser.execute_script(f"start.click(); {LOST}")
+    assert "tries again by itself" in by_id(browser, "curtain").text
+    write(browser, "prompt", "something else")
+    wait(lambda: "a 1 moving up from chunk 0" in by_id(browser, "history").text)
+    by_id(browser, "stop").click()
+    wait(lambda: by_id(browser, "status").text == "Stopped.")
+    # Stop between two tries
+    write(browser, "prompt", "a 2 moving up")
+    browser.execute_script(f"start.click(); {LOST}")
+    by_id(browser, "stop").click()
+    count = browser.execute_script("return sockets.length")
+    assert by_id(browser, "curtain").text == "Stopped."
+    time.sleep(6)
+    assert browser.execute_script("return sockets.length") == count
+    # a connection that no longer answers
+    by_id(browser, "start").click()
+    wait(lambda: "a 2 moving up from chunk 0" in by_id(browser, "history").text)
+    browser.execute_script("sockets.at(-1).onmessage = null; later = 1e4")
+    time.sleep(0.5)  # until it has sent another ping
+    browser.execute_script("later = 1e5")
+    wait(lambda: "The connection is lost" in by_id(browser, "error").text)
+    assert by_id(browser, "start").text == "Start"

@@ -339,13 +339,37 @@ def test_two_processes_never_choose_the_same_name(tmp_path):
         with names.reserved_names(["a_cat"], tmp_path, "replace") as third:
             assert third == ["a_cat"]
     assert not list(tmp_path.iterdir())
+    with names.reserved_names(["a cat-0", "A cat-0"], tmp_path, "refuse", (".mp4",)) as both:
+        assert both == ["a cat-0", "A cat-0"]  # as in VBench's list
+    empty = files.reservation_path(tmp_path, "a_cat")
+    empty.touch()
+    with names.reserved_names(["a_cat"], tmp_path, "number") as new:
+        assert new == ["a_cat_2"]
+    os.utime(empty, (0, 0))  # its process was killed before it wrote its id
+    with names.reserved_names(["a_cat"], tmp_path, "number") as old:
+        assert old == ["a_cat"]
     code = "import os, pathlib, sys; from sf_jax import files\n"
     code += "with files.reservation(pathlib.Path(sys.argv[1]), 'a_cat'): os._exit(0)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     assert len(list(tmp_path.iterdir())) == 1  # of a process that was killed
     with names.reserved_names(["a_cat"], tmp_path, "refuse") as last:
         assert last == ["a_cat"]
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    files.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_another_process_has_just_finished_is_kept(tmp_path, monkeypatch):
+    choose = names.free_names
+
+    def finished(*arguments):
+        chosen = choose(*arguments)
+        (tmp_path / "a_cat.mp4").touch()
+        return chosen
+
+    monkeypatch.setattr(names, "free_names", finished)
+    with names.reserved_names(["a_cat"], tmp_path, "number") as new:
+        assert new == ["a_cat_2"]
 
 
 def test_origins_and_hosts_are_those_that_browsers_send():

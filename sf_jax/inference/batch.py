@@ -14,7 +14,7 @@ from sf_jax.inference import lengths
 from sf_jax.inference.executables import Executables
 from sf_jax.inference.job import Job, video_names
 from sf_jax.inference.load import find_wan, load_encoder, wan_pipeline
-from sf_jax.inference.names import SUFFIXES, check_folders, free_names, reserved_names
+from sf_jax.inference.names import SUFFIXES, check_folders, reserved_names
 from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.programs import encode_pixels
 from sf_jax.inference.sampling import Chunk
@@ -145,11 +145,13 @@ def _run(
         chunks = _chunks(job, plan, batch)
         label = f"videos {first + 1}-{first + len(batch)} of {len(numbers)}, " if size < len(numbers) else ""
         videos = [(out / names[i], prompts[i]) for i in batch]
-        if not job.is_wan and len(batch) > 1 and not style.only_videos:
-            sheet = f"contact_sheet-{first // size + 1}" if first else "contact_sheet"
-            policy = "replace" if if_exists == "replace" else "number"
-            style = dataclasses.replace(style, sheet=free_names([sheet], out, policy, (".png",))[0])
-        written += _write(pipe, style, videos, chunks, times, label)
+        with contextlib.ExitStack() as stack:
+            if not job.is_wan and len(batch) > 1 and not style.only_videos:
+                sheet = f"contact_sheet-{first // size + 1}" if first else "contact_sheet"
+                policy = "replace" if if_exists == "replace" else "number"
+                sheets = stack.enter_context(reserved_names([sheet], out, policy, (".png",)))
+                style = dataclasses.replace(style, sheet=sheets[0])
+            written += _write(pipe, style, videos, chunks, times, label)
     print(times.summary(), flush=True)
     return written
 

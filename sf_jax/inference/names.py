@@ -114,12 +114,21 @@ def reserved_names(
       ValueError: see `free_names`; also if another process is making a video of that name.
     """
     chosen = free_names(names, out, if_exists, suffixes, needed)
-    taken = {name.casefold() for name in (*names, *chosen) if name is not None}
+    taken, held = {name.casefold() for name in (*names, *chosen) if name is not None}, set()
     with contextlib.ExitStack() as stack:
         for i, name in enumerate(names if if_exists in ("number", "refuse") else ()):
-            while not stack.enter_context(files.reservation(out, chosen[i])):
+            while chosen[i].casefold() not in held:  # VBench has prompts that differ only in case
+                held.add(chosen[i].casefold())
+                free = stack.enter_context(files.reservation(out, chosen[i]))
+                # its files may have been finished since they were looked for
+                if free and not any((out / f"{chosen[i]}{end}").exists() for end in suffixes):
+                    break
                 if if_exists == "refuse":
-                    raise ValueError(f"{out / name}.mp4 is being made by another process: give another --out")
+                    path = files.reservation_path(out, name)
+                    raise ValueError(
+                        f"{out / name}{suffixes[0]} is being made by another process: give another --out or, if that "
+                        f"process is gone, remove {path}"
+                    )
                 chosen[i] = _numbered(name, out, suffixes, taken)
                 taken.add(chosen[i].casefold())
         yield chosen

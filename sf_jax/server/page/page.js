@@ -4,7 +4,8 @@ const KEPT_SECONDS = 60;
 const RETRY_MS = 1500;
 const BUFFER_SECONDS = 0.5, MAX_BUFFER_SECONDS = 10; // of video that wait to be shown, at least and at most
 const REPORT_MS = 125;
-const COME_BACK = [1006, 1012, 1013]; // close codes after which another try is worth it
+const PING_MS = 5000, SILENCE_MS = 20000; // between pings, and until an unanswered one means that the connection is lost
+const RESTART = 1012, RESTART_SECONDS = 5; // close code of a server that goes away, and until the next try
 
 let info = null; // what the server makes
 let session = null; // the video that plays
@@ -23,7 +24,10 @@ class Session {
       type: "session.start", prompt, format, streaming_buffer_seconds: this.buffer, ...(seed === null ? {} : { seed }),
     });
     this.timer = setInterval(() => this.report(), REPORT_MS);
-    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.control(JSON.parse(data)) : this.media(data));
+    this.socket.onmessage = ({ data }) => {
+      this.heard = Date.now();
+      return typeof data === "string" ? this.control(JSON.parse(data)) : this.media(data);
+    };
     this.socket.onclose = ({ code }) => this.closed(code);
   }
 
@@ -33,10 +37,25 @@ class Session {
 
   // Where the viewer is: chunks are made that much ahead of it.
   report() {
+    this.ping(Date.now());
     const position = this.player?.position() ?? 0;
     if (this.over || position <= (this.reported ?? 0)) return;
     this.reported = position;
     this.send({ type: "session.playback", position_seconds: position });
+  }
+
+  // A connection that dies without a word, as when a laptop sleeps, is noticed here alone.
+  ping(now) {
+    if (this.over || !this.heard) return; // the first message must be session.start
+    const answered = !this.pinged || this.heard >= this.pinged;
+    if (!answered && now - this.pinged > SILENCE_MS) {
+      this.socket.onclose = null;
+      this.socket.close();
+      this.closed(1006);
+    } else if (answered && now - (this.pinged ?? 0) >= PING_MS) {
+      this.pinged = now;
+      this.send({ type: "session.ping" });
+    }
   }
 
   interact(prompt, options) {
@@ -62,6 +81,7 @@ class Session {
         break;
       case "video.chunk_metadata":
         this.metadata = message;
+        this.error = null;
         show(message, this.config);
         for (const id of message.started_event_ids) {
           remember(this.sent.get(id) ?? id, message.generation_chunk_index);
@@ -69,15 +89,19 @@ class Session {
         }
         break;
       case "session.interaction.queued":
+        fail("");
         say("Received; it takes effect with the next chunk.");
         break;
       case "session.done":
         this.over = true;
+        this.reason = message.reason;
+        fail("");
         say({ completed: "The video is complete.", stopped: "Stopped.", lifetime: "The stream's time is over.",
           shutdown: "The server is going down; try again in a minute." }[message.reason] ?? "Ended.");
         break;
       case "error":
         this.retryAfter = message.retry_after;
+        this.error = message.message;
         fail(message.message);
         break;
     }
@@ -103,17 +127,19 @@ class Session {
 
   closed(code) {
     clearInterval(this.timer);
-    const ended = this.over;
+    const ended = this.over && this.reason !== "shutdown";
     this.over = true;
     this.player?.end();
     if (session !== this) return;
     buttons(false);
-    if (!ended && COME_BACK.includes(code) && !this.started && this.retryAfter) {
-      curtain(`${$("error").textContent}. This page tries again by itself.`);
-      retry = setTimeout(() => begin(this.format), 1000 * this.retryAfter);
+    const wait = this.retryAfter ?? (code === RESTART ? RESTART_SECONDS : 0);
+    if (!ended && !this.started && wait) {
+      curtain(`${this.error ?? "The server is going away"}. This page tries again by itself.`);
+      $("stop").disabled = false; // which stops trying
+      retry = setTimeout(() => play(this.prompt, this.seed, this.format), 1000 * wait);
       return;
     }
-    if (!ended && code !== 1000 && !$("error").textContent) fail("The connection is lost. Press Start to begin again.");
+    if (!ended && code !== 1000 && !this.error && !this.reason) fail("The connection is lost. Press Start to begin again.");
     curtain($("error").textContent || $("status").textContent || "Ended.");
   }
 
@@ -126,7 +152,13 @@ class Session {
   }
 
   stop() {
-    this.send({ type: "session.stop" });
+    clearTimeout(retry);
+    if (this.socket.readyState === WebSocket.OPEN && !this.over) return this.send({ type: "session.stop" });
+    this.leave(); // before the connection is there, or between two tries
+    fail("");
+    buttons(false);
+    say("Stopped.");
+    curtain("Stopped.");
   }
 
   leave() {
@@ -310,6 +342,10 @@ function number(id) {
 function begin(format) {
   const prompt = $("prompt").value.trim();
   if (!prompt) return $("prompt").focus();
+  play(prompt, number("seed"), format);
+}
+
+function play(prompt, seed, format) {
   fail("");
   clearTimeout(retry);
   session?.leave();
@@ -317,7 +353,7 @@ function begin(format) {
   $("download").disabled = true;
   curtain("Starting …");
   say("");
-  session = new Session(prompt, number("seed"), format ?? (playable() ? "m4s" : "jpeg"));
+  session = new Session(prompt, seed, format ?? (playable() ? "m4s" : "jpeg"));
   buttons(true);
 }
 
@@ -336,8 +372,9 @@ function change() {
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (session && !session.over && session.socket.readyState <= WebSocket.OPEN) change();
-  else begin();
+  if (!session || session.over || session.socket.readyState > WebSocket.OPEN) begin();
+  else if (session.started) change();
+  else say("Wait until the video begins.");
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
@@ -360,10 +397,7 @@ $("mode").addEventListener("change", () => {
   $("mode-hint").textContent = $("mode").selectedOptions[0].title;
 });
 $("pause").addEventListener("click", () => session.pause(!session.paused));
-$("stop").addEventListener("click", () => {
-  clearTimeout(retry);
-  session.stop();
-});
+$("stop").addEventListener("click", () => session.stop());
 $("restart").addEventListener("click", () => begin());
 $("download").addEventListener("click", () => {
   const parts = [];
