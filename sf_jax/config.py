@@ -239,10 +239,6 @@ class TrainConfig:
         for name in ("model", "teacher", "critic"):
             if not getattr(getattr(self, name), "scan_layers", True):
                 raise ValueError(f"{name}.scan_layers is False: training scans over stacked layers, it must be True")
-        if self.data.cut and not self.rollout.sink:
-            raise ValueError(
-                f"data.cut is {self.data.cut}: it moves the first rollout.sink frames of a clip, and rollout.sink is 0"
-            )
         longest = max((self.data.frames, *self.rollout_frames))
         name = "data.frames" if longest == self.data.frames else "rollout_frames"
         if longest > MAX_FRAMES:

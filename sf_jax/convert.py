@@ -47,11 +47,11 @@ from sf_jax.files import check_writable, remove_leftovers
 from sf_jax.inference.sentencepiece import read_tensor
 from sf_jax.weights import adapter_export, cards, export, export_folder, hub, load, model_configs, transformer
 from sf_jax.weights.adapter_list import Lora, parse_loras
-from sf_jax.weights.adapters import describe, is_adapter, merge_params, merged, opened
+from sf_jax.weights.adapters import describe, is_adapter, merged, opened
 from sf_jax.weights.export_folder import FLOAT8, Source, Target
 from sf_jax.weights.files import PART_NAMES, TORCH_SUFFIXES, open_tensors
 from sf_jax.weights.names import NETWORK_PARTS
-from sf_jax.weights.package import Package, load_package, save_package
+from sf_jax.weights.package import Package, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile, is_float8
 from sf_jax.weights.torch_io import PARTS, write_torch
@@ -160,9 +160,9 @@ def _card(
     adapters: Sequence[str] = (),
 ) -> None:
     """Writes the model card."""
-    header = _header(networks)
+    header, layout = _header(networks), _TO.value or networks[0].naming
     contents = [*cards.contents_of(networks), *(f"merged into the transformer: {text}" for text in adapters)]
-    card = cards.Card(title, _TO.value or "official", contents, header, run, _LICENSE.value, _BASE_MODEL.value)
+    card = cards.Card(title, layout, contents, header, run, _LICENSE.value, _BASE_MODEL.value)
     _write_card(card, folder, stem)
 
 
@@ -345,22 +345,17 @@ def _convert_file(output: Path, loras: Sequence[Lora]) -> str:
         added = "".join(f" + {text}" for text in adapters)
         if loras and _DTYPE.value is None and any(is_float8(dtype) for dtype in tensors.dtypes.values()):
             _tell([FLOAT8])
-        if not ours or _TO.value is not None or to_torch or tensors.path.suffix == ".json":
-            with merged(tensors, loras, wide=_DTYPE.value is not None) as changed:
-                done, network = _convert(changed, output)
-            if ours or _LICENSE.value or _BASE_MODEL.value:
-                run = cards.run_of(tensors.path, network.header)
-                _card(output.stem, [network], output.parent, output.stem, run, adapters)
-            return done + added
-        dtype = _DTYPE.value or "float16"
-        if dtype == "bfloat16":
+        same = ours and _TO.value is None and not to_torch and tensors.path.suffix != ".json"  # still one of ours
+        if same and _DTYPE.value == "bfloat16":
             raise ValueError("dtype is 'bfloat16': files of sf_jax are float16 or float32")
-        if _LICENSE.value or _BASE_MODEL.value:
+        if same and (_LICENSE.value or _BASE_MODEL.value):
             raise ValueError("license and base_model are for a model card: one is written with --to, or with a folder")
-        package = load_package(tensors.path)
-        params = merge_params(package.params, package.config, loras)
-        save_package(output, dataclasses.replace(package, params=params), dtype)
-        return f"package of sf_jax{added}"
+        with merged(tensors, loras, wide=_DTYPE.value is not None) as changed:
+            done, network = _convert(changed, output)
+        if not same and (ours or _LICENSE.value or _BASE_MODEL.value):
+            run = cards.run_of(tensors.path, network.header)
+            _card(output.stem, [network], output.parent, output.stem, run, adapters)
+        return done + added
 
 
 if __name__ == "__main__":

@@ -167,6 +167,11 @@ def load_pipes(values: flags.FlagValues) -> dict[str, Pipe]:
     names = values.names or [Path(path).stem for path in paths]
     if len(names) != len(paths) or len({*names, REAL}) <= len(names):
         raise ValueError(f"names: got {', '.join(names)}, allowed: {len(paths)} different names, not {REAL!r}")
+    sheets = {report.sheet_name(name).casefold() for name in (*names, REAL)}
+    if len(sheets) <= len(names):
+        raise ValueError(
+            f"names: got {', '.join(names)}, allowed: names that differ in letters or digits, not {REAL!r}"
+        )
     pipes = {name: load_digits(path) for name, path in zip(names, paths, strict=True)}
     if values.guidance is not None and all(pipe.kind == "student" for pipe in pipes.values()):
         raise ValueError(f"guidance is {values.guidance}: a student has none (it was distilled from a guided teacher)")

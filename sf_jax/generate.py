@@ -148,7 +148,7 @@ def _prompts(default: str | None, checkpoint: str | None) -> list[str]:
         return default if _PROMPT.value is None else [captions.valid_text(_PROMPT.value)]
     if _PROMPT.value is not None:
         raise ValueError("prompt and prompts are both given: choose one")
-    return captions.read_texts(_PROMPTS.value)
+    return captions.read_texts(_PROMPTS.value, paired=_NAMES.value is not None)
 
 
 def _steps(name: str, values: list[str]) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ def job(prompt: str | None = None) -> Job:
     if fields.get("checkpoint"):
         fields["checkpoint"] = hub.local_file(fields["checkpoint"])  # its header is read first
     prompts, keys = _prompts(prompt, fields.get("checkpoint")), ("name", *captions.CAPTION_KEYS)
-    names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys)
+    names = [] if _NAMES.value is None else captions.read_texts(_NAMES.value, "names", keys, paired=True)
     return Job(prompts=tuple(prompts), names=tuple(names), abstract=_COMPILE_ONLY.value is not None, **fields)
 
 

@@ -284,4 +284,4 @@ def test_convert_takes_a_whole_model_of_the_hub(server):
 def test_convert_takes_a_student_of_the_hub(server, tmp_path, capsys):
     server.repositories["org/ours"] = {"student.safetensors": shipped_path("student").read_bytes()}
     for number, value in enumerate(("org/ours/student.safetensors", "org/ours")):
-        assert "package of sf_jax" in run_convert(capsys, input=value, output=tmp_path / f"{number}.safetensors")
+        assert "-> official" in run_convert(capsys, input=value, output=tmp_path / f"{number}.safetensors")

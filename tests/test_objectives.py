@@ -494,10 +494,6 @@ def test_every_leaf_of_every_state_has_a_sharding_rule(changes):
         ({"seed": 2**32}, "seed is 4294967296: it must be at most 4294967295"),
         ({"score": {"student_shift": 0.5}}, "score.student_shift is 0.5: it must be in [1, "),
         ({"score": {"score_shift": 1e9}}, "score.score_shift is 1000000000.0: it must be in [1, "),
-        (
-            {"data": {"frames": 6, "height": SIZE[0], "width": SIZE[1], "cut": 0.5}},
-            "data.cut is 0.5: it moves the first rollout.sink frames of a clip, and rollout.sink is 0",
-        ),
     ],
 )
 def test_bad_options_are_refused(changes, message):

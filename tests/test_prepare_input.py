@@ -179,12 +179,40 @@ def test_metadata_of_other_places_is_refused(tmp_path, table, message):
     assert [video.name for video in videos] == ["a.mp4", "a.mp4"] and note == ""
 
 
+def test_a_share_that_is_gone_ends_the_command(tmp_path):
+    video = captions.Video("a.mp4", tmp_path / "a.mp4", "a cat")
+    with pytest.raises(OSError, match=r"a.mp4 was there and no longer is \(No such file.*run this again to continue"):
+        list(prepare_job._clips(Job(model="m", output="o", videos="v"), [video]))
+
+
+def test_videos_are_found_behind_links_and_not_in_hidden_folders(tmp_path):
+    for place in ("in/a", "out/b", "in/.trash/c"):
+        path = tmp_path / f"{place}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        path.with_suffix(".txt").write_text("a cat")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    videos, note = captions.find_videos(tmp_path / "in")
+    assert [video.name for video in videos] == ["a.mp4", "link/b.mp4"] and note == ""
+
+
+def test_texts_that_belong_together_have_no_gaps(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("one\n\ntwo\n\n")
+    assert captions.read_texts(path, "names") == ["one", "two"]
+    with pytest.raises(ValueError, match="names: .*names.txt: text 2 is blank, so it is unclear which prompt"):
+        captions.read_texts(path, "names", paired=True)
+    path.write_text("one\ntwo\n\n")
+    assert captions.read_texts(path, "names", paired=True) == ["one", "two"]
+
+
 def test_names_do_not_steer_the_terminal(tmp_path, capsys):
     video = captions.Video("a\x1b]0;x\x07.mp4", tmp_path / "a\x1b]0;x\x07.mp4", "a cat")
+    video.path.write_bytes(b"")
     assert not list(prepare_job._clips(Job(model="m", output="o", videos="v"), [video]))
     printed = capsys.readouterr()
     assert "\\x1b]0;x\\x07.mp4" in printed.out + printed.err and "\x1b]0" not in printed.out + printed.err
-    video.path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"have no caption \(a\\x1b\]0;x\\x07.mp4\)"):
         captions.find_videos(tmp_path)
 

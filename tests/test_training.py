@@ -110,6 +110,10 @@ def test_undirected_captions(tmp_path, monkeypatch):
     cut = dataclasses.replace(undirected, data=cut, rollout=dataclasses.replace(full.rollout, window=6, sink=3))
     with pytest.raises(ValueError, match="data.cut is 0.5: this run trains on no whole clips, it must be 0"):
         stages.open_stage(cut, tmp_path, mesh)
+    rollout = dataclasses.replace(config.rollout, window=None, sink=0, positions="absolute")
+    cut = dataclasses.replace(config, data=dataclasses.replace(config.data, cut=0.5), rollout=rollout)
+    with pytest.raises(ValueError, match="data.cut is 0.5: it moves the first rollout.sink frames .*rollout.sink is 0"):
+        stages.open_stage(cut, tmp_path, mesh)
     with pytest.raises(ValueError, match="data.captions is 'few': it must be one of full, undirected"):
         dataclasses.replace(config.data, captions="few")
     with pytest.raises(ValueError, match="data.captions is 'undirected': for the data 'wan' it must be 'full'"):
@@ -314,6 +318,10 @@ def test_the_number_of_heads_is_compared_with_the_file_beside(tmp_path, capsys):
     with pytest.raises(ValueError, match="num_heads is 2 in the config.json beside it, the config says 4"):
         stages._check_heads(file, wanted, "teacher_weights")
     stages._check_heads(file, dataclasses.replace(wanted, num_heads=2), "teacher_weights")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "transformer" / "config.json")
+    with pytest.raises(ValueError, match="num_heads is 2 in the config.json beside it, the config says 4"):
+        stages._check_heads(tmp_path, wanted, "teacher_weights")
     assert not capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """Users' videos and images, compared with the output of the ffmpeg program."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -335,6 +336,12 @@ def test_the_end_of_a_long_video_is_gone_on_from(tmp_path, capsys):
     whole = video_io.read_video(path, 16, 16)
     np.testing.assert_array_equal(pixels, whole[-33:])  # 9 of 12 latent frames
     assert "its last 33 frames are gone on from, to 45 in all" in capsys.readouterr().out
+    slow = dataclasses.replace(job, fps=8.0).initial_pixels()
+    np.testing.assert_array_equal(slow, video_io.read_video(path, 16, 16, 8.0)[-21:])  # 6 of 8 latent frames
+    assert "has 16 frames a second, the new video 8: frames are left out" in capsys.readouterr().out
+    fast = dataclasses.replace(job, fps=30.0).initial_pixels()
+    np.testing.assert_array_equal(fast, pixels)
+    assert "the new video 30: it plays faster there" in capsys.readouterr().out
 
 
 def test_images_of_16_bits_and_damaged_ones(tmp_path):

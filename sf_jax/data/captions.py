@@ -53,7 +53,9 @@ def _by_number(name: str) -> list:
     return [(len(part.lstrip("0")), part.lstrip("0"), part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] = CAPTION_KEYS) -> list[str]:
+def read_texts(
+    path: Path | str, field: str = "prompts", keys: tuple[str, ...] = CAPTION_KEYS, paired: bool = False
+) -> list[str]:
     """Reads a list of texts, one per line or from a table; the file's suffix selects the format.
 
     In a .csv or .tsv file, the texts are in the column named by the first of `keys` that it has. A .jsonl file has
@@ -63,6 +65,7 @@ def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] =
       path: the file; blank lines and cells are skipped.
       field: its name in error messages.
       keys: allowed names of the column or key.
+      paired: whether each text belongs to one of another file; then only the end may be blank.
 
     Raises:
       ValueError: if the file cannot be read, has an unsupported format, or contains no text.
@@ -74,7 +77,15 @@ def read_texts(path: Path | str, field: str = "prompts", keys: tuple[str, ...] =
         texts = [_value(row, keys, where) for where, row in _rows(path, field)]
     else:
         texts = _text(path, field).split("\n")  # splitlines would also split at U+2028
-    texts = [text.strip() for text in texts if text.strip()]
+    texts = [text.strip() for text in texts]
+    while texts and not texts[-1]:
+        texts.pop()
+    if paired and "" in texts:
+        raise ValueError(
+            f"{field}: {path}: text {texts.index('') + 1} is blank, so it is unclear which prompt each later name "
+            "belongs to: remove it in both files"
+        )
+    texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"{field}: {path} holds no {field.removesuffix('s')}: give one a line")
     return texts
@@ -145,7 +156,7 @@ def _caption_file(path) -> Path:
 def _passed_over(folder, used) -> str:
     """One line about caption files without a video, or the files of their names, such as videos of unknown types."""
     captioned, stems = {file.parent for file in used}, {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(_files_in(folder)):
         if file.parent in captioned and not file.name.startswith("."):
             stems.setdefault(file.with_suffix(""), []).append(file)
     names = []
@@ -183,11 +194,24 @@ def _of_table(folder, table, there, field) -> tuple[list[Video], str]:
 
 def _videos_in(folder) -> list[Path]:
     """Video files, and folders that contain images but no videos, at any depth."""
-    files = list(folder.rglob("*"))
+    files = _files_in(folder)
     found = {file for file in files if _is_kind(file, VIDEO_SUFFIXES)}
     mixed = {folder, *(file.parent for file in found)}
     found |= {file.parent for file in files if file.parent not in mixed and _is_kind(file, IMAGE_SUFFIXES)}
     return sorted(found)
+
+
+def _files_in(folder) -> list[Path]:
+    """Files at any depth, also behind links to folders, but not in hidden folders."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names]
+    return files
 
 
 def _is_kind(file, suffixes) -> bool:

@@ -390,8 +390,12 @@ def build(data_dir: str | Path, config: DigitsConfig = FULL) -> Path:
                 shutil.rmtree(unfinished, ignore_errors=True)
         total = sum(num for num, _ in config.clips.values())
         print(f"moving_digits: writing {total} clips to {folder}", flush=True)
-        with shards.writing(folder), quiet():
-            MovingDigits(data_dir=str(data_dir), config=config, file_format="array_record").download_and_prepare()
+        try:
+            with shards.writing(folder), quiet():
+                MovingDigits(data_dir=str(data_dir), config=config, file_format="array_record").download_and_prepare()
+        except OSError:
+            if not folder.exists():  # otherwise another run has written them in the meantime
+                raise
     for split in config.clips:
         _open(folder, split)
     return folder

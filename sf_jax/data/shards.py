@@ -110,7 +110,9 @@ def begin(plan: Plan) -> None:
             )
         check_writable(plan.folder, plan.field)
         with replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(plan.full_recipe, indent=1, sort_keys=True, ensure_ascii=False))
+            unfinished.write_text(
+                json.dumps(plan.full_recipe, indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8"
+            )
     check_recipe(plan)
     remove_leftovers(plan.folder)
 
@@ -168,8 +170,6 @@ def write_shard(plan: Plan, shard: Shard, examples: Iterable[dict[str, Any]]) ->
       OSError: If it cannot be written.
     """
     path = plan.path(shard)
-    for leftover in plan.folder.glob(f".{path.name}.*.tmp"):  # left by a killed process
-        leftover.unlink(missing_ok=True)
     serializer = example_serializer.ExampleSerializer(plan.features.get_serialized_info())
     with replacing(path) as unfinished:
         with writing(path):

@@ -292,9 +292,11 @@ def make(path: str | Path, seed: int = 0) -> Path:
       The path.
 
     Raises:
-      ValueError: The folder is not writable.
+      ValueError: The folder is not writable, or the path is a folder.
     """
     files.check_writable(Path(path).parent, "train_judge")  # Fails before the training instead of after it.
+    if Path(path).is_dir():
+        raise ValueError(f"train_judge: got the folder {path}, allowed: the name of a file")
     save(train_judge(seed=seed), path)
     shares = accuracy(load(path)).items()
     print("judge on test scans:", ", ".join(f"{name} {share:.4f}" for name, share in shares), flush=True)

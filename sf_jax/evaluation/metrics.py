@@ -308,13 +308,22 @@ def identity(videos: np.ndarray, prompt: np.ndarray, lag: int = IDENTITY_LAG) ->
     Returns:
       The correlation over all windows; NaN if no video is long enough or no prompt has two samples.
     """
-    spectra = np.abs(np.fft.rfft2(videos[..., 0] / 255.0)).reshape(*videos.shape[:2], -1)
-    shapes = np.stack([spectra[:, i : i + WINDOW].mean(axis=1) for i in range(videos.shape[1] - WINDOW + 1)], axis=1)
+    shapes = np.stack([_shapes(video[..., 0]) for video in videos])
     for kind in np.unique(prompt):
         shapes[prompt == kind] -= shapes[prompt == kind].mean(axis=0)
-    now, later = shapes[:, :-lag], shapes[:, lag:]
-    size = np.sqrt((now**2).sum() * (later**2).sum())
-    return float((now * later).sum() / size) if size else float("nan")
+    products = np.zeros(3)
+    for video in shapes:  # one at a time, as all of them may half fill the memory
+        now, later = video[:-lag].astype(np.float64), video[lag:].astype(np.float64)
+        products += (now * later).sum(), (now * now).sum(), (later * later).sum()
+    size = np.sqrt(products[1] * products[2])
+    return float(products[0] / size) if size else float("nan")
+
+
+def _shapes(video: np.ndarray) -> np.ndarray:
+    """Shapes float32 [F - WINDOW + 1, n] of the digit in a video uint8 [F, h, w]."""
+    spectra = np.abs(np.fft.rfft2(video / 255.0)).reshape(len(video), -1)
+    windows = [spectra[i : i + WINDOW].mean(axis=0) for i in range(len(video) - WINDOW + 1)]
+    return np.array(windows, np.float32).reshape(len(windows), spectra.shape[1])
 
 
 def steps(videos: np.ndarray) -> np.ndarray:

@@ -153,9 +153,9 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     }
     paths = [folder / name for name in (RESULTS, TABLE, PLOT)]
     with files.replacing(paths[0]) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with files.replacing(paths[1]) as temporary:
-        temporary.write_text(table(report) + "\n")
+        temporary.write_text(table(report) + "\n", encoding="utf-8")
     with files.replacing(paths[2]) as temporary:
         plot(report).savefig(temporary, format="png", dpi=120)
     return paths

@@ -25,7 +25,7 @@ from sf_jax.io.arrays import npy_writer
 from sf_jax.parallel.mesh import video_devices
 from sf_jax.weights.networks import check_network, describe_network
 
-DIGITS_FPS, WAN_FPS = 12.0, 16.0
+DIGITS_FPS = 12.0
 DIGITS_FRAMES = 2**17  # limit for the frames of all digit videos generated together
 DIFFERENT_CHUNKS = 3  # kinds of chunks in a video: a lone first frame, the first one of full size, and all later ones
 SHEET_FRAMES = 8  # of a contact sheet with one video, at least, if the video has as many
@@ -214,7 +214,7 @@ def _plan(job: Job, count: int, executables: Executables | None, unread: bool = 
     else:
         devices = _devices(job, count)
         pipe, initial = _wan(job, devices, executables, unread)
-        size, style = len(devices) // video_devices(job.mesh_sizes), Style(WAN_FPS)
+        size, style = len(devices) // video_devices(job.mesh_sizes), Style(lengths.WAN_FPS)
     style = dataclasses.replace(
         style,
         fps=job.fps or style.fps,

@@ -25,6 +25,7 @@ from sf_jax.inference.pipeline import VideoPipeline
 from sf_jax.inference.sampling import Sampling
 from sf_jax.inference.scenes import Scene, read_schedule
 from sf_jax.io import video as video_io
+from sf_jax.io.video_file import duration
 from sf_jax.parallel.mesh import check_tokens, mesh_sizes
 from sf_jax.rollout import RolloutConfig
 from sf_jax.weights.adapter_list import Lora
@@ -394,7 +395,12 @@ class Job:
         if self.video is None:
             return None
         chunk, whole, alone = self.wan_rollout.chunk, self.wan_frames, int(self.wan_rollout.first_frame_alone)
-        pixels = video_io.read_end(self.video, height, width, whole)
+        (_, rate), fps = duration(self.video), self.fps or lengths.WAN_FPS
+        if abs(rate - fps) > 0.02 * fps:
+            what = "frames are left out" if rate > fps else "it plays faster there"
+            print(f"{self.video} has {rate:g} frames a second, the new video {fps:g}: {what}", flush=True)
+        # frames are never repeated: a network that sees still frames goes on with still ones
+        pixels = video_io.read_end(self.video, height, width, whole, fps if rate > 1.02 * fps else None)
         # as many of the last frames as form whole chunks, leaving at least one chunk to generate
         latent = alone + ((len(pixels) - 1) // WAN_FACTOR + 1 - alone) // chunk * chunk
         if latent < 1:

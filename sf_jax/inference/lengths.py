@@ -6,6 +6,7 @@ from sf_jax import rollout as ro
 from sf_jax.io.video_write import MAX_SIDE
 
 WAN_FACTOR, WAN_SIDE = 4, 16  # Wan: pixel frames per latent frame (except the first), pixels per token along each side
+WAN_FPS = 16.0  # frames per second
 # Limits per command; larger values are mistakes, or exceed memory and disks.
 MAX_VIDEOS, MAX_VIDEO_FRAMES, MAX_STEPS, MAX_PROMPT = 100_000, 100_000, 1000, 100_000
 DIGITS_SCALE = 12  # enlargement factor of digit videos

@@ -195,7 +195,11 @@ def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[capt
     config, vae = identify(model.vae, "vae")
     factor = config.spatial_factor
     files = [f"{video.name} {video.path.stat().st_size if video.path.is_file() else ''}" for video in found]
-    files += [f"{video.name} {len(images)}" for video in found if (images := video.frames())]
+    files += [
+        f"{video.name} {len(images)} {sum(image.stat().st_size for image in images)}"
+        for video in found
+        if (images := video.frames())
+    ]
     made_with = {
         "videos": captions.digest(files),
         "captions_of_videos": captions.digest(video.caption for video in found),
@@ -265,7 +269,23 @@ def _read(job: Job, found: Sequence[captions.Video]) -> Iterator[tuple[int, int,
                     break
                 yield i, k, np.stack(clip)
         except (OSError, ValueError) as error:
+            _check_still_there(video.path)
             yield i, k, str(error)
+
+
+def _check_still_there(path: Path) -> None:
+    """Ends the command if the disk or share with the videos is gone, which is no fault of this video.
+
+    Raises:
+      OSError: if the video is no longer there.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        raise OSError(
+            f"videos: {path} was there and no longer is ({error.strerror}): see that its disk or share is there, then "
+            "run this again to continue"
+        ) from error
 
 
 def _frames(job: Job, video: captions.Video) -> Iterator[np.ndarray]:

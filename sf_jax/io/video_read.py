@@ -54,7 +54,7 @@ def read_video(
     return np.stack(collections.deque(frames, maxlen=last))
 
 
-def read_end(path: str | Path, height: int, width: int, count: int) -> np.ndarray:
+def read_end(path: str | Path, height: int, width: int, count: int, fps: float | None = None) -> np.ndarray:
     """Reads the last frames of a video; seeks near the end of a long one if its index allows.
 
     Args:
@@ -62,6 +62,7 @@ def read_end(path: str | Path, height: int, width: int, count: int) -> np.ndarra
       height: see `stream_video`.
       width: see `stream_video`.
       count: maximum number of frames to keep.
+      fps: see `stream_video`.
 
     Returns:
       uint8 [F, height, width, 3]; all frames if there are at most `count`.
@@ -70,15 +71,15 @@ def read_end(path: str | Path, height: int, width: int, count: int) -> np.ndarra
       ValueError: see `stream_video`.
     """
     seconds, rate = duration(path)
-    start = seconds - 2 * count / rate - MAX_GAP
+    start = seconds - 2 * count / (fps or rate) - MAX_GAP
     if start > 0:
         try:
-            frames = read_video(path, height, width, last=count, start=start)
+            frames = read_video(path, height, width, fps, last=count, start=start)
             if len(frames) == count:
                 return frames
         except ValueError:  # the header's times are wrong, or the seek hit damaged data
             pass
-    return read_video(path, height, width, last=count)
+    return read_video(path, height, width, fps, last=count)
 
 
 def _bounded(frames, path, most) -> Iterator[np.ndarray]:

@@ -42,6 +42,7 @@ UNSENT = 2**12  # bytes that may wait in the kernel, and as many in the process,
 PING, PONG = 3.0, 6.0  # seconds between pings, and until a client that does not answer is disconnected
 PATIENCE = 5  # how many times that long a client that has data to read may take for its answer
 STALLED = 30.0  # seconds until the kernel disconnects an HTTP client that receives nothing
+FAILED = 1.0  # seconds in which viewers hear that the engine has failed
 LINGER = 8.0  # seconds in which a client receives what a WebSocket's end leaves unsent
 
 
@@ -279,6 +280,8 @@ def serve(service: Service, launch: Launch) -> None:
             text = f"ready after {time.monotonic() - began:.1f} s: {engine.slots} slots"
             print(f"{engine.pipe.describe()}\n{text}", flush=True)
         engine.ended.wait()
+        if engine.error is not None:
+            time.sleep(FAILED)
         server.should_exit = True
 
     threading.Thread(target=watch, name="watch", daemon=True).start()

@@ -71,6 +71,10 @@ def open_stage(config: TrainConfig, workdir: Path, mesh: Mesh, fresh: bool = Tru
     keys, names = keys_of(config)
     if config.data.cut and VIDEO_KEYS[config.data.name] not in keys:
         raise ValueError(f"data.cut is {config.data.cut}: this run trains on no whole clips, it must be 0")
+    if config.data.cut and not config.rollout.sink:
+        raise ValueError(
+            f"data.cut is {config.data.cut}: it moves the first rollout.sink frames of a clip, and rollout.sink is 0"
+        )
     constants = {"seed": np.uint32(config.seed % 2**32)}
     frozen = {}
     vae = None
@@ -249,11 +253,12 @@ def _load(
 
 def _check_heads(path: Path, wanted: WanConfig, field: str) -> None:
     """Compares what no tensor's shape tells, the number of heads and eps, with the `config.json` next to a file."""
-    beside = (path if path.is_dir() else path.parent) / "config.json"
+    folders = (path, path / "transformer") if path.is_dir() else (path.parent,)
     known = None
-    if beside.is_file():
-        with contextlib.suppress(ValueError):  # the config of something else
-            known = read_config(beside)
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            with contextlib.suppress(ValueError):  # the config of something else
+                known = read_config(folder / "config.json")
     if known is not None and (known.dim, known.num_layers) == (wanted.dim, wanted.num_layers):
         for name in ("num_heads", "eps"):
             if getattr(known, name) != getattr(wanted, name):

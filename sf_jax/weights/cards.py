@@ -237,8 +237,10 @@ class Card:
         rows = {"stage": config.get("stage"), "iterations": f"{self.run.step} of {config.get('steps')}"}
         if config.get("stage") == "distill":
             every = _numbers(config).get("generator_every")
+            warmup = _numbers(_table_of(config, "gan")).get("warmup") if config.get("objective") == "gan" else None
+            updates = -(-self.run.step // every) - -(-(warmup or 0) // every) if every else None
             rows |= {"objective": config.get("objective"), "trained on": config.get("student_input")}
-            rows |= {"critic updates": self.run.step, "student updates": -(-self.run.step // every) if every else None}
+            rows |= {"critic updates": self.run.step, "student updates": max(0, updates) if every else None}
         elif config.get("stage") == "init":
             rows |= {"start by": config.get("init")}
         rows |= {"batch size": config.get("batch_size"), "seed": config.get("seed")}
