@@ -23,10 +23,11 @@ _SECONDS = 60
 # Messages of JAX and its GPU and TPU plugins if a backend cannot start or does not fit the machine.
 _START = re.compile(
     r"unable to initialize backend|is not in the list of known backends|unknown backend|no backend|"
-    r"driver version is insufficient|cuda driver|CUDA_ERROR|cudaError|cuInit|hipError|"
-    r"(?:TPU|TFRT) initialization failed|already in use by process|libtpu",
+    r"driver version is insufficient|cuda driver|cuInit|(?:TPU|TFRT) initialization failed|already in use by process",
     re.IGNORECASE,
 )
+# Messages that mean the same before a backend runs, and anything afterwards.
+_EARLY = re.compile(r"CUDA_ERROR|cudaError|hipError|libtpu", re.IGNORECASE)
 
 
 def set_cpu_flags(environ: os._Environ | dict[str, str] = os.environ, cpu_info: Path = Path("/proc/cpuinfo")) -> None:
@@ -95,7 +96,7 @@ def start_problem(error: BaseException) -> str | None:
         if frame is None or not frame.tb_frame.f_code.co_filename.endswith("xla_bridge.py"):
             return None
         text = "JAX has no such backend"
-    elif not _START.search(text):
+    elif not _START.search(text) and (_started() or not _EARLY.search(text)):
         return None
     text = re.sub(r"\s*\(set JAX_PLATFORMS=.*?\)", "", text)
     extras = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}

@@ -266,12 +266,12 @@ def errors_in_one_line(smaller: str = SMALLER) -> Iterator[None]:
     except MemoryError as error:
         fail(f"this machine has not enough memory ({str(error) or 'MemoryError'}): {smaller}")
     except (RuntimeError, AssertionError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and _of_jax(error):
+            fail(f"a device has not enough memory ({str(error).splitlines()[0][:200]}): {smaller}")
         problem = backend.start_problem(error)
-        if problem is not None:
-            fail(problem)
-        if "RESOURCE_EXHAUSTED" not in str(error) or not _of_jax(error):
+        if problem is None:
             raise
-        fail(f"a device has not enough memory ({str(error).splitlines()[0][:200]}): {smaller}")
+        fail(problem)
 
 
 def _of_jax(error: BaseException) -> bool:

@@ -46,7 +46,7 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
         told = ", ".join(f"{name}={value}" for name, value in given.items())
     elif environ.get(_DEVICES):
         raise ValueError(f"{_DEVICES} is set: it goes with {_COORDINATOR}, which is not")
-    elif automatic == "1" or _whole(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif automatic == "1" or automatic != "0" and _whole(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         arguments = {}
         told = f"{_AUTOMATIC}=1" if automatic == "1" else "a SLURM step of several tasks"
     else:

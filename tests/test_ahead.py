@@ -47,8 +47,9 @@ def test_a_chunk_attends_by_the_kernel_of_the_devices_that_it_is_compiled_for(ta
     assert call.kernel == kernel and row.missing_kernel() is None
     calls = row.traffic.attention
     assert {each.implementation for each in calls} == {kernel}
-    # Two layers, five network calls, self- and cross-attention.
-    assert sum(calls.values()) == 2 * 5 * 2
+    # Two layers, five network calls, self- and cross-attention; the last layer of the clean pass skips both, which is
+    # counted where the kernels' names in the program tell, on GPUs.
+    assert sum(calls.values()) == {"gpu": 18, "tpu": 20}[chip.platform]
     assert row.traffic.kinds["attention"] > 0 and row.traffic.kinds["matrix products"] > 0
     assert 0 < row.traffic.outside < row.traffic.memory and row.traffic.kernels > 100
     assert row.flops == call.flops / mesh.size and row.estimate(chip) > max(row.bounds(chip).values())

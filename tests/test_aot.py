@@ -94,6 +94,16 @@ def test_registers_of_the_discriminator_run_on_every_devices_share(target):
 
 
 @on_targets
+def test_the_discriminator_can_be_initialized(target):
+    config = discriminator.DiscriminatorConfig(taps=(0, 0), ffn_dim=512)
+
+    def init(latents):
+        return discriminator.init_discriminator(CONFIG, config, jax.random.key(0)), latents
+
+    assert compiled(target, init, LATENTS)
+
+
+@on_targets
 def test_products_of_the_time_embedding_are_exact(target):
     """GPUs and TPUs would round their inputs to TF32 and bfloat16."""
 
@@ -130,6 +140,27 @@ def test_streaming_with_a_cache_runs_on_every_devices_share(target, form):
 
     noise = shape(2, 2, *SIZE, CONFIG.channels)
     assert has_kernel(target, compiled(target, chunk, params, noise, TEXT))
+
+
+@on_targets
+@pytest.mark.parametrize("text_len", [128, 127])
+def test_streams_side_by_side_use_the_kernel(target, text_len):
+    config = dataclasses.replace(CONFIG, text_len=text_len)
+    model, rollout = wan.WanTransformer(config), ro.RolloutConfig(chunk=2, window=6, sink=2, positions="relative")
+
+    def chunk(params, noise, text):
+        def one(noise, text, frame):
+            cache = rollout_cache.empty_cache(model, rollout, 1, 8, *SIZE)
+            text = model.apply({"params": params}, text, method="encode_text")
+            draw = ro.key_draw(jax.random.key(0), jnp.arange(1))
+            noisy = ro.NoisyChunk(noise, frame, 1, 1, draw)
+            cache, clean, _ = ro.generate_chunk(model, rollout, params, text, cache, noisy)
+            return clean, cache.k
+
+        return jax.vmap(one, spmd_axis_name="data")(noise, text, 2 * jnp.arange(2))
+
+    noise, text = shape(2, 1, 2, *SIZE, CONFIG.channels), shape(2, 1, text_len, CONFIG.text_dim)
+    assert has_kernel(target, compiled(target, chunk, wan.param_shapes(config), noise, text))
 
 
 @on_targets

@@ -25,6 +25,7 @@ THREE = {"SF_JAX_COORDINATOR": "host:123", "SF_JAX_NUM_PROCESSES": "2", "SF_JAX_
     [
         ({}, None),
         ({"SF_JAX_DISTRIBUTED": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SF_JAX_DISTRIBUTED": "0", "SLURM_STEP_NUM_TASKS": "4"}, None),
         (THREE, {"coordinator_address": "host:123", "num_processes": 2, "process_id": 1}),
         (
             THREE | {"SF_JAX_LOCAL_DEVICES": "2,3"},

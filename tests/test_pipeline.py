@@ -215,6 +215,9 @@ def test_pipelines_that_cannot_be_are_refused(digits, wan, bare, folder, tmp_pat
     with pytest.raises(ValueError, match="first_steps is None: it must be a list or tuple of timesteps"):
         digits.with_rollout(first_steps=None)
     many = wan.with_sampling(solver=Solver("unipc", 5.0, 2))
+    for changes in ({"context_timestep": 100.0}, {"context_noise": "exact"}, {"warp": not many.rollout.warp}):
+        with pytest.raises(ValueError, match="it has no effect on a network that takes many steps"):
+            many.with_rollout(**changes)
     with pytest.raises(ValueError, match="context is 'noisy': it has no effect on a network that takes many steps"):
         many.with_rollout(context="noisy")
     with pytest.raises(ValueError, match="none.safetensors does not exist"):

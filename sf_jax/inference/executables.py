@@ -122,6 +122,7 @@ def executables() -> Executables | None:
     if not place or "://" in place or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
         return None
     folder = Path(place) / FOLDER
+    _code()  # that of now, as the files may change while weights are loaded
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         return Executables(folder) if compilation.is_private(folder) and os.access(folder, os.W_OK) else None
@@ -189,8 +190,9 @@ def _settings() -> tuple:
     return tuple(sorted((name, repr(value)) for name, value in jax.config.values.items() if "cache" not in name))
 
 
+@functools.cache
 def _code() -> str:
-    """A hash of this package's code."""
+    """A hash of this package's code when this was first called."""
     digest = hashlib.sha256()
     root = Path(sf_jax.__file__).parent
     for path in sorted(root.rglob("*.py")):

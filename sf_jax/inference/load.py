@@ -253,7 +253,7 @@ def digits_pipeline(package: Package, title: str = "package") -> VideoPipeline:
         text_encoder=text,
         transformer=WanTransformer(config),
         params=jax.device_put(package.params),
-        rollout=None if bidirectional else package.rollout,
+        rollout=None if bidirectional else package.generation_rollout,
         decoder=codec,
         encoder=codec,
         sampling=Sampling(frames, height, width, solver=solver, guidance=package.guidance),

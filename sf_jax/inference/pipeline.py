@@ -303,9 +303,8 @@ class VideoPipeline:
           ValueError: if a field is unknown, has an invalid value or does not apply, or the network is bidirectional.
         """
         if self.rollout is None:
-            raise ValueError(
-                f"{', '.join(changes) or 'rollout'}: a bidirectional network has no chunks; give a causal checkpoint"
-            )
+            names = ", ".join(changes) or "rollout"
+            raise ValueError(f"{names}: a bidirectional network has no chunks; give a causal checkpoint")
         fields = sorted(field.name for field in dataclasses.fields(ro.RolloutConfig))
         for name, value in changes.items():
             if name not in fields:
@@ -315,6 +314,7 @@ class VideoPipeline:
             elif name in ("chunk", "window", "sink") and not isinstance(value, (int, np.integer, type(None))):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")
             few = name in ("steps", "first_steps", "shift") or (name == "context" and value == "noisy")
+            few |= name in ("warp", "context_timestep", "context_noise") and value != getattr(self.rollout, name)
             if few and self.kind != "student":
                 raise ValueError(f"{name} is {value!r}: it has no effect on a network that takes many steps")
         changes = {name: plain_number(value) for name, value in changes.items()}

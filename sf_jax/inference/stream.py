@@ -369,7 +369,8 @@ class Stream:
             arguments = (self.spec, self.pipe.params, self.state, np.int32(playing.slot))
             self.state, clean = self._run(stream_state.lone_frame, *arguments)
             self._count(playing, 1)
-            playing.given, playing.lone, playing.begins = self._decode(playing, clean), [np.asarray(clean[0])], False
+            playing.given = playing.given + self._decode(playing, clean)  # given frames may wait before a cut
+            playing.lone, playing.begins = [np.asarray(clean[0])], False
 
     def _recache(self, playing: _Playing, timestep: float | None = None) -> None:
         """Recomputes the cached keys and values chunk by chunk under the current prompt."""

@@ -195,8 +195,9 @@ def choose(implementation: str, q: jax.Array, segments: Sequence[Segment]) -> st
     platform = partition.platform()
     if implementation == "cudnn" and (platform != "gpu" or not attention_kernels.can_cudnn(q, segments)):
         raise ValueError(
-            f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {platform}: it needs an NVIDIA GPU, "
-            "bfloat16, heads of at most 128 and no window in a full cache; 'auto' takes another where it cannot be"
+            f"attention is 'cudnn' with {q.dtype} heads of {q.shape[-1]} on {platform}: it needs an NVIDIA GPU of "
+            "compute capability 8.0 or more, bfloat16, heads of at most 128 and no window in a full cache; 'auto' "
+            "takes another where it cannot be"
         )
     if implementation != "auto":
         return implementation

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sf_jax.models.partition import attention_axes, mesh_axes
+from sf_jax.models.partition import attention_axes, compute_capability, mesh_axes
 from sf_jax.models.tiled_attention import RESIDUALS
 
 if importlib.util.find_spec("libtpu") is not None:
@@ -15,16 +15,28 @@ if importlib.util.find_spec("libtpu") is not None:
     import jax.experimental.pallas.ops.tpu.splash_attention
 
 LANES = 128
+CAPABILITY = 8.0  # of the oldest GPUs that cuDNN's attention supports
 # Splash's block size for keys and values, and the largest for queries.
 BLOCK = 512
 
 
 def can_cudnn(q: jax.Array, segments: Sequence[tuple]) -> bool:
-    """Whether cuDNN's kernel supports this call: 16-bit types, heads of at most 128, key counts instead of masks."""
+    """Whether cuDNN's kernel supports this call: 16-bit types, heads of at most 128, key counts instead of masks.
+
+    The GPU must be of NVIDIA, with a compute capability of at least 8.0.
+    """
     counted = sum(mask is not None for _, _, mask in segments)
     masked = any(mask is not None and mask.ndim for _, _, mask in segments)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and q.shape[-1] <= LANES and q.shape[-1] % 8 == 0 and counted <= 1 and not masked
+    return half and q.shape[-1] <= LANES and q.shape[-1] % 8 == 0 and counted <= 1 and not masked and _has_cudnn()
+
+
+def _has_cudnn() -> bool:
+    """Whether cuDNN's attention runs on the device being compiled for, Ampere or newer; assumes so of absent ones."""
+    if jax.default_backend() != "gpu":
+        return True
+    default = jax.config.jax_default_device
+    return compute_capability(default if isinstance(default, jax.Device) else jax.local_devices()[0]) >= CAPABILITY
 
 
 def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", implementation: str = "cudnn") -> jax.Array:
@@ -41,13 +53,24 @@ def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", impleme
     def local(q, k, v, count=None):
         length, keys = q.shape[1], k.shape[1]
         count = keys if count is None and keys % 2 else count
-        lengths = None if count is None else jnp.full((q.shape[0],), count, jnp.int32)
         # The kernel's gradient supports only even lengths: pads a single register token or an odd share of a frame.
         q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
-        return out[:, :length]
+        lengths = {}
+        if count is not None:
+            counts = {"query_seq_lengths": q.shape[1], "key_value_seq_lengths": count}
+            lengths = {name: _per_row(value, q) for name, value in counts.items()}
+        return jax.nn.dot_product_attention(q, k, v, **lengths, implementation=implementation)[:, :length]
 
     return _on_shares(local, split, q, k, v, *(() if count is None else (count,)))
+
+
+def _per_row(value, q):
+    """int32 [B], the same value for each row of `q`; XLA removes the choice.
+
+    JAX's cuDNN attention (0.10) accepts under `vmap` only lengths that are batched like `q`, which a constant is not.
+    """
+    value = jnp.asarray(value, jnp.int32)
+    return jnp.where(q[:, 0, 0, 0] > 0, value, value)
 
 
 def splash_attention(

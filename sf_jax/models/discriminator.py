@@ -110,5 +110,5 @@ class Discriminator(nn.Module):
 
 def init_discriminator(critic: WanConfig, config: DiscriminatorConfig, key: jax.Array) -> dict:
     """Random parameters of the head."""
-    features = jnp.zeros((len(config.taps), 1, 1, critic.dim))
+    features = jnp.zeros((len(config.taps), 1, 2, critic.dim))
     return Discriminator(critic, config).init(key, features, jnp.zeros((1, 1, critic.dim)))["params"]

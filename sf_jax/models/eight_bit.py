@@ -111,8 +111,7 @@ def multiplies(name: str, device: jax.Device) -> bool:
     """Whether a device multiplies a type faster than bfloat16; on other devices only weights are quantized."""
     if device.platform == "tpu":
         return device.device_kind.startswith(_TPUS[name])
-    capability = getattr(device, "compute_capability", None)
-    return device.platform in ("gpu", "cuda") and float(capability or 0) >= _CAPABILITIES[name]
+    return device.platform in ("gpu", "cuda") and partition.compute_capability(device) >= _CAPABILITIES[name]
 
 
 def library():

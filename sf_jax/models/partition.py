@@ -29,8 +29,17 @@ def platform() -> str:
 
     The mesh's devices need not be attached.
     """
-    backend = jax.default_backend()
+    default = jax.config.jax_default_device
+    backend = jax.default_backend() if default is None else getattr(default, "platform", default)
     return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", backend)
+
+
+def compute_capability(device: jax.Device) -> float:
+    """The compute capability of an NVIDIA GPU, such as 9.0; 0 for other devices."""
+    try:
+        return float(getattr(device, "compute_capability", None) or 0)
+    except ValueError:  # AMD's GPUs have names such as gfx942
+        return 0.0
 
 
 def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:

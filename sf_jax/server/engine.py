@@ -260,8 +260,8 @@ class Engine:
             self._queue.clear()
         self.ready.set()
         self.ended.set()
-        while self.error is not None and self._commanded(None):  # fails the sessions that are still submitted
-            pass
+        while self.error is not None and self._commanded(None):
+            pass  # fails the sessions that are still submitted
 
     def _serve(self) -> None:
         open_ = True
@@ -445,13 +445,16 @@ class Engine:
             if len(due) > 1:
                 return {s: pixels for one in due for s, pixels in self._stepped([one]).items()}
             self._fail(due[0], _request_error(error, "generation_failed"))
-        except Exception as error:
+            return {}
+        except Exception as error:  # kept no longer than here, as its frames hold the state
             log.error("a step failed", exc_info=error)
-            lost = [s for s in self._playing if s.stream not in self._stream.playing]
-            if not lost:  # the state may be lost
-                lost, self._stream = list(self._playing), self._new_stream()
-            for session in lost:
-                self._fail(session, _request_error(error, "generation_failed"))
+            problem = _request_error(error, "generation_failed")
+        lost = [s for s in self._playing if s.stream not in self._stream.playing]
+        if not lost:  # the state may be lost; there may be no room for both
+            self._stream = None
+            lost, self._stream = list(self._playing), self._new_stream()
+        for session in lost:
+            self._fail(session, problem)
         return {}
 
     def _deliver(self, session: Session, frames: np.ndarray, now: float, seconds: float) -> None:
