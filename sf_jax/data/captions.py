@@ -209,7 +209,7 @@ def _files_in(folder) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(place, name) for name in names]
     return files
 
