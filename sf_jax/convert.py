@@ -77,9 +77,7 @@ _PART = flags.DEFINE_string(
     "also its name in a .pt. With --from, lora: the adapters alone",
 )
 _LORA = flags.DEFINE_multi_string("lora", None, "Adapter to merge into the input, FILE or FILE:SCALE; several too")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, list(_DTYPES), "Type of the numbers; as they are (float16 for sf_jax's files)"
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, list(_DTYPES), "Type of the numbers (as they are; float32 for --from)")
 _OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace the file of --output, or that --from writes, if it exists"
 )

@@ -158,13 +158,14 @@ def remove_leftovers(folder: str | Path) -> None:
 # Name, process, machine (missing in earlier versions) and a random part; then names without a process.
 _TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.([0-9a-f]{8})?[0-9a-f]{8}\.tmp", re.DOTALL)
 _NAMELESS = re.compile(r"\.metadata\.[a-z0-9_]{8}|\.shared\.[0-9a-f]{8}")
+_RESERVED = re.compile(r"\.[0-9a-f]{24}\.reserved")
 _QUIET_SECONDS = 3600
 _FOREIGN_SECONDS = 24 * 3600
 _WRITING_SECONDS = 60
 
 
 def _is_leftover(path: Path) -> bool:
-    if path.suffix == ".reserved":
+    if _RESERVED.fullmatch(path.name):
         return _is_abandoned(path)
     match = _TEMPORARY.fullmatch(path.name)
     if match and match[2]:
@@ -175,8 +176,8 @@ def _is_leftover(path: Path) -> bool:
 
 
 def reservation_path(folder: Path, name: str) -> Path:
-    """The hidden file that reserves a name in a folder, regardless of case."""
-    return folder / f".{hashlib.sha256(name.casefold().encode()).hexdigest()[:24]}.reserved"
+    """The hidden file that reserves a name in a folder."""
+    return folder / f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}.reserved"
 
 
 @contextlib.contextmanager

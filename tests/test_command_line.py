@@ -331,8 +331,8 @@ def test_names_never_take_those_of_files_that_are_there(tmp_path, capsys):
 def test_two_processes_never_choose_the_same_name(tmp_path):
     with names.reserved_names(["a_cat", "a_dog"], tmp_path, "number") as first:
         assert first == ["a_cat", "a_dog"]
-        with names.reserved_names(["A_Cat", "a_fox"], tmp_path, "number") as second:
-            assert second == ["A_Cat_2", "a_fox"]
+        with names.reserved_names(["a_cat", "a_fox"], tmp_path, "number") as second:
+            assert second == ["a_cat_2", "a_fox"]
         refused = names.reserved_names(["a_bird", "a_dog"], tmp_path, "refuse")
         with pytest.raises(ValueError, match="a_dog.mp4 is being made by another process"), refused:
             pass
@@ -341,6 +341,12 @@ def test_two_processes_never_choose_the_same_name(tmp_path):
     assert not list(tmp_path.iterdir())
     with names.reserved_names(["a cat-0", "A cat-0"], tmp_path, "refuse", (".mp4",)) as both:
         assert both == ["a cat-0", "A cat-0"]  # as in VBench's list
+        with names.reserved_names(["A cat-0", "a cat-0"], tmp_path, "number", (".mp4",)) as others:
+            assert others == ["A cat-0_2", "a cat-0_3"]
+    (tmp_path / ".notes.reserved").write_text("of somebody else")
+    os.utime(tmp_path / ".notes.reserved", (0, 0))
+    files.remove_leftovers(tmp_path)
+    (tmp_path / ".notes.reserved").unlink()
     empty = files.reservation_path(tmp_path, "a_cat")
     empty.touch()
     with names.reserved_names(["a_cat"], tmp_path, "number") as new:

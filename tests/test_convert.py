@@ -6,8 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sf_jax.rollout import RolloutConfig
 from sf_jax.weights import adapter_export, transformer
 from sf_jax.weights.files import open_tensors
+from sf_jax.weights.package import Package, read_header, save_package
 from sf_jax.weights.safetensors_io import write_safetensors
 from sf_jax.weights.tensors import TensorFile
 from tests.helpers import SMALL, random_params
@@ -97,6 +99,8 @@ def test_rcm_under_other_names_is_told_of(tensors, tmp_path, capsys):
     assert "rcm -> official" in (printed := run_convert(capsys, input=base, to="official", output=output))
     assert "note: under these names nothing says that the file is of NVlabs/rcm" in printed
     assert "note:" not in run_convert(capsys, input=base, output=tmp_path / "c.safetensors")
+    run_convert(capsys, input=base, output=tmp_path / "d" / "d.safetensors", license="mit")
+    assert "Weights with NVlabs/rcm's tensor names" in (tmp_path / "d" / "README.md").read_text()
 
 
 def test_options_of_networks_are_no_options_of_adapters(tmp_path, capsys):
@@ -145,3 +149,18 @@ def test_adapters_of_a_run_have_its_card(tmp_path, capsys, monkeypatch):
     run_convert(capsys, **{"from": run_folder(tmp_path / "run")}, part="lora", output=tmp_path / "a.safetensors")
     card = (tmp_path / "README.md").read_text()
     assert "LoRA adapters, rank 2, alpha 4, of" in card and "| iterations | 20 of 40 |" in card
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_files_of_sf_jax_keep_their_numbers_and_header(dtype, tmp_path, capsys):
+    base, output = tmp_path / "student.safetensors", tmp_path / "b.safetensors"
+    save_package(base, Package("student", SMALL, RolloutConfig(), 6, (4, 4), 3.0, 1.0, random_params(SMALL)), dtype)
+    run_convert(capsys, input=base, output=output)
+    assert read_header(output) == read_header(base)
+    with open_tensors(base) as old, open_tensors(output) as new:
+        assert old.dtypes == new.dtypes and all(np.array_equal(old[name], new[name]) for name in old)
+    run_convert(capsys, input=base, output=tmp_path / "c.safetensors", to="diffusers")
+    again = tmp_path / "d.safetensors"
+    run_convert(capsys, input=tmp_path / "c.safetensors", output=again, dtype="float32")  # keeps diffusers' names
+    with open_tensors(again) as tensors:
+        assert set(tensors.dtypes.values()) == {np.dtype("float32")} and "patch_embedding.weight" in tensors.shapes

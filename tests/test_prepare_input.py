@@ -186,15 +186,16 @@ def test_a_share_that_is_gone_ends_the_command(tmp_path):
 
 
 def test_videos_are_found_behind_links_and_not_in_hidden_folders(tmp_path):
-    for place in ("in/a", "out/b", "in/.trash/c"):
+    for place in ("in/a", "out/b", "in/.trash/c", "in/own/d"):
         path = tmp_path / f"{place}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
         path.with_suffix(".txt").write_text("a cat")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "own", target_is_directory=True)
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in", target_is_directory=True)
     videos, note = captions.find_videos(tmp_path / "in")
-    assert [video.name for video in videos] == ["a.mp4", "link/b.mp4"] and note == ""
+    assert [video.name for video in videos] == ["a.mp4", "link/b.mp4", "own/d.mp4"] and note == ""
 
 
 def test_texts_that_belong_together_have_no_gaps(tmp_path):

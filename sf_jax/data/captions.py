@@ -202,16 +202,24 @@ def _videos_in(folder) -> list[Path]:
 
 
 def _files_in(folder) -> list[Path]:
-    """Files at any depth, also behind links to folders, but not in hidden folders."""
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names]
+    """Files at any depth, also behind links to folders elsewhere, but not in hidden folders."""
+    files, tops, seen = [], [folder], set()
+    while tops:
+        for place, folders, names in os.walk(tops.pop(0), onerror=_unreadable):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops += [path for name in folders if (path := Path(place, name)).is_symlink()]  # not entered by this walk
+            files += [Path(place, name) for name in names]
     return files
+
+
+def _unreadable(error: OSError) -> None:
+    """Raises what keeps a folder from being listed, unless it belongs to somebody else."""
+    if not isinstance(error, PermissionError):
+        raise ValueError(f"videos: cannot list {error.filename} ({error.strerror})") from error
 
 
 def _is_kind(file, suffixes) -> bool:

@@ -396,11 +396,11 @@ class Job:
             return None
         chunk, whole, alone = self.wan_rollout.chunk, self.wan_frames, int(self.wan_rollout.first_frame_alone)
         (_, rate), fps = duration(self.video), self.fps or lengths.WAN_FPS
-        if abs(rate - fps) > 0.02 * fps:
+        if rate > 1.05 * fps or rate < 0.95 * fps:
             what = "frames are left out" if rate > fps else "it plays faster there"
-            print(f"{self.video} has {rate:g} frames a second, the new video {fps:g}: {what}", flush=True)
+            print(f"{self.video} has about {rate:.3g} frames a second, the new video {fps:g}: {what}", flush=True)
         # frames are never repeated: a network that sees still frames goes on with still ones
-        pixels = video_io.read_end(self.video, height, width, whole, fps if rate > 1.02 * fps else None)
+        pixels = video_io.read_end(self.video, height, width, whole, fps)
         # as many of the last frames as form whole chunks, leaving at least one chunk to generate
         latent = alone + ((len(pixels) - 1) // WAN_FACTOR + 1 - alone) // chunk * chunk
         if latent < 1:

@@ -114,11 +114,10 @@ def reserved_names(
       ValueError: see `free_names`; also if another process is making a video of that name.
     """
     chosen = free_names(names, out, if_exists, suffixes, needed)
-    taken, held = {name.casefold() for name in (*names, *chosen) if name is not None}, set()
+    taken = {name.casefold() for name in (*names, *chosen) if name is not None}
     with contextlib.ExitStack() as stack:
         for i, name in enumerate(names if if_exists in ("number", "refuse") else ()):
-            while chosen[i].casefold() not in held:  # VBench has prompts that differ only in case
-                held.add(chosen[i].casefold())
+            while True:
                 free = stack.enter_context(files.reservation(out, chosen[i]))
                 # its files may have been finished since they were looked for
                 if free and not any((out / f"{chosen[i]}{end}").exists() for end in suffixes):

@@ -195,11 +195,7 @@ def _write_clips(job: Job, model: ModelFiles, folder: Path, found: Sequence[capt
     config, vae = identify(model.vae, "vae")
     factor = config.spatial_factor
     files = [f"{video.name} {video.path.stat().st_size if video.path.is_file() else ''}" for video in found]
-    files += [
-        f"{video.name} {len(images)} {sum(image.stat().st_size for image in images)}"
-        for video in found
-        if (images := video.frames())
-    ]
+    files += [f"{video.name} {len(images)}" for video in found if (images := video.frames())]
     made_with = {
         "videos": captions.digest(files),
         "captions_of_videos": captions.digest(video.caption for video in found),

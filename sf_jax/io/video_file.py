@@ -81,8 +81,9 @@ def duration(path: str | Path) -> tuple[float, float]:
     """
     path = _checked(path)
     with _told(path), _opened(path) as container:
-        rate = _video_stream(container).guessed_rate
-        return (container.duration or 0) / av.time_base, float(rate or 25)
+        stream, seconds = _video_stream(container), (container.duration or 0) / av.time_base
+        rate = stream.frames / seconds if stream.frames and seconds else stream.guessed_rate
+        return seconds, float(rate or 25)
 
 
 def _checked(path: str | Path) -> Path:

@@ -30,6 +30,7 @@ def read_video(
     *,
     last: int | None = None,
     start: float = 0.0,
+    repeat: bool = True,
 ) -> np.ndarray:
     """Reads a video; holds only the returned frames in memory.
 
@@ -41,6 +42,7 @@ def read_video(
       limit: maximum number of frames to read; the rest is not decoded.
       last: maximum number of frames to keep, the last ones read.
       start: see `stream_video`.
+      repeat: see `stream_video`.
 
     Returns:
       uint8 [F, height, width, 3].
@@ -48,13 +50,13 @@ def read_video(
     Raises:
       ValueError: see `stream_video`; also if the frames exceed `MAX_BYTES` and neither `limit` nor `last` is given.
     """
-    frames = itertools.islice(stream_video(path, height, width, fps, start=start), limit)
+    frames = itertools.islice(stream_video(path, height, width, fps, start=start, repeat=repeat), limit)
     if limit is None and last is None:
         frames = _bounded(frames, path, max(1, MAX_BYTES // (height * width * 3)))
     return np.stack(collections.deque(frames, maxlen=last))
 
 
-def read_end(path: str | Path, height: int, width: int, count: int, fps: float | None = None) -> np.ndarray:
+def read_end(path: str | Path, height: int, width: int, count: int, most_fps: float | None = None) -> np.ndarray:
     """Reads the last frames of a video; seeks near the end of a long one if its index allows.
 
     Args:
@@ -62,7 +64,7 @@ def read_end(path: str | Path, height: int, width: int, count: int, fps: float |
       height: see `stream_video`.
       width: see `stream_video`.
       count: maximum number of frames to keep.
-      fps: see `stream_video`.
+      most_fps: maximum number of frames per second to keep; None keeps all frames.
 
     Returns:
       uint8 [F, height, width, 3]; all frames if there are at most `count`.
@@ -71,15 +73,16 @@ def read_end(path: str | Path, height: int, width: int, count: int, fps: float |
       ValueError: see `stream_video`.
     """
     seconds, rate = duration(path)
-    start = seconds - 2 * count / (fps or rate) - MAX_GAP
+    kept = {"fps": most_fps, "last": count, "repeat": False}
+    start = seconds - 2 * count / min(rate, most_fps or rate) - MAX_GAP
     if start > 0:
         try:
-            frames = read_video(path, height, width, fps, last=count, start=start)
+            frames = read_video(path, height, width, start=start, **kept)
             if len(frames) == count:
                 return frames
         except ValueError:  # the header's times are wrong, or the seek hit damaged data
             pass
-    return read_video(path, height, width, fps, last=count)
+    return read_video(path, height, width, **kept)
 
 
 def _bounded(frames, path, most) -> Iterator[np.ndarray]:
@@ -90,7 +93,7 @@ def _bounded(frames, path, most) -> Iterator[np.ndarray]:
 
 
 def stream_video(
-    path: str | Path, height: int, width: int, fps: float | None = None, *, start: float = 0.0
+    path: str | Path, height: int, width: int, fps: float | None = None, *, start: float = 0.0, repeat: bool = True
 ) -> Iterator[np.ndarray]:
     """Reads a video frame by frame; scales each to cover the output frame and crops the center.
 
@@ -102,6 +105,7 @@ def stream_video(
       height: output rows.
       width: output columns.
       fps: output frames per second, at most `MAX_FPS`, by repeating or dropping frames; None keeps all frames.
+      repeat: whether frames are repeated; otherwise slow videos keep their frames, and their rate.
       start: seconds from the beginning of the video to the first output frame.
 
     Yields:
@@ -113,15 +117,20 @@ def stream_video(
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise ValueError(f"fps is {fps}: it must be above 0 and at most {MAX_FPS}")
     fit, count = _Fit(path, height, width), 0
-    for count, pixels in enumerate(_picked(decode(path, start), fit, fps, start), 1):  # noqa: B007
+    for count, pixels in enumerate(_picked(decode(path, start), fit, fps, start, repeat), 1):  # noqa: B007
         yield pixels
     if not count:
         where = f" after {start} s" if start else f" at {fps} a second"
         raise ValueError(f"video: {path} has no frames{where}, allowed: {ALLOWED}")
 
 
-def _picked(frames: Iterable[Decoded], fit: "_Fit", fps: float | None, start: float) -> Iterator[np.ndarray]:
-    """The pixels of all frames from `start` on, or with `fps`, of the frame on screen at each tick."""
+def _picked(
+    frames: Iterable[Decoded], fit: "_Fit", fps: float | None, start: float, repeat: bool = True
+) -> Iterator[np.ndarray]:
+    """The pixels of all frames from `start` on, or with `fps`, of the frame on screen at each tick.
+
+    Without `repeat`, a frame is yielded at its first tick only.
+    """
     if fps is None:
         yield from (fit(decoded) for decoded in frames if not start or decoded.end > Fraction(start))
         return
@@ -131,13 +140,13 @@ def _picked(frames: Iterable[Decoded], fit: "_Fit", fps: float | None, start: fl
         tick = (0 if start else due) if tick is None else tick
         if tick < due:
             pixels = fit(shown or decoded)
-            while tick < due:
+            for _ in range(tick, due if repeat else tick + 1):
                 yield pixels
-                tick += 1
+            tick = due
         shown, end = decoded, _rounded((decoded.end - Fraction(start)) * rate)
     if shown is not None and tick < end:
         pixels = fit(shown)
-        for _ in range(tick, end):
+        for _ in range(tick, end if repeat else tick + 1):
             yield pixels
 
 

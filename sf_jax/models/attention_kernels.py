@@ -35,8 +35,9 @@ def _has_cudnn() -> bool:
     """Whether cuDNN's attention runs on the device being compiled for, Ampere or newer; assumes so of absent ones."""
     if jax.default_backend() != "gpu":
         return True
-    default = jax.config.jax_default_device
-    return compute_capability(default if isinstance(default, jax.Device) else jax.local_devices()[0]) >= CAPABILITY
+    attached, target = jax.local_devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+    absent = target is not None and target.device_kind != attached.device_kind
+    return absent or compute_capability(attached) >= CAPABILITY
 
 
 def cudnn(q: jax.Array, segments: Sequence[tuple], split: str = "heads", implementation: str = "cudnn") -> jax.Array:

@@ -26,6 +26,7 @@ _WHOSE = {
     "transformers": "transformers'",
     "comfy": "ComfyUI's",
     "kohya": "kohya's",
+    "rcm": "NVlabs/rcm's",
 }
 _PROGRAMS = {"diffusers": "diffusers' WanPipeline", "comfy": "ComfyUI"}
 _KINDS = {

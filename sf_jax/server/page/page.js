@@ -5,15 +5,16 @@ const RETRY_MS = 1500;
 const BUFFER_SECONDS = 0.5, MAX_BUFFER_SECONDS = 10; // of video that wait to be shown, at least and at most
 const REPORT_MS = 125;
 const PING_MS = 5000, SILENCE_MS = 20000; // between pings, and until an unanswered one means that the connection is lost
-const RESTART = 1012, RESTART_SECONDS = 5; // close code of a server that goes away, and until the next try
+const LOST = 1006, RESTART = 1012; // close codes: without a word, and of a server that goes away
+const TRIES = 60, TRY_SECONDS = 5; // tries to reach such a server again, and the time between them
 
 let info = null; // what the server makes
 let session = null; // the video that plays
 let retry = null; // timer of the next try
 
 class Session {
-  constructor(prompt, seed, format) {
-    Object.assign(this, { prompt, seed, format, paused: false, over: false, sent: new Map(), kept: [], metadata: null });
+  constructor(prompt, seed, format, tries) {
+    Object.assign(this, { prompt, seed, format, tries, paused: false, over: false, sent: new Map(), kept: [], metadata: null });
     const url = new URL("v1/realtime/video", location.href);
     url.protocol = url.protocol.replace("http", "ws");
     url.search = url.hash = "";
@@ -51,7 +52,7 @@ class Session {
     if (!answered && now - this.pinged > SILENCE_MS) {
       this.socket.onclose = null;
       this.socket.close();
-      this.closed(1006);
+      this.closed(LOST);
     } else if (answered && now - (this.pinged ?? 0) >= PING_MS) {
       this.pinged = now;
       this.send({ type: "session.ping" });
@@ -132,11 +133,12 @@ class Session {
     this.player?.end();
     if (session !== this) return;
     buttons(false);
-    const wait = this.retryAfter ?? (code === RESTART ? RESTART_SECONDS : 0);
+    const away = code === RESTART || (code === LOST && !this.heard && this.tries > 0 && this.tries < TRIES);
+    const wait = this.retryAfter ?? (away ? TRY_SECONDS : 0);
     if (!ended && !this.started && wait) {
       curtain(`${this.error ?? "The server is going away"}. This page tries again by itself.`);
       $("stop").disabled = false; // which stops trying
-      retry = setTimeout(() => play(this.prompt, this.seed, this.format), 1000 * wait);
+      retry = setTimeout(() => play(this.prompt, this.seed, this.format, this.tries + 1), 1000 * wait);
       return;
     }
     if (!ended && code !== 1000 && !this.error && !this.reason) fail("The connection is lost. Press Start to begin again.");
@@ -345,7 +347,7 @@ function begin(format) {
   play(prompt, number("seed"), format);
 }
 
-function play(prompt, seed, format) {
+function play(prompt, seed, format, tries = 0) {
   fail("");
   clearTimeout(retry);
   session?.leave();
@@ -353,7 +355,7 @@ function play(prompt, seed, format) {
   $("download").disabled = true;
   curtain("Starting …");
   say("");
-  session = new Session(prompt, seed, format ?? (playable() ? "m4s" : "jpeg"));
+  session = new Session(prompt, seed, format ?? (playable() ? "m4s" : "jpeg"), tries);
   buttons(true);
 }
 
