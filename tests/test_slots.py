@@ -1,6 +1,7 @@
 """Layers with separate parameters: same results as a scan over stacked ones, with the cache read in place."""
 
 import dataclasses
+import types
 
 import chex
 import jax
@@ -295,6 +296,10 @@ def test_a_model_whose_kernel_is_told_how_many_keys_to_read_has_its_layers_apart
 
     assert not apart(half)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability in ("7.5", "gfx942", "9.0"):  # a T4, one of AMD, an H100
+        gpu = types.SimpleNamespace(compute_capability=capability, device_kind=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda: [gpu])  # noqa: B023
+        assert bool(apart(half)) == (capability == "9.0")
     assert apart(half) and apart(half, many_steps=True) and not apart(wide, frames=21)
     assert not any(apart(half, **more) for more in ({"height": 720, "width": 1280}, {"frames": 201}, {"count": 2}))
     assert apart(half, ro.RolloutConfig(window=21), frames=201)
