@@ -14,7 +14,7 @@ import numpy as np
 PAUSE = 0.1
 # A measurement repeats a side's call for about so many seconds, and has the mean, so short calls find a warm cache.
 LEAST_SECONDS = 0.2
-HEADER = f"{'':58s}{'ours':>16s}{'theirs':>16s}{'ratio':>14s}{'difference':>12s}{'others':>8s}"
+HEADER = f"{'':58s}{'ours':>20s}{'theirs':>20s}{'ratio':>14s}{'difference':>12s}{'others':>8s}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def line(row: dict) -> str:
     ratio = f"{middle[0] / middle[1]:.2f} ({least[0] / least[1]:.2f})"
     others = "?" if row["others"] is None else f"{row['others']:.0%}"
     difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
-    return f"{row['what']:58s}{cells[0]:>16s}{cells[1]:>16s}{ratio:>14s}{difference:>12s}{others:>8s}"
+    return f"{row['what']:58s}{cells[0]:>20s}{cells[1]:>20s}{ratio:>14s}{difference:>12s}{others:>8s}"
 
 
 def device() -> str:
