@@ -317,23 +317,30 @@ def _write(
                 if style.gif:
                     latents.append(new)
     small = np.concatenate(small, axis=1)
-    written = list(paths)
-    if style.latents:
-        written += [path.with_suffix(".npy") for path in paths]
-    if latents:
-        for path, video in zip(written[len(paths) :], np.concatenate(latents, axis=1), strict=False):
-            if style.writes(path):
-                with npy_writer(path) as append:
-                    append(video)
+    written = paths + ([path.with_suffix(".npy") for path in paths] if style.latents else [])
     if style.gif:
-        gifs = [] if style.only_videos else [path.with_name(f"{path.name}.gif") for path, _ in videos]
-        written += gifs
-        # a video's mp4 comes last: where it exists, the others do
-        for group, write in ((gifs, video_io.write_gif), (paths, video_io.write_mp4)):
-            for path, video in zip(group, small, strict=False):
-                if style.writes(path):
-                    write(path, video_io.upscale(video, style.scale), style.fps)
+        written += _write_small(style, videos, small, np.concatenate(latents, axis=1) if latents else ())
     return written if style.only_videos else [*written, *_write_sheets(style, videos, small, every)]
+
+
+def _write_small(
+    style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray, latents: Sequence[np.ndarray]
+) -> list[Path]:
+    """Writes the files of small videos uint8 [N, F, h, w, c]; returns the GIFs."""
+    paths, latent_paths, gifs = (
+        [path.with_name(f"{path.name}.{end}") for path, _ in videos] for end in ("mp4", "npy", "gif")
+    )
+    for path, video in zip(latent_paths, latents, strict=False):
+        if style.writes(path):
+            with npy_writer(path) as append:
+                append(video)
+    gifs = [] if style.only_videos else gifs
+    # a video's mp4 comes last: where it exists, the others do
+    for group, write in ((gifs, video_io.write_gif), (paths, video_io.write_mp4)):
+        for path, video in zip(group, small, strict=False):
+            if style.writes(path):
+                write(path, video_io.upscale(video, style.scale), style.fps)
+    return gifs
 
 
 def _write_sheets(style: Style, videos: Sequence[tuple[Path, str]], small: np.ndarray, stride: int) -> list[Path]:
