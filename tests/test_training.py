@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 
 import chex
 import jax
@@ -20,14 +19,12 @@ from sf_jax import load_pipeline
 from sf_jax.config import MeshConfig, config_dict, from_dict
 from sf_jax.data import moving_digits
 from sf_jax.models.patch_codec import PatchCodec
-from sf_jax.models.wan import wan_1_3b
 from sf_jax.training import (
     abstract,
     checkpoint,
     fingerprint,
     loop,
     metrics,
-    pairs,
     programs,
     self_forcing,
     sharding,
@@ -291,38 +288,6 @@ def test_eight_devices_equal_one():
     done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "(2, 16, 24)" in done.stdout and "(2, 4, 48)" in done.stdout  # the kernel is sharded over fsdp and tensor
-
-
-def test_causal_pairs_are_those_of_their_clips_and_positions(tmp_path):
-    ode = {"teacher": "causal", "solver_steps": 40}
-    rollout = {"window": 6, "sink": 3, "positions": "relative"}
-    config = small_config("init", teacher_weights="unused", ode=ode, rollout=rollout)
-    source = types.SimpleNamespace(digest="a", records="b")
-
-    def recipe(source=source, **changes):
-        changed = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **changes))
-        return pairs._recipe(changed, {"w": jnp.ones(3)}, source, (6, 6, 6, 8))
-
-    assert recipe() == recipe()
-    assert recipe() != recipe(positions="absolute")
-    assert recipe() != recipe(types.SimpleNamespace(digest="a", records="c"))
-
-
-def test_the_number_of_heads_is_compared_with_the_file_beside(tmp_path, capsys):
-    sizes = {"dim": 256, "ffn_dim": 512, "freq_dim": 256, "num_heads": 2, "num_layers": 1, "in_dim": 16, "eps": 1e-6}
-    wanted = wan_1_3b(dim=256, ffn_dim=512, num_heads=4, num_layers=1)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    stages._check_heads(file, wanted, "teacher_weights")
-    assert "nothing in the file says how many heads it has; the config says 4, and Wan's" in capsys.readouterr().out
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    with pytest.raises(ValueError, match="num_heads is 2 in the config.json beside it, the config says 4"):
-        stages._check_heads(file, wanted, "teacher_weights")
-    stages._check_heads(file, dataclasses.replace(wanted, num_heads=2), "teacher_weights")
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "config.json").rename(tmp_path / "transformer" / "config.json")
-    with pytest.raises(ValueError, match="num_heads is 2 in the config.json beside it, the config says 4"):
-        stages._check_heads(tmp_path, wanted, "teacher_weights")
-    assert not capsys.readouterr().out
 
 
 def test_every_leaf_has_a_sharding_rule():
